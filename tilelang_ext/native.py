@@ -1,0 +1,47 @@
+"""Find and load ``libtilelang_ext``, the Metal code generator and its tile operators.
+
+Loading registers global functions (``tilelang_ext.build_metal``, ...), TIR builtins (``tilelang_ext.metal_*``) and the
+tile operators that upstream lacks on Metal; nothing of upstream's is replaced by it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import platform
+from pathlib import Path
+
+_SUFFIX = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
+
+
+def find_library() -> Path:
+    """Path of the native library: ``lib/`` beside this file, in a checkout and in an installed wheel alike."""
+    path = Path(__file__).resolve().parent / "lib" / f"libtilelang_ext{_SUFFIX}"
+    if not path.is_file():
+        raise ImportError(
+            f"tilelang_ext native library: must be built; got no file {path}; "
+            "run `make venv` (or `pip install --no-build-isolation -e .`) in the checkout"
+        )
+    return path
+
+
+@functools.lru_cache(maxsize=None)
+def load_library() -> ctypes.CDLL:
+    """Load the library into this process, once; tilelang's own libraries come first, because ours links to them."""
+    import tilelang  # noqa: F401
+
+    path = find_library()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"tilelang_ext native library: must match the installed tilelang; got {path}: {error}; "
+            "rebuild it with `pip install --no-build-isolation -e .`"
+        ) from error
+
+
+@functools.lru_cache(maxsize=None)
+def library_digest() -> str:
+    """SHA-256 (hex, first 16 digits) of the library file: part of the key under which generated source is cached."""
+    return hashlib.sha256(find_library().read_bytes()).hexdigest()[:16]
