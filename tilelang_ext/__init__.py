@@ -1,0 +1,35 @@
+"""tilelang_ext: quantised tile intrinsics, a Metal backend with real fragments, and a simulator, on the installed tilelang.
+
+Importing registers the Metal backend in place of upstream's and does nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata as _metadata
+
+SUPPORTED_TILELANG = ("0.1.14", "0.1.15")
+
+
+def _check_tilelang() -> None:
+    try:
+        version = _metadata.version("tilelang")
+    except _metadata.PackageNotFoundError:
+        raise ImportError(
+            "tilelang_ext: needs tilelang; got none installed; run `pip install tilelang==" + SUPPORTED_TILELANG[-1] + "`"
+        ) from None
+    if version.split("+")[0] not in SUPPORTED_TILELANG:
+        raise ImportError(
+            f"tilelang_ext: needs tilelang {' or '.join(SUPPORTED_TILELANG)}; got {version}; "
+            f"run `pip install tilelang=={SUPPORTED_TILELANG[-1]}`"
+        )
+
+
+_check_tilelang()
+
+from tilelang_ext.metal.backend import register as _register  # noqa: E402
+
+_register()
+
+from tilelang_ext.simulate import simulate  # noqa: E402
+
+__all__ = ["simulate"]

@@ -1,0 +1,7 @@
+"""The Metal backend: fragments with layouts, `T.gemm` on simdgroup matrices, programs for torch, MLX and the simulator."""
+
+from __future__ import annotations
+
+from tilelang_ext.metal.program import Launch, MetalProgram, Parameter, lower
+
+__all__ = ["Launch", "MetalProgram", "Parameter", "lower"]

@@ -1,0 +1,100 @@
+"""The pass list of target `metal`: upstream's, with fragments kept and threadgroup memory placed by us."""
+
+from __future__ import annotations
+
+import inspect
+
+import tilelang
+from tilelang.backend.pass_pipeline.pipeline_utils import (
+    LayoutVisual,
+    allow_vectorize,
+    should_disable_shared_memory_reuse,
+    should_enable_aggressive_merge,
+    should_enable_race_check,
+    should_force_let_inline,
+)
+from tvm import IRModule, s_tir, tirx
+from tvm.target import Target
+
+from tilelang_ext.metal.parameter_order import order_parameters
+from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
+
+
+def _materialize_kernel_launch():
+    materialize = tilelang.transform.MaterializeKernelLaunch
+    if "lower_grid_binding" not in inspect.signature(materialize).parameters:  # 0.1.14
+        return materialize()
+    return materialize(lower_grid_binding=True, lower_thread_binding=True, default_threads=128, unsupported_annotations=["cluster_dims"])
+
+
+def lower(mod: IRModule, target: Target) -> IRModule:
+    """Lower tile programs to host and device TIR with explicit threads."""
+    transform = tilelang.transform
+    config = transform.get_pass_context()
+    mod = tirx.transform.BindTarget(target)(mod)
+    mod = _materialize_kernel_launch()(mod)
+    if should_force_let_inline():
+        mod = transform.LetInline()(mod)
+    mod = transform.AddWrapperForSingleBufStore()(mod)
+    mod = transform.LegalizeNegativeIndex()(mod)
+    if should_enable_race_check():
+        mod = transform.VerifyParallelLoop()(mod)
+    mod = transform.InjectAssumes()(mod)
+    mod = transform.Simplify()(mod)
+    mod = transform.CanonicalizeLegacyReducer()(mod)
+    mod = transform.VerifyReducerEpoch()(mod)
+    mod = transform.VerifyBufferInit()(mod)
+    mod = transform.IfStmtBinding()(mod)
+    mod = transform.PipelinePlanning()(mod)
+    mod = transform.InjectSoftwarePipeline()(mod)
+    mod = transform.Simplify()(mod)
+
+    # Tile operations become loops over threads; T.gemm through tilelang_ext.metal.fragment_to_simdgroup.
+    mod = transform.LayoutInference()(mod)
+    mod = transform.ReducerPlanAndMaterialize()(mod)
+    LayoutVisual(mod)
+    mod = transform.LowerTileOp()(mod)
+    mod = transform.VerifyReducerConsumed()(mod)
+    mod = transform.DecoupleTypeCast()(mod)
+    mod = transform.LegalizeVectorizedLoop()(mod)
+    mod = transform.LegalizeSafeMemoryAccess()(mod)
+    mod = transform.LowerAccessPtr()(mod)
+    mod = transform.Simplify()(mod)
+    mod = transform.HoistNonRestrictParams()(mod)
+
+    mod = transform.PlanAndUpdateBufferAllocationLocation()(mod)
+    mod = transform.HoistGlobalBufferAllocations()(mod)
+    mod = transform.LowerOpaqueBlock()(mod)
+    mod = transform.Simplify()(mod)
+    mod = tirx.transform.NarrowDataType(32)(mod)
+    mod = transform.FlattenBuffer()(mod)
+    mod = transform.ConfigIndexBitwidth()(mod)
+    mod = tirx.transform.Simplify()(mod)
+    mod = transform.VectorizeLoop(enable_vectorize=allow_vectorize(pass_ctx=config))(mod)
+    mod = transform.StorageRewrite()(mod)
+    mod = transform.LoopUnswitching()(mod)
+    mod = transform.UnrollLoop()(mod)
+    mod = s_tir.transform.RenormalizeSplitPattern()(mod)
+    mod = tirx.transform.Simplify()(mod)
+    mod = tirx.transform.RemoveNoOp()(mod)
+    mod = s_tir.transform.HoistIfThenElse()(mod)
+    mod = tirx.transform.VerifyMemory()(mod)
+    mod = tirx.transform.AnnotateEntryFunc()(mod)
+    mod = s_tir.transform.InferFragment()(mod)
+    mod = transform.LowerThreadAllreduce()(mod)
+
+    mod = transform.AnnotateDeviceRegions()(mod)
+    mod = transform.SplitHostDevice()(mod)
+    mod = order_parameters(mod)
+    mod = transform.AnnotateReadOnlyParams()(mod)
+    mod = PlaceThreadgroupMemory(mod)
+    mod = transform.MergeSharedMemoryAllocations(
+        enable_aggressive_merge=should_enable_aggressive_merge(pass_ctx=config, target=target),
+        disable_reuse=should_disable_shared_memory_reuse(pass_ctx=config),
+    )(mod)
+    mod = transform.ThreadSync("shared")(mod)
+    mod = transform.ThreadSync("shared.dyn")(mod)
+    mod = transform.MergeIfStmt()(mod)
+    mod = transform.MakePackedAPI()(mod)
+    mod = transform.Simplify()(mod)
+    return transform.LowerDeviceKernelLaunch()(mod)

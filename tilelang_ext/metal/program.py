@@ -1,0 +1,189 @@
+"""A compiled Metal kernel as data: its text, what to bind where, and how many threads to start."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tilelang
+import torch
+from tilelang import language as T
+from tvm import arith, tirx
+from tvm.target import Target
+
+_SLOT_BYTES = 8
+_SLOT_FORMAT = {"bool": "?", "int8": "b", "uint8": "B", "int16": "h", "uint16": "H", "int32": "i", "uint32": "I"}
+_SLOT_FORMAT |= {"int64": "q", "uint64": "Q", "float16": "e", "float32": "f"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the user's function: a tensor (with a shape, symbolic extents allowed) or a scalar."""
+
+    name: str
+    dtype: str
+    shape: tuple | None  # None for a scalar
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch with everything bound: buffers in binding order, the bytes of the scalar struct, the grid."""
+
+    buffers: tuple[torch.Tensor, ...]
+    scalars: bytes  # one 8-byte slot a scalar; empty when there is none
+    grid: tuple[int, int, int]  # threadgroups
+    threads: tuple[int, int, int]  # threads of one threadgroup
+
+
+@dataclass(frozen=True)
+class MetalProgram:
+    """A prim_func lowered to Metal text, ready for torch, MLX or the simulator.
+
+    `source` is the whole file, `name` its kernel, `parameters` the user's parameters, `bindings` the device parameters in
+    [[buffer(i)]] order (tensors, then scalars that share one struct), `written` the names of tensors the kernel writes.
+    """
+
+    source: str
+    name: str
+    parameters: tuple[Parameter, ...]
+    bindings: tuple[tuple[str, str], ...]  # (name, dtype); dtype "handle" for a tensor
+    written: frozenset[str]
+    grid: tuple
+    threads: tuple[int, int, int]
+
+    def get_kernel_source(self, kernel_only: bool = True) -> str:
+        """Return the kernel's text, with `kernel_only=False` the includes, helpers and argument struct too."""
+        start = self.source.find("kernel void ") if kernel_only else 0
+        return self.source[max(start, 0) :]
+
+    def bind(self, arguments: Sequence, *, device: str | None = None) -> Launch:
+        """Check `arguments` (the user's order) against the parameters and return what to launch.
+
+        Raises TypeError for a wrong count, kind or dtype and ValueError for a wrong shape, stride or device.
+        """
+        if len(arguments) != len(self.parameters):
+            names = ", ".join(p.name for p in self.parameters)
+            raise TypeError(f"{self.name}: takes {len(self.parameters)} arguments ({names}); got {len(arguments)}; pass one each")
+        values: dict[str, object] = {}
+        extents: dict[tirx.Var, int] = {}
+        for parameter, argument in zip(self.parameters, arguments, strict=True):
+            if parameter.shape is None:
+                values[parameter.name] = _check_scalar(self.name, parameter, argument)
+            else:
+                values[parameter.name] = _check_tensor(self.name, parameter, argument, extents, device)
+        for parameter, argument in zip(self.parameters, arguments, strict=True):
+            _check_computed_extents(self.name, parameter, argument, extents)
+        by_name = {**values, **{var.name: value for var, value in extents.items()}}
+        tensors = tuple(by_name[name] for name, dtype in self.bindings if dtype == "handle")
+        slots = b"".join(_slot(by_name[name], dtype) for name, dtype in self.bindings if dtype != "handle")
+        grid = tuple(_evaluate(extent, by_name) for extent in self.grid)
+        return Launch(tensors, slots, grid, self.threads)
+
+
+def lower(func: tirx.PrimFunc, target: str | Target = "metal") -> MetalProgram:
+    """Lower one prim_func with one `T.Kernel` to Metal text; no Mac, GPU or Metal compiler is needed."""
+    artifact = tilelang.lower(func, target=metal_target(target))
+    kernels = [f for _, f in artifact.device_mod.functions_items()]
+    if len(kernels) != 1:
+        raise NotImplementedError(
+            f"metal.lower: a prim_func must hold exactly one T.Kernel; got {len(kernels)}; split it into one prim_func a kernel"
+        )
+    return _program(func, kernels[0], artifact.kernel_source)
+
+
+def metal_target(target: str | Target) -> Target:
+    """Return the target object for "metal", "metal4" (the key that selects Metal 4's tensor operations) or a Target."""
+    if isinstance(target, Target):
+        return target
+    if target == "metal":
+        return Target({"kind": "metal", "keys": ["metal", "gpu"]})
+    if target == "metal4":
+        return Target({"kind": "metal", "keys": ["metal", "gpu", "metal4"]})
+    raise ValueError(f'metal.lower: target must be "metal", "metal4" or a Target; got {target!r}; pass one of these')
+
+
+def _program(func: tirx.PrimFunc, kernel: tirx.PrimFunc, source: str) -> MetalProgram:
+    extents = kernel.attrs["thread_extent"]
+    bindings = tuple((p.name, str(p.dtype)) for p in kernel.params)
+    read_only = {int(i) for i in kernel.attrs.get("tl.readonly_param_indices", [])}
+    parameters = []
+    for param in func.params:
+        if param in func.buffer_map:
+            buffer = func.buffer_map[param]
+            shape = tuple(int(e) if isinstance(e, tirx.IntImm) else e for e in buffer.shape)
+            parameters.append(Parameter(buffer.data.name, str(buffer.dtype), shape))
+        else:
+            parameters.append(Parameter(param.name, str(param.dtype), None))
+    return MetalProgram(
+        source=source,
+        name=str(kernel.attrs["global_symbol"]),
+        parameters=tuple(parameters),
+        bindings=bindings,
+        written=frozenset(n for i, (n, dtype) in enumerate(bindings) if dtype == "handle" and i not in read_only),
+        grid=tuple(extents.get(f"blockIdx.{axis}", 1) for axis in "xyz"),
+        threads=tuple(int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz"),
+    )
+
+
+def _check_scalar(kernel: str, parameter: Parameter, argument):
+    if isinstance(argument, torch.Tensor) or not isinstance(argument, (bool, int, float)):
+        raise TypeError(f"{kernel}: {parameter.name} must be a {parameter.dtype} scalar; got {type(argument).__name__}; pass a number")
+    if not parameter.dtype.startswith("float") and isinstance(argument, float):
+        raise TypeError(f"{kernel}: {parameter.name} must be {parameter.dtype}; got the float {argument}; pass an int")
+    return argument
+
+
+def _check_tensor(kernel, parameter, argument, extents, device):
+    if not isinstance(argument, torch.Tensor):
+        raise TypeError(f"{kernel}: {parameter.name} must be a torch tensor; got {type(argument).__name__}; convert it")
+    expected = T.dtype(parameter.dtype).as_torch()
+    if argument.dtype != expected:
+        raise TypeError(f"{kernel}: {parameter.name} must be {expected}; got {argument.dtype}; convert it with .to({expected})")
+    if device is not None and argument.device.type != device:
+        raise ValueError(f"{kernel}: {parameter.name} must be on {device}; got {argument.device}; move it with .to({device!r})")
+    if argument.dim() != len(parameter.shape):
+        raise ValueError(
+            f"{kernel}: {parameter.name} must have {len(parameter.shape)} dimensions; got shape {tuple(argument.shape)}; reshape it"
+        )
+    for axis, (extent, size) in enumerate(zip(parameter.shape, argument.shape, strict=True)):
+        if isinstance(extent, tirx.Var):
+            if extents.setdefault(extent, size) != size:
+                raise ValueError(
+                    f"{kernel}: {parameter.name} must have shape[{axis}] = {extent.name} = {extents[extent]}; "
+                    f"got {size}; all tensors must agree on {extent.name}"
+                )
+        elif isinstance(extent, int) and extent != size:
+            raise ValueError(
+                f"{kernel}: {parameter.name} must have shape[{axis}] = {extent}; got shape {tuple(argument.shape)}; pass that shape"
+            )
+    if not argument.is_contiguous():
+        raise ValueError(f"{kernel}: {parameter.name} must be contiguous; got strides {argument.stride()}; call .contiguous()")
+    return argument
+
+
+def _check_computed_extents(kernel, parameter, argument, extents):
+    values = {var.name: value for var, value in extents.items()}
+    for axis, extent in enumerate(parameter.shape or ()):
+        if not isinstance(extent, (int, tirx.Var)) and _evaluate(extent, values) != argument.shape[axis]:
+            raise ValueError(
+                f"{kernel}: {parameter.name} must have shape[{axis}] = {extent} = {_evaluate(extent, values)}; "
+                f"got {argument.shape[axis]}; pass that shape"
+            )
+
+
+def _slot(value, dtype: str) -> bytes:
+    if dtype == "bfloat16":
+        raw = struct.pack("<f", value)[2:]
+    else:
+        raw = struct.pack("<" + _SLOT_FORMAT[dtype], value)
+    return raw.ljust(_SLOT_BYTES, b"\0")
+
+
+def _evaluate(expression, values: dict[str, object]) -> int:
+    if isinstance(expression, int):
+        return expression
+    bound = tirx.stmt_functor.substitute(
+        expression, {var: tirx.const(values[var.name], var.dtype) for var in tirx.analysis.undefined_vars(expression)}
+    )
+    return int(arith.Analyzer().simplify(bound))
