@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from tvm import tirx
-
-from tilelang_ext.metal.program import MetalProgram, lower
+from tilelang_ext.metal.program import as_program
 from tilelang_ext.simulator import Report, execute_msl
 
 
-def simulate(kernel, *arguments, target: str = "metal", check: bool = True, seed: int = 0, timeout: float = 60.0) -> Report:
+def simulate(
+    kernel, *arguments, target: str = "metal", check: bool = True, seed: int = 0, timeout: float = 60.0
+) -> Report:
     """Execute one launch of `kernel` from its Metal text and return counts and findings; outputs are written in place.
 
     `kernel` is a prim_func, a compiled tilelang kernel, or a `MetalProgram`; `arguments` are torch CPU tensors and numbers in
@@ -21,18 +21,12 @@ def simulate(kernel, *arguments, target: str = "metal", check: bool = True, seed
     launch = program.bind(arguments, device="cpu")
     bound = [*launch.buffers, launch.scalars] if launch.scalars else list(launch.buffers)
     return execute_msl(
-        program.source, program.name, bound, grid=launch.grid, threads=launch.threads, check=check, seed=seed, timeout=timeout
+        program.source,
+        program.name,
+        bound,
+        grid=launch.grid,
+        threads=launch.threads,
+        check=check,
+        seed=seed,
+        timeout=timeout,
     )
-
-
-def as_program(kernel, target: str = "metal") -> MetalProgram:
-    """Return the Metal program of a prim_func, a compiled tilelang kernel or a program."""
-    if isinstance(kernel, MetalProgram):
-        return kernel
-    func = kernel if isinstance(kernel, tirx.PrimFunc) else getattr(kernel, "prim_func", None)
-    if not isinstance(func, tirx.PrimFunc):
-        raise TypeError(
-            f"simulate: kernel must be a prim_func, a compiled tilelang kernel or a MetalProgram; got {type(kernel).__name__}; "
-            "pass the function decorated with @T.prim_func"
-        )
-    return lower(func, target)

@@ -13,7 +13,9 @@ def attention(S, D, block_M, block_N, threads, dtype):
     scale = 1.4426950408889634 / D**0.5
 
     @T.prim_func
-    def kernel(Q: T.Tensor((S, D), dtype), K: T.Tensor((S, D), dtype), V: T.Tensor((S, D), dtype), O: T.Tensor((S, D), dtype)):
+    def kernel(
+        Q: T.Tensor((S, D), dtype), K: T.Tensor((S, D), dtype), V: T.Tensor((S, D), dtype), O: T.Tensor((S, D), dtype)
+    ):
         with T.Kernel(T.ceildiv(S, block_M), threads=threads) as bx:
             Q_s = T.alloc_shared((block_M, D), dtype)
             K_s = T.alloc_shared((block_N, D), dtype)
@@ -73,7 +75,9 @@ def test_flash_attention_inner_pattern(S, D, block_M, block_N, threads, dtype):
     expected = (torch.softmax(q @ k.T / D**0.5, dim=-1) @ v).numpy()
     actual = float64(O)
     # P is rounded to `dtype` before the second product: as torch does it, at most twice its error.
-    torch_error = np.abs(float64(torch.nn.functional.scaled_dot_product_attention(Q[None], K[None], V[None])[0]) - expected).max()
+    torch_error = np.abs(
+        float64(torch.nn.functional.scaled_dot_product_attention(Q[None], K[None], V[None])[0]) - expected
+    ).max()
     assert np.isfinite(actual).all()
     assert np.abs(actual - expected).max() <= max(2 * torch_error, 2e-3 if dtype == "float16" else 1.6e-2)
     assert_close(O, expected, dtype=dtype, max_error=2e-2)
@@ -97,7 +101,11 @@ def test_probabilities_stay_in_registers():
             T.gemm(p, B_s, c, clear_accum=True, policy=T.GemmWarpPolicy.FullRow)
             T.copy(c, C)
 
-    A, B, C = random_tensor((32, 32), "float16", 0), random_tensor((32, 32), "float16", 1), poisoned((32, 32), "float32")
+    A, B, C = (
+        random_tensor((32, 32), "float16", 0),
+        random_tensor((32, 32), "float16", 1),
+        poisoned((32, 32), "float32"),
+    )
     report = simulate(kernel, A, B, C)
     assert not report.findings, str(report)
     assert report.counts.shuffles == 0

@@ -8,7 +8,9 @@ from tilelang_ext import language as T
 from tilelang_ext import simulate
 
 
-def run(M, N, K, *args, a="float16", b="float16", out="float32", trans_A=False, trans_B=False, target="metal", **kwargs):
+def run(
+    M, N, K, *args, a="float16", b="float16", out="float32", trans_A=False, trans_B=False, target="metal", **kwargs
+):
     kernel = gemm(M, N, K, *args, a=a, b=b, out=out, trans_A=trans_A, trans_B=trans_B, **kwargs)
     A = random_tensor((K, M) if trans_A else (M, K), a, 0)
     B = random_tensor((N, K) if trans_B else (K, N), b, 1)
@@ -59,7 +61,9 @@ def test_mixed_operands(a, b, trans_B):
 )
 def test_tiles_and_threads(block_M, block_N, block_K, threads):
     if threads == 96:
-        with pytest.raises(Exception, match=r"T\.gemm: the tile must split into 8x8 blocks over all simdgroups; got a 64x32 tile and 3"):
+        with pytest.raises(
+            Exception, match=r"T\.gemm: the tile must split into 8x8 blocks over all simdgroups; got a 64x32 tile and 3"
+        ):
             run(block_M, block_N, 64, block_M, block_N, block_K, threads=threads)
         return
     run(block_M, 2 * block_N, 2 * block_K, block_M, block_N, block_K, threads=threads)
@@ -102,7 +106,9 @@ def test_clear_accum_and_initial_value():
 
     def kernel_for(clear):
         @T.prim_func
-        def kernel(A: T.Tensor((64, 32), "float16"), B: T.Tensor((32, 64), "float16"), C: T.Tensor((64, 64), "float32")):
+        def kernel(
+            A: T.Tensor((64, 32), "float16"), B: T.Tensor((32, 64), "float16"), C: T.Tensor((64, 64), "float32")
+        ):
             with T.Kernel(1, threads=128) as _:
                 A_s = T.alloc_shared((64, 32), "float16")
                 B_s = T.alloc_shared((32, 64), "float16")
@@ -176,5 +182,3 @@ def test_dynamic_extents():
         report = simulate(kernel, A, B, C)
         assert not report.findings, str(report)
         assert_close(C, gemm_reference(A, B), dtype="float32")
-
-

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from tilelang_ext.metal.program import Launch, MetalProgram, Parameter, lower
+from tilelang_ext.metal.run import to_mlx, to_torch
 
-__all__ = ["Launch", "MetalProgram", "Parameter", "lower"]
+__all__ = ["Launch", "MetalProgram", "Parameter", "lower", "to_mlx", "to_torch"]

@@ -12,7 +12,7 @@ from tilelang.metal.target import target_is_metal
 from tilelang.tileop.gemm.registry import register_gemm_impl
 
 from tilelang_ext.metal import pipeline
-from tilelang_ext.metal.fragment_to_simdgroup import GemmSimdgroup
+from tilelang_ext.metal.fragment_to_simdgroup import FragmentGemm
 from tilelang_ext.native import load_library
 
 
@@ -24,7 +24,7 @@ def register() -> None:
     tvm_ffi.register_global_func("target.build.tilelang_metal", build, override=True)
     tvm_ffi.register_global_func("target.build.tilelang_metal_without_compile", build_without_compile, override=True)
     for instruction in (GEMM_INST_METAL, GEMM_INST_METAL_COOPERATIVE_TENSOR):
-        register_gemm_impl(instruction, instruction, target_is_metal, GemmSimdgroup)
+        register_gemm_impl(instruction, instruction, target_is_metal, FragmentGemm)
     _replace_pass_list()
 
 

@@ -11,6 +11,7 @@ Invariant: a fragment holds what its `Fragment` layout says before and after eve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilelang import language as T
@@ -21,27 +22,43 @@ from tvm import tirx
 from tvm.ir import Op
 
 from tilelang_ext.metal.layout import (
-    ELEMENTS,
+    COOPERATIVE_TENSOR,
     LANES,
-    TILE,
+    SIMDGROUP_MATRIX,
+    LaneLayout,
     Partition,
     accumulator_layout,
-    col_of,
     operand_layout,
     padded_layout,
-    row_of,
 )
 from tilelang_ext.metal.partition import partition_tile
 
-_STORAGE_TO_PRODUCT = {
-    "float8_e4m3fn": "float16",
-    "float8_e5m2": "float16",
-    "float8_e4m3fnuz": "float16",
-    "float8_e5m2fnuz": "float16",
-    "float4_e2m1fn": "float16",
-}
+_DECODED_TO_HALF = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1fn")
 _PRODUCT_DTYPES = ("float16", "bfloat16", "float32")
-_ACCUMULATOR_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class MatrixInstruction:
+    """One product of M x N x K on registers. `transposed_b`: B may be given as (N, K), so that a lane's runs lie along K."""
+
+    M: int
+    N: int
+    K: int
+    matrix: LaneLayout
+    transposed_b: bool
+    call: Callable  # (pointers to the lane's elements of c, a, b; is b (N, K)) -> tirx.Call
+
+
+def _simdgroup_mma(c, a, b, transposed_b) -> tirx.Call:
+    return tirx.call_intrin("handle", Op.get("tilelang_ext.metal_simdgroup_mma"), c, a, b)
+
+
+def _matmul2d(c, a, b, transposed_b) -> tirx.Call:
+    return tirx.call_intrin("handle", Op.get("tilelang_ext.metal_matmul2d"), c, a, b, 16, 32, 16, False, transposed_b)
+
+
+SIMDGROUP_MMA = MatrixInstruction(8, 8, 8, SIMDGROUP_MATRIX, transposed_b=False, call=_simdgroup_mma)
+MATMUL2D = MatrixInstruction(16, 32, 16, COOPERATIVE_TENSOR, transposed_b=True, call=_matmul2d)  # Metal 4
 
 
 def product_dtype(a_dtype: str, b_dtype: str) -> str:
@@ -50,31 +67,40 @@ def product_dtype(a_dtype: str, b_dtype: str) -> str:
     Equal 16- or 32-bit types stay; fp8 and fp4 become half, or bfloat beside a bfloat operand; any other mix is float32.
     """
     for name, dtype in (("A", a_dtype), ("B", b_dtype)):
-        if dtype not in _PRODUCT_DTYPES and dtype not in _STORAGE_TO_PRODUCT:
+        if dtype not in _PRODUCT_DTYPES and dtype not in _DECODED_TO_HALF:
             raise TypeError(
                 f"T.gemm: on Metal {name} must be float16, bfloat16, float32 or an fp8 type; got {dtype}; "
                 f"cast it, or use a target whose matrix unit takes {dtype}"
             )
-    a = _STORAGE_TO_PRODUCT.get(a_dtype, a_dtype)
-    b = _STORAGE_TO_PRODUCT.get(b_dtype, b_dtype)
-    if a == b:
-        return a
-    if (a_dtype in _STORAGE_TO_PRODUCT and b == "bfloat16") or (b_dtype in _STORAGE_TO_PRODUCT and a == "bfloat16"):
-        return "bfloat16"
-    return "float32"
+    dtypes = {dtype for dtype in (a_dtype, b_dtype) if dtype not in _DECODED_TO_HALF}
+    if len(dtypes) == 2:
+        return "float32"
+    return dtypes.pop() if dtypes else "float16"
 
 
-def warp_policy(gemm) -> GemmWarpPolicy:
-    return GemmWarpPolicy(int(gemm.policy.policy_type))
+def select_instruction(
+    target, a_dtype: str, b_dtype: str, M: int, N: int, K: int, threads: int, policy
+) -> MatrixInstruction:
+    """Return Metal 4's `matmul2d` where the target has it and the tile fits; the simdgroup matrix product else.
+
+    `matmul2d` takes float32 operands at reduced precision, so those stay on simdgroup matrices.
+    """
+    if "metal4" in target.keys and product_dtype(a_dtype, b_dtype) != "float32" and K % MATMUL2D.K == 0:
+        try:
+            partition_tile(M, N, threads, policy, MATMUL2D.M, MATMUL2D.N)
+        except ValueError:
+            return SIMDGROUP_MMA
+        return MATMUL2D
+    return SIMDGROUP_MMA
 
 
-def check_tile(gemm, threads: int) -> None:
+def check_tile(M: int, N: int, K: int, threads: int) -> None:
     """Raise if the tile or the thread count cannot be made of 8x8 simdgroup matrices."""
-    for name, extent in (("M", gemm.M), ("N", gemm.N), ("K", gemm.K)):
-        if int(extent) % TILE:
+    for name, extent in (("M", M), ("N", N), ("K", K)):
+        if extent % SIMDGROUP_MMA.M:
             raise ValueError(
-                f"T.gemm: on Metal the tile's {name} must be a multiple of {TILE}; got {name} = {int(extent)}; "
-                f"round the tile up and mask the tail when copying"
+                f"T.gemm: on Metal the tile's {name} must be a multiple of 8; got {name} = {extent}; "
+                "round the tile up and mask the tail when copying"
             )
     if threads % LANES:
         raise ValueError(
@@ -84,8 +110,8 @@ def check_tile(gemm, threads: int) -> None:
 
 
 @dataclass
-class GemmSimdgroup:
-    """`T.gemm` through `simdgroup_multiply_accumulate`: A and B shared or fragment, C fragment or shared.
+class FragmentGemm:
+    """`T.gemm` on Metal: A and B shared or fragment, C fragment or shared.
 
     Products accumulate in float32. A float16 or bfloat16 C is read, accumulated in float32 and rounded once a call.
     """
@@ -96,85 +122,119 @@ class GemmSimdgroup:
         gemm = self.gemm_node
         self.A, self.B, self.C = gemm.A, gemm.B, gemm.C
         self.M, self.N, self.K = int(gemm.M), int(gemm.N), int(gemm.K)
+        self.trans_A, self.trans_B = bool(gemm.trans_A), bool(gemm.trans_B)
+        self.policy = GemmWarpPolicy(int(gemm.policy.policy_type))
         self.dtype = product_dtype(str(self.A.dtype), str(self.B.dtype))
-        if str(self.C.dtype) not in _ACCUMULATOR_DTYPES:
+        if str(self.C.dtype) not in _PRODUCT_DTYPES:
             raise TypeError(
                 f"T.gemm: on Metal C must be float32, float16 or bfloat16; got {self.C.dtype} ({self.C.name}); "
                 "accumulate in float32 and cast afterwards"
             )
-        for name, buffer in (("A", self.A), ("B", self.B), ("C", self.C)):
+        for name, buffer, region in (
+            ("A", self.A, gemm.aRegion),
+            ("B", self.B, gemm.bRegion),
+            ("C", self.C, gemm.cRegion),
+        ):
             if not (is_shared(buffer) or is_fragment(buffer)):
                 raise TypeError(
                     f"T.gemm: on Metal {name} must be a shared or fragment buffer; got {buffer.name} in scope "
                     f"{buffer.scope()!r}; copy the tile with T.copy first"
                 )
-        for name, buffer, region in (("A", self.A, gemm.aRegion), ("B", self.B, gemm.bRegion), ("C", self.C, gemm.cRegion)):
             if is_fragment(buffer) and not is_full_region(region):
                 raise NotImplementedError(
                     f"T.gemm: a fragment operand must be used whole; got a slice of {name} ({buffer.name}); "
                     "use a shared buffer, or a fragment of the slice's shape"
                 )
 
-    def partition(self, threads: int) -> Partition:
-        check_tile(self.gemm_node, threads)
-        return partition_tile(self.M, self.N, threads // LANES, warp_policy(self.gemm_node))
+    def _plan(self, target, threads: int) -> tuple[MatrixInstruction, Partition]:
+        check_tile(self.M, self.N, self.K, threads)
+        a_dtype, b_dtype = str(self.A.dtype), str(self.B.dtype)
+        instruction = select_instruction(target, a_dtype, b_dtype, self.M, self.N, self.K, threads, self.policy)
+        return instruction, partition_tile(self.M, self.N, threads, self.policy, instruction.M, instruction.N)
 
     def infer_layout(self, target, thread_nums) -> dict:
-        partition = self.partition(int(thread_nums))
+        instruction, partition = self._plan(target, int(thread_nums))
         layouts = {}
-        for operand, buffer, transposed in (("A", self.A, self.gemm_node.trans_A), ("B", self.B, self.gemm_node.trans_B)):
+        for operand, buffer, transposed in (("A", self.A, self.trans_A), ("B", self.B, self.trans_B)):
             if is_fragment(buffer):
-                layouts[buffer] = operand_layout(buffer.shape, partition, operand, bool(transposed))
+                layouts[buffer] = operand_layout(buffer.shape, partition, instruction.matrix, operand, transposed)
             else:
                 layouts[buffer] = padded_layout(buffer)
-        layouts[self.C] = accumulator_layout(self.C.shape, partition) if is_fragment(self.C) else padded_layout(self.C)
+        if is_fragment(self.C):
+            layouts[self.C] = accumulator_layout(self.C.shape, partition, instruction.matrix)
+        else:
+            layouts[self.C] = padded_layout(self.C)
         return layouts
 
     def lower(self, layout_map, target, thread_bounds, thread_index, mbar_phase_expr=None):
-        gemm, dtype = self.gemm_node, self.dtype
-        partition = self.partition(int(thread_bounds.extent))
+        instruction, partition = self._plan(target, int(thread_bounds.extent))
+        matrix, dtype = instruction.matrix, self.dtype
+        size, elements, run = matrix.size, matrix.elements, matrix.run
+        runs = elements // run
         thread = thread_index - thread_bounds.min
         simdgroup, lane = thread // LANES, thread % LANES
-        rows, cols = self.M // partition.rows // TILE, self.N // partition.cols // TILE
-        row0, col0 = partition.row_of(simdgroup) * rows * TILE, partition.col_of(simdgroup) * cols * TILE
-        lane_row, lane_col = row_of(lane), col_of(lane)
-        load_a = _operand_reader(self.A, gemm.aRegion, gemm.trans_A, dtype)
-        load_b = _operand_reader(self.B, gemm.bRegion, gemm.trans_B, dtype)
-        a_in_place = is_fragment(self.A) and str(self.A.dtype) == dtype and not gemm.trans_A
-        b_in_place = is_fragment(self.B) and str(self.B.dtype) == dtype and not gemm.trans_B
-        A, B, C, clear_accum = self.A, self.B, self.C, gemm.clear_accum
+        rows, cols = self.M // partition.rows // size, self.N // partition.cols // size  # matrices of this simdgroup
+        row0, col0 = partition.row(simdgroup) * rows * size, partition.col(simdgroup) * cols * size
+        group = instruction.N // size  # matrices of B and C that one product takes
+        steps = self.K // instruction.K
+
+        A, B, C = self.A, self.B, self.C
+        a_in_place = is_fragment(A) and str(A.dtype) == dtype
+        b_in_place = is_fragment(B) and str(B.dtype) == dtype
         c_in_place = is_fragment(C) and str(C.dtype) == "float32"
-        c_is_fragment = is_fragment(C)
-        c_offsets = [r.min for r in gemm.cRegion.region]
-        *c_lead, c_row, c_col = c_offsets
-        steps = self.K // TILE
+        b_as_stored = instruction.transposed_b and self.trans_B and is_shared(B)
+        clear_accum = self.gemm_node.clear_accum
+        read_a = _reader(A, self.gemm_node.aRegion, self.trans_A, dtype)
+        read_b = _reader(B, self.gemm_node.bRegion, self.trans_B, dtype)
+        *c_lead, c_row, c_col = [r.min for r in self.gemm_node.cRegion.region]
+
+        # A fragment is addressed by coordinates of the first simdgroup: they name the same register in every one.
+        def a_element(i, k, e):
+            if is_fragment(A):
+                return read_a(i * size + e // run * 8, k * size + e % run)
+            return read_a(row0 + i * size + matrix.row(lane, e), k * size + matrix.col(lane, e))
+
+        def b_element(k, j, e):
+            if is_fragment(B):
+                return read_b(k * size + e // run * 8, j * size + e % run)
+            if b_as_stored:
+                return read_b(k * size + matrix.col(lane, e), col0 + j * size + matrix.row(lane, e))
+            return read_b(k * size + matrix.row(lane, e), col0 + j * size + matrix.col(lane, e))
+
+        def c_index(i, j, e):
+            if is_fragment(C):
+                return (i * size + e // run * 8, j * size + e % run)
+            return (
+                *c_lead,
+                c_row + row0 + i * size + matrix.row(lane, e),
+                c_col + col0 + j * size + matrix.col(lane, e),
+            )
+
+        def stored(i, j, transposed):
+            return (j * size, i * size) if transposed else (i * size, j * size)
 
         @T.macro
-        def accumulate(c, c_index):
-            a = T.alloc_local((rows * ELEMENTS,), dtype)
-            b = T.alloc_local((cols * ELEMENTS,), dtype)
+        def accumulate(c, c_register):
+            a = T.alloc_local((rows * elements,), dtype)
+            b = T.alloc_local((cols * elements,), dtype)
             for k in T.serial(steps):
                 if not a_in_place:
-                    for i in T.unroll(rows):
-                        for e in T.vectorized(ELEMENTS):
-                            a[i * ELEMENTS + e] = load_a(i * TILE, k * TILE, row0, 0, lane_row, lane_col + e)
+                    for i, r in T.grid(rows, runs):
+                        for v in T.vectorized(run):
+                            a[(i * runs + r) * run + v] = a_element(i, k, r * run + v)
                 if not b_in_place:
-                    for j in T.unroll(cols):
-                        for e in T.vectorized(ELEMENTS):
-                            b[j * ELEMENTS + e] = load_b(k * TILE, j * TILE, 0, col0, lane_row, lane_col + e)
-                for i, j in T.grid(rows, cols):
-                    simdgroup_mma(
-                        T.address_of(c[c_index(i, j)]),
-                        T.address_of(A[i * TILE, k * TILE]) if a_in_place else T.address_of(a[i * ELEMENTS]),
-                        T.address_of(B[k * TILE, j * TILE]) if b_in_place else T.address_of(b[j * ELEMENTS]),
+                    for j, r in T.grid(cols, runs):
+                        for v in T.vectorized(run):
+                            b[(j * runs + r) * run + v] = b_element(k, j, r * run + v)
+                for i, j in T.grid(rows, cols // group):
+                    instruction.call(
+                        T.address_of(c[c_register(i, j * group)]),
+                        T.address_of(A[stored(i, k, self.trans_A)]) if a_in_place else T.address_of(a[i * elements]),
+                        T.address_of(B[stored(k, j * group, self.trans_B)])
+                        if b_in_place
+                        else T.address_of(b[j * group * elements]),
+                        b_as_stored,
                     )
-
-        # A logical coordinate of a fragment names the same register in every simdgroup and lane, so the first
-        # simdgroup's is used; a shared C is addressed by where this lane's elements really are.
-        def c_element(i, j, e):
-            if c_is_fragment:
-                return (i * TILE, j * TILE + e)
-            return (*c_lead, c_row + row0 + i * TILE + lane_row, c_col + col0 + j * TILE + lane_col + e)
 
         if c_in_place:
 
@@ -182,45 +242,33 @@ class GemmSimdgroup:
             def gemm_in_registers() -> None:
                 if clear_accum:
                     T.clear(C)
-                accumulate(C, lambda i, j: (i * TILE, j * TILE))
+                accumulate(C, lambda i, j: (i * size, j * size))
 
             return _Simplify(gemm_in_registers, inline_let=True)
 
         @T.prim_func
         def gemm_through_registers() -> None:
-            c = T.alloc_local((rows * cols * ELEMENTS,), "float32")
-            for i, j in T.grid(rows, cols):
-                for e in T.vectorized(ELEMENTS):
-                    c[(i * cols + j) * ELEMENTS + e] = T.if_then_else(
-                        clear_accum, T.float32(0), T.cast(C[c_element(i, j, e)], "float32")
+            c = T.alloc_local((rows * cols * elements,), "float32")
+            for i, j, r in T.grid(rows, cols, runs):
+                for v in T.vectorized(run):
+                    c[((i * cols + j) * runs + r) * run + v] = T.if_then_else(
+                        clear_accum, T.float32(0), T.cast(C[c_index(i, j, r * run + v)], "float32")
                     )
-            accumulate(c, lambda i, j: (i * cols + j) * ELEMENTS)
-            for i, j in T.grid(rows, cols):
-                for e in T.vectorized(ELEMENTS):
-                    C[c_element(i, j, e)] = T.cast(c[(i * cols + j) * ELEMENTS + e], C.dtype)
+            accumulate(c, lambda i, j: (i * cols + j) * elements)
+            for i, j, r in T.grid(rows, cols, runs):
+                for v in T.vectorized(run):
+                    C[c_index(i, j, r * run + v)] = T.cast(c[((i * cols + j) * runs + r) * run + v], C.dtype)
 
         return _Simplify(gemm_through_registers, inline_let=True)
 
 
-def simdgroup_mma(c, a, b) -> tirx.Call:
-    """Return the call `c += a @ b` on one 8x8x8 product; each pointer is to this lane's two elements."""
-    return tirx.call_intrin("handle", Op.get("tilelang_ext.metal_simdgroup_mma"), c, a, b)
-
-
-def _operand_reader(buffer, region, transposed, dtype):
-    """Return a function giving one element of an operand as it enters the product, converted to `dtype`."""
+def _reader(buffer, region, transposed, dtype):
+    """Return a function giving one element of an operand by its place in the product, converted to `dtype`."""
     *lead, first0, second0 = [r.min for r in region.region]
-    in_registers = is_fragment(buffer)
 
-    def read(tile_row, tile_col, row0, col0, lane_row, lane_col):
-        if in_registers:  # any simdgroup's coordinate names the register; the element is the low bit of the column
-            row, col = tile_row, tile_col + lane_col % ELEMENTS
-        else:
-            row, col = row0 + tile_row + lane_row, col0 + tile_col + lane_col
+    def read(row, col):
         first, second = (col, row) if transposed else (row, col)
         value = buffer[(*lead, first0 + first, second0 + second)]
         return value if str(buffer.dtype) == dtype else T.cast(value, dtype)
 
     return read
-
-

@@ -1,10 +1,13 @@
-"""Where a lane keeps its elements: the lane layout of a simdgroup matrix and the tile layouts built on it.
+"""Where a lane keeps its elements: the lane layouts of Metal's matrices and the tile layouts built on them.
 
-A `simdgroup_matrix<T, 8, 8>` gives each of the 32 lanes two neighbouring elements of one row. With `q = lane >> 2`
+Metal spreads a small matrix over the 32 lanes of a simdgroup in runs of neighbouring elements of one row. With
+`q = lane >> 2` a lane's first run starts at
 
-    row = (q & 4) | ((lane >> 1) & 3)        col = (q & 2) * 2 + (lane & 1) * 2        elements (row, col), (row, col + 1)
+    row = (q & 4) | ((lane >> 1) & 3)        col = ((q & 2) | (lane & 1)) * run
 
-for A, B and C of every element type, so the result of one product can be an operand of the next as it stands.
+`simdgroup_matrix<T, 8, 8>` has one run of two; a 16x16 block of a `mpp::tensor_ops` cooperative tensor has two runs of four,
+the second 8 rows below. The same holds for A, B and C of every element type, so the result of one product can be an operand
+of the next as it stands. (The layout is the one that MLX's matrix kernels rely on.)
 """
 
 from __future__ import annotations
@@ -14,25 +17,38 @@ from dataclasses import dataclass
 from tilelang.layout import Fragment, Layout
 from tvm import DataType, tirx
 
-TILE = 8  # rows and columns of a simdgroup matrix
 LANES = 32
-ELEMENTS = 2  # elements of one simdgroup matrix a lane holds
 THREADGROUP_ROW_PAD_BYTES = 16
 
 
-def lane_of(row, col):
-    """Return the lane that holds element (row, col) of an 8x8 simdgroup matrix; inverse of `row_of` and `col_of`."""
-    return (row // 4) * 16 + (col // 4) * 8 + (row % 4) * 2 + (col % 4) // 2
+@dataclass(frozen=True)
+class LaneLayout:
+    """A `size` x `size` matrix over 32 lanes: runs of `run` neighbouring elements, the runs 8 rows apart."""
+
+    size: int
+    run: int
+
+    @property
+    def elements(self) -> int:
+        """Elements of the matrix that one lane holds."""
+        return self.size * self.size // LANES
+
+    def lane(self, i, j):
+        group = j // self.run
+        return (i % 8) // 4 * 16 + group // 2 * 8 + i % 4 * 2 + group % 2
+
+    def element(self, i, j):
+        return i // 8 * self.run + j % self.run
+
+    def row(self, lane, element):
+        return lane // 16 * 4 + lane // 2 % 4 + element // self.run * 8
+
+    def col(self, lane, element):
+        return (lane // 8 % 2 * 2 + lane % 2) * self.run + element % self.run
 
 
-def row_of(lane):
-    """Return the row, 0 to 7, of the two elements that `lane` holds."""
-    return (lane // 16) * 4 + (lane // 2) % 4
-
-
-def col_of(lane):
-    """Return the even column, 0 to 6, of the first of the two elements that `lane` holds."""
-    return (lane // 8) % 2 * 4 + lane % 2 * 2
+SIMDGROUP_MATRIX = LaneLayout(size=8, run=2)
+COOPERATIVE_TENSOR = LaneLayout(size=16, run=4)
 
 
 @dataclass(frozen=True)
@@ -42,33 +58,33 @@ class Partition:
     rows: int
     cols: int
 
-    def row_of(self, simdgroup):
+    def row(self, simdgroup):
         return simdgroup % self.rows
 
-    def col_of(self, simdgroup):
+    def col(self, simdgroup):
         return simdgroup // self.rows
 
 
-def accumulator_layout(shape, partition: Partition) -> Fragment:
-    """Return the layout of an M x N accumulator: each simdgroup owns one contiguous block of 8x8 matrices."""
+def accumulator_layout(shape, partition: Partition, matrix: LaneLayout) -> Fragment:
+    """Return the layout of an M x N accumulator: each simdgroup owns one contiguous block of matrices, row by row."""
     block_rows, block_cols = int(shape[0]) // partition.rows, int(shape[1]) // partition.cols
 
     def forward(i, j):
         simdgroup = i // block_rows + partition.rows * (j // block_cols)
-        matrix = (i % block_rows) // TILE * (block_cols // TILE) + (j % block_cols) // TILE
-        return simdgroup * LANES + lane_of(i % TILE, j % TILE), matrix * ELEMENTS + j % ELEMENTS
+        return _place(simdgroup, i % block_rows, j % block_cols, block_cols, matrix)
 
     return Fragment(shape, forward_fn=forward)
 
 
-def operand_layout(shape, partition: Partition, operand: str, transposed: bool) -> Fragment:
+def operand_layout(shape, partition: Partition, matrix: LaneLayout, operand: str, transposed: bool) -> Fragment:
     """Return the layout of a register operand, replicated over the simdgroups that share it.
 
     `operand` "A" is split along M over the partition's rows and replicated over its columns; "B" is split along N over
-    the columns and replicated over the rows. `shape` is as stored: (M, K) or, transposed, (K, M); (K, N) or (N, K).
+    the columns and replicated over the rows. `shape` is as stored: (M, K) or, transposed, (K, M); (K, N) or (N, K). The
+    lanes follow the operand as it enters the product.
     """
     first, second = (int(extent) for extent in shape)
-    height, width = (second, first) if transposed else (first, second)  # the operand as it enters the product
+    height, width = (second, first) if transposed else (first, second)
     replicas = partition.cols if operand == "A" else partition.rows
     block_rows = height // partition.rows if operand == "A" else height
     block_cols = width // partition.cols if operand == "B" else width
@@ -79,12 +95,19 @@ def operand_layout(shape, partition: Partition, operand: str, transposed: bool) 
             simdgroup = i // block_rows + partition.rows * replica
         else:
             simdgroup = replica + partition.rows * (j // block_cols)
-        matrix = (i % block_rows) // TILE * (block_cols // TILE) + (j % block_cols) // TILE
-        return simdgroup * LANES + lane_of(i % TILE, j % TILE), matrix * ELEMENTS + j % ELEMENTS
+        return _place(simdgroup, i % block_rows, j % block_cols, block_cols, matrix)
 
     if replicas == 1:
         return Fragment(shape, forward_fn=lambda i, j: forward(i, j))
     return Fragment(shape, forward_fn=lambda i, j, replica: forward(i, j, replica.var), replicate=replicas)
+
+
+def _place(simdgroup, i, j, block_cols: int, matrix: LaneLayout):
+    size = matrix.size
+    index = i // size * (block_cols // size) + j // size
+    return simdgroup * LANES + matrix.lane(i % size, j % size), index * matrix.elements + matrix.element(
+        i % size, j % size
+    )
 
 
 def padded_layout(buffer: tirx.Buffer) -> Layout:

@@ -36,7 +36,11 @@ def order_parameters(mod: IRModule) -> IRModule:
             )
             permutations[var.name_hint] = sorted(range(len(func.params)), key=key)
             func = tirx.PrimFunc(
-                [func.params[i] for i in permutations[var.name_hint]], func.body, func.ret_type, func.buffer_map, func.attrs
+                [func.params[i] for i in permutations[var.name_hint]],
+                func.body,
+                func.ret_type,
+                func.buffer_map,
+                func.attrs,
             )
         functions[var] = func
 

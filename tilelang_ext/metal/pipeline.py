@@ -16,6 +16,7 @@ from tilelang.backend.pass_pipeline.pipeline_utils import (
 from tvm import IRModule, s_tir, tirx
 from tvm.target import Target
 
+from tilelang_ext.metal.one_instruction import OneInstruction
 from tilelang_ext.metal.parameter_order import order_parameters
 from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
 
@@ -24,7 +25,12 @@ def _materialize_kernel_launch():
     materialize = tilelang.transform.MaterializeKernelLaunch
     if "lower_grid_binding" not in inspect.signature(materialize).parameters:  # 0.1.14
         return materialize()
-    return materialize(lower_grid_binding=True, lower_thread_binding=True, default_threads=128, unsupported_annotations=["cluster_dims"])
+    return materialize(
+        lower_grid_binding=True,
+        lower_thread_binding=True,
+        default_threads=128,
+        unsupported_annotations=["cluster_dims"],
+    )
 
 
 def lower(mod: IRModule, target: Target) -> IRModule:
@@ -33,6 +39,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     config = transform.get_pass_context()
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
+    mod = OneInstruction(mod)
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
     mod = transform.AddWrapperForSingleBufStore()(mod)

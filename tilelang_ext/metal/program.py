@@ -41,14 +41,16 @@ class MetalProgram:
     """A prim_func lowered to Metal text, ready for torch, MLX or the simulator.
 
     `source` is the whole file, `name` its kernel, `parameters` the user's parameters, `bindings` the device parameters in
-    [[buffer(i)]] order (tensors, then scalars that share one struct), `written` the names of tensors the kernel writes.
+    [[buffer(i)]] order (tensors, then scalars that share one struct), `written` the names of
+    tensors the kernel writes and `read_and_written` of those among them whose old values it may read.
     """
 
     source: str
     name: str
     parameters: tuple[Parameter, ...]
-    bindings: tuple[tuple[str, str], ...]  # (name, dtype); dtype "handle" for a tensor
+    bindings: tuple[tuple[str, str], ...]  # (name, dtype), dtype "handle" for a tensor
     written: frozenset[str]
+    read_and_written: frozenset[str]
     grid: tuple
     threads: tuple[int, int, int]
 
@@ -57,28 +59,67 @@ class MetalProgram:
         start = self.source.find("kernel void ") if kernel_only else 0
         return self.source[max(start, 0) :]
 
-    def bind(self, arguments: Sequence, *, device: str | None = None) -> Launch:
-        """Check `arguments` (the user's order) against the parameters and return what to launch.
+    def bind(self, arguments: Sequence, *, device: str) -> Launch:
+        """Check torch `arguments` (the user's order) against the parameters and return what to launch.
 
         Raises TypeError for a wrong count, kind or dtype and ValueError for a wrong shape, stride or device.
         """
         if len(arguments) != len(self.parameters):
             names = ", ".join(p.name for p in self.parameters)
-            raise TypeError(f"{self.name}: takes {len(self.parameters)} arguments ({names}); got {len(arguments)}; pass one each")
-        values: dict[str, object] = {}
-        extents: dict[tirx.Var, int] = {}
+            raise TypeError(
+                f"{self.name}: takes {len(self.parameters)} arguments ({names}); got {len(arguments)}; pass one each"
+            )
+        tensors, scalars = {}, {}
         for parameter, argument in zip(self.parameters, arguments, strict=True):
             if parameter.shape is None:
-                values[parameter.name] = _check_scalar(self.name, parameter, argument)
+                scalars[parameter.name] = argument
             else:
-                values[parameter.name] = _check_tensor(self.name, parameter, argument, extents, device)
-        for parameter, argument in zip(self.parameters, arguments, strict=True):
-            _check_computed_extents(self.name, parameter, argument, extents)
-        by_name = {**values, **{var.name: value for var, value in extents.items()}}
-        tensors = tuple(by_name[name] for name, dtype in self.bindings if dtype == "handle")
-        slots = b"".join(_slot(by_name[name], dtype) for name, dtype in self.bindings if dtype != "handle")
-        grid = tuple(_evaluate(extent, by_name) for extent in self.grid)
-        return Launch(tensors, slots, grid, self.threads)
+                tensors[parameter.name] = _check_tensor(self.name, parameter, argument, device)
+        values, grid = self.resolve({name: tuple(tensor.shape) for name, tensor in tensors.items()}, scalars)
+        buffers = tuple(tensors[name] for name, dtype in self.bindings if dtype == "handle")
+        return Launch(buffers, self.slots(values), grid, self.threads)
+
+    def resolve(
+        self, shapes: dict[str, tuple[int, ...]], scalars: dict[str, object]
+    ) -> tuple[dict[str, object], tuple[int, int, int]]:
+        """Return the values of scalars and symbolic extents by name, and the grid; raise where shapes disagree.
+
+        Tensors missing from `shapes` (outputs that are yet to be made) must have extents the others determine.
+        """
+        values: dict[str, object] = {}
+        for parameter in self.parameters:
+            if parameter.shape is None:
+                values[parameter.name] = _check_scalar(self.name, parameter, scalars[parameter.name])
+            elif parameter.name in shapes:
+                _bind_shape(self.name, parameter, shapes[parameter.name], values)
+        for parameter in self.parameters:
+            if parameter.name in shapes and self.shape(parameter, values) != tuple(shapes[parameter.name]):
+                raise ValueError(
+                    f"{self.name}: {parameter.name} must have shape {self.shape(parameter, values)}; "
+                    f"got {tuple(shapes[parameter.name])}; pass that shape"
+                )
+        return values, tuple(_evaluate(self.name, extent, values) for extent in self.grid)
+
+    def shape(self, parameter: Parameter, values: dict[str, object]) -> tuple[int, ...]:
+        """Return the shape of a tensor parameter under `values`."""
+        return tuple(_evaluate(self.name, extent, values) for extent in parameter.shape)
+
+    def slots(self, values: dict[str, object]) -> bytes:
+        """Return the bytes of the scalar struct: one 8-byte slot a scalar, in binding order; empty when there is none."""
+        return b"".join(_slot(values[name], dtype) for name, dtype in self.bindings if dtype != "handle")
+
+
+def as_program(kernel, target: str | Target = "metal") -> MetalProgram:
+    """Return the Metal program of a prim_func, a compiled tilelang kernel or a program."""
+    if isinstance(kernel, MetalProgram):
+        return kernel
+    func = kernel if isinstance(kernel, tirx.PrimFunc) else getattr(kernel, "prim_func", None)
+    if not isinstance(func, tirx.PrimFunc):
+        raise TypeError(
+            "tilelang_ext: a kernel must be a prim_func, a compiled tilelang kernel or a MetalProgram; "
+            f"got {type(kernel).__name__}; pass the function decorated with @T.prim_func"
+        )
+    return lower(func, target)
 
 
 def lower(func: tirx.PrimFunc, target: str | Target = "metal") -> MetalProgram:
@@ -107,6 +148,7 @@ def _program(func: tirx.PrimFunc, kernel: tirx.PrimFunc, source: str) -> MetalPr
     extents = kernel.attrs["thread_extent"]
     bindings = tuple((p.name, str(p.dtype)) for p in kernel.params)
     read_only = {int(i) for i in kernel.attrs.get("tl.readonly_param_indices", [])}
+    written = frozenset(n for i, (n, dtype) in enumerate(bindings) if dtype == "handle" and i not in read_only)
     parameters = []
     for param in func.params:
         if param in func.buffer_map:
@@ -120,55 +162,63 @@ def _program(func: tirx.PrimFunc, kernel: tirx.PrimFunc, source: str) -> MetalPr
         name=str(kernel.attrs["global_symbol"]),
         parameters=tuple(parameters),
         bindings=bindings,
-        written=frozenset(n for i, (n, dtype) in enumerate(bindings) if dtype == "handle" and i not in read_only),
+        written=written,
+        read_and_written=written & _read_tensors(kernel),
         grid=tuple(extents.get(f"blockIdx.{axis}", 1) for axis in "xyz"),
         threads=tuple(int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz"),
     )
 
 
+def _read_tensors(kernel: tirx.PrimFunc) -> frozenset[str]:
+    names = set()
+
+    def visit(node):
+        if isinstance(node, tirx.BufferLoad):  # loads, and addresses that atomics take
+            names.add(node.buffer.data.name)
+
+    tirx.stmt_functor.post_order_visit(kernel.body, visit)
+    return frozenset(names)
+
+
 def _check_scalar(kernel: str, parameter: Parameter, argument):
     if isinstance(argument, torch.Tensor) or not isinstance(argument, (bool, int, float)):
-        raise TypeError(f"{kernel}: {parameter.name} must be a {parameter.dtype} scalar; got {type(argument).__name__}; pass a number")
-    if not parameter.dtype.startswith("float") and isinstance(argument, float):
+        raise TypeError(
+            f"{kernel}: {parameter.name} must be a {parameter.dtype} scalar; got {type(argument).__name__}; pass a number"
+        )
+    if not parameter.dtype.startswith(("float", "bfloat")) and isinstance(argument, float):
         raise TypeError(f"{kernel}: {parameter.name} must be {parameter.dtype}; got the float {argument}; pass an int")
     return argument
 
 
-def _check_tensor(kernel, parameter, argument, extents, device):
+def _check_tensor(kernel: str, parameter: Parameter, argument, device: str) -> torch.Tensor:
     if not isinstance(argument, torch.Tensor):
         raise TypeError(f"{kernel}: {parameter.name} must be a torch tensor; got {type(argument).__name__}; convert it")
     expected = T.dtype(parameter.dtype).as_torch()
     if argument.dtype != expected:
-        raise TypeError(f"{kernel}: {parameter.name} must be {expected}; got {argument.dtype}; convert it with .to({expected})")
-    if device is not None and argument.device.type != device:
-        raise ValueError(f"{kernel}: {parameter.name} must be on {device}; got {argument.device}; move it with .to({device!r})")
-    if argument.dim() != len(parameter.shape):
-        raise ValueError(
-            f"{kernel}: {parameter.name} must have {len(parameter.shape)} dimensions; got shape {tuple(argument.shape)}; reshape it"
+        raise TypeError(
+            f"{kernel}: {parameter.name} must be {expected}; got {argument.dtype}; convert it with .to({expected})"
         )
-    for axis, (extent, size) in enumerate(zip(parameter.shape, argument.shape, strict=True)):
-        if isinstance(extent, tirx.Var):
-            if extents.setdefault(extent, size) != size:
-                raise ValueError(
-                    f"{kernel}: {parameter.name} must have shape[{axis}] = {extent.name} = {extents[extent]}; "
-                    f"got {size}; all tensors must agree on {extent.name}"
-                )
-        elif isinstance(extent, int) and extent != size:
-            raise ValueError(
-                f"{kernel}: {parameter.name} must have shape[{axis}] = {extent}; got shape {tuple(argument.shape)}; pass that shape"
-            )
+    if argument.device.type != device:
+        raise ValueError(
+            f"{kernel}: {parameter.name} must be on {device}; got {argument.device}; move it with .to({device!r})"
+        )
     if not argument.is_contiguous():
-        raise ValueError(f"{kernel}: {parameter.name} must be contiguous; got strides {argument.stride()}; call .contiguous()")
+        raise ValueError(
+            f"{kernel}: {parameter.name} must be contiguous; got strides {argument.stride()}; call .contiguous()"
+        )
     return argument
 
 
-def _check_computed_extents(kernel, parameter, argument, extents):
-    values = {var.name: value for var, value in extents.items()}
-    for axis, extent in enumerate(parameter.shape or ()):
-        if not isinstance(extent, (int, tirx.Var)) and _evaluate(extent, values) != argument.shape[axis]:
+def _bind_shape(kernel: str, parameter: Parameter, shape: tuple[int, ...], values: dict[str, object]) -> None:
+    if len(shape) != len(parameter.shape):
+        raise ValueError(
+            f"{kernel}: {parameter.name} must have {len(parameter.shape)} dimensions; got shape {tuple(shape)}; reshape it"
+        )
+    for axis, (extent, size) in enumerate(zip(parameter.shape, shape, strict=True)):
+        if isinstance(extent, tirx.Var) and values.setdefault(extent.name, size) != size:
             raise ValueError(
-                f"{kernel}: {parameter.name} must have shape[{axis}] = {extent} = {_evaluate(extent, values)}; "
-                f"got {argument.shape[axis]}; pass that shape"
+                f"{kernel}: {parameter.name} must have shape[{axis}] = {extent.name} = {values[extent.name]}; "
+                f"got {size}; all tensors must agree on {extent.name}"
             )
 
 
@@ -180,10 +230,15 @@ def _slot(value, dtype: str) -> bytes:
     return raw.ljust(_SLOT_BYTES, b"\0")
 
 
-def _evaluate(expression, values: dict[str, object]) -> int:
+def _evaluate(kernel: str, expression, values: dict[str, object]) -> int:
     if isinstance(expression, int):
         return expression
-    bound = tirx.stmt_functor.substitute(
-        expression, {var: tirx.const(values[var.name], var.dtype) for var in tirx.analysis.undefined_vars(expression)}
-    )
+    unknown = tirx.analysis.undefined_vars(expression)
+    missing = [var.name for var in unknown if var.name not in values]
+    if missing:
+        raise ValueError(
+            f"{kernel}: extent {expression} must follow from the shapes given; got no value for {', '.join(missing)}; "
+            f"add a tensor that has {missing[0]} as an extent, or pass it as a scalar"
+        )
+    bound = tirx.stmt_functor.substitute(expression, {var: tirx.const(values[var.name], var.dtype) for var in unknown})
     return int(arith.Analyzer().simplify(bound))

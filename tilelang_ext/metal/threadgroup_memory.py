@@ -28,7 +28,8 @@ def _place(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     if not dynamic or sum(_aligned_bytes(buffer) for buffer in buffers) > THREADGROUP_MEMORY_BYTES:
         return func
     renamed = {
-        buffer.data: tirx.Var(buffer.data.name, PointerType(buffer.data.type_annotation.element_type, "shared")) for buffer in dynamic
+        buffer.data: tirx.Var(buffer.data.name, PointerType(buffer.data.type_annotation.element_type, "shared"))
+        for buffer in dynamic
     }
     return func.with_body(tirx.stmt_functor.substitute(func.body, renamed))
 

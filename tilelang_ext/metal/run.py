@@ -1,0 +1,148 @@
+"""Run a Metal kernel on a Mac: through torch's MPS device or as an MLX custom kernel, from the same text and launch.
+
+Nothing here can run off a Mac; what is tested elsewhere is the text, the launch shape and the order of arguments.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+
+import torch
+
+from tilelang_ext.metal.program import MetalProgram, Parameter, as_program
+
+_MLX_CONSTANT_ELEMENTS = 8  # MLX binds an input with fewer elements in the constant address space
+_PARAMETER = re.compile(r"^\s*(?P<type>.*?[*&\s])(?P<name>\w+)\s*\[\[\s*(?P<attribute>[\w()]+)\s*\]\],?\s*$")
+
+
+def to_torch(kernel) -> Callable:
+    """Return `run(*arguments)` that launches `kernel` on the MPS stream; tensors on "mps", outputs written in place.
+
+    Unlike upstream's adapter it checks the arguments, takes scalars of every type and sizes symbolic grids.
+    """
+    program = as_program(kernel)
+    function = None
+
+    def run(*arguments) -> None:
+        nonlocal function
+        launch = program.bind(arguments, device="mps")
+        if function is None:
+            function = getattr(torch.mps.compile_shader(program.source), program.name)
+        slots = [list(struct.unpack(f"<{len(launch.scalars) // 8}q", launch.scalars))] if launch.scalars else []
+        threads = [groups * size for groups, size in zip(launch.grid, launch.threads, strict=True)]
+        function(*launch.buffers, *slots, threads=threads, group_size=list(launch.threads))
+
+    return run
+
+
+def to_mlx(kernel, *, init_value: float | None = None) -> Callable:
+    """Return `run(*inputs)` on `mx.array`s that gives the kernel's written tensors as new arrays, lazily as MLX does.
+
+    `inputs` are the parameters that the kernel does not write, in its order (fp8 tensors as uint8 arrays, numbers for
+    scalars); one output is returned bare, several as a list in the kernel's order. `init_value` fills the outputs first; a
+    kernel that reads what it writes (an atomic sum, say) needs it, since MLX gives outputs fresh memory.
+    """
+    import mlx.core as mx
+
+    program = as_program(kernel)
+    header, body = _split(program)
+    outputs = [p for p in program.parameters if p.name in program.written]
+    inputs = [p for p in program.parameters if p.name not in program.written]
+    if init_value is None and program.read_and_written:
+        names = ", ".join(sorted(program.read_and_written))
+        raise ValueError(
+            f"to_mlx: {names} is read and written, and MLX outputs start undefined; got init_value=None; pass one"
+        )
+    input_names = [name for name, dtype in program.bindings if dtype == "handle" and name not in program.written]
+    scalar_names = [name for name, dtype in program.bindings if dtype != "handle"]
+    output_names = [name for name, dtype in program.bindings if name in program.written]
+    compiled = mx.fast.metal_kernel(
+        name=program.name,
+        input_names=input_names + (["argument_slots"] if scalar_names else []),
+        output_names=output_names,
+        header=header,
+        source=body,
+    )
+
+    def run(*arguments):
+        if len(arguments) != len(inputs):
+            names = ", ".join(p.name for p in inputs)
+            raise TypeError(
+                f"{program.name}: takes {len(inputs)} inputs ({names}); got {len(arguments)}; pass one each"
+            )
+        arrays = dict(zip((p.name for p in inputs), arguments, strict=True))
+        shapes = {p.name: tuple(a.shape) for p, a in zip(inputs, arguments, strict=True) if p.shape is not None}
+        for parameter in inputs:
+            if parameter.shape is not None:
+                _check_array(mx, program.name, parameter, arrays[parameter.name])
+        values, grid = program.resolve(shapes, {p.name: arrays[p.name] for p in inputs if p.shape is None})
+        bound = [_at_least_constant_size(mx, arrays[name]) for name in input_names]
+        if scalar_names:
+            slots = program.slots(values)
+            bound.append(mx.array(list(struct.unpack(f"<{len(slots) // 8}q", slots)), dtype=mx.int64))
+        by_name = {p.name: p for p in outputs}
+        results = compiled(
+            inputs=bound,
+            grid=tuple(groups * size for groups, size in zip(grid, program.threads, strict=True)),
+            threadgroup=program.threads,
+            output_shapes=[program.shape(by_name[name], values) for name in output_names],
+            output_dtypes=[getattr(mx, _mlx_dtype(by_name[name].dtype)) for name in output_names],
+            init_value=init_value,
+        )
+        results = dict(zip(output_names, results, strict=True))
+        ordered = [results[p.name] for p in outputs]
+        return ordered[0] if len(ordered) == 1 else ordered
+
+    return run
+
+
+def _mlx_dtype(dtype: str) -> str:
+    if dtype.startswith("float8") or dtype.startswith("float4"):
+        return "uint8"
+    return "bool_" if dtype == "bool" else dtype
+
+
+def _check_array(mx, kernel: str, parameter: Parameter, array) -> None:
+    if not isinstance(array, mx.array):
+        raise TypeError(
+            f"{kernel}: {parameter.name} must be an mx.array; got {type(array).__name__}; convert it with mx.array"
+        )
+    expected = getattr(mx, _mlx_dtype(parameter.dtype))
+    if array.dtype != expected:
+        raise TypeError(
+            f"{kernel}: {parameter.name} must be {expected}; got {array.dtype}; convert it with .astype or .view"
+        )
+
+
+def _at_least_constant_size(mx, array):
+    if array.size >= _MLX_CONSTANT_ELEMENTS:
+        return array
+    return mx.concatenate([array.reshape(-1), mx.zeros((_MLX_CONSTANT_ELEMENTS - array.size,), dtype=array.dtype)])
+
+
+def _split(program: MetalProgram) -> tuple[str, str]:
+    """Split a kernel's text into what stands before it and a body for MLX, which writes the signature itself.
+
+    MLX declares the buffers under the names we give and every attribute that the body mentions under the attribute's name.
+    """
+    start = program.source.index("kernel void ")
+    opening = program.source.index(") {\n", start)
+    header = program.source[:start].rpartition("[[max_total_threads_per_threadgroup")[0] or program.source[:start]
+    prologue = []
+    for line in program.source[program.source.index("(", start) + 1 : opening].splitlines():
+        match = _PARAMETER.match(line)
+        if not match:
+            continue
+        kind, name, attribute = match["type"].strip(), match["name"], match["attribute"]
+        if attribute.startswith("buffer("):
+            if kind.endswith("&"):  # the struct of scalars
+                struct_name = kind.removesuffix("&").split()[-1]
+                count = sum(dtype != "handle" for _, dtype in program.bindings)
+                space = "constant" if count < _MLX_CONSTANT_ELEMENTS else "device"
+                prologue.append(f"const {struct_name} {name} = *(const {space} {struct_name}*)argument_slots;")
+        else:
+            prologue.append(f"const {kind} {name} = {attribute};")
+    body = program.source[opening + len(") {\n") : program.source.rindex("}")]
+    return header, "".join(f"  {line}\n" for line in prologue) + body
