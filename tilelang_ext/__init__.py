@@ -32,6 +32,6 @@ from tilelang_ext.metal.backend import register as _register  # noqa: E402
 
 _register()
 
-from tilelang_ext.simulate import simulate  # noqa: E402
+from tilelang_ext.simulation import simulate  # noqa: E402
 
 __all__ = ["simulate"]

@@ -26,7 +26,7 @@ def find_library() -> Path:
     return path
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_library() -> ctypes.CDLL:
     """Load the library into this process, once; tilelang's own libraries come first, because ours links to them."""
     import tilelang  # noqa: F401
@@ -41,7 +41,7 @@ def load_library() -> ctypes.CDLL:
         ) from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def library_digest() -> str:
     """SHA-256 (hex, first 16 digits) of the library file: part of the key under which generated source is cached."""
     return hashlib.sha256(find_library().read_bytes()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from tilelang_ext import language as T
 
 TORCH = {

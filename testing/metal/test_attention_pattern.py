@@ -5,6 +5,7 @@ import pytest
 import torch
 from metal.kernels import float64, poisoned, random_tensor
 from numeric import assert_close
+
 from tilelang_ext import language as T
 from tilelang_ext import simulate
 
@@ -59,7 +60,7 @@ def attention(S, D, block_M, block_N, threads, dtype):
 
 
 @pytest.mark.parametrize(
-    "S, D, block_M, block_N, threads, dtype",
+    ("S", "D", "block_M", "block_N", "threads", "dtype"),
     [
         (64, 64, 32, 32, 128, "float16"),
         (70, 64, 32, 32, 64, "bfloat16"),  # ragged: the last block of keys is masked

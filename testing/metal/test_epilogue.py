@@ -5,6 +5,7 @@ import pytest
 import torch
 from metal.kernels import float64, gemm_reference, poisoned, random_tensor
 from numeric import assert_close
+
 from tilelang_ext import language as T
 from tilelang_ext import simulate
 

@@ -23,7 +23,9 @@ def elementwise(dtype, threads=32, shared_elements=64):
 @pytest.mark.parametrize("name", ["M", "N", "K"])
 def test_tile_not_a_multiple_of_8(name):
     blocks = {"M": 64, "N": 64, "K": 32, name: 12}
-    with pytest.raises(ValueError, match=rf"T\.gemm: on Metal the tile's {name} must be a multiple of 8; got {name} = 12; round"):
+    with pytest.raises(
+        ValueError, match=rf"T\.gemm: on Metal the tile's {name} must be a multiple of 8; got {name} = 12; round"
+    ):
         metal.lower(gemm(64, 64, 64, blocks["M"], blocks["N"], blocks["K"]))
 
 
@@ -33,7 +35,9 @@ def test_threads_not_a_multiple_of_32():
 
 
 def test_more_simdgroups_than_the_tile_has_matrices():
-    with pytest.raises(ValueError, match=r"T\.gemm: the tile must split .*; got a 16x16 tile and 8 simdgroups \(256 threads\)"):
+    with pytest.raises(
+        ValueError, match=r"T\.gemm: the tile must split .*; got a 16x16 tile and 8 simdgroups \(256 threads\)"
+    ):
         metal.lower(gemm(16, 16, 16, 16, 16, 16, threads=256))
 
 
@@ -89,7 +93,9 @@ def test_too_many_buffers():
 
 
 def test_unknown_target():
-    with pytest.raises(ValueError, match=r'target must be "metal", "metal4" or a Target; got .cuda.; pass one of these'):
+    with pytest.raises(
+        ValueError, match=r'target must be "metal", "metal4" or a Target; got .cuda.; pass one of these'
+    ):
         metal.lower(gemm(64, 64, 64), target="cuda")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from metal.kernels import gemm, gemm_reference, poisoned, random_tensor
 from numeric import assert_close
+
 from tilelang_ext import language as T
 from tilelang_ext import simulate
 
@@ -29,7 +30,7 @@ def test_dtypes_and_transposes(dtype, trans_A, trans_B):
 
 
 @pytest.mark.parametrize(
-    "a, b",
+    ("a", "b"),
     [
         ("float16", "float32"),
         ("float32", "float16"),
@@ -47,7 +48,7 @@ def test_mixed_operands(a, b, trans_B):
 
 
 @pytest.mark.parametrize(
-    "block_M, block_N, block_K, threads",
+    ("block_M", "block_N", "block_K", "threads"),
     [
         (32, 32, 16, 32),
         (32, 32, 16, 256),  # 8 simdgroups on 16 matrices
@@ -92,7 +93,7 @@ def test_pipeline_stages(num_stages):
     run(64, 64, 160, num_stages=num_stages)
 
 
-@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (33, 70, 45), (65, 64, 31)])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 1), (33, 70, 45), (65, 64, 31)])
 def test_masked_tails(M, N, K):
     run(M, N, K)
 

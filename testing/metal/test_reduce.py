@@ -5,6 +5,7 @@ import pytest
 import torch
 from metal.kernels import float64, poisoned, random_tensor
 from numeric import assert_close
+
 from tilelang_ext import language as T
 from tilelang_ext import simulate
 
@@ -88,7 +89,7 @@ def test_warp_reduce(op):
     assert_close(out, getattr(np, op)(float64(A), axis=1), dtype="float32")
 
 
-@pytest.mark.parametrize("M, N", [(64, 128), (32, 40)])
+@pytest.mark.parametrize(("M", "N"), [(64, 128), (32, 40)])
 def test_softmax(M, N):
     @T.prim_func
     def kernel(A: T.Tensor((M, N), "float32"), out: T.Tensor((M, N), "float32")):

@@ -19,19 +19,27 @@ def scaled_rows(dtype="float16"):
 
     @T.prim_func
     def kernel(
-        z: T.Tensor((M, N), dtype), shift: T.int32, a: T.Tensor((M, N), dtype), scale: T.float32, out: T.Tensor((M, N), dtype)
+        z: T.Tensor((M, N), dtype),
+        shift: T.int32,
+        a: T.Tensor((M, N), dtype),
+        scale: T.float32,
+        out: T.Tensor((M, N), dtype),
     ):
         with T.Kernel(T.ceildiv(N, 32), M, threads=32) as (bx, by):
             for j in T.Parallel(32):
                 if bx * 32 + j < N:
-                    out[by, bx * 32 + j] = z[by, bx * 32 + j] * T.cast(scale, dtype) + a[by, bx * 32 + j] + T.cast(shift, dtype)
+                    out[by, bx * 32 + j] = (
+                        z[by, bx * 32 + j] * T.cast(scale, dtype) + a[by, bx * 32 + j] + T.cast(shift, dtype)
+                    )
 
     return kernel
 
 
 def test_device_parameters_follow_the_users_order():
     program = metal.lower(scaled_rows())
-    assert [name for name, _ in program.bindings] == ["z", "a", "out", "shift", "scale", "M", "N"][: len(program.bindings)]
+    assert [name for name, _ in program.bindings] == ["z", "a", "out", "shift", "scale", "M", "N"][
+        : len(program.bindings)
+    ]
     assert program.written == {"out"}
     lines = program.get_kernel_source().splitlines()
     assert [line.split("[[")[1].split("]]")[0].strip() for line in lines[1:5]] == [f"buffer({i})" for i in range(4)]
@@ -40,7 +48,9 @@ def test_device_parameters_follow_the_users_order():
 def test_kernel_only_source():
     program = metal.lower(scaled_rows())
     assert program.get_kernel_source().startswith("kernel void ")
-    assert program.get_kernel_source(kernel_only=False).startswith("//") or "#include" in program.get_kernel_source(False)
+    assert program.get_kernel_source(kernel_only=False).startswith("//") or "#include" in program.get_kernel_source(
+        False
+    )
 
 
 class RecordedShader:
@@ -77,7 +87,13 @@ def test_to_torch_launch(monkeypatch):
     assert name == program.name
     assert all(got is want for got, want in zip(arguments[:3], tensors, strict=True))
     slots = struct.pack(f"<{len(arguments[3])}q", *arguments[3])
-    values = dict(zip([n for n, d in program.bindings if d != "handle"], [slots[i : i + 8] for i in range(0, len(slots), 8)], strict=True))
+    values = dict(
+        zip(
+            [n for n, d in program.bindings if d != "handle"],
+            [slots[i : i + 8] for i in range(0, len(slots), 8)],
+            strict=True,
+        )
+    )
     assert struct.unpack("<i", values["shift"][:4]) == (7,)
     assert struct.unpack("<f", values["scale"][:4]) == (0.5,)
     assert struct.unpack("<i", values["N"][:4]) == (70,)
@@ -117,7 +133,9 @@ def fake_mlx(monkeypatch):
     def metal_kernel(**definition):
         def launch(**call):
             core.records.append({**definition, **call})
-            return [FakeArray(np.zeros(s, d)) for s, d in zip(call["output_shapes"], call["output_dtypes"], strict=True)]
+            return [
+                FakeArray(np.zeros(s, d)) for s, d in zip(call["output_shapes"], call["output_dtypes"], strict=True)
+            ]
 
         return launch
 
@@ -181,17 +199,38 @@ def test_to_mlx_checks_dtypes(fake_mlx):
 
 
 def bad_calls():
-    A, B, C = random_tensor((64, 32), "float16", 0), random_tensor((32, 64), "float16", 1), poisoned((64, 64), "float32")
-    yield "dtype", (A.float(), B, C), TypeError, r"A must be torch\.float16; got torch\.float32; convert it with \.to\(torch\.float16\)"
-    yield "shape", (A, B[:, :32].contiguous(), C), ValueError, r"B must have shape \(32, 64\); got \(32, 32\); pass that shape"
+    A, B, C = (
+        random_tensor((64, 32), "float16", 0),
+        random_tensor((32, 64), "float16", 1),
+        poisoned((64, 64), "float32"),
+    )
+    yield (
+        "dtype",
+        (A.float(), B, C),
+        TypeError,
+        r"A must be torch\.float16; got torch\.float32; convert it with \.to\(torch\.float16\)",
+    )
+    yield (
+        "shape",
+        (A, B[:, :32].contiguous(), C),
+        ValueError,
+        r"B must have shape \(32, 64\); got \(32, 32\); pass that shape",
+    )
     yield "rank", (A, B, C.reshape(-1)), ValueError, r"C must have 2 dimensions; got shape \(4096,\); reshape it"
-    yield "strides", (A, B.t().contiguous().t(), C), ValueError, r"B must be contiguous; got strides \(1, 32\); call \.contiguous\(\)"
+    yield (
+        "strides",
+        (A, B.t().contiguous().t(), C),
+        ValueError,
+        r"B must be contiguous; got strides \(1, 32\); call \.contiguous\(\)",
+    )
     yield "device", (A.to("meta"), B, C), ValueError, r"A must be on cpu; got meta; move it with \.to\('cpu'\)"
     yield "count", (A, B), TypeError, r"takes 3 arguments \(A, B, C\); got 2; pass one each"
     yield "kind", (A.numpy(), B, C), TypeError, r"A must be a torch tensor; got ndarray; convert it"
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()]
+)
 def test_wrong_arguments(arguments, error, message):
     program = metal.lower(gemm(64, 64, 32))
     with pytest.raises(error, match=message):

@@ -219,22 +219,27 @@ class FragmentGemm:
             b = T.alloc_local((cols * elements,), dtype)
             for k in T.serial(steps):
                 if not a_in_place:
-                    for i, r in T.grid(rows, runs):
-                        for v in T.vectorized(run):
-                            a[(i * runs + r) * run + v] = a_element(i, k, r * run + v)
+                    for i in T.unroll(rows):
+                        for r in T.unroll(runs):
+                            for v in T.vectorized(run):
+                                a[(i * runs + r) * run + v] = a_element(i, k, r * run + v)
                 if not b_in_place:
-                    for j, r in T.grid(cols, runs):
-                        for v in T.vectorized(run):
-                            b[(j * runs + r) * run + v] = b_element(k, j, r * run + v)
-                for i, j in T.grid(rows, cols // group):
-                    instruction.call(
-                        T.address_of(c[c_register(i, j * group)]),
-                        T.address_of(A[stored(i, k, self.trans_A)]) if a_in_place else T.address_of(a[i * elements]),
-                        T.address_of(B[stored(k, j * group, self.trans_B)])
-                        if b_in_place
-                        else T.address_of(b[j * group * elements]),
-                        b_as_stored,
-                    )
+                    for j in T.unroll(cols):
+                        for r in T.unroll(runs):
+                            for v in T.vectorized(run):
+                                b[(j * runs + r) * run + v] = b_element(k, j, r * run + v)
+                for i in T.unroll(rows):
+                    for j in T.unroll(cols // group):
+                        instruction.call(
+                            T.address_of(c[c_register(i, j * group)]),
+                            T.address_of(A[stored(i, k, self.trans_A)])
+                            if a_in_place
+                            else T.address_of(a[i * elements]),
+                            T.address_of(B[stored(k, j * group, self.trans_B)])
+                            if b_in_place
+                            else T.address_of(b[j * group * elements]),
+                            b_as_stored,
+                        )
 
         if c_in_place:
 
@@ -249,15 +254,19 @@ class FragmentGemm:
         @T.prim_func
         def gemm_through_registers() -> None:
             c = T.alloc_local((rows * cols * elements,), "float32")
-            for i, j, r in T.grid(rows, cols, runs):
-                for v in T.vectorized(run):
-                    c[((i * cols + j) * runs + r) * run + v] = T.if_then_else(
-                        clear_accum, T.float32(0), T.cast(C[c_index(i, j, r * run + v)], "float32")
-                    )
+            for i in T.unroll(rows):
+                for j in T.unroll(cols):
+                    for r in T.unroll(runs):
+                        for v in T.vectorized(run):
+                            c[((i * cols + j) * runs + r) * run + v] = T.if_then_else(
+                                clear_accum, T.float32(0), T.cast(C[c_index(i, j, r * run + v)], "float32")
+                            )
             accumulate(c, lambda i, j: (i * cols + j) * elements)
-            for i, j, r in T.grid(rows, cols, runs):
-                for v in T.vectorized(run):
-                    C[c_index(i, j, r * run + v)] = T.cast(c[((i * cols + j) * runs + r) * run + v], C.dtype)
+            for i in T.unroll(rows):
+                for j in T.unroll(cols):
+                    for r in T.unroll(runs):
+                        for v in T.vectorized(run):
+                            C[c_index(i, j, r * run + v)] = T.cast(c[((i * cols + j) * runs + r) * run + v], C.dtype)
 
         return _Simplify(gemm_through_registers, inline_let=True)
 

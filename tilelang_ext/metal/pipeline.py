@@ -35,6 +35,11 @@ def _materialize_kernel_launch():
 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to host and device TIR with explicit threads."""
+    with target:  # upstream's vectoriser asks for the current target
+        return _lower(mod, target)
+
+
+def _lower(mod: IRModule, target: Target) -> IRModule:
     transform = tilelang.transform
     config = transform.get_pass_context()
     mod = tirx.transform.BindTarget(target)(mod)
