@@ -439,7 +439,7 @@ void CodeGenMetal::VisitStmt_(const BindNode* op) {
   std::string value = Print(op->value);
   std::string type = space + " " + Type(element->dtype) + "*";
   PrintIndent();
-  stream << type << ' ' << AllocVarID(op->var.get()) << " = (" << type << ")(" << value << ");\n";
+  stream << type << ' ' << AllocVarID(op->var.get()) << " = (" << type << ')' << value << ";\n";
 }
 
 void CodeGenMetal::VisitStmt_(const AttrStmtNode* op) {
@@ -1088,8 +1088,12 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
   } else if (op->op.same_as(builtin::address_of()) || op->op.same_as(builtin::tvm_access_ptr())) {
     os << '(' << PointerTo(ffi::GetRef<PrimExpr>(op)).text << ')';
   } else if (op->op.same_as(builtin::handle_add_byte_offset())) {
-    std::string space = SpaceOf(args[0]);
-    os << "((" << space << " void*)((" << space << " char*)" << arg(0) << " + " << arg(1) << "))";
+    Pointer p = PointerTo(args[0]);
+    if (!p.element.is_void() && Type(p.element) == "uchar") {
+      os << '(' << Add(p.text, arg(1)) << ')';
+    } else {
+      os << "((" << p.space << " uchar*)" << p.text << " + " << arg(1) << ')';
+    }
   } else if (op->op.same_as(builtin::reinterpret())) {
     DataType from = args[0].dtype(), to = op->dtype;
     if (to.is_handle() || Type(from) == Type(to)) {

@@ -222,6 +222,24 @@ inline bfloat lane_xor(bfloat x, ushort mask) { return as_type<bfloat>(simd_shuf
 inline long lane_xor(long x, ushort mask) { return as_type<long>(simd_shuffle_xor(as_type<uint2>(x), mask)); }
 inline ulong lane_xor(ulong x, ushort mask) { return as_type<ulong>(simd_shuffle_xor(as_type<uint2>(x), mask)); }
 )"},
+      {"lane_up", {}, R"(
+// simd_shuffle_up for the types that it lacks too.
+template <typename T>
+inline T lane_up(T x, ushort delta) { return simd_shuffle_up(x, delta); }
+inline bool lane_up(bool x, ushort delta) { return simd_shuffle_up(ushort(x), delta) != 0; }
+inline bfloat lane_up(bfloat x, ushort delta) { return as_type<bfloat>(simd_shuffle_up(as_type<ushort>(x), delta)); }
+inline long lane_up(long x, ushort delta) { return as_type<long>(simd_shuffle_up(as_type<uint2>(x), delta)); }
+inline ulong lane_up(ulong x, ushort delta) { return as_type<ulong>(simd_shuffle_up(as_type<uint2>(x), delta)); }
+)"},
+      {"lane_at", {}, R"(
+// simd_shuffle for the types that it lacks too.
+template <typename T>
+inline T lane_at(T x, ushort lane) { return simd_shuffle(x, lane); }
+inline bool lane_at(bool x, ushort lane) { return simd_shuffle(ushort(x), lane) != 0; }
+inline bfloat lane_at(bfloat x, ushort lane) { return as_type<bfloat>(simd_shuffle(as_type<ushort>(x), lane)); }
+inline long lane_at(long x, ushort lane) { return as_type<long>(simd_shuffle(as_type<uint2>(x), lane)); }
+inline ulong lane_at(ulong x, ushort lane) { return as_type<ulong>(simd_shuffle(as_type<uint2>(x), lane)); }
+)"},
       {"SumOp", {}, R"(
 struct SumOp {
   template <typename T>
@@ -317,7 +335,7 @@ inline void all_reduce_batch(thread T* x) {
   }
 }
 )"},
-      {"inclusive_scan", {}, R"(
+      {"inclusive_scan", {"lane_up", "lane_at"}, R"(
 // Inclusive scan along lines of `length` elements, one simdgroup a line, 32 elements at a time.
 template <typename Op, int THREADS, bool REVERSE, typename T>
 inline void inclusive_scan(threadgroup const T* src, threadgroup T* dst, int lines, int length, int src_line,
@@ -330,14 +348,14 @@ inline void inclusive_scan(threadgroup const T* src, threadgroup T* dst, int lin
       const int at = REVERSE ? length - 1 - i : i;
       T x = i < length ? src[line * src_line + at * src_step] : T(0);
       for (int delta = 1; delta < 32; delta *= 2) {
-        T left = simd_shuffle_up(x, ushort(delta));
+        T left = lane_up(x, ushort(delta));
         x = lane >= delta ? Op()(left, x) : x;
       }
       x = begin > 0 ? Op()(carry, x) : x;
       if (i < length) {
         dst[line * dst_line + at * dst_step] = x;
       }
-      carry = simd_shuffle(x, ushort(31));
+      carry = lane_at(x, ushort(31));
     }
   }
 }
