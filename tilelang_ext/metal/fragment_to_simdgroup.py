@@ -141,7 +141,7 @@ class FragmentGemm:
                     f"{buffer.scope()!r}; copy the tile with T.copy first"
                 )
             if is_fragment(buffer) and not is_full_region(region):
-                raise NotImplementedError(
+                raise ValueError(
                     f"T.gemm: a fragment operand must be used whole; got a slice of {name} ({buffer.name}); "
                     "use a shared buffer, or a fragment of the slice's shape"
                 )

@@ -133,15 +133,13 @@ def lower(func: tirx.PrimFunc, target: str | Target = "metal") -> MetalProgram:
     return _program(func, kernels[0], artifact.kernel_source)
 
 
-def metal_target(target: str | Target) -> Target:
-    """Return the target object for "metal", "metal4" (the key that selects Metal 4's tensor operations) or a Target."""
+def metal_target(target: str | Target) -> Target | dict:
+    """Return the target for "metal" (simdgroup matrices), "metal4" (tensor operations too) or a Target; no device is asked."""
     if isinstance(target, Target):
         return target
-    if target == "metal":
-        return Target({"kind": "metal", "keys": ["metal", "gpu"]})
-    if target == "metal4":
-        return Target({"kind": "metal", "keys": ["metal", "gpu", "metal4"]})
-    raise ValueError(f'metal.lower: target must be "metal", "metal4" or a Target; got {target!r}; pass one of these')
+    if target not in ("metal", "metal4"):
+        raise ValueError(f'metal.lower: target must be "metal", "metal4" or a Target; got {target!r}; pass one of these')
+    return {"kind": "metal", "keys": ["metal", "gpu", "metal4"] if target == "metal4" else ["metal", "gpu"]}
 
 
 def _program(func: tirx.PrimFunc, kernel: tirx.PrimFunc, source: str) -> MetalProgram:
