@@ -1,0 +1,100 @@
+// What a translated kernel sees of the run time: its thread, meetings of lanes, barriers, threadgroup memory.
+// No standard header is included here or in the shim: a kernel compiles in a fraction of a second, with any libc.
+#pragma once
+
+namespace std {
+struct source_location {  // the shape __builtin_source_location() asks for
+  struct __impl {
+    const char *_M_file_name;
+    const char *_M_function_name;
+    unsigned _M_line;
+    unsigned _M_column;
+  };
+};
+}  // namespace std
+
+namespace sim {
+
+using Site = std::source_location::__impl;  // where in the source a collective was called
+#define SIM_SITE const ::sim::Site *site = __builtin_source_location()
+
+constexpr int kLanes = 32;
+
+// Where a suspended fiber continues.
+struct Context {
+  void *pc, *sp, *fp;
+#ifdef __aarch64__
+  void *lr;
+#endif
+};
+
+struct Simdgroup;
+
+struct Thread {
+  Context context;
+  Simdgroup *simdgroup;
+  unsigned lane, index;     // in the simdgroup, in the threadgroup
+  unsigned position[3];     // in the threadgroup
+  const Site *site;         // of the meeting it waits at
+};
+
+struct Launch {
+  unsigned grid[3], threads[3];  // threadgroups; threads a threadgroup
+};
+
+struct Counts {
+  unsigned long mma, device_read, device_written, constant_read, threadgroup_read, threadgroup_written, barriers,
+      simdgroup_barriers, shuffles, reductions, atomics;
+};
+
+extern Thread *current;
+extern unsigned group_position[3];
+extern Launch launch;
+extern Counts counts;
+
+// The running thread's lane: a call, so that checks do not see a read; constant as long as the thread lives.
+__attribute__((const)) unsigned lane();
+
+// The lanes that meet at one operation: frames[lane] is the lane's operand struct on its own stack.
+struct Meeting {
+  void *frames[kLanes];
+  unsigned mask;
+};
+using Operation = void (*)(const Meeting &);
+
+// Waits for the other lanes of the simdgroup; the last to come runs `operation` for all of them.
+void meet(Operation operation, void *frame, const Site *site, bool needs_all_lanes);
+
+enum Memory : unsigned { kNone = 0, kDevice = 1, kThreadgroup = 2 };
+void threadgroup_barrier(unsigned memory, const Site *site);
+void simdgroup_barrier(unsigned memory, const Site *site);
+
+// The threadgroup's array number `slot` (assigned on first use); the same address for each of its threads.
+void *threadgroup_array(int &slot, const char *name, unsigned long size, unsigned long align);
+
+// Checks and counts an atomic access; the caller performs it.
+void atomic_access(const volatile void *address, unsigned size, const Site *site);
+
+// The argument bound to [[buffer(index)]].
+void *buffer(int index);
+
+template <class Array, unsigned Align, class Tag>
+__attribute__((always_inline, nodebug)) inline Array &threadgroup_alloc(const char *name, Tag) {
+  static int slot = -1;  // one a declaration and instantiation: Tag is a lambda of its own
+  return *static_cast<Array *>(threadgroup_array(slot, name, sizeof(Array), Align > alignof(Array) ? Align : alignof(Array)));
+}
+
+template <class Frame, class Body>
+__attribute__((always_inline, nodebug)) inline void meet_with(Frame &frame, const Site *site, bool needs_all_lanes, Body body) {
+  meet(body, &frame, site, needs_all_lanes);
+}
+
+template <class Frame, class Visit>
+__attribute__((always_inline, nodebug)) inline void each_lane(const Meeting &m, Visit visit) {
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (m.mask >> lane & 1) visit(*static_cast<Frame *>(m.frames[lane]), lane);
+}
+
+}  // namespace sim
+
+extern "C" void sim_kernel();  // the entry point, called once a thread

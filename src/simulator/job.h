@@ -1,0 +1,35 @@
+// The job file: arguments, launch shape and results, mapped by the Python side and by every worker.
+// tilelang_ext/simulator/launch.py mirrors these structs.
+#pragma once
+#include <stdint.h>
+
+namespace sim {
+
+constexpr uint64_t kMagic = 0x314d4953474e4c54;  // "TLNGSIM1"
+constexpr int kMaxBuffers = 32, kMaxFindings = 256, kCounts = 11;
+
+enum Kind : uint32_t { kOutOfBounds, kRace, kUninitialised, kDivergence, kLimit, kKinds };
+
+struct JobBuffer {
+  uint64_t offset, size;
+  uint32_t constant, writable;
+};
+
+struct JobFinding {
+  uint32_t kind, line, group[3], thread[3];
+  uint64_t count, place;
+  char file[256], message[256];
+};
+
+struct Job {
+  uint64_t magic, file_size, seed, memory_limit;
+  uint32_t grid[3], threads[3];
+  uint32_t workers, check, buffer_count, done_workers;
+  uint64_t counts[kCounts];
+  uint64_t threadgroup_memory;
+  uint32_t finding_lock, finding_count;
+  JobBuffer buffers[kMaxBuffers];
+  JobFinding findings[kMaxFindings];
+};
+
+}  // namespace sim

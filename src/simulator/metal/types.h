@@ -1,0 +1,426 @@
+// Scalar and vector types of MSL, and the type traits of its library.
+#pragma once
+
+// Shim functions have no debug information, so that their accesses belong to the kernel's line that calls them.
+#define SIM_FN __attribute__((nodebug))
+
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long ulong;
+typedef signed char int8_t;
+typedef short int16_t;
+typedef int int32_t;
+typedef long int64_t;
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long uint64_t;
+typedef unsigned long size_t;
+typedef long ptrdiff_t;
+typedef unsigned long uintptr_t;
+typedef long intptr_t;
+typedef _Float16 half;
+
+// bfloat: a class, because clang converts neither half to __bf16 nor back. Every operation rounds.
+struct bfloat {
+  __bf16 value;
+  bfloat() = default;
+  SIM_FN constexpr bfloat(__bf16 v) : value(v) {}
+  SIM_FN constexpr bfloat(float v) : value((__bf16)v) {}
+  SIM_FN constexpr bfloat(half v) : value((__bf16)(float)v) {}
+  SIM_FN constexpr bfloat(double v) : value((__bf16)(float)v) {}
+#define SIM_FROM_INTEGER(T) \
+  SIM_FN constexpr bfloat(T v) : value((__bf16)(float)v) {}
+  SIM_FROM_INTEGER(bool) SIM_FROM_INTEGER(char) SIM_FROM_INTEGER(signed char) SIM_FROM_INTEGER(uchar)
+  SIM_FROM_INTEGER(short) SIM_FROM_INTEGER(ushort) SIM_FROM_INTEGER(int) SIM_FROM_INTEGER(uint) SIM_FROM_INTEGER(long)
+  SIM_FROM_INTEGER(ulong)
+#undef SIM_FROM_INTEGER
+  SIM_FN constexpr operator float() const { return (float)value; }
+#define SIM_ASSIGN(op)                                     \
+  SIM_FN constexpr bfloat &operator op##=(bfloat o) {             \
+    value = (__bf16)((float)value op(float) o.value);      \
+    return *this;                                          \
+  }
+  SIM_ASSIGN(+) SIM_ASSIGN(-) SIM_ASSIGN(*) SIM_ASSIGN(/)
+#undef SIM_ASSIGN
+  SIM_FN constexpr bfloat operator-() const { return bfloat(-(float)value); }
+};
+#define SIM_BINARY(op) \
+  SIM_FN constexpr bfloat operator op(bfloat a, bfloat b) { return bfloat((float)a.value op(float) b.value); }
+SIM_BINARY(+) SIM_BINARY(-) SIM_BINARY(*) SIM_BINARY(/)
+#undef SIM_BINARY
+// A bfloat with an integer is a bfloat; with a float, a float (the built-in operator after conversion).
+#define SIM_MIXED(op, T)                                                        \
+  SIM_FN constexpr bfloat operator op(bfloat a, T b) { return a op bfloat(b); }        \
+  SIM_FN constexpr bfloat operator op(T a, bfloat b) { return bfloat(a) op b; }
+#define SIM_MIXED_ALL(op) SIM_MIXED(op, int) SIM_MIXED(op, uint) SIM_MIXED(op, short) SIM_MIXED(op, ushort) SIM_MIXED(op, long) SIM_MIXED(op, ulong)
+SIM_MIXED_ALL(+) SIM_MIXED_ALL(-) SIM_MIXED_ALL(*) SIM_MIXED_ALL(/)
+#undef SIM_MIXED_ALL
+#undef SIM_MIXED
+SIM_FN constexpr float operator+(bfloat a, float b) { return (float)a + b; }
+SIM_FN constexpr float operator+(float a, bfloat b) { return a + (float)b; }
+SIM_FN constexpr float operator-(bfloat a, float b) { return (float)a - b; }
+SIM_FN constexpr float operator-(float a, bfloat b) { return a - (float)b; }
+SIM_FN constexpr float operator*(bfloat a, float b) { return (float)a * b; }
+SIM_FN constexpr float operator*(float a, bfloat b) { return a * (float)b; }
+SIM_FN constexpr float operator/(bfloat a, float b) { return (float)a / b; }
+SIM_FN constexpr float operator/(float a, bfloat b) { return a / (float)b; }
+
+SIM_FN constexpr half operator"" h(long double v) { return (half)v; }
+SIM_FN constexpr bfloat operator"" bf(long double v) { return bfloat((float)v); }
+
+namespace metal {
+
+template <class T, T v>
+struct integral_constant {
+  static constexpr T value = v;
+  using value_type = T;
+  SIM_FN constexpr operator T() const { return v; }
+};
+template <bool b>
+using bool_constant = integral_constant<bool, b>;
+using true_type = bool_constant<true>;
+using false_type = bool_constant<false>;
+
+template <bool, class T = void>
+struct enable_if {};
+template <class T>
+struct enable_if<true, T> {
+  using type = T;
+};
+template <bool b, class T = void>
+using enable_if_t = typename enable_if<b, T>::type;
+template <bool, class T, class U>
+struct conditional {
+  using type = T;
+};
+template <class T, class U>
+struct conditional<false, T, U> {
+  using type = U;
+};
+template <bool b, class T, class U>
+using conditional_t = typename conditional<b, T, U>::type;
+
+template <class T>
+using remove_cv_t = __remove_cv(T);
+template <class T>
+using remove_const_t = __remove_const(T);
+template <class T>
+using remove_reference_t = __remove_reference_t(T);
+template <class T>
+using remove_pointer_t = __remove_pointer(T);
+template <class T>
+using remove_addrspace_t = __remove_cv(__remove_reference_t(T));
+template <class T>
+struct remove_cv {
+  using type = __remove_cv(T);
+};
+template <class T>
+struct remove_reference {
+  using type = __remove_reference_t(T);
+};
+template <class T>
+struct remove_pointer {
+  using type = __remove_pointer(T);
+};
+
+template <class T>
+T declval();
+
+template <class T, class U>
+struct is_same : bool_constant<__is_same(T, U)> {};
+template <class T, class U>
+constexpr bool is_same_v = __is_same(T, U);
+template <class T, class U>
+struct is_convertible : bool_constant<__is_convertible_to(T, U)> {};
+template <class T, class U>
+constexpr bool is_convertible_v = __is_convertible_to(T, U);
+
+template <class T>
+struct is_integral : bool_constant<__is_integral(T)> {};
+template <class T>
+constexpr bool is_integral_v = __is_integral(T);
+template <class T>
+constexpr bool is_floating_point_v =
+    is_same_v<remove_cv_t<T>, float> || is_same_v<remove_cv_t<T>, half> || is_same_v<remove_cv_t<T>, bfloat>;
+template <class T>
+struct is_floating_point : bool_constant<is_floating_point_v<T>> {};
+template <class T>
+constexpr bool is_arithmetic_v = is_integral_v<T> || is_floating_point_v<T>;
+template <class T>
+struct is_arithmetic : bool_constant<is_arithmetic_v<T>> {};
+template <class T>
+constexpr bool is_signed_v = is_floating_point_v<T> || (is_integral_v<T> && T(-1) < T(0));
+template <class T>
+constexpr bool is_unsigned_v = is_integral_v<T> && !is_signed_v<T>;
+template <class T>
+struct is_signed : bool_constant<is_signed_v<T>> {};
+template <class T>
+struct is_unsigned : bool_constant<is_unsigned_v<T>> {};
+template <class T>
+constexpr bool is_pointer_v = __is_pointer(T);
+template <class T>
+struct make_unsigned {
+  using type = __make_unsigned(T);
+};
+template <class T>
+using make_unsigned_t = __make_unsigned(T);
+template <class T>
+using make_signed_t = __make_signed(T);
+
+template <class T>
+struct numeric_limits {  // integers
+  static constexpr bool is_signed = T(-1) < T(0);
+  static constexpr int digits = sizeof(T) * 8 - is_signed;
+  SIM_FN static constexpr T max() { return is_signed ? T(((T(1) << (digits - 1)) - 1) * 2 + 1) : T(~T(0)); }
+  SIM_FN static constexpr T min() { return is_signed ? T(-max() - 1) : T(0); }
+  SIM_FN static constexpr T lowest() { return min(); }
+};
+template <>
+struct numeric_limits<bool> {
+  static constexpr bool max() { return true; }
+  static constexpr bool min() { return false; }
+};
+#define SIM_LIMITS(T, digits_, max_, min_, epsilon_)                             \
+  template <>                                                                    \
+  struct numeric_limits<T> {                                                     \
+    static constexpr int digits = digits_;                                       \
+    SIM_FN static constexpr T max() { return T(max_); }                                 \
+    SIM_FN static constexpr T min() { return T(min_); }                                 \
+    SIM_FN static constexpr T lowest() { return T(-max_); }                             \
+    SIM_FN static constexpr T epsilon() { return T(epsilon_); }                         \
+    SIM_FN static constexpr T infinity() { return T(__builtin_inff()); }                \
+    SIM_FN static constexpr T quiet_NaN() { return T(__builtin_nanf("")); }             \
+    SIM_FN static constexpr T denorm_min() { return T(min_ * epsilon_); }               \
+  };
+SIM_LIMITS(float, 24, 0x1.fffffep127f, 0x1p-126f, 0x1p-23f)
+SIM_LIMITS(half, 11, 65504.0f, 0x1p-14f, 0x1p-10f)
+SIM_LIMITS(bfloat, 8, 0x1.fep127f, 0x1p-126f, 0x1p-7f)
+#undef SIM_LIMITS
+
+// ---- vectors
+
+template <class T, int N>
+struct vec_data {
+  T e[N];
+};
+template <class T>
+struct alignas(2 * sizeof(T)) vec_data<T, 2> {
+  union {
+    T e[2];
+    struct { T x, y; };
+    struct { T r, g; };
+  };
+  SIM_FN constexpr vec_data() = default;
+};
+template <class T>
+struct alignas(4 * sizeof(T)) vec_data<T, 3> {
+  union {
+    T e[3];
+    struct { T x, y, z; };
+    struct { T r, g, b; };
+  };
+  SIM_FN constexpr vec_data() = default;
+};
+template <class T>
+struct alignas(4 * sizeof(T)) vec_data<T, 4> {
+  union {
+    T e[4];
+    struct { T x, y, z, w; };
+    struct { T r, g, b, a; };
+  };
+  SIM_FN constexpr vec_data() = default;
+};
+
+template <class T, int N>
+struct vec;
+template <class T, int N>
+struct packed_vec;
+
+template <class T>
+constexpr int vec_size = 0;  // of a scalar
+template <class T, int N>
+constexpr int vec_size<vec<T, N>> = N;
+template <class T, int N>
+constexpr int vec_size<packed_vec<T, N>> = N;
+template <class T>
+struct vec_element {
+  using type = T;
+};
+template <class T, int N>
+struct vec_element<vec<T, N>> {
+  using type = T;
+};
+template <class T>
+constexpr bool is_scalar_v = is_arithmetic_v<remove_cv_t<T>> || __is_enum(T);
+
+// What `v.xz` names where it is assigned to.
+template <class V, int... I>
+struct swizzle_reference {
+  V &v;
+  template <class U>
+  SIM_FN constexpr void operator=(const U &u) {
+    vec<typename vec_element<V>::type, sizeof...(I)> value(u);
+    int k = 0;
+    ((v.e[I] = value.e[k++]), ...);
+  }
+#define SIM_ASSIGN(op)                                                            \
+  template <class U>                                                              \
+  SIM_FN constexpr void operator op##=(const U &u) {                                     \
+    *this = v.template swizzle<I...>() op u;                                      \
+  }
+  SIM_ASSIGN(+) SIM_ASSIGN(-) SIM_ASSIGN(*) SIM_ASSIGN(/)
+#undef SIM_ASSIGN
+};
+
+template <class T, int N>
+struct vec : vec_data<T, N> {
+  using vec_data<T, N>::e;
+
+  SIM_FN constexpr vec() = default;
+  template <class U, enable_if_t<is_scalar_v<U>, int> = 0>
+  SIM_FN constexpr vec(U s) {
+    for (int i = 0; i < N; ++i) e[i] = T(s);
+  }
+  template <class U>
+  SIM_FN explicit constexpr vec(const vec<U, N> &o) {
+    for (int i = 0; i < N; ++i) e[i] = T(o.e[i]);
+  }
+  SIM_FN constexpr vec(const packed_vec<T, N> &o) {
+    for (int i = 0; i < N; ++i) e[i] = o.e[i];
+  }
+  template <class A, class B, class... Rest>
+  SIM_FN constexpr vec(const A &a, const B &b, const Rest &...rest) {
+    static_assert(components<A> + components<B> + (components<Rest> + ... + 0) == N, "a vector takes as many components as it has");
+    int i = 0;
+    put(i, a), put(i, b);
+    (put(i, rest), ...);
+  }
+  SIM_FN constexpr T &operator[](unsigned long i) { return e[i]; }
+  SIM_FN constexpr const T &operator[](unsigned long i) const { return e[i]; }
+
+  template <int... I>
+  SIM_FN constexpr vec<T, sizeof...(I)> swizzle() const {
+    return vec<T, sizeof...(I)>(e[I]...);
+  }
+  template <int... I>
+  SIM_FN constexpr swizzle_reference<vec, I...> swizzle_ref() {
+    return {*this};
+  }
+
+ private:
+  template <class A>
+  static constexpr int components = vec_size<A> ? vec_size<A> : 1;
+  template <class A>
+  SIM_FN constexpr void put(int &i, const A &a) {
+    if constexpr (vec_size<A> > 0)
+      for (int k = 0; k < vec_size<A>; ++k) e[i++] = T(a.e[k]);
+    else
+      e[i++] = T(a);
+  }
+};
+
+template <class T, int N>
+struct packed_vec {
+  T e[N];
+  packed_vec() = default;
+  SIM_FN constexpr packed_vec(const vec<T, N> &o) {
+    for (int i = 0; i < N; ++i) e[i] = o.e[i];
+  }
+  template <class... A>
+  SIM_FN constexpr packed_vec(const A &...a) : packed_vec(vec<T, N>(a...)) {}
+  SIM_FN constexpr T &operator[](unsigned long i) { return e[i]; }
+  SIM_FN constexpr const T &operator[](unsigned long i) const { return e[i]; }
+};
+
+#define SIM_BINARY(op)                                                                                 \
+  template <class T, int N>                                                                            \
+  SIM_FN constexpr vec<T, N> operator op(const vec<T, N> &a, const vec<T, N> &b) {                            \
+    vec<T, N> r;                                                                                       \
+    for (int i = 0; i < N; ++i) r.e[i] = T(a.e[i] op b.e[i]);                                          \
+    return r;                                                                                          \
+  }                                                                                                    \
+  template <class T, int N, class S, enable_if_t<is_scalar_v<S>, int> = 0>                             \
+  SIM_FN constexpr vec<T, N> operator op(const vec<T, N> &a, S s) {                                           \
+    return a op vec<T, N>(s);                                                                          \
+  }                                                                                                    \
+  template <class T, int N, class S, enable_if_t<is_scalar_v<S>, int> = 0>                             \
+  SIM_FN constexpr vec<T, N> operator op(S s, const vec<T, N> &a) {                                           \
+    return vec<T, N>(s) op a;                                                                          \
+  }                                                                                                    \
+  template <class T, int N, class U>                                                                   \
+  SIM_FN constexpr vec<T, N> &operator op##=(vec<T, N> &a, const U &b) {                                      \
+    return a = a op vec<T, N>(b);                                                                      \
+  }
+SIM_BINARY(+) SIM_BINARY(-) SIM_BINARY(*) SIM_BINARY(/) SIM_BINARY(%)
+SIM_BINARY(&) SIM_BINARY(|) SIM_BINARY(^) SIM_BINARY(<<) SIM_BINARY(>>)
+#undef SIM_BINARY
+#define SIM_COMPARE(op)                                                          \
+  template <class T, int N>                                                      \
+  SIM_FN constexpr vec<bool, N> operator op(const vec<T, N> &a, const vec<T, N> &b) {   \
+    vec<bool, N> r;                                                              \
+    for (int i = 0; i < N; ++i) r.e[i] = a.e[i] op b.e[i];                       \
+    return r;                                                                    \
+  }                                                                              \
+  template <class T, int N, class S, enable_if_t<is_scalar_v<S>, int> = 0>       \
+  SIM_FN constexpr vec<bool, N> operator op(const vec<T, N> &a, S s) {                  \
+    return a op vec<T, N>(s);                                                    \
+  }                                                                              \
+  template <class T, int N, class S, enable_if_t<is_scalar_v<S>, int> = 0>       \
+  SIM_FN constexpr vec<bool, N> operator op(S s, const vec<T, N> &a) {                  \
+    return vec<T, N>(s) op a;                                                    \
+  }
+SIM_COMPARE(==) SIM_COMPARE(!=) SIM_COMPARE(<) SIM_COMPARE(>) SIM_COMPARE(<=) SIM_COMPARE(>=) SIM_COMPARE(&&) SIM_COMPARE(||)
+#undef SIM_COMPARE
+#define SIM_UNARY(op)                                        \
+  template <class T, int N>                                  \
+  SIM_FN constexpr vec<T, N> operator op(const vec<T, N> &a) {      \
+    vec<T, N> r;                                             \
+    for (int i = 0; i < N; ++i) r.e[i] = T(op a.e[i]);       \
+    return r;                                                \
+  }
+SIM_UNARY(-) SIM_UNARY(+) SIM_UNARY(~) SIM_UNARY(!)
+#undef SIM_UNARY
+
+template <int N>
+SIM_FN constexpr bool any(const vec<bool, N> &v) {
+  bool r = false;
+  for (int i = 0; i < N; ++i) r |= v.e[i];
+  return r;
+}
+template <int N>
+SIM_FN constexpr bool all(const vec<bool, N> &v) {
+  bool r = true;
+  for (int i = 0; i < N; ++i) r &= v.e[i];
+  return r;
+}
+
+}  // namespace metal
+
+#define SIM_VECTORS(T)                   \
+  using T##2 = metal::vec<T, 2>;         \
+  using T##3 = metal::vec<T, 3>;         \
+  using T##4 = metal::vec<T, 4>;         \
+  using packed_##T##2 = metal::packed_vec<T, 2>; \
+  using packed_##T##3 = metal::packed_vec<T, 3>; \
+  using packed_##T##4 = metal::packed_vec<T, 4>;
+SIM_VECTORS(bool)
+SIM_VECTORS(char)
+SIM_VECTORS(uchar)
+SIM_VECTORS(short)
+SIM_VECTORS(ushort)
+SIM_VECTORS(int)
+SIM_VECTORS(uint)
+SIM_VECTORS(long)
+SIM_VECTORS(ulong)
+SIM_VECTORS(half)
+SIM_VECTORS(float)
+SIM_VECTORS(bfloat)
+#undef SIM_VECTORS
+
+template <class To, class From>
+SIM_FN constexpr To as_type(const From &from) {
+  static_assert(sizeof(To) == sizeof(From), "as_type keeps the size");
+  return __builtin_bit_cast(To, from);
+}

@@ -1,0 +1,20 @@
+"""GPU source text, executed on a CPU: numerics, memory and race checks, operation counts. Never speed."""
+
+from .errors import CompileError, CompilerMissingError, CrashError, SimulatorError, TimeLimitError
+from .execute import execute_msl, translate_msl
+from .report import Counts, Finding, Report
+from .toolchain import find_compiler
+
+__all__ = [
+    "CompileError",
+    "CompilerMissingError",
+    "Counts",
+    "CrashError",
+    "Finding",
+    "Report",
+    "SimulatorError",
+    "TimeLimitError",
+    "execute_msl",
+    "find_compiler",
+    "translate_msl",
+]

@@ -1,0 +1,198 @@
+"""One launch: arguments go into a mapped job file, the kernel's program runs on it, results come back from it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .errors import CrashError, SimulatorError, TimeLimitError
+from .report import Counts, Finding, Report
+
+KINDS = ("out of bounds", "race", "uninitialised", "divergence", "limit")
+MAX_BUFFERS, MAX_FINDINGS, COUNTS = 32, 256, 11
+_MAGIC = 0x314D4953474E4C54
+_GUARD = 64 << 10  # unused bytes around each buffer, so that a small overrun harms nobody
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [("offset", ctypes.c_uint64), ("size", ctypes.c_uint64), ("constant", ctypes.c_uint32), ("writable", ctypes.c_uint32)]
+
+
+class _Finding(ctypes.Structure):
+    _fields_ = [
+        ("kind", ctypes.c_uint32),
+        ("line", ctypes.c_uint32),
+        ("group", ctypes.c_uint32 * 3),
+        ("thread", ctypes.c_uint32 * 3),
+        ("count", ctypes.c_uint64),
+        ("place", ctypes.c_uint64),
+        ("file", ctypes.c_char * 256),
+        ("message", ctypes.c_char * 256),
+    ]
+
+
+class _Job(ctypes.Structure):
+    """Mirrors `Job` of src/simulator/job.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("magic", "file_size", "seed", "memory_limit")),
+        ("grid", ctypes.c_uint32 * 3),
+        ("threads", ctypes.c_uint32 * 3),
+        *((name, ctypes.c_uint32) for name in ("workers", "check", "buffer_count", "done_workers")),
+        ("counts", ctypes.c_uint64 * COUNTS),
+        ("threadgroup_memory", ctypes.c_uint64),
+        ("finding_lock", ctypes.c_uint32),
+        ("finding_count", ctypes.c_uint32),
+        ("buffers", _Buffer * MAX_BUFFERS),
+        ("findings", _Finding * MAX_FINDINGS),
+    ]
+
+
+class Argument:
+    """The bytes of one buffer argument, and the way back into the caller's array."""
+
+    def __init__(self, index: int, value, constant: bool, writable: bool):
+        self.index, self.value, self.constant, self.writable = index, value, constant, writable
+        self.bytes = self._as_bytes()
+
+    def _as_bytes(self) -> np.ndarray:
+        if isinstance(self.value, (bytes, bytearray, memoryview)):
+            if self.writable:
+                raise TypeError(f"arguments[{self.index}]: a buffer that the kernel writes needs an array; got bytes; pass a tensor")
+            return np.frombuffer(self.value, np.uint8)
+        if isinstance(self.value, np.ndarray):
+            return np.ascontiguousarray(self.value).reshape(-1).view(np.uint8)
+        if type(self.value).__module__.partition(".")[0] == "torch":
+            import torch
+
+            if self.value.device.type != "cpu":
+                raise TypeError(
+                    f"arguments[{self.index}]: must be a CPU tensor; got device {self.value.device}; call .cpu() and copy back"
+                )
+            return self.value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        raise TypeError(
+            f"arguments[{self.index}]: must be a torch CPU tensor, a numpy array or bytes; got {type(self.value).__name__}; convert it"
+        )
+
+    def write_back(self, result: np.ndarray) -> None:
+        if np.array_equal(result, self.bytes):
+            return
+        if isinstance(self.value, np.ndarray):
+            if not self.value.flags.writeable:
+                raise ValueError(f"arguments[{self.index}]: the kernel writes it; got a read-only array; pass a writable one")
+            self.value[...] = result.view(self.value.dtype).reshape(self.value.shape)
+            return
+        import torch
+
+        with torch.no_grad():
+            self.value.copy_(torch.from_numpy(result.copy()).view(self.value.dtype).reshape(self.value.shape))
+
+
+def run(
+    program: Path,
+    arguments: Sequence[Argument],
+    lines: Sequence[str],
+    source_name: str,
+    grid: tuple[int, int, int],
+    threads: tuple[int, int, int],
+    check: bool,
+    seed: int,
+    timeout: float,
+    workers: int,
+) -> Report:
+    """Run `program` in processes of its own; write results into the arguments; return the report."""
+    job = _Job(magic=_MAGIC, seed=seed % 2**64, workers=workers, check=check)
+    job.grid[:], job.threads[:] = grid, threads
+    offset = _round_up(ctypes.sizeof(_Job)) + _GUARD
+    job.buffer_count = max((a.index + 1 for a in arguments), default=0)
+    for a in arguments:
+        size = len(a.bytes)
+        job.buffers[a.index] = _Buffer(offset, size, a.constant, a.writable)
+        offset = _round_up(offset + size) + _GUARD
+    job.file_size = offset
+    job.memory_limit = (4 << 30) + offset * 20
+    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.NamedTemporaryFile(prefix="tilelang_ext-", dir=shared) as file:
+        file.truncate(offset)
+        with mmap.mmap(file.fileno(), offset) as mapped:
+            mapped[: ctypes.sizeof(job)] = bytes(job)
+            memory = np.frombuffer(mapped, np.uint8)
+            for a in arguments:
+                start = job.buffers[a.index].offset
+                memory[start : start + len(a.bytes)] = a.bytes
+            code = _run_program(program, file.name, timeout)
+            job = _Job.from_buffer_copy(memory[: ctypes.sizeof(_Job)].tobytes())
+            report = _read_report(job, lines, source_name)
+            if code != 0 or job.done_workers != workers:
+                del memory
+                raise _crash(code, report)
+            for a in arguments:
+                if a.writable:
+                    start = job.buffers[a.index].offset
+                    a.write_back(memory[start : start + len(a.bytes)])
+            del memory
+    return report
+
+
+def _round_up(n: int) -> int:
+    return (n + 4095) // 4096 * 4096
+
+
+def _run_program(program: Path, job_file: str, timeout: float) -> int:
+    process = subprocess.Popen([str(program), job_file], stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        raise TimeLimitError(
+            f"timeout: the kernel must end within it; got no end after {timeout:g} s; "
+            "look for a loop that never ends, or raise timeout"
+        ) from None
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _crash(code: int, report: Report) -> SimulatorError:
+    number = -code if code < 0 else code - 128
+    if code in (3, 4):
+        reason = {3: "ran out of threadgroup memory", 4: "could not map its memory"}[code]
+    else:
+        reason = signal.Signals(number).name if number in set(signal.Signals) else f"exit code {code}"
+    found = "\n".join(map(str, report.findings)) or "nothing was found before; run with check=True to see which access was wild"
+    return CrashError(f"kernel: must run to its end; got {reason}; see what was found before it died\n{found}", report)
+
+
+def _read_report(job: _Job, lines: Sequence[str], source_name: str) -> Report:
+    checked = bool(job.check)
+    values = dict(
+        zip(
+            ("mma", "device_bytes_read", "device_bytes_written", "constant_bytes_read", "threadgroup_bytes_read",
+             "threadgroup_bytes_written", "threadgroup_barriers", "simdgroup_barriers", "shuffles", "reductions", "atomics"),
+            job.counts,
+            strict=True,
+        )
+    )  # fmt: skip
+    if not checked:
+        values = {k: None if "bytes" in k else v for k, v in values.items()}
+    findings: dict[tuple, Finding] = {}
+    for f in job.findings[: min(job.finding_count, MAX_FINDINGS)]:
+        file, kind = f.file.decode(errors="replace"), KINDS[f.kind]
+        own = file == source_name
+        key = (kind, file, f.line) if f.line else (kind, f.message)
+        if key in findings:
+            continue
+        text = lines[f.line - 1] if own and 0 < f.line <= len(lines) else ""
+        findings[key] = Finding(
+            kind, f.message.decode(errors="replace"), f.line, text, file, tuple(f.group), tuple(f.thread), f.count
+        )
+    ordered = sorted(findings.values(), key=lambda f: (f.file, f.line, f.kind))
+    return Report(Counts(**values), tuple(ordered), job.threadgroup_memory, checked)

@@ -1,0 +1,335 @@
+"""Rewrites preprocessed Metal text into C++ that `src/simulator/metal/shim.h` completes.
+
+Only what C++ cannot say is touched, and lines stay where they are:
+- address spaces and `kernel` disappear, `constant` is `const`;
+- `threadgroup T a[N];` is a reference into the threadgroup's memory;
+- `[[attributes]]` disappear; those of the entry's parameters become the arguments of a generated call;
+- function constants get their values; `v.xz` is a call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from .errors import CompileError
+
+_TOKEN = re.compile(
+    r"""(?P<newline>\n\#[^\n]*|\n)|(?P<space>[ \t\r\f\v]+)|(?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
+    |(?P<number>\.?\d(?:[eEpP][+-]|[\w.])*)|(?P<name>[A-Za-z_]\w*)|(?P<op>::|->|<<=|>>=|[-+*/%&|^=!<>]=|&&|\|\||.)""",
+    re.VERBOSE,
+)
+_SWIZZLE = re.compile(r"[xyzw]{2,4}|[rgba]{2,4}")
+_COMPONENT = {c: i for i, c in enumerate("xyzw")} | {c: i for i, c in enumerate("rgba")}
+_OPEN, _CLOSE = "([{", ")]}"
+_ASSIGNMENTS = {"=", "+=", "-=", "*=", "/="}
+_SPACES = {"device", "thread", "threadgroup", "constant"}
+
+
+@dataclass
+class Token:
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the entry: its attribute's name and argument, and how it is declared."""
+
+    name: str
+    attribute: str
+    index: int | None
+    declarator: str  # "*", "&" or ""
+    space: str
+    is_const: bool
+
+
+@dataclass(frozen=True)
+class Translation:
+    """C++ text of one kernel and the parameters of its entry."""
+
+    text: str
+    parameters: tuple[Parameter, ...]
+
+    def buffers(self) -> dict[int, Parameter]:
+        return {p.index: p for p in self.parameters if p.attribute == "buffer"}
+
+
+def translate(preprocessed: str, entry: str, constants: Mapping[int, object]) -> Translation:
+    """Translate one preprocessed translation unit; `entry` names a kernel, with template arguments or by host_name."""
+    tokens = [Token(m.lastgroup, m.group()) for m in _TOKEN.finditer("\n" + preprocessed)]
+    entry = _resolve_host_name(tokens, entry)
+    parameters = _entry_parameters(tokens, entry.partition("<")[0])
+    _set_function_constants(tokens, constants)
+    _remove_explicit_instantiations(tokens)
+    _blank_attributes(tokens)
+    _rewrite_threadgroup_variables(tokens)
+    _rewrite_keywords(tokens)
+    _drop_repeated_specialisations(tokens)
+    _rewrite_swizzles(tokens)
+    body = "".join(t.text for t in tokens)
+    call = ", ".join(_argument(p, constants) for p in parameters)
+    text = f"using namespace metal;\n{body}\nextern \"C\" void sim_kernel() {{ {entry}({call}); }}\n"
+    return Translation(text, tuple(parameters))
+
+
+def _significant(tokens: list[Token], start: int, step: int = 1) -> Iterator[int]:
+    i = start
+    while 0 <= i < len(tokens):
+        if tokens[i].kind not in ("space", "newline") and tokens[i].text:
+            yield i
+        i += step
+
+
+def _next(tokens: list[Token], i: int) -> int:
+    return next(_significant(tokens, i + 1), len(tokens))
+
+
+def _previous(tokens: list[Token], i: int) -> int:
+    return next(_significant(tokens, i - 1, -1), -1)
+
+
+def _text(tokens: list[Token], i: int) -> str:
+    return tokens[i].text if 0 <= i < len(tokens) else ""
+
+
+def _matching(tokens: list[Token], i: int) -> int:
+    """Index of the bracket that closes the one at i."""
+    depth = 0
+    for j in range(i, len(tokens)):
+        text = tokens[j].text
+        if tokens[j].kind != "op":
+            continue
+        if text in _OPEN:
+            depth += 1
+        elif text in _CLOSE:
+            depth -= 1
+            if depth == 0:
+                return j
+    raise CompileError("source: brackets must match; got one that is never closed; check the kernel's text")
+
+
+def _blank(tokens: list[Token], start: int, end: int) -> None:
+    """Remove [start, end) but keep its lines."""
+    for t in tokens[start:end]:
+        if t.kind != "newline":
+            t.text = ""
+
+
+def _is_attribute(tokens: list[Token], i: int) -> bool:
+    return tokens[i].text == "[" and i + 1 < len(tokens) and tokens[i + 1].text == "["
+
+
+def _blank_attributes(tokens: list[Token]) -> None:
+    i = 0
+    while i < len(tokens):
+        if _is_attribute(tokens, i):
+            end = _matching(tokens, i)
+            _blank(tokens, i, end + 1)
+            i = end
+        i += 1
+
+
+def _resolve_host_name(tokens: list[Token], entry: str) -> str:
+    """`template [[host_name("x")]] [[kernel]] decltype(f<half>) f<half>;` makes x a name of f<half>."""
+    text = "".join(t.text if t.kind != "newline" else " " for t in tokens) if "<" not in entry else ""
+    found = re.search(r'host_name\(\s*"' + re.escape(entry) + r'"\s*\)[^;{]*?decltype\((?P<f>[^;]*?)\)\s*(?P=f)\s*;', text)
+    return found["f"].strip() if found else entry
+
+
+def _remove_explicit_instantiations(tokens: list[Token]) -> None:
+    for i, token in enumerate(tokens):
+        if token.text == "template" and _is_attribute(tokens, min(_next(tokens, i), len(tokens) - 1)):
+            end = next(j for j in range(i, len(tokens)) if tokens[j].text == ";")
+            _blank(tokens, i, end + 1)
+
+
+def _find_entry(tokens: list[Token], name: str) -> int:
+    """Index of the parenthesis that opens the parameters of the definition of kernel `name`."""
+    kernels = []
+    for i, token in enumerate(tokens):
+        if token.text != "kernel" or token.kind != "name":
+            continue
+        for j in _significant(tokens, i):
+            if tokens[j].text in (";", "{"):
+                break
+            if tokens[j].text == "(" and tokens[_previous(tokens, j)].kind == "name" and _text(tokens, _previous(tokens, _previous(tokens, j))) == "void":
+                kernels.append(tokens[_previous(tokens, j)].text)
+                if kernels[-1] == name:
+                    return j
+                break
+    names = ", ".join(dict.fromkeys(kernels)) or "none"
+    raise CompileError(f"entry: must name a kernel of the source; got {name!r}; the source defines: {names}")
+
+
+def _entry_parameters(tokens: list[Token], name: str) -> list[Parameter]:
+    start = _find_entry(tokens, name)
+    end = _matching(tokens, start)
+    parameters, piece, depth = [], [], 0
+    for j in range(start + 1, end + 1):
+        text = tokens[j].text
+        if tokens[j].kind == "op":
+            depth += (text in "([{<") - (text in ")]}>") if len(text) == 1 else 0
+        if j == end or (text == "," and depth == 0):
+            if any(t.kind == "name" for t in piece):
+                parameters.append(_parameter(piece))
+            piece = []
+        elif tokens[j].kind not in ("space", "newline"):
+            piece.append(tokens[j])
+    return parameters
+
+
+def _parameter(piece: list[Token]) -> Parameter:
+    opening = next((i for i in range(len(piece)) if _is_attribute(piece, i)), len(piece))
+    declaration = [t.text for t in piece[:opening]]
+    attributes = "".join(t.text for t in piece[opening:]).replace("[[", " ").replace("]]", " ")
+    attribute = re.match(r"\s*(\w+)(?:\((\d+)\))?", attributes)
+    if attribute is None:
+        raise CompileError(
+            f"parameter {declaration[-1]!r}: a kernel's parameter needs an attribute; got none; "
+            "write [[buffer(n)]] or a thread position after its name"
+        )
+    pointer = next((t for t in reversed(declaration[:-1]) if t in "*&"), "")
+    space = next((t for t in declaration if t in _SPACES), "")
+    index = int(attribute[2]) if attribute[2] else None
+    return Parameter(declaration[-1], attribute[1], index, pointer, space, "const" in declaration or space == "constant")
+
+
+def _argument(p: Parameter, constants: Mapping[int, object]) -> str:
+    if p.attribute == "buffer":
+        return f"sim::{'ReferenceArgument' if p.declarator == '&' else 'PointerArgument'}{{{p.index}}}"
+    return f"sim::{p.attribute}()"
+
+
+def _set_function_constants(tokens: list[Token], constants: Mapping[int, object]) -> None:
+    """`constant bool b [[function_constant(1)]];` becomes `constant bool b = <value>;`."""
+    for i in range(len(tokens)):
+        if tokens[i].text != "function_constant" or not _is_attribute(tokens, max(i - 2, 0)):
+            continue
+        end = _matching(tokens, i - 2)
+        if _text(tokens, _next(tokens, end)) != ";":
+            continue
+        index = int(tokens[_next(tokens, _next(tokens, i))].text)
+        value = constants.get(index, False)
+        _blank(tokens, i - 2, end + 1)
+        tokens[i].text = f"= {str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _statement_start(tokens: list[Token], i: int) -> bool:
+    """Is the token at i the first of a declaration, but for alignas(...) and `static`?"""
+    j = _previous(tokens, i)
+    while _text(tokens, j) == ")":
+        depth = 0
+        while True:
+            depth += (tokens[j].text == ")") - (tokens[j].text == "(")
+            if depth == 0:
+                break
+            j -= 1
+        k = _previous(tokens, j)
+        if _text(tokens, k) != "alignas":
+            return False
+        j = _previous(tokens, k)
+    return j < 0 or tokens[j].text in (";", "{", "}")
+
+
+def _rewrite_threadgroup_variables(tokens: list[Token]) -> None:
+    for i, token in enumerate(tokens):
+        if token.text != "threadgroup" or not _statement_start(tokens, i):
+            continue
+        end = next(j for j in range(i, len(tokens)) if tokens[j].text == ";")
+        words = [tokens[j].text for j in _significant(tokens, i) if j < end]
+        if "=" in words or "*" in _outside_brackets(words) or "&" in _outside_brackets(words):
+            continue
+        start = i
+        while _text(tokens, _previous(tokens, start)) == ")":  # alignas before the keyword
+            start = next(j for j in range(start - 1, -1, -1) if tokens[j].text == "alignas")
+            words = [tokens[j].text for j in _significant(tokens, start) if j < i] + words
+        _blank(tokens, start, end + 1)
+        tokens[start].text = _threadgroup_references(words)
+
+
+def _outside_brackets(words: list[str]) -> list[str]:
+    depth, outside = 0, []
+    for w in words:
+        depth -= w in (")", "]", ">")
+        if depth == 0:
+            outside.append(w)
+        depth += w in ("(", "[", "<")
+    return outside
+
+
+def _threadgroup_references(words: list[str]) -> str:
+    align = "0"
+    if "alignas" in words:
+        at = words.index("alignas")
+        close = words.index(")", at)
+        align = " ".join(words[at + 2 : close])
+        words = words[:at] + words[close + 1 :]
+    words = [w for w in words if w not in ("threadgroup", "static", "volatile")]
+    declarators, depth = [[]], 0
+    for w in words:
+        depth += (w in ("(", "[", "<")) - (w in (")", "]", ">"))
+        if w == "," and depth == 0:
+            declarators.append([])
+        else:
+            declarators[-1].append(w)
+    first = declarators[0]
+    name_at = first.index("[") - 1 if "[" in _outside_brackets(first) + first[-1:] and "[" in first else len(first) - 1
+    base = " ".join(first[:name_at])
+    declarators[0] = first[name_at:]
+    return "".join(
+        f'auto &{d[0]} = sim::threadgroup_alloc<{base}{"".join(d[1:])}, {align}>("{d[0]}", []{{}});' for d in declarators
+    )
+
+
+def _rewrite_keywords(tokens: list[Token]) -> None:
+    for i, token in enumerate(tokens):
+        if token.kind != "name":
+            continue
+        if token.text in ("device", "thread", "threadgroup", "kernel"):
+            token.text = ""
+        elif token.text == "constant":
+            token.text = "const"
+            # `static constexpr int constant n` and `static constant constexpr const int`: one const is enough
+        elif token.text in ("restrict", "__restrict", "__restrict__"):
+            token.text = ""  # threads share memory inside one C++ function: nothing is restricted
+
+
+def _drop_repeated_specialisations(tokens: list[Token]) -> None:
+    """`struct s<device T*>` and `struct s<threadgroup T*>` are the same type now: keep the first."""
+    seen = set()
+    for i, token in enumerate(tokens):
+        if token.text not in ("struct", "class"):
+            continue
+        name = _next(tokens, i)
+        if _text(tokens, _next(tokens, name)) != "<" or _text(tokens, _previous(tokens, i)) != ">":
+            continue
+        words, j = [], name
+        while _text(tokens, j) not in ("{", ";", ""):
+            words.append(tokens[j].text)
+            j = _next(tokens, j)
+        if _text(tokens, j) != "{":
+            continue
+        head = next((k for k in range(i, -1, -1) if tokens[k].text == "template"), i)
+        key = " ".join(tokens[k].text for k in _significant(tokens, head) if k < i) + " ".join(words)
+        if key in seen:
+            _blank(tokens, head, _next(tokens, _matching(tokens, j)) + 1)
+        seen.add(key)
+
+
+def _rewrite_swizzles(tokens: list[Token]) -> None:
+    uses, declared = [], set()
+    for i, token in enumerate(tokens):
+        if token.kind != "name" or not _SWIZZLE.fullmatch(token.text):
+            continue
+        if _text(tokens, _previous(tokens, i)) in (".", "->"):
+            uses.append(i)
+        else:
+            declared.add(token.text)
+    for i in uses:
+        text, after = tokens[i].text, _text(tokens, _next(tokens, i))
+        if text in declared or after == "(":
+            continue
+        lanes = ", ".join(str(_COMPONENT[c]) for c in text)
+        tokens[i].text = f"template swizzle{'_ref' if after in _ASSIGNMENTS else ''}<{lanes}>()"

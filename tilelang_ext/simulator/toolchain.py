@@ -1,0 +1,204 @@
+"""The C++ compiler behind the simulator: where it is, its flags, and a cache of what it built."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CompileError, CompilerMissingError
+
+MINIMUM_CLANG = 16
+_HEADERS = (
+    *(f"metal_{n}" for n in (
+        "stdlib", "simdgroup", "simdgroup_matrix", "math", "atomic", "common", "compute", "geometric", "integer",
+        "limits", "matrix", "pack", "relational", "tensor", "type_traits", "array", "cooperative_tensor", "numeric",
+        "utility", "logging",
+    )),
+    "MetalPerformancePrimitives/MetalPerformancePrimitives.h",
+)  # fmt: skip
+# Every half and bfloat operation rounds, nothing contracts, 1.0 is a float; the switch of fibers needs no red zone.
+_LANGUAGE = (
+    "-std=c++20", "-O2", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-exceptions", "-fno-rtti",
+    "-fno-threadsafe-statics", "-fno-omit-frame-pointer", "-fno-stack-protector", "-fno-sanitize=undefined",
+    "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
+    "-Xclang", "-cl-single-precision-constant", "-w", "-Wno-reserved-user-defined-literal",
+)  # fmt: skip
+_CHECK = (
+    "-DSIM_CHECK", "-fsanitize=thread,array-bounds", "-fsanitize-recover=array-bounds", "-fno-optimize-sibling-calls",
+    "-fno-vectorize", "-fno-slp-vectorize", "-mprefer-vector-width=128", "-ftrivial-auto-var-init=pattern",
+    "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0",
+    "-mllvm", "-tsan-instrument-read-before-write=1",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A clang that builds kernels: the start of its command line, and what it calls this machine."""
+
+    command: tuple[str, ...]
+    version: str
+    machine: tuple[str, ...]
+
+
+def include_directory() -> Path:
+    """The folder of the shim and the run time: beside this file in an installation, src/simulator in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "include", here.parents[1] / "src" / "simulator"):
+        if (folder / "engine.h").is_file():
+            return folder
+    raise FileNotFoundError(f"tilelang_ext.simulator: its headers must be installed; got none in {here / 'include'}; reinstall")
+
+
+@functools.cache
+def find_compiler() -> Compiler:
+    """The newest clang of at least MINIMUM_CLANG on PATH, else the one in PyPI's ziglang."""
+    seen = []
+    for name in ("clang++", *(f"clang++-{v}" for v in range(30, MINIMUM_CLANG - 1, -1))):
+        path = shutil.which(name)
+        if path is None:
+            continue
+        version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+        major = re.search(r"version (\d+)", version)
+        # Apple counts its clang by Xcode: 15 is LLVM 16.
+        if major and int(major[1]) >= MINIMUM_CLANG - ("Apple" in version):
+            machine = ("-march=x86-64-v3", "-mno-red-zone") if _is_x86() else ()
+            return Compiler((path,), version, machine)
+        seen.append(version)
+    if importlib.util.find_spec("ziglang") is not None:
+        version = subprocess.run([sys.executable, "-m", "ziglang", "version"], capture_output=True, text=True).stdout.strip()
+        machine = ("-march=x86_64_v3", "-mno-red-zone") if _is_x86() else ()
+        return Compiler((sys.executable, "-m", "ziglang", "c++"), f"ziglang {version}", machine)
+    raise CompilerMissingError(
+        f"compiler: the simulator needs clang >= {MINIMUM_CLANG}; got {', '.join(seen) or 'none'} on PATH and no ziglang; "
+        "run `pip install ziglang` or `apt-get install clang-19`"
+    )
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def cache_directory() -> Path:
+    """The user's cache, or a temporary folder where the home cannot be written."""
+    folder = Path.home() / ".cache" / "tilelang_ext" / "simulator"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.gettempdir()) / f"tilelang_ext-simulator-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _shim_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(include_directory().rglob("*.h")):
+        digest.update(path.read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    digest.update("\0".join(find_compiler().command + (find_compiler().version,)).encode())
+    return digest.hexdigest()
+
+
+def cached(name: str, key: Sequence[str], build) -> Path:
+    """The file that `build(folder)` makes for this key, built once; two builders at once do no harm."""
+    digest = hashlib.sha256("\0".join((_shim_digest(), *key)).encode()).hexdigest()[:32]
+    target = cache_directory() / f"{name}-{digest}"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=cache_directory()) as folder:
+            os.replace(build(Path(folder)), target)
+    return target
+
+
+def run_compiler(arguments: Sequence[str | Path], what: str) -> str:
+    """Run the compiler; its standard output. Raises CompileError with its messages."""
+    compiler = find_compiler()
+    done = subprocess.run([*compiler.command, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise CompileError(f"source: must be Metal text that the shim compiles; got an error in {what}; correct the line named\n{done.stderr}")
+    return done.stdout
+
+
+def preprocess(source: Path, include_directories: Sequence[Path]) -> str:
+    """The text with macros and includes expanded, and line markers."""
+    stubs = cached("stubs", _HEADERS, _make_stubs)
+    includes = [f"-I{d}" for d in (stubs, *include_directories)]
+    defines = ("-D__METAL_VERSION__=400", "-D__METAL__=1", "-D__METAL_MACOS__=1")
+    return run_compiler(("-E", "-x", "c++", "-std=c++20", "-nostdinc", "-w", *defines, *includes, source), "preprocessing")
+
+
+def _make_stubs(folder: Path) -> Path:
+    for header in _HEADERS:
+        path = folder / "stubs" / header
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder / "stubs"
+
+
+def build(text: str, check: bool) -> Path:
+    """Compile one translated kernel to a program; cached by its text."""
+    return cached("kernel", (text, str(check)), lambda folder: _build(folder, text, check))
+
+
+def _build(folder: Path, text: str, check: bool) -> Path:
+    shim = include_directory() / "metal" / "shim.h"
+    machine = find_compiler().machine
+    source, assembly, program = folder / "kernel.cpp", folder / "kernel.s", folder / "kernel"
+    source.write_text(text)
+    flags = (*_LANGUAGE, *machine, *(_CHECK if check else ()))
+    run_compiler(("-S", "-x", "c++", *flags, "-include", shim, source, "-o", assembly), "compiling")
+    assembly.write_text(add_line_table(assembly.read_text()))
+    run_compiler((assembly, _runtime(), "-o", program, "-lm", *(() if sys.platform == "darwin" else ("-ldl",))), "linking")
+    return program
+
+
+def _runtime() -> Path:
+    def compile_runtime(folder: Path) -> Path:
+        source = include_directory() / "runtime.h"
+        flags = (*_LANGUAGE, *find_compiler().machine, "-c", "-x", "c++", source, "-o", folder / "runtime.o")
+        run_compiler(flags, "compiling the run time")
+        return folder / "runtime.o"
+
+    return cached("runtime.o", (), compile_runtime)
+
+
+_LOCATION = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)")
+_FILE = re.compile(r'\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"')
+_CALLBACK = re.compile(r"\s*(?:callq?|bl)\s+_?__tsan_")
+
+
+def add_line_table(assembly: str) -> str:
+    """Label the return address of each check's call, and append a table of (address, line, file) for the findings."""
+    out, table, files, place = [], [], {}, ("0", "0")
+    for line in assembly.splitlines():
+        out.append(line)
+        if found := _LOCATION.match(line):
+            place = found.groups()
+        elif found := _FILE.match(line):
+            files[found[1]] = found[2]
+        elif _CALLBACK.match(line):
+            out.append(f"Lsim{len(table)}:")
+            table.append(place)
+    prefix = "_" if sys.platform == "darwin" else ""
+    names = list(files) or ["0"]
+    out += [".section __DATA,__const" if prefix else '.section .data.rel.ro,"aw"', ".p2align 3"]
+    out.append(f".globl {prefix}sim_line_count\n{prefix}sim_line_count: .long {len(table)}")
+    out.append(f".p2align 3\n.globl {prefix}sim_lines\n{prefix}sim_lines:")
+    out += [f".long Lsim{i} - .\n.long {line}\n.long {names.index(file) if file in files else 0}" for i, (file, line) in enumerate(table)]
+    out.append(f".p2align 3\n.globl {prefix}sim_files\n{prefix}sim_files:")
+    out += [f".quad Lsimfile{i}" for i in range(len(names))]
+    out += [f'Lsimfile{i}: .asciz "{files.get(name, "")}"' for i, name in enumerate(names)]
+    return "\n".join(out) + "\n"
