@@ -230,7 +230,7 @@ def _statement_start(tokens: list[Token], i: int) -> bool:
         if _text(tokens, k) != "alignas":
             return False
         j = _previous(tokens, k)
-    return j < 0 or tokens[j].text in (";", "{", "}")
+    return j < 0 or tokens[j].text.endswith((";", "{", "}"))
 
 
 def _rewrite_threadgroup_variables(tokens: list[Token]) -> None:
