@@ -194,6 +194,7 @@ inline uchar$ float_to_e5m2fnuz(float$ x) {
 inline uchar$ float_to_e8m0(float$ x) {
   uint$ a = as_type<uint$>(x) & uint$(0x7fffffff);
   uint$ code = min((a + uint$(0x00400000)) >> uint$(23), uint$(254));
+  code = select(code, uint$(0), a < uint$(0x00600000));  // 2^-127 is a subnormal float
   return uchar$(select(code, uint$(255), a >= uint$(0x7f800000)));
 }
 )"},

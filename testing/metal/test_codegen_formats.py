@@ -1,0 +1,172 @@
+"""Narrow floats in generated Metal text: every code decoded, every half encoded, bit for bit against torch."""
+
+import pytest
+import torch
+
+from tilelang_ext import language as T
+from tilelang_ext import simulate
+from tilelang_ext.metal.program import lower
+from tilelang_ext.simulator import execute_msl
+
+# largest finite value, for the saturation that torch's casts lack
+FLOAT8 = {"float8_e4m3fn": 448, "float8_e5m2": 57344, "float8_e4m3fnuz": 240, "float8_e5m2fnuz": 57344}
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def convert(n: int, source: str, target: str, lanes: int = 0):
+    """C = A.astype(target), by one thread and `lanes` elements at a time, or as T.Parallel vectorises it."""
+
+    if lanes:
+
+        @T.prim_func
+        def kernel(
+            A: T.Tensor((n,), source),
+            C: T.Tensor((n,), target),
+        ):
+            with T.Kernel(1, threads=32):
+                tx = T.get_thread_binding()
+                if tx == 0:
+                    for i in T.serial(n // lanes):
+                        for j in T.vectorized(lanes):
+                            C[i * lanes + j] = A[i * lanes + j].astype(target)
+
+    else:
+
+        @T.prim_func
+        def kernel(
+            A: T.Tensor((n,), source),
+            C: T.Tensor((n,), target),
+        ):
+            with T.Kernel(1, threads=32):
+                for i in T.Parallel(n):
+                    C[i] = A[i].astype(target)
+
+    return kernel
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor):
+    """Equal values and signs, NaN where the other has NaN."""
+    a, e = actual.float(), expected.float()
+    same = (a == e) & (torch.signbit(a) == torch.signbit(e)) | (a.isnan() & e.isnan())
+    assert same.all(), f"first at {int((~same).nonzero()[0])}: {a[~same][0]} instead of {e[~same][0]}"
+
+
+def run(kernel, *arguments):
+    report = simulate(lower(kernel), *arguments)
+    assert report.findings == ()
+
+
+def all_codes(dtype: str) -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("source", [*FLOAT8, "float8_e8m0fnu"])
+def test_decode_all_codes(source, target):
+    codes = all_codes(source)
+    values = torch.full((256,), -1.0).to(getattr(torch, target))
+    run(convert(256, source, target), codes, values)
+    assert_same_bits(values, codes.float().to(values.dtype))
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("source", [*FLOAT8, "float8_e8m0fnu"])
+def test_decode_every_width(source, lanes):
+    codes = all_codes(source)
+    values = torch.full((256,), -1.0)
+    run(convert(256, source, "float32", lanes), codes, values)
+    assert_same_bits(values, codes.float())
+
+
+@pytest.mark.parametrize("target", FLOAT8)
+def test_encode_all_halves(target):
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    codes = torch.zeros(65536, dtype=torch.uint8).view(getattr(torch, target))
+    run(convert(65536, "float16", target), halves, codes)
+    largest = FLOAT8[target]
+    expected = torch.where(halves.isnan(), halves.float(), halves.float().clamp(-largest, largest)).to(codes.dtype)
+    assert_same_bits(codes, expected)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("target", FLOAT8)
+def test_encode_every_width(target, lanes):
+    # ties between codes, just above and below them, subnormals, and values past the largest
+    values = torch.tensor([0.0, -0.0, 1.0625, 1.0624, -1.1875, 17.0, 19.0, 2.0**-9, 2.0**-10, 3e-3, -1e-6, 1e9] + [464.0] * 4)
+    codes = torch.zeros(16, dtype=torch.uint8).view(getattr(torch, target))
+    run(convert(16, "float32", target, lanes), values, codes)
+    assert_same_bits(codes, values.clamp(-FLOAT8[target], FLOAT8[target]).to(codes.dtype))
+
+
+def test_encode_e8m0_rounds_and_saturates():
+    values = torch.tensor([1.0, 1.49, 1.5, 1.51, 3.0, 2.0**-127, 2.0**-149, 3e38, 0.0, float("nan"), -4.0, 2.0**-126 * 1.5])
+    codes = torch.zeros(12, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    run(convert(12, "float32", "float8_e8m0fnu", 1), values, codes)
+    assert codes.view(torch.uint8).tolist() == [127, 127, 128, 128, 129, 0, 0, 254, 0, 255, 129, 2]
+
+
+def run_packed(kernel, *arguments):
+    """Run with FP4 tensors given as packed bytes, which no torch dtype of matching shape exists for."""
+    program = lower(kernel)
+    report = execute_msl(program.source, program.name, list(arguments), grid=(1, 1, 1), threads=(32, 1, 1))
+    assert report.findings == ()
+
+
+@pytest.mark.parametrize("lanes", [0, 1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
+def test_decode_e2m1(target, lanes):
+    codes = torch.cat([torch.arange(16), torch.arange(16).flip(0)]).repeat(2)
+    packed = (codes[0::2] | (codes[1::2] << 4)).to(torch.uint8)
+    values = torch.zeros(64, dtype=getattr(torch, target))
+    run_packed(convert(64, "float4_e2m1fn", target, lanes), packed, values)
+    assert_same_bits(values, E2M1[codes])
+
+
+@pytest.mark.parametrize("lanes", [0, 2, 4, 8, 16, 32])
+def test_encode_e2m1(lanes):
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    expected_of_ties = torch.tensor([0.0, 1, 1, 2, 2, 4, 4])
+    above, below = torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)
+    values = torch.cat([ties, -ties, above, below, torch.tensor([100.0, -100.0, 6.0, -0.0])])
+    expected = torch.cat([expected_of_ties, -expected_of_ties, E2M1[1:8], E2M1[:7], torch.tensor([6.0, -6.0, 6.0, -0.0])])
+    values, expected = values.repeat(2), expected.repeat(2)
+    packed = torch.zeros(32, dtype=torch.uint8)
+    run_packed(convert(64, "float32", "float4_e2m1fn", lanes), values, packed)
+    codes = torch.stack([packed & 15, packed >> 4], 1).flatten().long()
+    assert_same_bits(E2M1[codes], expected)
+
+
+def test_e2m1_single_stores_would_race():
+    with pytest.raises(ValueError, match="C: a float4_e2m1fn element outside registers is half a byte"):
+        lower(convert(64, "float32", "float4_e2m1fn", 1))
+
+
+@pytest.mark.parametrize("target", FLOAT8)
+@pytest.mark.parametrize("value", [0.0, 1.0, 3.3, 0.001, 1e-5, 239.0])
+def test_constants_are_encoded_by_the_compiler(target, value):
+    @T.prim_func
+    def fill(C: T.Tensor((32,), target)):
+        with T.Kernel(1, threads=32):
+            for i in T.Parallel(32):
+                C[i] = T.float32(value).astype(target)
+
+    codes = torch.zeros(32, dtype=torch.uint8).view(getattr(torch, target))
+    run(fill, codes)
+    assert_same_bits(codes, torch.full((32,), value).to(codes.dtype))
+
+
+def test_arithmetic_on_codes_is_refused():
+    @T.prim_func
+    def add(A: T.Tensor((32,), "float8_e4m3fn")):
+        with T.Kernel(1, threads=32):
+            for i in T.Parallel(32):
+                A[i] = A[i] + A[i]
+
+    with pytest.raises(TypeError, match="float8_e4m3fn: is stored on Metal, not computed with; .* cast them to"):
+        lower(add)
+
+
+def test_decoding_reads_no_table():
+    source = lower(convert(256, "float8_e4m3fn", "float16")).source
+    assert "constant" not in source
+    assert "half4 e4m3fn_to_half(uchar4 code)" in source, "four codes at a time"
