@@ -72,8 +72,9 @@ void simdgroup_barrier(unsigned memory, const Site *site);
 // The threadgroup's array number `slot` (assigned on first use); the same address for each of its threads.
 void *threadgroup_array(int &slot, const char *name, unsigned long size, unsigned long align);
 
+enum Access : unsigned { kRead = 1, kWrite = 2, kAtomic = 4, kAtomicLoad = 5, kAtomicStore = 6, kAtomicUpdate = 7 };
 // Checks and counts an atomic access; the caller performs it.
-void atomic_access(const volatile void *address, unsigned size, const Site *site);
+void atomic_access(const volatile void *address, unsigned size, Access kind, const Site *site);
 
 // The argument bound to [[buffer(index)]].
 void *buffer(int index);

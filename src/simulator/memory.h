@@ -217,27 +217,25 @@ inline bool create_memory(Job *mapped) {
 
 // ---- accesses
 
-enum Access { kRead, kWrite, kAtomic };
-inline const char *const kVerb[] = {"read", "write", "atomic operation"};
+inline const char *const kVerb[] = {"", "read", "write", "", "", "atomic load", "atomic store", "atomic update"};
 
 // Orders one access against the records of its bytes; says what is wrong, or null.
 inline const char *order_access(Shadow *shadow, size_t size, Access access, Space space) {
   Record mine = stamp(space);
-  mine.atomic = access == kAtomic;
+  mine.atomic = (access & kAtomic) != 0;
   const char *wrong = nullptr;
   for (size_t i = 0; i < size; ++i) {
     Record write{__atomic_load_n(&shadow[i].write.word, __ATOMIC_RELAXED)};
     Record reads{__atomic_load_n(&shadow[i].reads.word, __ATOMIC_RELAXED)};
-    const bool both_atomic = mine.atomic && write.atomic;
     if (space == kThreadgroupSpace) {  // records of another group are stale here
       if (write.group != mine.group) write = {};
       if (reads.group != mine.group) reads = {};
     }
-    if (!ordered(write, mine) && !both_atomic) wrong = "a write";
-    if (access == kRead) {
+    if (!ordered(write, mine) && !(mine.atomic && write.atomic)) wrong = "a write";
+    if (!(access & kWrite)) {
       __atomic_store_n(&shadow[i].reads.word, join_reads(reads, mine).word, __ATOMIC_RELAXED);
     } else {
-      if (!ordered(reads, mine)) wrong = "a read";
+      if (!ordered(reads, mine) && !(mine.atomic && reads.atomic)) wrong = "a read";
       __atomic_store_n(&shadow[i].write.word, mine.word, __ATOMIC_RELAXED);
       __atomic_store_n(&shadow[i].reads.word, 0, __ATOMIC_RELAXED);
     }
@@ -246,8 +244,8 @@ inline const char *order_access(Shadow *shadow, size_t size, Access access, Spac
 }
 
 inline void access_threadgroup(size_t offset, size_t size, Access access, Place place) {
-  if (access != kWrite) counts.threadgroup_read += size;
-  if (access != kRead) counts.threadgroup_written += size;
+  if (access & kRead) counts.threadgroup_read += size;
+  if (access & kWrite) counts.threadgroup_written += size;
   const Array *array = nullptr;
   for (int i = 0; i < array_count; ++i)
     if (offset >= arrays[i].offset && offset < arrays[i].offset + arrays[i].size + kRedZone) array = &arrays[i];
@@ -258,7 +256,7 @@ inline void access_threadgroup(size_t offset, size_t size, Access access, Place 
     return;
   }
   Shadow *shadow = arena_shadow + offset;
-  if (access != kWrite)
+  if (access & kRead)
     for (size_t i = 0; i < size; ++i)
       if (!shadow[i].write.valid || shadow[i].write.group != now.group[0].group) {
         report(kUninitialised, place, "%s of %zu bytes at byte %zu of threadgroup array '%s' that nobody has written",
@@ -294,8 +292,8 @@ inline void access_device(const char *address, size_t size, Access access, Place
     counts.constant_read += size;
     return;
   }
-  if (access != kWrite) counts.device_read += size;
-  if (access != kRead) counts.device_written += size;
+  if (access & kRead) counts.device_read += size;
+  if (access & kWrite) counts.device_written += size;
   if (!buffer->writable) return;
   if (const char *wrong = order_access(device_shadow + offset, size, access, kDeviceSpace))
     report(kRace, place, "%s of %zu bytes at byte %zu of buffer %d is not ordered after %s by another thread", kVerb[access], size,

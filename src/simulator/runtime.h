@@ -26,9 +26,9 @@ bool is_own(const void *address) {
 unsigned lane() { return current->lane; }
 void *buffer(int index) { return (char *)job + job->buffers[index].offset; }
 
-void atomic_access(const volatile void *address, unsigned size, const Site *site) {
+void atomic_access(const volatile void *address, unsigned size, Access kind, const Site *site) {
   ++counts.atomics;
-  if (job->check) access(const_cast<const void *>(address), size, kAtomic, Place{nullptr, site});
+  if (job->check) access(const_cast<const void *>(address), size, kind, Place{nullptr, site});
 }
 
 static void add_counts() {

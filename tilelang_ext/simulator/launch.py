@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import signal
 import subprocess
@@ -122,23 +121,17 @@ def run(
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.NamedTemporaryFile(prefix="tilelang_ext-", dir=shared) as file:
         file.truncate(offset)
-        with mmap.mmap(file.fileno(), offset) as mapped:
-            mapped[: ctypes.sizeof(job)] = bytes(job)
-            memory = np.frombuffer(mapped, np.uint8)
-            for a in arguments:
-                start = job.buffers[a.index].offset
-                memory[start : start + len(a.bytes)] = a.bytes
-            code = _run_program(program, file.name, timeout)
-            job = _Job.from_buffer_copy(memory[: ctypes.sizeof(_Job)].tobytes())
-            report = _read_report(job, lines, source_name)
-            if code != 0 or job.done_workers != workers:
-                del memory
-                raise _crash(code, report)
-            for a in arguments:
-                if a.writable:
-                    start = job.buffers[a.index].offset
-                    a.write_back(memory[start : start + len(a.bytes)])
-            del memory
+        os.pwrite(file.fileno(), bytes(job), 0)
+        for a in arguments:
+            os.pwrite(file.fileno(), memoryview(a.bytes), job.buffers[a.index].offset)
+        code = _run_program(program, file.name, timeout)
+        job = _Job.from_buffer_copy(os.pread(file.fileno(), ctypes.sizeof(_Job), 0))
+        report = _read_report(job, lines, source_name)
+        if code != 0 or job.done_workers != workers:
+            raise _crash(code, report)
+        for a in arguments:
+            if a.writable:
+                a.write_back(np.fromfile(file.name, np.uint8, len(a.bytes), offset=job.buffers[a.index].offset))
     return report
 
 

@@ -38,7 +38,7 @@ _CHECK = (
     "-DSIM_CHECK", "-fsanitize=thread,array-bounds", "-fsanitize-recover=array-bounds", "-fno-optimize-sibling-calls",
     "-fno-vectorize", "-fno-slp-vectorize", "-mprefer-vector-width=128", "-ftrivial-auto-var-init=pattern",
     "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0",
-    "-mllvm", "-tsan-instrument-read-before-write=1",
+    "-mllvm", "-tsan-instrument-read-before-write=1", "-mllvm", "-instcombine-code-sinking=0",
 )  # fmt: skip
 
 

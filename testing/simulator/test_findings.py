@@ -1,0 +1,165 @@
+"""Each fault that can hide behind right numbers is planted in a clean text and found at its line."""
+
+import pytest
+import torch
+from simulator import kernels
+from simulator.kernels import line_of, plant, run_gemm
+
+from tilelang_ext.simulator import execute_msl
+
+TILES_BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);  // tiles"
+TOP_BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);  // top"
+LOAD_A, STORE_B = "simdgroup_load(a[i]", "b_s[thread_index + i * 128] ="
+MMA = "simdgroup_multiply_accumulate("
+
+
+def kinds_at(report, line):
+    return {f.kind for f in report.findings if f.line == line}
+
+
+def test_missing_barrier_before_the_mma():
+    source = plant(kernels.GEMM, TILES_BARRIER, "")
+    report, _, _ = run_gemm(source)
+    assert kinds_at(report, line_of(source, LOAD_A)) & {"race", "uninitialised"}
+    assert any(f.kind == "race" for f in report.findings)
+
+
+def test_missing_barrier_at_the_loop_top():
+    source = plant(kernels.GEMM, TOP_BARRIER, "")
+    report, _, _ = run_gemm(source)
+    assert "race" in kinds_at(report, line_of(source, STORE_B))
+
+
+@pytest.mark.parametrize("flag", ["mem_none", "mem_device"])
+def test_barrier_with_the_wrong_flag(flag):
+    source = plant(kernels.GEMM, TILES_BARRIER, f"threadgroup_barrier(mem_flags::{flag});")
+    report, c, reference = run_gemm(source)
+    assert (c - reference).abs().max() < 1e-4  # the numbers are right all the same
+    assert "race" in kinds_at(report, line_of(source, LOAD_A))
+
+
+def test_read_past_a_device_buffer():
+    source = plant(kernels.GEMM, "= B[k * 64 +", "= B[(k + 16) * 64 +")
+    report, _, _ = run_gemm(source)
+    (finding,) = report.findings
+    assert (finding.kind, finding.line) == ("out of bounds", line_of(source, STORE_B))
+    assert "of buffer 1 of 8192 bytes" in finding.message
+    assert finding.text == source.splitlines()[finding.line - 1]
+
+
+def test_write_past_a_device_buffer():
+    a, b, c = torch.ones(40), torch.ones(40), torch.zeros(40)
+    params = torch.tensor([64, 0, 0, 0], dtype=torch.int32)
+    report = execute_msl(kernels.VECTOR_ADD, "add", [a, b, c, params], grid=(1, 1, 1), threads=(64, 1, 1))
+    (finding,) = report.findings
+    assert finding.kind == "out of bounds"
+    assert finding.count == 3 * 24
+
+
+def test_small_threadgroup_array():
+    source = plant(kernels.GEMM, "half a_s[64 * 16]", "half a_s[64 * 16 - 8]")
+    report, c, reference = run_gemm(source)
+    assert (c - reference).abs().max() < 1e-4
+    assert "out of bounds" in kinds_at(report, line_of(source, LOAD_A))
+    assert any("threadgroup array 'a_s' of 2032 bytes" in f.message for f in report.findings)
+
+
+def test_uninitialised_threadgroup_memory():
+    source = plant(kernels.GEMM, "for (int i = 0; i < 8; ++i) b_s[", "for (int i = 0; i < 7; ++i) b_s[")
+    report, _, _ = run_gemm(source)
+    assert kinds_at(report, line_of(source, "simdgroup_load(b[j]")) == {"uninitialised"}
+
+
+def test_divergent_barrier():
+    source = plant(kernels.GEMM, TILES_BARRIER, "if (thread_index != 77) " + TILES_BARRIER)
+    report, _, _ = run_gemm(source)
+    assert any(f.kind == "divergence" for f in report.findings)
+    assert {f.line for f in report.findings if f.kind == "divergence"} & {
+        line_of(source, "// tiles"), line_of(source, LOAD_A), line_of(source, TOP_BARRIER),
+    }  # fmt: skip
+
+
+def test_mma_skipped_by_one_lane():
+    source = plant(kernels.GEMM, MMA, "if (lane != 5) " + MMA)
+    report, _, _ = run_gemm(source)
+    line = line_of(source, MMA)
+    (finding,) = [f for f in report.findings if f.line == line]
+    assert finding.kind == "divergence"
+    assert "31 of 32 lanes; lane 5 is missing" in finding.message
+
+
+def test_one_lane_returns_early():
+    source = plant(kernels.GEMM, "for (int k = 0;", "if (thread_index == 40) return;\n  for (int k = 0;")
+    report, _, _ = run_gemm(source)
+    assert "divergence" in kinds_at(report, line_of(source, MMA))
+    barrier = [f for f in report.findings if f.line == line_of(source, "// top")]
+    assert "127 of 128 threads" in barrier[0].message
+
+
+def test_two_groups_write_one_element():
+    source = plant(kernels.ROW_SUM, "y[group.x] = total", "y[group.x / 2] = total")
+    x, y = torch.ones(4, 256), torch.zeros(4)
+    for workers in (1, 2):
+        report = execute_msl(source, "row_sum", [x, y], grid=(4, 1, 1), threads=(256, 1, 1), workers=workers)
+        (finding,) = report.findings
+        assert (finding.kind, finding.line) == ("race", line_of(source, "= total"))
+        assert "buffer 1" in finding.message
+
+
+def test_one_group_reads_what_another_writes():
+    source = kernels.HEADER + (
+        "kernel void shift(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {\n"
+        "  x[i] = x[i ^ 32];\n}"
+    )
+    report = execute_msl(source, "shift", [torch.zeros(64)], grid=(2, 1, 1), threads=(32, 1, 1))
+    assert {f.kind for f in report.findings} == {"race"}
+
+
+def run_exchange(source):
+    y = torch.zeros(32, dtype=torch.int32)
+    return execute_msl(source, "exchange", [y], grid=(1, 1, 1), threads=(32, 1, 1)), y
+
+
+def test_exchange_inside_a_simdgroup():
+    report, y = run_exchange(kernels.EXCHANGE)
+    assert report.findings == ()
+    assert torch.equal(y, (torch.arange(32) ^ 1).int() * 3)
+    source = plant(kernels.EXCHANGE, "simdgroup_barrier(mem_flags::mem_threadgroup);", "")
+    report, _ = run_exchange(source)
+    assert "race" in {f.kind for f in report.findings}
+
+
+def test_plain_write_beside_atomics_is_a_race():
+    source = plant(kernels.HISTOGRAM, "  atomic_fetch_add_explicit(total,", "  if (i == 3) *(device float*)total = 0;\n  atomic_fetch_add_explicit(total,")
+    x, bins, total = torch.zeros(128, dtype=torch.int32), torch.zeros(16, dtype=torch.int32), torch.zeros(1)
+    report = execute_msl(source, "histogram", [x, bins, total], grid=(1, 1, 1), threads=(128, 1, 1))
+    assert "race" in {f.kind for f in report.findings}
+
+
+def test_private_index_past_the_end():
+    source = kernels.HEADER + (
+        "kernel void f(device float* y [[buffer(0)]], constant int& n [[buffer(1)]], uint i [[thread_position_in_grid]]) {\n"
+        "  float v[4] = {1, 2, 3, 4};\n"
+        "  v[n] += 1;\n"
+        "  y[i] = v[0] + v[i & 3];\n}"
+    )
+    y = torch.zeros(32)
+    for n, found in ((3, 0), (4, 1)):
+        argument = torch.tensor([n], dtype=torch.int32)
+        report = execute_msl(source, "f", [y, argument], grid=(1, 1, 1), threads=(32, 1, 1))
+        assert len(report.findings) == found
+    assert (report.findings[0].kind, report.findings[0].line) == ("out of bounds", line_of(source, "v[n] += 1"))
+    assert "index 4" in report.findings[0].message
+
+
+def test_too_much_threadgroup_memory():
+    source = plant(kernels.EXCHANGE, "int box[32]", "int box[8193]")
+    report, _ = run_exchange(source)
+    assert {f.kind for f in report.findings} == {"limit"}
+
+
+def test_report_reads_well():
+    report, _ = run_exchange(plant(kernels.EXCHANGE, "simdgroup_barrier(mem_flags::mem_threadgroup);", ""))
+    text = str(report)
+    assert "nothing here is a measure of speed" in text
+    assert "box[lane ^ 1]" in text or "box[lane] = lane * 3" in text
