@@ -67,6 +67,7 @@ def translate(preprocessed: str, entry: str, constants: Mapping[int, object]) ->
     _rewrite_threadgroup_variables(tokens)
     _rewrite_keywords(tokens)
     _drop_repeated_specialisations(tokens)
+    _drop_repeated_functions(tokens)
     _rewrite_swizzles(tokens)
     body = "".join(t.text for t in tokens)
     call = ", ".join(_argument(p, constants) for p in parameters)
@@ -99,7 +100,7 @@ def _matching(tokens: list[Token], i: int) -> int:
     depth = 0
     for j in range(i, len(tokens)):
         text = tokens[j].text
-        if tokens[j].kind != "op":
+        if tokens[j].kind != "op" or not text:
             continue
         if text in _OPEN:
             depth += 1
@@ -316,6 +317,34 @@ def _drop_repeated_specialisations(tokens: list[Token]) -> None:
         if key in seen:
             _blank(tokens, head, _next(tokens, _matching(tokens, j)) + 1)
         seen.add(key)
+
+
+def _drop_repeated_functions(tokens: list[Token]) -> None:
+    """`int f(device T*) {..}` and `int f(threadgroup T*) {..}` are the same overload now: keep the first."""
+    seen = set()
+    head: list[int] = []  # significant tokens of the declaration at hand, at namespace scope
+    i = next(_significant(tokens, 0), len(tokens))
+    while i < len(tokens):
+        text, end = tokens[i].text, i
+        if text == "{":
+            end = _matching(tokens, i)
+            words = [tokens[k].text for k in head]
+            if "namespace" in words[:2] or words[:1] == ["extern"]:
+                end = i  # its declarations are met one by one
+            elif "(" in words and "=" not in words:
+                key = " ".join(words)
+                if key in seen:
+                    _blank(tokens, head[0], end + 1)
+                seen.add(key)
+            head = []
+        elif text in ("(", "["):
+            end = _matching(tokens, i)
+            head += [k for k in _significant(tokens, i) if k <= end] if end - i < 4096 else []
+        elif text.endswith((";", "}")):
+            head = []
+        else:
+            head.append(i)
+        i = _next(tokens, end)
 
 
 def _rewrite_swizzles(tokens: list[Token]) -> None:
