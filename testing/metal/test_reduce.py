@@ -89,7 +89,7 @@ def test_warp_reduce(op):
     assert_close(out, getattr(np, op)(float64(A), axis=1), dtype="float32")
 
 
-@pytest.mark.parametrize(("M", "N"), [(64, 128), (32, 40)])
+@pytest.mark.parametrize(("M", "N"), [(64, 128), (50, 64)])
 def test_softmax(M, N):
     @T.prim_func
     def kernel(A: T.Tensor((M, N), "float32"), out: T.Tensor((M, N), "float32")):

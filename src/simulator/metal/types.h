@@ -22,39 +22,39 @@ typedef unsigned long uintptr_t;
 typedef long intptr_t;
 typedef _Float16 half;
 
-// Nearest even by bits: compilers call a library function for it that older run times lack.
-SIM_FN constexpr __bf16 round_to_bf16(float v) {
+// Nearest even.
+SIM_FN constexpr unsigned short round_to_bf16(float v) {
   const unsigned bits = __builtin_bit_cast(unsigned, v);
   const unsigned rounded = v != v ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
-  return __builtin_bit_cast(__bf16, (unsigned short)(rounded >> 16));
+  return rounded >> 16;
 }
 
-// bfloat: a class, because clang converts neither half to __bf16 nor back. Every operation rounds.
+// bfloat: a class of 16 bits. clang converts neither half to __bf16 nor back, and moves __bf16 through float by a library
+// function that older run times lack. Every operation rounds.
 struct bfloat {
-  __bf16 value;
+  unsigned short bits;
   bfloat() = default;
-  SIM_FN constexpr bfloat(__bf16 v) : value(v) {}
-  SIM_FN constexpr bfloat(float v) : value(round_to_bf16(v)) {}
-  SIM_FN constexpr bfloat(half v) : value(round_to_bf16((float)v)) {}
-  SIM_FN constexpr bfloat(double v) : value(round_to_bf16((float)v)) {}
+  SIM_FN constexpr bfloat(float v) : bits(round_to_bf16(v)) {}
+  SIM_FN constexpr bfloat(half v) : bits(round_to_bf16((float)v)) {}
+  SIM_FN constexpr bfloat(double v) : bits(round_to_bf16((float)v)) {}
 #define SIM_FROM_INTEGER(T) \
-  SIM_FN constexpr bfloat(T v) : value(round_to_bf16((float)v)) {}
+  SIM_FN constexpr bfloat(T v) : bits(round_to_bf16((float)v)) {}
   SIM_FROM_INTEGER(bool) SIM_FROM_INTEGER(char) SIM_FROM_INTEGER(signed char) SIM_FROM_INTEGER(uchar)
   SIM_FROM_INTEGER(short) SIM_FROM_INTEGER(ushort) SIM_FROM_INTEGER(int) SIM_FROM_INTEGER(uint) SIM_FROM_INTEGER(long)
   SIM_FROM_INTEGER(ulong)
 #undef SIM_FROM_INTEGER
-  SIM_FN constexpr operator float() const { return (float)value; }
+  SIM_FN constexpr operator float() const { return __builtin_bit_cast(float, (unsigned)bits << 16); }
 #define SIM_ASSIGN(op)                                     \
   SIM_FN constexpr bfloat &operator op##=(bfloat o) {             \
-    value = round_to_bf16((float)value op(float) o.value); \
+    bits = round_to_bf16(float(*this) op float(o)); \
     return *this;                                          \
   }
   SIM_ASSIGN(+) SIM_ASSIGN(-) SIM_ASSIGN(*) SIM_ASSIGN(/)
 #undef SIM_ASSIGN
-  SIM_FN constexpr bfloat operator-() const { return bfloat(-(float)value); }
+  SIM_FN constexpr bfloat operator-() const { return bfloat(-float(*this)); }
 };
 #define SIM_BINARY(op) \
-  SIM_FN constexpr bfloat operator op(bfloat a, bfloat b) { return bfloat((float)a.value op(float) b.value); }
+  SIM_FN constexpr bfloat operator op(bfloat a, bfloat b) { return bfloat(float(a) op float(b)); }
 SIM_BINARY(+) SIM_BINARY(-) SIM_BINARY(*) SIM_BINARY(/)
 #undef SIM_BINARY
 // A bfloat with an integer is a bfloat; with a float, a float (the built-in operator after conversion).
