@@ -131,6 +131,44 @@ kernel void exchange(device int* y [[buffer(0)]], uint lane [[thread_index_in_si
 """
 )
 
+# C (M, N) float32 += A (M, K) B (K, N) half by one simdgroup through Metal 4's matmul2d; TA and TB: stored transposed.
+MATMUL2D = (
+    """#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>
+"""
+    + HEADER
+    + """
+constant constexpr int M = @M@, N = @N@, K = @K@;
+constant constexpr bool TA = @TA@, TB = @TB@;
+template <int columns, typename T, typename Tensor>
+METAL_FUNC void each(const device T* memory, thread Tensor& tensor, int count) {
+  const ushort lane = __metal_get_thread_index_in_simdgroup(ushort());
+  const ushort q = lane >> 2, r = (q & 4) | ((lane >> 1) & 3), c = ((q & 2) | (lane & 1)) * 4;
+  for (int i = 0; i < count; ++i) {
+    const int fragment = i / 8, row = fragment / (columns / 16) * 16, column = fragment % (columns / 16) * 16;
+    tensor[i] = memory[(row + r + i % 8 / 4 * 8) * columns + column + c + i % 4];
+  }
+}
+kernel void matmul(const device half* A [[buffer(0)]], const device half* B [[buffer(1)]], device float* C [[buffer(2)]],
+                   ushort lane [[thread_index_in_simdgroup]]) {
+  constexpr auto desc = mpp::tensor_ops::matmul2d_descriptor(
+      M, N, K, TA, TB, true, mpp::tensor_ops::matmul2d_descriptor::mode::multiply_accumulate);
+  mpp::tensor_ops::matmul2d<desc, metal::execution_simdgroup> op;
+  auto a = op.get_left_input_cooperative_tensor<half, half, float>();
+  auto b = op.get_right_input_cooperative_tensor<half, half, float>();
+  auto c = op.get_destination_cooperative_tensor<decltype(a), decltype(b), float>();
+  each<TA ? M : K>(A, a, M * K / 32);
+  each<TB ? K : N>(B, b, K * N / 32);
+  each<N>(C, c, M * N / 32);
+  op.run(a, b, c);
+  const ushort q = lane >> 2, r = (q & 4) | ((lane >> 1) & 3), s = ((q & 2) | (lane & 1)) * 4;
+  for (int i = 0; i < M * N / 32; i += 4) {
+    const int fragment = i / 8, row = fragment / (N / 16) * 16 + i % 8 / 4 * 8, column = fragment % (N / 16) * 16;
+    *(device float4*)(C + (row + r) * N + column + s) = *(thread float4*)(&c[i]);
+  }
+}
+"""
+)
+
 
 def plant(source: str, old: str, new: str) -> str:
     """The text with one place changed; the place must exist once."""

@@ -119,3 +119,21 @@ def test_read_only_and_strided_arrays():
     assert np.array_equal(y.numpy(), x)
     with pytest.raises(ValueError, match=r"arguments\[1\]: the kernel writes it; got a read-only array"):
         execute_msl(source, "copy", [y + 1, x], grid=(1, 1, 1), threads=(32, 1, 1))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(16, 32, 16), (32, 16, 16), (16, 16, 32), (32, 32, 32)])
+@pytest.mark.parametrize(("ta", "tb"), [(False, False), (False, True), (True, False), (True, True)])
+def test_matmul2d(m, n, k, ta, tb):
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(m, k, generator=generator).half()
+    b = torch.randn(k, n, generator=generator).half()
+    c = torch.randn(m, n, generator=generator)
+    reference = c + a.double() @ b.double()
+    source = kernels.MATMUL2D
+    for name, value in {"M": m, "N": n, "K": k, "TA": str(ta).lower(), "TB": str(tb).lower()}.items():
+        source = source.replace(f"@{name}@", str(value))
+    stored = (a.T if ta else a).contiguous(), (b.T if tb else b).contiguous()
+    report = execute_msl(source, "matmul", [*stored, c], grid=(1, 1, 1), threads=(32, 1, 1))
+    assert (c - reference).abs().max() < 1e-4
+    assert report.findings == ()
+    assert report.counts.mma == m * n * k // 512

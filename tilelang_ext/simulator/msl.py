@@ -290,11 +290,17 @@ def _rewrite_keywords(tokens: list[Token]) -> None:
             continue
         if token.text in ("device", "thread", "threadgroup", "kernel"):
             token.text = ""
-        elif token.text == "constant":
-            token.text = "const"
-            # `static constexpr int constant n` and `static constant constexpr const int`: one const is enough
+        elif token.text == "constant":  # after a parameter list it qualifies a member: the unqualified one will do
+            token.text = "" if _after_parameters(tokens, i) else "const"
         elif token.text in ("restrict", "__restrict", "__restrict__"):
             token.text = ""  # threads share memory inside one C++ function: nothing is restricted
+
+
+def _after_parameters(tokens: list[Token], i: int) -> bool:
+    j = _previous(tokens, i)
+    while _text(tokens, j) in ("const", "volatile"):
+        j = _previous(tokens, j)
+    return _text(tokens, j) == ")" and _text(tokens, _next(tokens, i)) in ("{", ":", ";", "noexcept")
 
 
 def _drop_repeated_specialisations(tokens: list[Token]) -> None:
@@ -320,22 +326,27 @@ def _drop_repeated_specialisations(tokens: list[Token]) -> None:
 
 
 def _drop_repeated_functions(tokens: list[Token]) -> None:
-    """`int f(device T*) {..}` and `int f(threadgroup T*) {..}` are the same overload now: keep the first."""
-    seen = set()
-    head: list[int] = []  # significant tokens of the declaration at hand, at namespace scope
+    """`int f(device T*) {..}` and `int f(threadgroup T*) {..}` are the same overload now: keep the first of a scope."""
+    scopes = [(set(), len(tokens))]  # signatures seen, and where the scope ends
+    head: list[int] = []  # significant tokens of the declaration at hand
     i = next(_significant(tokens, 0), len(tokens))
     while i < len(tokens):
         text, end = tokens[i].text, i
+        while i >= scopes[-1][1]:
+            scopes.pop()
         if text == "{":
             end = _matching(tokens, i)
             words = [tokens[k].text for k in head]
             if "namespace" in words[:2] or words[:1] == ["extern"]:
                 end = i  # its declarations are met one by one
-            elif "(" in words and "=" not in words:
-                key = " ".join(words)
-                if key in seen:
+            elif words and _is_class(words):
+                scopes.append((set(), end))
+                end = i
+            elif "(" in words:
+                key = " ".join(_signature(words))
+                if key in scopes[-1][0]:
                     _blank(tokens, head[0], end + 1)
-                seen.add(key)
+                scopes[-1][0].add(key)
             head = []
         elif text in ("(", "["):
             end = _matching(tokens, i)
@@ -345,6 +356,22 @@ def _drop_repeated_functions(tokens: list[Token]) -> None:
         else:
             head.append(i)
         i = _next(tokens, end)
+
+
+def _is_class(words: list[str]) -> bool:
+    """Do the words before a brace open a class? `template <class T>` alone does not, nor does a function."""
+    outside = _outside_brackets(words)
+    return any(w in ("struct", "class", "union") for w in outside) and outside[-1:] != [")"]
+
+
+def _signature(words: list[str]) -> list[str]:
+    """A function's words without its initialisers."""
+    depth = 0
+    for i, w in enumerate(words):
+        depth += (w in ("(", "[", "<")) - (w in (")", "]", ">"))
+        if w == ":" and depth == 0 and "(" in words[:i]:
+            return words[:i]
+    return words
 
 
 def _rewrite_swizzles(tokens: list[Token]) -> None:
