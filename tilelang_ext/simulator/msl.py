@@ -83,6 +83,11 @@ def _significant(tokens: list[Token], start: int, step: int = 1) -> Iterator[int
         i += step
 
 
+def _between(tokens: list[Token], start: int, end: int) -> list[int]:
+    """Significant places of [start, end)."""
+    return [i for i in range(start, end) if tokens[i].kind not in ("space", "newline") and tokens[i].text]
+
+
 def _next(tokens: list[Token], i: int) -> int:
     return next(_significant(tokens, i + 1), len(tokens))
 
@@ -239,13 +244,13 @@ def _rewrite_threadgroup_variables(tokens: list[Token]) -> None:
         if token.text != "threadgroup" or not _statement_start(tokens, i):
             continue
         end = next(j for j in range(i, len(tokens)) if tokens[j].text == ";")
-        words = [tokens[j].text for j in _significant(tokens, i) if j < end]
+        words = [tokens[j].text for j in _between(tokens, i, end)]
         if "=" in words or "*" in _outside_brackets(words) or "&" in _outside_brackets(words):
             continue
         start = i
         while _text(tokens, _previous(tokens, start)) == ")":  # alignas before the keyword
             start = next(j for j in range(start - 1, -1, -1) if tokens[j].text == "alignas")
-            words = [tokens[j].text for j in _significant(tokens, start) if j < i] + words
+            words = [tokens[j].text for j in _between(tokens, start, i)] + words
         _blank(tokens, start, end + 1)
         tokens[start].text = _threadgroup_references(words)
 
@@ -319,7 +324,7 @@ def _drop_repeated_specialisations(tokens: list[Token]) -> None:
         if _text(tokens, j) != "{":
             continue
         head = next((k for k in range(i, -1, -1) if tokens[k].text == "template"), i)
-        key = " ".join(tokens[k].text for k in _significant(tokens, head) if k < i) + " ".join(words)
+        key = " ".join([tokens[k].text for k in _between(tokens, head, i)] + words)
         if key in seen:
             _blank(tokens, head, _next(tokens, _matching(tokens, j)) + 1)
         seen.add(key)
@@ -350,7 +355,7 @@ def _drop_repeated_functions(tokens: list[Token]) -> None:
             head = []
         elif text in ("(", "["):
             end = _matching(tokens, i)
-            head += [k for k in _significant(tokens, i) if k <= end] if end - i < 4096 else []
+            head += _between(tokens, i, end + 1)
         elif text.endswith((";", "}")):
             head = []
         else:

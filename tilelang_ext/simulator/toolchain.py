@@ -35,7 +35,7 @@ _LANGUAGE = (
     "-Xclang", "-cl-single-precision-constant", "-w", "-Wno-reserved-user-defined-literal",
 )  # fmt: skip
 _CHECK = (
-    "-DSIM_CHECK", "-fsanitize=thread,array-bounds", "-fsanitize-recover=array-bounds", "-fno-optimize-sibling-calls",
+    "-DSIM_CHECK", "-fsanitize=thread", "-Xclang", "-fsanitize=array-bounds", "-Xclang", "-fsanitize-recover=array-bounds", "-fno-optimize-sibling-calls",
     "-fno-vectorize", "-fno-slp-vectorize", "-mprefer-vector-width=128", "-ftrivial-auto-var-init=pattern",
     "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0",
     "-mllvm", "-tsan-instrument-read-before-write=1", "-mllvm", "-instcombine-code-sinking=0",
@@ -78,7 +78,7 @@ def find_compiler() -> Compiler:
     if importlib.util.find_spec("ziglang") is not None:
         version = subprocess.run([sys.executable, "-m", "ziglang", "version"], capture_output=True, text=True).stdout.strip()
         machine = ("-march=x86_64_v3", "-mno-red-zone") if _is_x86() else ()
-        return Compiler((sys.executable, "-m", "ziglang", "c++"), f"ziglang {version}", machine)
+        return Compiler((sys.executable, "-m", "ziglang", "cc"), f"ziglang {version}", machine)
     raise CompilerMissingError(
         f"compiler: the simulator needs clang >= {MINIMUM_CLANG}; got {', '.join(seen) or 'none'} on PATH and no ziglang; "
         "run `pip install ziglang` or `apt-get install clang-19`"
@@ -116,7 +116,7 @@ def _shim_digest() -> str:
 def cached(name: str, key: Sequence[str], build) -> Path:
     """The file that `build(folder)` makes for this key, built once; two builders at once do no harm."""
     digest = hashlib.sha256("\0".join((_shim_digest(), *key)).encode()).hexdigest()[:32]
-    target = cache_directory() / f"{name}-{digest}"
+    target = cache_directory() / f"{digest}-{name}"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=cache_directory()) as folder:
             os.replace(build(Path(folder)), target)
