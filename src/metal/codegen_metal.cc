@@ -111,6 +111,10 @@ class CodeGenMetal final : public CodeGenC {
   }
 
   // expressions
+  void VisitExpr_(const VarNode* op, std::ostream& os) final {
+    used_variables_.insert(op);
+    CodeGenC::VisitExpr_(op, os);
+  }
   void VisitExpr_(const AddNode* op, std::ostream& os) final { Binary("+", op, os); }
   void VisitExpr_(const SubNode* op, std::ostream& os) final { Binary("-", op, os); }
   void VisitExpr_(const MulNode* op, std::ostream& os) final { Binary("*", op, os); }
@@ -236,8 +240,9 @@ class CodeGenMetal final : public CodeGenC {
   Usage usage_;
   std::ostringstream top_;  // declarations at the top of the kernel
   std::string kernel_text_;
-  std::map<std::string, std::string> thread_names_;                            // "threadIdx.x" -> its variable
-  std::unordered_map<std::string, std::vector<const VarNode*>> index_variables_;  // the TIR variables of a tag
+  std::map<std::string, std::string> index_names_;                       // "threadIdx.x" -> its name in the text
+  std::map<std::string, std::vector<const VarNode*>> index_variables_;  // "threadIdx.x" -> its variables in TIR
+  std::unordered_set<const VarNode*> used_variables_;
   int64_t threadgroup_bytes_ = 0;
   bool uses_lane_ = false;
   bool uses_simdgroup_ = false;
@@ -347,21 +352,21 @@ void CodeGenMetal::AddKernel(const std::string& name, const PrimFunc& func) {
   if (static_threads) out << "[[max_total_threads_per_threadgroup(" << threads << ")]]\n";
   out << "kernel void " << name << "(\n";
   for (size_t i = 0; i < params.size(); ++i) out << "    " << params[i] << (i + 1 < params.size() ? ",\n" : ") {\n");
+  for (const auto& [tag, variables] : index_variables_) {
+    auto used = [&](const VarNode* v) { return used_variables_.count(v) != 0; };
+    if (std::none_of(variables.begin(), variables.end(), used)) continue;
+    std::string type = Type(variables[0]->dtype);
+    out << "  const " << type << ' ' << index_names_[tag] << " = " << type << '(' << tag << ");\n";
+  }
   out << top_.str() << body << "}\n";
   kernel_text_ = out.str();
 }
 
 void CodeGenMetal::BindThreadIndex(const IterVar& iv) {
+  auto [known, is_new] = index_names_.emplace(iv->thread_tag, "");
+  if (is_new) known->second = AllocVarID(iv->var.get());
+  var_idmap_[iv->var.get()] = known->second;
   index_variables_[iv->thread_tag].push_back(iv->var.get());
-  auto known = thread_names_.find(iv->thread_tag);
-  if (known != thread_names_.end()) {
-    var_idmap_[iv->var.get()] = known->second;
-    return;
-  }
-  std::string name = AllocVarID(iv->var.get());
-  thread_names_[iv->thread_tag] = name;
-  std::string type = Type(iv->var.dtype());
-  top_ << "  const " << type << ' ' << name << " = " << type << '(' << std::string(iv->thread_tag) << ");\n";
 }
 
 void CodeGenMetal::PrintStorageSync(const CallNode* op) {

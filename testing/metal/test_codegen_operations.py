@@ -1,0 +1,301 @@
+"""Operations in generated Metal text: matrices, exchange between lanes, reductions, scans, atomics, grid order."""
+
+import pytest
+import torch
+from tilelang import tvm
+
+from tilelang_ext import language as T
+from tilelang_ext import simulate
+from tilelang_ext.metal.program import lower
+
+
+def run(kernel, *arguments):
+    program = lower(kernel)
+    report = simulate(program, *arguments)
+    assert report.findings == ()
+    return program.source
+
+
+def simdgroup_mma(c, a, b):
+    """The builtin under test, on pointers to the lane's two elements."""
+    return tvm.tirx.call_intrin("handle", tvm.ir.Op.get("tilelang_ext.metal_simdgroup_mma"), c, a, b)
+
+
+def mma_kernel(a_dtype, b_dtype, row, column):
+    """C += A @ B for one 8x8 tile, each lane loading and storing at (row(lane), column(lane)) and its right neighbour."""
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((8, 8), a_dtype),
+        B: T.Tensor((8, 8), b_dtype),
+        C: T.Tensor((8, 8), "float32"),
+    ):
+        with T.Kernel(1, threads=32):
+            lane = T.get_thread_binding()
+            a = T.alloc_local((4,), a_dtype)
+            b = T.alloc_local((2,), b_dtype)
+            c = T.alloc_local((2,), "float32")
+            for i in T.serial(2):
+                a[2 + i] = A[row(lane), column(lane) + i]
+                b[i] = B[row(lane), column(lane) + i]
+                c[i] = C[row(lane), column(lane) + i]
+            T.evaluate(simdgroup_mma(T.address_of(c[0]), T.address_of(a[2]), T.address_of(b[0])))
+            for i in T.serial(2):
+                C[row(lane), column(lane) + i] = c[i]
+
+    return kernel
+
+
+def tile_row(lane):
+    return ((lane // 4) & 4) + ((lane // 2) & 3)
+
+
+def tile_column(lane):
+    return ((lane // 4) & 2) * 2 + (lane & 1) * 2
+
+
+@pytest.mark.parametrize(
+    "a_dtype, b_dtype",
+    [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float32"), ("float32", "bfloat16")],
+)
+def test_simdgroup_mma(a_dtype, b_dtype):
+    a = torch.randn(8, 8).to(getattr(torch, a_dtype))
+    b = torch.randn(8, 8).to(getattr(torch, b_dtype))
+    c = torch.randn(8, 8)
+    expected = c.double() + a.double() @ b.double()
+    source = run(mma_kernel(a_dtype, b_dtype, tile_row, tile_column), a, b, c)
+    torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5)
+    assert "#include <metal_simdgroup_matrix>" in source
+
+
+def test_a_wrong_lane_layout_breaks_the_product():
+    a, b = torch.randn(8, 8).half(), torch.randn(8, 8).half()
+    c = torch.zeros(8, 8)
+    run(mma_kernel("float16", "float16", lambda lane: lane // 4, lambda lane: (lane % 4) * 2), a, b, c)
+    assert (c - a.float() @ b.float()).abs().max() > 0.1
+
+
+REDUCTIONS = {
+    "sum": (T.warp_reduce_sum, lambda x: x.double().sum(-1)),
+    "max": (T.warp_reduce_max, lambda x: x.double().amax(-1)),
+    "min": (T.warp_reduce_min, lambda x: x.double().amin(-1)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32", "uint32", "int64"])
+def test_warp_reduce(dtype):
+    functions = [function for function, _ in REDUCTIONS.values()]
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((64,), dtype),
+        C: T.Tensor((3, 64), dtype),
+    ):
+        with T.Kernel(1, threads=64):
+            tx = T.get_thread_binding()
+            for k, function in enumerate(functions):
+                C[k, tx] = function(A[tx])
+
+    a = (torch.randperm(64) - (0 if dtype == "uint32" else 20)).to(getattr(torch, dtype))
+    out = torch.zeros(3, 64).to(a.dtype)
+    run(kernel, a, out)
+    for (name, (_, reference)), row in zip(REDUCTIONS.items(), out, strict=True):
+        expected = reference(a.view(2, 32)).repeat_interleave(32)
+        tolerance = 2**-7 if dtype == "bfloat16" else 2**-9 if dtype == "float16" else 0
+        torch.testing.assert_close(row.double(), expected, rtol=tolerance, atol=0, msg=name)
+
+
+def test_warp_reduce_of_bits():
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((32,), "int32"),
+        C: T.Tensor((2, 32), "int32"),
+    ):
+        with T.Kernel(1, threads=32):
+            tx = T.get_thread_binding()
+            C[0, tx] = T.warp_reduce_bitand(A[tx])
+            C[1, tx] = T.warp_reduce_bitor(A[tx])
+
+    a = torch.tensor([0b1100 | (1 << (4 + i % 20)) for i in range(32)], dtype=torch.int32)
+    out = torch.zeros(2, 32, dtype=torch.int32)
+    run(kernel, a, out)
+    assert out[0].eq(0b1100).all() and out[1].eq((1 << 24) - 4).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int64", "bool", "float8_e4m3fn"])
+def test_shuffles(dtype):
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((32,), dtype),
+        C: T.Tensor((4, 32), dtype),
+    ):
+        with T.Kernel(1, threads=32):
+            tx = T.get_thread_binding()
+            C[0, tx] = T.shfl_xor(A[tx], 5)
+            C[1, tx] = T.shfl_sync(A[tx], 7)
+            C[2, tx] = T.shfl_up(A[tx], 3)
+            C[3, tx] = T.shfl_down(A[tx], 3)
+
+    a = torch.arange(32).sub(9).float() if dtype != "bool" else torch.arange(32) % 3 == 0
+    a = a.to(getattr(torch, dtype))
+    out = torch.zeros(4, 32).to(a.dtype)
+    run(kernel, a, out)
+    lanes = torch.arange(32)
+    for row, source in zip(out, (lanes ^ 5, lanes * 0 + 7, lanes - 3, lanes + 3), strict=True):
+        inside = (source >= 0) & (source < 32)  # Metal leaves lanes without a source alone
+        assert torch.equal(row.float()[inside], a.float()[source[inside]])
+
+
+def reduce_kernel(rows, columns, dim, kind, dtype, threads, clear):
+    reduced = columns if dim == 0 else rows
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((rows, columns), dtype),
+        B: T.Tensor((reduced,), dtype),
+        C: T.Tensor((reduced,), dtype),
+    ):
+        with T.Kernel(1, threads=threads):
+            A_f = T.alloc_fragment((rows, columns), dtype)
+            C_f = T.alloc_fragment((reduced,), dtype)
+            T.copy(A, A_f)
+            T.copy(B, C_f)
+            getattr(T, f"reduce_{kind}")(A_f, C_f, dim=dim, **({} if clear else {"clear": False}))
+            T.copy(C_f, C)
+
+    return kernel
+
+
+TORCH_REDUCE = {
+    "sum": lambda a, dim: a.sum(dim),
+    "abssum": lambda a, dim: a.abs().sum(dim),
+    "max": lambda a, dim: a.amax(dim),
+    "min": lambda a, dim: a.amin(dim),
+    "absmax": lambda a, dim: a.abs().amax(dim),
+}
+JOIN = {"sum": torch.add, "abssum": torch.add, "max": torch.maximum, "min": torch.minimum, "absmax": torch.maximum}
+
+
+@pytest.mark.parametrize(
+    "kind, clear", [*((k, True) for k in TORCH_REDUCE), *((k, False) for k in TORCH_REDUCE if k != "abssum")]
+)
+@pytest.mark.parametrize("dim, threads", [(1, 32), (0, 128), (1, 256)], ids=["lanes", "simdgroups", "both"])
+def test_reduce(kind, clear, dim, threads):
+    rows, columns = (4, 512) if threads == 256 else (16, 64)
+    a = torch.randint(-50, 50, (rows, columns)).float()
+    before = torch.full((a.shape[1 - dim],), 7.0)
+    out = torch.full_like(before, float("nan"))
+    expected = TORCH_REDUCE[kind](a, dim)
+    if not clear:
+        expected = JOIN[kind](before, expected)
+    run(reduce_kernel(rows, columns, dim, kind, "float32", threads, clear), a, before, out)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32", "int64", "int8"])
+def test_reduce_of_every_type(dtype):
+    a = torch.randint(-3, 4, (16, 64)).to(getattr(torch, dtype))
+    out = torch.zeros(64, dtype=a.dtype)
+    for kind in ("sum", "max"):
+        run(reduce_kernel(16, 64, 0, kind, dtype, 128, True), a, torch.zeros_like(out), out)
+        assert torch.equal(out, TORCH_REDUCE[kind](a, 0).to(a.dtype))
+
+
+def test_a_reduction_across_simdgroups_shares_its_barriers():
+    source = lower(reduce_kernel(16, 256, 0, "sum", "float32", 128, True)).source
+    body = source[source.index("kernel void") :]
+    assert body.count("all_reduce_shared") == 1, "one exchange for all elements of a thread"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_cumsum(dim, reverse):
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((40, 72), "float32"),
+        C: T.Tensor((40, 72), "float32"),
+    ):
+        with T.Kernel(1, threads=64):
+            A_s = T.alloc_shared((40, 72), "float32")
+            T.copy(A, A_s)
+            T.cumsum(A_s, A_s, dim=dim, reverse=reverse)
+            T.copy(A_s, C)
+
+    a = torch.randint(-9, 9, (40, 72)).float()
+    out = torch.zeros_like(a)
+    run(kernel, a, out)
+    expected = a.flip(dim).cumsum(dim).flip(dim) if reverse else a.cumsum(dim)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32", "uint32"])
+@pytest.mark.parametrize("scope", ["global", "shared"])
+def test_atomics(dtype, scope):
+    """128 threads of 4 threadgroups meet in three elements."""
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((512,), dtype),
+        B: T.Tensor((3,), dtype),
+        C: T.Tensor((3,), dtype),
+    ):
+        with T.Kernel(4, threads=128) as bx:
+            tx = T.get_thread_binding()
+            C_s = T.alloc_shared((3,), dtype)
+            if scope == "shared":
+                if tx < 3:
+                    C_s[tx] = B[tx]
+                T.sync_threads()
+                T.atomic_add(C_s[0], A[bx * 128 + tx])
+                T.atomic_max(C_s[1], A[bx * 128 + tx])
+                T.atomic_min(C_s[2], A[bx * 128 + tx])
+                T.sync_threads()
+                if tx == 0:
+                    T.atomic_add(C[0], C_s[0])
+                    T.atomic_max(C[1], C_s[1])
+                    T.atomic_min(C[2], C_s[2])
+            else:
+                T.atomic_add(C[0], A[bx * 128 + tx])
+                T.atomic_max(C[1], A[bx * 128 + tx])
+                T.atomic_min(C[2], A[bx * 128 + tx])
+
+    low = 0 if dtype == "uint32" else -100
+    a = torch.randint(low, 1000, (512,), generator=torch.Generator().manual_seed(3)).to(getattr(torch, dtype))
+    out = torch.tensor([0, 0, 5000]).to(a.dtype)
+    run(kernel, a, out.clone(), out)
+    assert out.tolist() == [a.long().sum().item(), max(a.tolist()), min(a.tolist())]
+
+
+def test_atomic_add_of_a_tile():
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((4, 64), "float32"),
+        C: T.Tensor((64,), "float32"),
+    ):
+        with T.Kernel(4, threads=32) as bx:
+            A_s = T.alloc_shared((64,), "float32")
+            T.copy(A[bx, :], A_s)
+            T.atomic_add(C, A_s)
+
+    a = torch.randint(0, 9, (4, 64)).float()
+    out = torch.ones(64)
+    run(kernel, a, out)
+    assert torch.equal(out, 1 + a.sum(0))
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+@pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 7)])
+def test_swizzle_visits_every_threadgroup_once(order, grid):
+    @T.prim_func
+    def kernel(C: T.Tensor((grid[1], grid[0]), "int32")):
+        with T.Kernel(*grid, threads=32) as (bx, by):
+            tx = T.get_thread_binding()
+            T.use_swizzle(2, order=order)
+            if tx == 0:
+                C[by, bx] = C[by, bx] + 1 + by * 100 + bx
+
+    out = torch.zeros(grid[1], grid[0], dtype=torch.int32)
+    source = run(kernel, out)
+    rows, columns = torch.meshgrid(torch.arange(grid[1]), torch.arange(grid[0]), indexing="ij")
+    assert torch.equal(out, (1 + rows * 100 + columns).int())
+    assert f"swizzle_{order}<2>(blockIdx, gridDim)" in source
