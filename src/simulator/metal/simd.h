@@ -58,47 +58,50 @@ SIM_FN inline T simd_shuffle_rotate_down(T v, ushort delta, SIM_SITE) { return s
 template <class T>
 SIM_FN inline T quad_shuffle_xor(T v, ushort mask, SIM_SITE) { return shuffle(v, v, mask & 3, from_xor(), site); }
 
-// Folds in lane order. Scan::kAll gives everybody the whole; the others a prefix, with or without the lane itself.
+// Folds in lane order, over groups of `width` lanes. kAll gives everybody the whole; the others a prefix, with or
+// without the lane itself.
 enum class Scan { kAll, kInclusive, kExclusive };
-template <class T>
-struct reduce_frame {
-  T value;
-};
-template <Scan scan, class T, class Fold>
+template <Scan scan, int width = sim::kLanes, class T, class Fold>
 SIM_FN inline T reduce(T value, T identity, Fold, const sim::Site *site) {
   struct Frame {
     T value, identity;
   } frame{value, identity};
   sim::meet_with(frame, site, false, [](const sim::Meeting &m) {
     ++sim::counts.reductions;
-    T total{};
-    bool first = true;
-    sim::each_lane<Frame>(m, [&](Frame &f, int) {
-      const T own = f.value, before = first ? f.identity : total;
-      total = first ? own : T(Fold()(total, own));
-      first = false;
-      f.value = scan == Scan::kExclusive ? before : total;
+    T total[sim::kLanes / width];
+    unsigned begun = 0;
+    sim::each_lane<Frame>(m, [&](Frame &f, int lane) {
+      const int group = lane / width;
+      const bool first = !(begun >> group & 1);
+      const T own = f.value, before = first ? f.identity : total[group];
+      total[group] = first ? own : T(Fold()(before, own));
+      begun |= 1u << group;
+      f.value = scan == Scan::kExclusive ? before : total[group];
     });
-    if constexpr (scan == Scan::kAll) sim::each_lane<Frame>(m, [&](Frame &f, int) { f.value = total; });
+    if constexpr (scan == Scan::kAll) sim::each_lane<Frame>(m, [&](Frame &f, int lane) { f.value = total[lane / width]; });
   });
   return frame.value;
 }
-#define SIM_REDUCE(name, scan, identity, expression)                                                          \
-  template <class T>                                                                                          \
+#define SIM_REDUCE(name, scan, width, identity, expression)                                                          \
+  template <class T>                                                                                                 \
   SIM_FN inline T name(T v, SIM_SITE) {                                                                              \
-    return reduce<Scan::scan>(v, T(identity), [](const T &a, const T &b) { return T(expression); }, site);    \
+    return reduce<Scan::scan, width>(v, T(identity), [](const T &a, const T &b) { return T(expression); }, site);    \
   }
-SIM_REDUCE(simd_sum, kAll, 0, a + b)
-SIM_REDUCE(simd_product, kAll, 1, a * b)
-SIM_REDUCE(simd_min, kAll, 0, min(a, b))
-SIM_REDUCE(simd_max, kAll, 0, max(a, b))
-SIM_REDUCE(simd_and, kAll, 0, a &b)
-SIM_REDUCE(simd_or, kAll, 0, a | b)
-SIM_REDUCE(simd_xor, kAll, 0, a ^ b)
-SIM_REDUCE(simd_prefix_inclusive_sum, kInclusive, 0, a + b)
-SIM_REDUCE(simd_prefix_exclusive_sum, kExclusive, 0, a + b)
-SIM_REDUCE(simd_prefix_inclusive_product, kInclusive, 1, a * b)
-SIM_REDUCE(simd_prefix_exclusive_product, kExclusive, 1, a * b)
+SIM_REDUCE(simd_sum, kAll, 32, 0, a + b)
+SIM_REDUCE(simd_product, kAll, 32, 1, a *b)
+SIM_REDUCE(simd_min, kAll, 32, 0, min(a, b))
+SIM_REDUCE(simd_max, kAll, 32, 0, max(a, b))
+SIM_REDUCE(simd_and, kAll, 32, 0, a &b)
+SIM_REDUCE(simd_or, kAll, 32, 0, a | b)
+SIM_REDUCE(simd_xor, kAll, 32, 0, a ^ b)
+SIM_REDUCE(quad_sum, kAll, 4, 0, a + b)
+SIM_REDUCE(quad_product, kAll, 4, 1, a *b)
+SIM_REDUCE(quad_min, kAll, 4, 0, min(a, b))
+SIM_REDUCE(quad_max, kAll, 4, 0, max(a, b))
+SIM_REDUCE(simd_prefix_inclusive_sum, kInclusive, 32, 0, a + b)
+SIM_REDUCE(simd_prefix_exclusive_sum, kExclusive, 32, 0, a + b)
+SIM_REDUCE(simd_prefix_inclusive_product, kInclusive, 32, 1, a *b)
+SIM_REDUCE(simd_prefix_exclusive_product, kExclusive, 32, 1, a *b)
 #undef SIM_REDUCE
 SIM_FN inline bool simd_any(bool v, SIM_SITE) { return reduce<Scan::kAll>(v, false, [](bool a, bool b) { return a || b; }, site); }
 SIM_FN inline bool simd_all(bool v, SIM_SITE) { return reduce<Scan::kAll>(v, true, [](bool a, bool b) { return a && b; }, site); }
