@@ -14,9 +14,7 @@ def attention(S, D, block_M, block_N, threads, dtype):
     scale = 1.4426950408889634 / D**0.5
 
     @T.prim_func
-    def kernel(
-        Q: T.Tensor((S, D), dtype), K: T.Tensor((S, D), dtype), V: T.Tensor((S, D), dtype), O: T.Tensor((S, D), dtype)
-    ):
+    def kernel(Q: T.Tensor((S, D), dtype), K: T.Tensor((S, D), dtype), V: T.Tensor((S, D), dtype), O: T.Tensor((S, D), dtype)):
         with T.Kernel(T.ceildiv(S, block_M), threads=threads) as bx:
             Q_s = T.alloc_shared((block_M, D), dtype)
             K_s = T.alloc_shared((block_N, D), dtype)

@@ -108,8 +108,6 @@ def test_padding_of_the_inputs_is_never_read():
     A.copy_(random_tensor((M, K), "float16", 0))
     B, C = random_tensor((K, N), "float16", 1), poisoned((M, N), "float32")
     zeros = torch.zeros
-    report = simulate(
-        gemm_with_epilogue(M, N, K, "none", "float32"), A, B, zeros(N), zeros(M), zeros(N), zeros(M, N), C
-    )
+    report = simulate(gemm_with_epilogue(M, N, K, "none", "float32"), A, B, zeros(N), zeros(M), zeros(N), zeros(M, N), C)
     assert not report.findings, str(report)
     assert_close(C, gemm_reference(A, B), dtype="float32")

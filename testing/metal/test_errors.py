@@ -35,9 +35,7 @@ def test_threads_not_a_multiple_of_32():
 
 
 def test_more_simdgroups_than_the_tile_has_matrices():
-    with pytest.raises(
-        ValueError, match=r"T\.gemm: the tile must split .*; got a 16x16 tile and 8 simdgroups \(256 threads\)"
-    ):
+    with pytest.raises(ValueError, match=r"T\.gemm: the tile must split .*; got a 16x16 tile and 8 simdgroups \(256 threads\)"):
         metal.lower(gemm(16, 16, 16, 16, 16, 16, threads=256))
 
 
@@ -73,7 +71,9 @@ def test_float64():
 
 
 def test_threadgroup_memory():
-    with pytest.raises(ValueError, match=r"shared memory: a Metal threadgroup has 32768 bytes; got 40000 .*; use smaller tiles"):
+    with pytest.raises(
+        ValueError, match=r"shared memory: a Metal threadgroup has 32768 bytes; got 40000 .*; use smaller tiles"
+    ):
         metal.lower(elementwise("float32", shared_elements=10000))
 
 
@@ -93,9 +93,7 @@ def test_too_many_buffers():
 
 
 def test_unknown_target():
-    with pytest.raises(
-        ValueError, match=r'target must be "metal", "metal4" or a Target; got .cuda.; pass one of these'
-    ):
+    with pytest.raises(ValueError, match=r'target must be "metal", "metal4" or a Target; got .cuda.; pass one of these'):
         metal.lower(gemm(64, 64, 64), target="cuda")
 
 

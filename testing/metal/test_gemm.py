@@ -9,9 +9,7 @@ from tilelang_ext import language as T
 from tilelang_ext import simulate
 
 
-def run(
-    M, N, K, *args, a="float16", b="float16", out="float32", trans_A=False, trans_B=False, target="metal", **kwargs
-):
+def run(M, N, K, *args, a="float16", b="float16", out="float32", trans_A=False, trans_B=False, target="metal", **kwargs):
     kernel = gemm(M, N, K, *args, a=a, b=b, out=out, trans_A=trans_A, trans_B=trans_B, **kwargs)
     A = random_tensor((K, M) if trans_A else (M, K), a, 0)
     B = random_tensor((N, K) if trans_B else (K, N), b, 1)
@@ -107,9 +105,7 @@ def test_clear_accum_and_initial_value():
 
     def kernel_for(clear):
         @T.prim_func
-        def kernel(
-            A: T.Tensor((64, 32), "float16"), B: T.Tensor((32, 64), "float16"), C: T.Tensor((64, 64), "float32")
-        ):
+        def kernel(A: T.Tensor((64, 32), "float16"), B: T.Tensor((32, 64), "float16"), C: T.Tensor((64, 64), "float32")):
             with T.Kernel(1, threads=128) as _:
                 A_s = T.alloc_shared((64, 32), "float16")
                 B_s = T.alloc_shared((32, 64), "float16")

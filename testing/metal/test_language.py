@@ -168,9 +168,7 @@ def test_rows_of_every_vector_width(dtype, width):
             for v in T.vectorized(width):
                 out[tx, v] = A[tx, v]
 
-    bits = torch.randint(
-        0, 256, (32, width * {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)), dtype=torch.uint8
-    )
+    bits = torch.randint(0, 256, (32, width * {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)), dtype=torch.uint8)
     A = bits.view(getattr(torch, dtype))
     out = torch.zeros_like(bits).view(A.dtype)
     report = simulate(kernel, A, out)

@@ -28,18 +28,14 @@ def scaled_rows(dtype="float16"):
         with T.Kernel(T.ceildiv(N, 32), M, threads=32) as (bx, by):
             for j in T.Parallel(32):
                 if bx * 32 + j < N:
-                    out[by, bx * 32 + j] = (
-                        z[by, bx * 32 + j] * T.cast(scale, dtype) + a[by, bx * 32 + j] + T.cast(shift, dtype)
-                    )
+                    out[by, bx * 32 + j] = z[by, bx * 32 + j] * T.cast(scale, dtype) + a[by, bx * 32 + j] + T.cast(shift, dtype)
 
     return kernel
 
 
 def test_device_parameters_follow_the_users_order():
     program = metal.lower(scaled_rows())
-    assert [name for name, _ in program.bindings] == ["z", "a", "out", "shift", "scale", "M", "N"][
-        : len(program.bindings)
-    ]
+    assert [name for name, _ in program.bindings] == ["z", "a", "out", "shift", "scale", "M", "N"][: len(program.bindings)]
     assert program.written == {"out"}
     lines = program.get_kernel_source().splitlines()
     assert [line.split("[[")[1].split("]]")[0].strip() for line in lines[1:5]] == [f"buffer({i})" for i in range(4)]
@@ -48,9 +44,7 @@ def test_device_parameters_follow_the_users_order():
 def test_kernel_only_source():
     program = metal.lower(scaled_rows())
     assert program.get_kernel_source().startswith("kernel void ")
-    assert program.get_kernel_source(kernel_only=False).startswith("//") or "#include" in program.get_kernel_source(
-        False
-    )
+    assert program.get_kernel_source(kernel_only=False).startswith("//") or "#include" in program.get_kernel_source(False)
 
 
 class RecordedShader:
@@ -133,9 +127,7 @@ def fake_mlx(monkeypatch):
     def metal_kernel(**definition):
         def launch(**call):
             core.records.append({**definition, **call})
-            return [
-                FakeArray(np.zeros(s, d)) for s, d in zip(call["output_shapes"], call["output_dtypes"], strict=True)
-            ]
+            return [FakeArray(np.zeros(s, d)) for s, d in zip(call["output_shapes"], call["output_dtypes"], strict=True)]
 
         return launch
 
@@ -228,9 +220,7 @@ def bad_calls():
     yield "kind", (A.numpy(), B, C), TypeError, r"A must be a torch tensor; got ndarray; convert it"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()]
-)
+@pytest.mark.parametrize(("arguments", "error", "message"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()])
 def test_wrong_arguments(arguments, error, message):
     program = metal.lower(gemm(64, 64, 32))
     with pytest.raises(error, match=message):

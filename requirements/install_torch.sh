@@ -1,0 +1,19 @@
+#!/bin/sh
+# install_torch.sh PYTHON: install the pinned torch, and nothing of CUDA where there is no NVIDIA GPU.
+set -eu
+python=$1
+cd "$(dirname "$0")"
+torch=$(cat torch.txt)
+
+install() { "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
+
+if [ "$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then
+  install "$torch"
+  exit
+fi
+# PyPI's Linux wheel brings gigabytes of CUDA and does not import without them, so the CPU build is asked for by name:
+# first from whatever indexes pip is configured with, else through uv, which knows the index where PyTorch keeps it.
+if ! install "$torch+cpu" 2>/dev/null; then
+  install uv
+  "$python" -m uv pip install --quiet --python "$python" --torch-backend cpu -c constraints.txt "$torch"
+fi
