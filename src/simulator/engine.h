@@ -33,9 +33,10 @@ struct Simdgroup;
 struct Thread {
   Context context;
   Simdgroup *simdgroup;
+  Thread *next;             // to run, in the simdgroup's ring
   unsigned lane, index;     // in the simdgroup, in the threadgroup
   unsigned position[3];     // in the threadgroup
-  const Site *site;         // of the meeting it waits at
+  const Site *site;         // of the threadgroup barrier it waits at
 };
 
 struct Launch {

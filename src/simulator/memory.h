@@ -60,8 +60,7 @@ inline void add_finding(Kind kind, uint64_t place, uint32_t line, const char *fi
   __atomic_store_n(&job->finding_lock, 0, __ATOMIC_RELEASE);
 }
 
-__attribute__((noinline, cold)) inline void report(Kind kind, const Site *site, const unsigned *thread, int, const char *format,
-                                                   ...) {
+__attribute__((noinline, cold)) inline void report(Kind kind, const Site *site, const unsigned *thread, const char *format, ...) {
   va_list arguments;
   va_start(arguments, format);
   add_finding(kind, site ? (uint64_t)site->_M_line << 32 | site->_M_column : 0, site ? site->_M_line : 0,

@@ -120,7 +120,7 @@ struct BoundsPlace {
 };
 extern "C" void __ubsan_handle_out_of_bounds(BoundsPlace *place, uintptr_t index) {
   sim::Site site{place->file, "", place->line, place->column};
-  sim::report(sim::kOutOfBounds, &site, sim::current->position, 0, "index %ld is past the end of the array", (long)index);
+  sim::report(sim::kOutOfBounds, &site, sim::current->position, "index %ld is past the end of the array", (long)index);
 }
 
 int main(int count, char **arguments) { return count == 2 ? sim::run(arguments[1]) : 4; }

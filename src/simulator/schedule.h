@@ -9,19 +9,21 @@ namespace sim {
 
 enum State : uint8_t { kDone, kRunning, kWaiting, kAtBarrier };
 
-struct Simdgroup {
-  int index, size;             // lanes that exist
-  int alive, arrived;          // not returned; of these, waiting or at the barrier
-  int held;                    // of the arrived, lanes that no longer can be released before the barrier
-  bool mixed;                  // the arrived did not all come to the same site
+// What a lane waits for.
+struct Call {
   const Site *site;
   Operation operation;
   bool needs_all;
-  uint8_t ring[kLanes];        // order of running: place -> lane
-  uint8_t place[kLanes];
+};
+
+struct Simdgroup {
+  int index, size;          // lanes that exist
+  int alive, arrived;       // not returned; of these, waiting or at the barrier
+  int held;                 // of the arrived, those at the threadgroup's barrier
+  bool mixed;               // the waiting lanes came to different places: see lane_calls, not call
+  Call call, lane_calls[kLanes];
   uint8_t state[kLanes];
-  Operation lane_operation[kLanes];
-  bool lane_needs_all[kLanes];
+  uint8_t order[kLanes];    // of running
   Meeting meeting;
   Thread threads[kLanes];
 };
@@ -53,10 +55,8 @@ struct Random {  // splitmix64
 
 // Continues the next lane that can run, or the scheduler when there is none.
 __attribute__((always_inline)) inline void leave(Simdgroup *s, Thread *self) {
-  int place = s->place[self->lane];
-  for (int i = 1; i <= s->size; ++i) {
-    int p = place + i < s->size ? place + i : place + i - s->size;
-    Thread *next = &s->threads[s->ring[p]];
+  Thread *next = self->next;
+  for (int i = 0; i < s->size; ++i, next = next->next) {
     if (s->state[next->lane] != kRunning) continue;
     if (next == self) return;
     current = next;
@@ -76,75 +76,74 @@ inline void release(Simdgroup *s, unsigned mask) {
 
 inline unsigned full_mask(const Simdgroup *s) { return s->size == 32 ? ~0u : (1u << s->size) - 1; }
 
-inline void run_operation(Simdgroup *s, unsigned mask, Operation operation, bool needs_all, const Site *site, int lane) {
-  const unsigned all = needs_all ? ~0u : full_mask(s);
+inline void run_operation(Simdgroup *s, unsigned mask, const Call &call) {
+  const unsigned all = call.needs_all ? ~0u : full_mask(s);
   if (job->check && mask != all)
-    report(kDivergence, site, s->threads[lane].position, 0, "simdgroup operation reached by %d of %d lanes; lane %d is missing",
-           __builtin_popcount(mask), needs_all ? kLanes : s->size, __builtin_ctz(~mask & all));
+    report(kDivergence, call.site, s->threads[__builtin_ctz(mask)].position,
+           "simdgroup operation reached by %d of %d lanes; lane %d is missing", __builtin_popcount(mask),
+           call.needs_all ? kLanes : s->size, __builtin_ctz(~mask & all));
   s->meeting.mask = mask;
-  operation(s->meeting);
+  call.operation(s->meeting);
+}
+
+// From here on every lane's own call is known.
+__attribute__((noinline)) inline void split(Simdgroup *s) {
+  for (int lane = 0; lane < s->size; ++lane)
+    if (s->state[lane] == kWaiting) s->lane_calls[lane] = s->call;
+  s->mixed = true;
 }
 
 // The lanes came to different places: the earliest operation in the text runs with the lanes that are there.
 __attribute__((noinline)) inline void resolve_divergence(Simdgroup *s) {
-  const Site *first = nullptr;
-  int leader = -1;
+  if (!s->mixed) split(s);
+  const Call *first = nullptr;
   for (int lane = 0; lane < s->size; ++lane) {
     if (s->state[lane] != kWaiting) continue;
-    const Site *site = s->threads[lane].site;
-    if (!first || site->_M_line < first->_M_line || (site->_M_line == first->_M_line && site->_M_column < first->_M_column))
-      first = site, leader = lane;
+    const Call *call = &s->lane_calls[lane];
+    if (!first || call->site->_M_line < first->site->_M_line ||
+        (call->site->_M_line == first->site->_M_line && call->site->_M_column < first->site->_M_column))
+      first = call;
   }
+  const Call call = *first;
   unsigned mask = 0;
   for (int lane = 0; lane < s->size; ++lane)
-    if (s->state[lane] == kWaiting && s->threads[lane].site == first && s->lane_operation[lane] == s->lane_operation[leader])
+    if (s->state[lane] == kWaiting && s->lane_calls[lane].site == call.site && s->lane_calls[lane].operation == call.operation)
       mask |= 1u << lane;
-  run_operation(s, mask, s->lane_operation[leader], s->lane_needs_all[leader], first, leader);
+  run_operation(s, mask, call);
   release(s, mask);
 }
 
 // Everybody alive has arrived somewhere: release lanes, unless all are at the threadgroup barrier.
 inline void settle(Simdgroup *s) {
   if (s->held == s->alive) return;
-  if (s->mixed || s->held) {
-    resolve_divergence(s);
-    // What is left waiting may disagree again with those who come next.
-    s->mixed = s->arrived > s->held;
-    return;
-  }
+  if (s->mixed || s->held) return resolve_divergence(s);
   unsigned mask = full_mask(s);
-  if (s->alive != s->size) {
-    mask = 0;
-    for (int lane = 0; lane < s->size; ++lane)
-      if (s->state[lane] == kWaiting) mask |= 1u << lane;
-  }
-  run_operation(s, mask, s->operation, s->needs_all, s->site, __builtin_ctz(mask));
   if (s->alive == s->size) {
+    run_operation(s, mask, s->call);
     memset(s->state, kRunning, s->size);
     s->arrived = 0;
-  } else {
-    release(s, mask);
+    return;
   }
+  for (int lane = 0; lane < s->size; ++lane)
+    if (s->state[lane] != kWaiting) mask &= ~(1u << lane);
+  run_operation(s, mask, s->call);
+  release(s, mask);
 }
 
 void meet(Operation operation, void *frame, const Site *site, bool needs_all_lanes) {
   Thread *self = current;
   Simdgroup *s = self->simdgroup;
   const int lane = self->lane;
-  self->site = site;
   s->meeting.frames[lane] = frame;
-  s->lane_operation[lane] = operation;
-  s->lane_needs_all[lane] = needs_all_lanes;
-  s->state[lane] = kWaiting;
-  if (s->arrived++ == 0) {
-    s->site = site;
-    s->operation = operation;
-    s->needs_all = needs_all_lanes;
+  if (s->arrived == s->held) {
+    s->call = {site, operation, needs_all_lanes};
     s->mixed = false;
-  } else if (s->site != site || s->operation != operation) {
-    s->mixed = true;
+  } else if (s->mixed || s->call.site != site || s->call.operation != operation) {
+    if (!s->mixed) split(s);
+    s->lane_calls[lane] = {site, operation, needs_all_lanes};
   }
-  if (s->arrived == s->alive) settle(s);
+  s->state[lane] = kWaiting;
+  if (++s->arrived == s->alive) settle(s);
   if (s->state[lane] != kRunning) leave(s, self);
 }
 
@@ -200,10 +199,10 @@ inline bool pass_barrier(unsigned total) {
   }
   if (!waiting) return false;
   if (job->check && waiting != total)
-    report(kDivergence, first->site, first->position, 0, "threadgroup_barrier reached by %u of %u threads; the others have returned",
+    report(kDivergence, first->site, first->position, "threadgroup_barrier reached by %u of %u threads; the others have returned",
            waiting, total);
   if (job->check && other)
-    report(kDivergence, other->site, other->position, 0, "threadgroup_barrier here while thread (%u, %u, %u) waits at line %u",
+    report(kDivergence, other->site, other->position, "threadgroup_barrier here while thread (%u, %u, %u) waits at line %u",
            first->position[0], first->position[1], first->position[2], first->site->_M_line);
   ++counts.barriers;
   order_threadgroup(barrier_flags);
@@ -230,19 +229,19 @@ inline void run_threadgroup(uint64_t group) {
     s->alive = s->size;
     s->arrived = s->held = 0;
     for (int lane = 0; lane < s->size; ++lane) {
-      s->ring[lane] = lane;
+      s->order[lane] = lane;
       s->state[lane] = kRunning;
       stacks.start(&s->threads[lane].context, i * kLanes + lane, fiber_main);
     }
-    random.shuffle(s->ring, s->size);
-    for (int p = 0; p < s->size; ++p) s->place[s->ring[p]] = p;
+    random.shuffle(s->order, s->size);
+    for (int p = 0; p < s->size; ++p) s->threads[s->order[p]].next = &s->threads[s->order[(p + 1) % s->size]];
   }
   do {
     random.shuffle(order, simdgroup_count);
     for (int i = 0; i < simdgroup_count; ++i) {
       Simdgroup *s = &simdgroups[order[i]];
       for (int p = 0; p < s->size; ++p) {
-        Thread *t = &s->threads[s->ring[p]];
+        Thread *t = &s->threads[s->order[p]];
         if (s->state[t->lane] != kRunning) continue;
         current = t;
         switch_context(&scheduler, &t->context);
