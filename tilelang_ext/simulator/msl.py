@@ -10,27 +10,28 @@ Only what C++ cannot say is touched, and lines stay where they are:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import CompileError
-
-_TOKEN = re.compile(
-    r"""(?P<newline>\n\#[^\n]*|\n)|(?P<space>[ \t\r\f\v]+)|(?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
-    |(?P<number>\.?\d(?:[eEpP][+-]|[\w.])*)|(?P<name>[A-Za-z_]\w*)|(?P<op>::|->|<<=|>>=|[-+*/%&|^=!<>]=|&&|\|\||.)""",
-    re.VERBOSE,
+from .tokens import (
+    Token,
+    between,
+    blank,
+    is_attribute,
+    matching,
+    next_token,
+    outside_brackets,
+    previous_token,
+    significant,
+    text_at,
+    tokenize,
 )
+
 _SWIZZLE = re.compile(r"[xyzw]{2,4}|[rgba]{2,4}")
 _COMPONENT = {c: i for i, c in enumerate("xyzw")} | {c: i for i, c in enumerate("rgba")}
-_OPEN, _CLOSE = "([{", ")]}"
 _ASSIGNMENTS = {"=", "+=", "-=", "*=", "/="}
 _SPACES = {"device", "thread", "threadgroup", "constant"}
-
-
-@dataclass
-class Token:
-    kind: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Translation:
 
 def translate(preprocessed: str, entry: str, constants: Mapping[int, object]) -> Translation:
     """Translate one preprocessed translation unit; `entry` names a kernel, with template arguments or by host_name."""
-    tokens = [Token(m.lastgroup, m.group()) for m in _TOKEN.finditer("\n" + preprocessed)]
+    tokens = tokenize(preprocessed)
     entry = _resolve_host_name(tokens, entry)
     parameters = _entry_parameters(tokens, entry.partition("<")[0])
     _set_function_constants(tokens, constants)
@@ -75,64 +76,12 @@ def translate(preprocessed: str, entry: str, constants: Mapping[int, object]) ->
     return Translation(text, tuple(parameters))
 
 
-def _significant(tokens: list[Token], start: int, step: int = 1) -> Iterator[int]:
-    i = start
-    while 0 <= i < len(tokens):
-        if tokens[i].kind not in ("space", "newline") and tokens[i].text:
-            yield i
-        i += step
-
-
-def _between(tokens: list[Token], start: int, end: int) -> list[int]:
-    """Significant places of [start, end)."""
-    return [i for i in range(start, end) if tokens[i].kind not in ("space", "newline") and tokens[i].text]
-
-
-def _next(tokens: list[Token], i: int) -> int:
-    return next(_significant(tokens, i + 1), len(tokens))
-
-
-def _previous(tokens: list[Token], i: int) -> int:
-    return next(_significant(tokens, i - 1, -1), -1)
-
-
-def _text(tokens: list[Token], i: int) -> str:
-    return tokens[i].text if 0 <= i < len(tokens) else ""
-
-
-def _matching(tokens: list[Token], i: int) -> int:
-    """Index of the bracket that closes the one at i."""
-    depth = 0
-    for j in range(i, len(tokens)):
-        text = tokens[j].text
-        if tokens[j].kind != "op" or not text:
-            continue
-        if text in _OPEN:
-            depth += 1
-        elif text in _CLOSE:
-            depth -= 1
-            if depth == 0:
-                return j
-    raise CompileError("source: brackets must match; got one that is never closed; check the kernel's text")
-
-
-def _blank(tokens: list[Token], start: int, end: int) -> None:
-    """Remove [start, end) but keep its lines."""
-    for t in tokens[start:end]:
-        if t.kind != "newline":
-            t.text = ""
-
-
-def _is_attribute(tokens: list[Token], i: int) -> bool:
-    return tokens[i].text == "[" and i + 1 < len(tokens) and tokens[i + 1].text == "["
-
-
 def _blank_attributes(tokens: list[Token]) -> None:
     i = 0
     while i < len(tokens):
-        if _is_attribute(tokens, i):
-            end = _matching(tokens, i)
-            _blank(tokens, i, end + 1)
+        if is_attribute(tokens, i):
+            end = matching(tokens, i)
+            blank(tokens, i, end + 1)
             i = end
         i += 1
 
@@ -146,9 +95,9 @@ def _resolve_host_name(tokens: list[Token], entry: str) -> str:
 
 def _remove_explicit_instantiations(tokens: list[Token]) -> None:
     for i, token in enumerate(tokens):
-        if token.text == "template" and _is_attribute(tokens, min(_next(tokens, i), len(tokens) - 1)):
+        if token.text == "template" and is_attribute(tokens, min(next_token(tokens, i), len(tokens) - 1)):
             end = next(j for j in range(i, len(tokens)) if tokens[j].text == ";")
-            _blank(tokens, i, end + 1)
+            blank(tokens, i, end + 1)
 
 
 def _find_entry(tokens: list[Token], name: str) -> int:
@@ -157,11 +106,11 @@ def _find_entry(tokens: list[Token], name: str) -> int:
     for i, token in enumerate(tokens):
         if token.text != "kernel" or token.kind != "name":
             continue
-        for j in _significant(tokens, i):
+        for j in significant(tokens, i):
             if tokens[j].text in (";", "{"):
                 break
-            if tokens[j].text == "(" and tokens[_previous(tokens, j)].kind == "name" and _text(tokens, _previous(tokens, _previous(tokens, j))) == "void":
-                kernels.append(tokens[_previous(tokens, j)].text)
+            if tokens[j].text == "(" and tokens[previous_token(tokens, j)].kind == "name" and text_at(tokens, previous_token(tokens, previous_token(tokens, j))) == "void":
+                kernels.append(tokens[previous_token(tokens, j)].text)
                 if kernels[-1] == name:
                     return j
                 break
@@ -171,7 +120,7 @@ def _find_entry(tokens: list[Token], name: str) -> int:
 
 def _entry_parameters(tokens: list[Token], name: str) -> list[Parameter]:
     start = _find_entry(tokens, name)
-    end = _matching(tokens, start)
+    end = matching(tokens, start)
     parameters, piece, depth = [], [], 0
     for j in range(start + 1, end + 1):
         text = tokens[j].text
@@ -187,7 +136,7 @@ def _entry_parameters(tokens: list[Token], name: str) -> list[Parameter]:
 
 
 def _parameter(piece: list[Token]) -> Parameter:
-    opening = next((i for i in range(len(piece)) if _is_attribute(piece, i)), len(piece))
+    opening = next((i for i in range(len(piece)) if is_attribute(piece, i)), len(piece))
     declaration = [t.text for t in piece[:opening]]
     attributes = "".join(t.text for t in piece[opening:]).replace("[[", " ").replace("]]", " ")
     attribute = re.match(r"\s*(\w+)(?:\((\d+)\))?", attributes)
@@ -211,31 +160,31 @@ def _argument(p: Parameter, constants: Mapping[int, object]) -> str:
 def _set_function_constants(tokens: list[Token], constants: Mapping[int, object]) -> None:
     """`constant bool b [[function_constant(1)]];` becomes `constant bool b = <value>;`."""
     for i in range(len(tokens)):
-        if tokens[i].text != "function_constant" or not _is_attribute(tokens, max(i - 2, 0)):
+        if tokens[i].text != "function_constant" or not is_attribute(tokens, max(i - 2, 0)):
             continue
-        end = _matching(tokens, i - 2)
-        if _text(tokens, _next(tokens, end)) != ";":
+        end = matching(tokens, i - 2)
+        if text_at(tokens, next_token(tokens, end)) != ";":
             continue
-        index = int(tokens[_next(tokens, _next(tokens, i))].text)
+        index = int(tokens[next_token(tokens, next_token(tokens, i))].text)
         value = constants.get(index, False)
-        _blank(tokens, i - 2, end + 1)
+        blank(tokens, i - 2, end + 1)
         tokens[i].text = f"= {str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _statement_start(tokens: list[Token], i: int) -> bool:
     """Is the token at i the first of a declaration, but for alignas(...) and `static`?"""
-    j = _previous(tokens, i)
-    while _text(tokens, j) == ")":
+    j = previous_token(tokens, i)
+    while text_at(tokens, j) == ")":
         depth = 0
         while True:
             depth += (tokens[j].text == ")") - (tokens[j].text == "(")
             if depth == 0:
                 break
             j -= 1
-        k = _previous(tokens, j)
-        if _text(tokens, k) != "alignas":
+        k = previous_token(tokens, j)
+        if text_at(tokens, k) != "alignas":
             return False
-        j = _previous(tokens, k)
+        j = previous_token(tokens, k)
     return j < 0 or tokens[j].text.endswith((";", "{", "}"))
 
 
@@ -244,25 +193,15 @@ def _rewrite_threadgroup_variables(tokens: list[Token]) -> None:
         if token.text != "threadgroup" or not _statement_start(tokens, i):
             continue
         end = next(j for j in range(i, len(tokens)) if tokens[j].text == ";")
-        words = [tokens[j].text for j in _between(tokens, i, end)]
-        if "=" in words or "*" in _outside_brackets(words) or "&" in _outside_brackets(words):
+        words = [tokens[j].text for j in between(tokens, i, end)]
+        if "=" in words or "*" in outside_brackets(words) or "&" in outside_brackets(words):
             continue
         start = i
-        while _text(tokens, _previous(tokens, start)) == ")":  # alignas before the keyword
+        while text_at(tokens, previous_token(tokens, start)) == ")":  # alignas before the keyword
             start = next(j for j in range(start - 1, -1, -1) if tokens[j].text == "alignas")
-            words = [tokens[j].text for j in _between(tokens, start, i)] + words
-        _blank(tokens, start, end + 1)
+            words = [tokens[j].text for j in between(tokens, start, i)] + words
+        blank(tokens, start, end + 1)
         tokens[start].text = _threadgroup_references(words)
-
-
-def _outside_brackets(words: list[str]) -> list[str]:
-    depth, outside = 0, []
-    for w in words:
-        depth -= w in (")", "]", ">")
-        if depth == 0:
-            outside.append(w)
-        depth += w in ("(", "[", "<")
-    return outside
 
 
 def _threadgroup_references(words: list[str]) -> str:
@@ -281,7 +220,7 @@ def _threadgroup_references(words: list[str]) -> str:
         else:
             declarators[-1].append(w)
     first = declarators[0]
-    name_at = first.index("[") - 1 if "[" in _outside_brackets(first) + first[-1:] and "[" in first else len(first) - 1
+    name_at = first.index("[") - 1 if "[" in outside_brackets(first) + first[-1:] and "[" in first else len(first) - 1
     base = " ".join(first[:name_at])
     declarators[0] = first[name_at:]
     return "".join(
@@ -302,10 +241,10 @@ def _rewrite_keywords(tokens: list[Token]) -> None:
 
 
 def _after_parameters(tokens: list[Token], i: int) -> bool:
-    j = _previous(tokens, i)
-    while _text(tokens, j) in ("const", "volatile"):
-        j = _previous(tokens, j)
-    return _text(tokens, j) == ")" and _text(tokens, _next(tokens, i)) in ("{", ":", ";", "noexcept")
+    j = previous_token(tokens, i)
+    while text_at(tokens, j) in ("const", "volatile"):
+        j = previous_token(tokens, j)
+    return text_at(tokens, j) == ")" and text_at(tokens, next_token(tokens, i)) in ("{", ":", ";", "noexcept")
 
 
 def _drop_repeated_specialisations(tokens: list[Token]) -> None:
@@ -314,19 +253,19 @@ def _drop_repeated_specialisations(tokens: list[Token]) -> None:
     for i, token in enumerate(tokens):
         if token.text not in ("struct", "class"):
             continue
-        name = _next(tokens, i)
-        if _text(tokens, _next(tokens, name)) != "<" or _text(tokens, _previous(tokens, i)) != ">":
+        name = next_token(tokens, i)
+        if text_at(tokens, next_token(tokens, name)) != "<" or text_at(tokens, previous_token(tokens, i)) != ">":
             continue
         words, j = [], name
-        while _text(tokens, j) not in ("{", ";", ""):
+        while text_at(tokens, j) not in ("{", ";", ""):
             words.append(tokens[j].text)
-            j = _next(tokens, j)
-        if _text(tokens, j) != "{":
+            j = next_token(tokens, j)
+        if text_at(tokens, j) != "{":
             continue
         head = next((k for k in range(i, -1, -1) if tokens[k].text == "template"), i)
-        key = " ".join([tokens[k].text for k in _between(tokens, head, i)] + words)
+        key = " ".join([tokens[k].text for k in between(tokens, head, i)] + words)
         if key in seen:
-            _blank(tokens, head, _next(tokens, _matching(tokens, j)) + 1)
+            blank(tokens, head, next_token(tokens, matching(tokens, j)) + 1)
         seen.add(key)
 
 
@@ -334,13 +273,13 @@ def _drop_repeated_functions(tokens: list[Token]) -> None:
     """`int f(device T*) {..}` and `int f(threadgroup T*) {..}` are the same overload now: keep the first of a scope."""
     scopes = [(set(), len(tokens))]  # signatures seen, and where the scope ends
     head: list[int] = []  # significant tokens of the declaration at hand
-    i = next(_significant(tokens, 0), len(tokens))
+    i = next(significant(tokens, 0), len(tokens))
     while i < len(tokens):
         text, end = tokens[i].text, i
         while i >= scopes[-1][1]:
             scopes.pop()
         if text == "{":
-            end = _matching(tokens, i)
+            end = matching(tokens, i)
             words = [tokens[k].text for k in head]
             if "namespace" in words[:2] or words[:1] == ["extern"]:
                 end = i  # its declarations are met one by one
@@ -350,22 +289,22 @@ def _drop_repeated_functions(tokens: list[Token]) -> None:
             elif "(" in words:
                 key = " ".join(_signature(words))
                 if key in scopes[-1][0]:
-                    _blank(tokens, head[0], end + 1)
+                    blank(tokens, head[0], end + 1)
                 scopes[-1][0].add(key)
             head = []
         elif text in ("(", "["):
-            end = _matching(tokens, i)
-            head += _between(tokens, i, end + 1)
+            end = matching(tokens, i)
+            head += between(tokens, i, end + 1)
         elif text.endswith((";", "}")):
             head = []
         else:
             head.append(i)
-        i = _next(tokens, end)
+        i = next_token(tokens, end)
 
 
 def _is_class(words: list[str]) -> bool:
     """Do the words before a brace open a class? `template <class T>` alone does not, nor does a function."""
-    outside = _outside_brackets(words)
+    outside = outside_brackets(words)
     return any(w in ("struct", "class", "union") for w in outside) and outside[-1:] != [")"]
 
 
@@ -384,12 +323,12 @@ def _rewrite_swizzles(tokens: list[Token]) -> None:
     for i, token in enumerate(tokens):
         if token.kind != "name" or not _SWIZZLE.fullmatch(token.text):
             continue
-        if _text(tokens, _previous(tokens, i)) in (".", "->"):
+        if text_at(tokens, previous_token(tokens, i)) in (".", "->"):
             uses.append(i)
         else:
             declared.add(token.text)
     for i in uses:
-        text, after = tokens[i].text, _text(tokens, _next(tokens, i))
+        text, after = tokens[i].text, text_at(tokens, next_token(tokens, i))
         if text in declared or after == "(":
             continue
         lanes = ", ".join(str(_COMPONENT[c]) for c in text)
