@@ -31,9 +31,9 @@ def float64(tensor: torch.Tensor) -> np.ndarray:
 
 def gemm(
     M, N, K, block_M=64, block_N=64, block_K=32, *, threads=128, a="float16", b="float16", out="float32", trans_A=False, trans_B=False,
-    accumulator="fragment", a_scope="shared", num_stages=0, accum_dtype="float32", policy=T.GemmWarpPolicy.Square, swizzle=False,
+    accumulator="fragment", a_scope="shared", b_scope="shared", num_stages=0, accum_dtype="float32", policy=T.GemmWarpPolicy.Square, swizzle=False,
 ):  # fmt: skip
-    """C = A @ B by tiles; the accumulator is a fragment or a shared tile, A goes through shared memory or a fragment."""
+    """C = A @ B by tiles; the accumulator is a fragment or a shared tile, operands shared or fragments."""
     a_shape = (K, M) if trans_A else (M, K)
     b_shape = (N, K) if trans_B else (K, N)
     a_tile = (block_K, block_M) if trans_A else (block_M, block_K)
@@ -45,6 +45,7 @@ def gemm(
             A_s = T.alloc_shared(a_tile, a)
             B_s = T.alloc_shared(b_tile, b)
             A_f = T.alloc_fragment(a_tile, a)
+            B_f = T.alloc_fragment(b_tile, b)
             C_f = (
                 T.alloc_fragment((block_M, block_N), accum_dtype)
                 if accumulator == "fragment"
@@ -64,9 +65,16 @@ def gemm(
                     T.copy(B[k * block_K, bx * block_N], B_s)
                 if a_scope == "fragment":
                     T.copy(A_s, A_f)
-                    T.gemm(A_f, B_s, C_f, transpose_A=trans_A, transpose_B=trans_B, policy=policy)
-                else:
-                    T.gemm(A_s, B_s, C_f, transpose_A=trans_A, transpose_B=trans_B, policy=policy)
+                if b_scope == "fragment":
+                    T.copy(B_s, B_f)
+                T.gemm(
+                    A_f if a_scope == "fragment" else A_s,
+                    B_f if b_scope == "fragment" else B_s,
+                    C_f,
+                    transpose_A=trans_A,
+                    transpose_B=trans_B,
+                    policy=policy,
+                )
             T.copy(C_f, C[by * block_M, bx * block_N])
 
     return kernel

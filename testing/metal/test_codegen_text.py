@@ -30,7 +30,9 @@ def scale(
 def test_signature_and_body():
     source = source_of(scale)
     kernel = source[source.index("struct") :]
-    assert kernel == """struct scale_kernel_args_t {
+    assert (
+        kernel
+        == """struct scale_kernel_args_t {
   alignas(8) float s;
   alignas(8) int n;
 };
@@ -44,7 +46,9 @@ kernel void scale_kernel(
     uint3 threadIdx [[thread_position_in_threadgroup]]) {
   const int bx = int(blockIdx.x);
   const int tx = int(threadIdx.x);
-""" + kernel[kernel.index("  #pragma") :]
+"""
+        + kernel[kernel.index("  #pragma") :]
+    )
     assert source.startswith("#include <metal_stdlib>\nusing namespace metal;\n")
 
 

@@ -79,6 +79,12 @@ def test_register_operand(a, trans_A):
     run(64, 64, 64, a=a, a_scope="fragment", trans_A=trans_A)
 
 
+@pytest.mark.parametrize("trans_B", [False, True])
+@pytest.mark.parametrize("a_scope", ["shared", "fragment"])
+def test_both_operands_in_registers(a_scope, trans_B):
+    run(64, 64, 64, a_scope=a_scope, b_scope="fragment", trans_B=trans_B)
+
+
 @pytest.mark.parametrize("accum_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("accumulator", ["fragment", "shared"])
 def test_accumulators(accumulator, accum_dtype):

@@ -174,3 +174,28 @@ def test_rows_of_every_vector_width(dtype, width):
     report = simulate(kernel, A, out)
     assert not report.findings, str(report)
     assert torch.equal(out.view(torch.uint8), bits)
+
+
+def test_threadgroup_arrays_share_bytes_only_when_they_must():
+    """Two arrays of 20 KB exceed the 32 KB of a threadgroup, but never live at the same time."""
+    n = 5120
+
+    @T.prim_func
+    def kernel(A: T.Tensor((n,), "float32"), out: T.Tensor((n,), "float32")):
+        with T.Kernel(1, threads=128) as _:
+            first = T.alloc_shared((n,), "float32")
+            second = T.alloc_shared((n,), "float32")
+            value = T.alloc_fragment((n,), "float32")
+            T.copy(A, first)
+            for i in T.Parallel(n):
+                value[i] = first[n - 1 - i]
+            for i in T.Parallel(n):
+                second[i] = value[i] * 2.0
+            for i in T.Parallel(n):
+                out[i] = second[n - 1 - i]
+
+    A, out = random_tensor((n,), "float32", 0), poisoned((n,), "float32")
+    report = simulate(kernel, A, out)
+    assert not report.findings, str(report)
+    assert report.threadgroup_memory <= 32768
+    assert torch.equal(out, 2 * A)

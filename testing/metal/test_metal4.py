@@ -83,7 +83,16 @@ def test_one_product_that_does_not_fit_takes_the_kernel_back():
     assert_close(C, gemm_reference(A, B) + gemm_reference(A[:, :8], B[:8]), dtype="float32")
 
 
-@pytest.mark.parametrize("keywords", [{"a_scope": "fragment"}, {"accumulator": "shared", "block_M": 32}, {"num_stages": 2}])
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"a_scope": "fragment"},
+        {"b_scope": "fragment"},
+        {"b_scope": "fragment", "trans_B": True},
+        {"accumulator": "shared", "block_M": 32},
+        {"num_stages": 2},
+    ],
+)
 def test_scopes_and_stages(keywords):
     program, _ = run(64, 64, 64, **keywords)
     assert "matmul2d<16, 32, 16" in program.source

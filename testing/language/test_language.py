@@ -1,0 +1,43 @@
+"""`from tilelang_ext import language as T` is upstream's language and more, and importing it registers the backend only."""
+
+import subprocess
+import sys
+
+import tilelang.language as upstream
+
+from tilelang_ext import language as T
+
+
+def test_superset_of_upstream():
+    assert set(upstream.__all__) <= set(T.__all__)
+    assert all(getattr(T, name) is getattr(upstream, name) for name in upstream.__all__)
+    assert len(T.__all__) == len(set(T.__all__))
+
+
+def test_import_changes_nothing_but_the_metal_backend():
+    program = """
+import tilelang, tilelang.language as L
+from tilelang.backend import module
+from tilelang.tileop.gemm import registry
+language, backends, impls = dict(vars(L)), dict(module._BACKENDS), list(registry._GEMM_IMPLS)
+import tilelang_ext
+assert {k: v for k, v in vars(L).items() if not k.startswith("__")} == {k: v for k, v in language.items() if not k.startswith("__")}
+assert {n for n in backends if module._BACKENDS[n] is not backends[n]} == {"metal"}, "other backends replaced"
+changed = {a.name for a, b in zip(registry._GEMM_IMPLS, impls, strict=True) if a is not b}
+assert changed == {"metal.simdgroup", "metal.cooperative_tensor"}, changed
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_tilelang_is_refused_with_one_message():
+    program = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: "0.1.13" if name == "tilelang" else version(name)
+import tilelang_ext
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode != 0
+    message = "tilelang_ext: needs tilelang 0.1.14 or 0.1.15; got 0.1.13; run `pip install tilelang==0.1.15`"
+    assert message in done.stderr.splitlines()[-1]
