@@ -163,3 +163,33 @@ def test_report_reads_well():
     text = str(report)
     assert "nothing here is a measure of speed" in text
     assert "box[lane ^ 1]" in text or "box[lane] = lane * 3" in text
+
+
+ADDRESS_SPACES = [
+    ("device half* to threadgroup half*", "threadgroup half* p = A;"),
+    ("a cast between spaces", "threadgroup half4* p = (threadgroup half4*)(A + 4);"),
+    ("thread memory as device memory", "float v[4]; device float* p = v;"),
+    ("threadgroup memory as device memory", "device half* p = a_s + 8;"),
+    ("an argument of another space", "half h = first(a_s);"),
+]
+
+
+@pytest.mark.parametrize("statement", [s for _, s in ADDRESS_SPACES], ids=[name for name, _ in ADDRESS_SPACES])
+def test_wrong_address_space(statement):
+    source = plant(kernels.GEMM, "  const int row =", f"  {statement}  // wrong\n  const int row =")
+    source = plant(source, "[[kernel,", "half first(device const half* p) { return p[0]; }\n[[kernel,")
+    source = plant(source, "const device half* A", "device half* A")
+    report, _, _ = run_gemm(source)
+    (finding,) = report.findings
+    assert (finding.kind, finding.line) == ("address space", line_of(source, "// wrong"))
+
+
+def test_right_address_spaces():
+    source = plant(
+        kernels.GEMM,
+        "  const int row =",
+        "  threadgroup half4* p = (threadgroup half4*)((threadgroup char*)a_s + 16);\n"
+        "  half h[4]; thread half4& v = *(thread half4*)(&h[0]); v = half4(1.0h); p += v.xy.x > 2.0h;\n"
+        "  const int row =",
+    )
+    assert run_gemm(source)[0].findings == ()

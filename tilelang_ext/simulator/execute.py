@@ -6,9 +6,12 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from . import launch, toolchain
+from .address_spaces import find_misuse
 from .msl import Translation, translate
 from .report import Report
 
@@ -51,12 +54,16 @@ def execute_msl(
     grid, threads = _shape("grid", grid), _shape("threads", threads)
     if math.prod(threads) > 1024:
         raise ValueError(f"threads: at most 1024 a threadgroup; got {threads}; use fewer")
-    translation = translate_msl(source, entry, constants, include_directories)
+    text, lines = _preprocess(source, include_directories), source.splitlines()
+    translation = translate(text, entry, constants or {})
     bound = _bind(translation, arguments)
-    program = toolchain.build(translation.text, check)
     groups = math.prod(grid)
     workers = max(1, min(workers or os.cpu_count() or 1, groups, 64))
-    return launch.run(program, bound, source.splitlines(), SOURCE_NAME, grid, threads, check, seed, timeout, workers)
+    with ThreadPoolExecutor(1) as beside:
+        misuse = beside.submit(find_misuse, text, constants or {}, lines, SOURCE_NAME) if check else None
+        program = toolchain.build(translation.text, check)
+    report = launch.run(program, bound, lines, SOURCE_NAME, grid, threads, check, seed, timeout, workers)
+    return replace(report, findings=(*misuse.result(), *report.findings)) if misuse else report
 
 
 def translate_msl(
@@ -66,11 +73,14 @@ def translate_msl(
     include_directories: Sequence[Path] = (),
 ) -> Translation:
     """The C++ that stands for the kernel, and its parameters."""
+    return translate(_preprocess(source, include_directories), entry, constants or {})
+
+
+def _preprocess(source: str, include_directories: Sequence[Path]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "source.metal"
         path.write_text(f'#line 1 "{SOURCE_NAME}"\n{source}\n')
-        text = toolchain.preprocess(path, include_directories)
-    return translate(text.replace(str(path), SOURCE_NAME), entry, constants or {})
+        return toolchain.preprocess(path, include_directories).replace(str(path), SOURCE_NAME)
 
 
 def _shape(name: str, value: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -62,10 +62,7 @@ def translate(preprocessed: str, entry: str, constants: Mapping[int, object]) ->
     tokens = tokenize(preprocessed)
     entry = _resolve_host_name(tokens, entry)
     parameters = _entry_parameters(tokens, entry.partition("<")[0])
-    _set_function_constants(tokens, constants)
-    _remove_explicit_instantiations(tokens)
-    _blank_attributes(tokens)
-    _rewrite_threadgroup_variables(tokens)
+    rewrite_declarations(tokens, constants)
     _rewrite_keywords(tokens)
     _drop_repeated_specialisations(tokens)
     _drop_repeated_functions(tokens)
@@ -74,6 +71,14 @@ def translate(preprocessed: str, entry: str, constants: Mapping[int, object]) ->
     call = ", ".join(_argument(p, constants) for p in parameters)
     text = f"using namespace metal;\n{body}\nextern \"C\" void sim_kernel() {{ {entry}({call}); }}\n"
     return Translation(text, tuple(parameters))
+
+
+def rewrite_declarations(tokens: list[Token], constants: Mapping[int, object]) -> None:
+    """Attributes, function constants and threadgroup variables: what stays Metal's own in any dialect of C++."""
+    _set_function_constants(tokens, constants)
+    _remove_explicit_instantiations(tokens)
+    _blank_attributes(tokens)
+    _rewrite_threadgroup_variables(tokens)
 
 
 def _blank_attributes(tokens: list[Token]) -> None:

@@ -44,9 +44,10 @@ _CHECK = (
 
 @dataclass(frozen=True)
 class Compiler:
-    """A clang that builds kernels: the start of its command line, and what it calls this machine."""
+    """A clang that builds kernels: the start of its command line, its bare front end, and what it calls this machine."""
 
     command: tuple[str, ...]
+    frontend: tuple[str, ...]
     version: str
     machine: tuple[str, ...]
 
@@ -73,12 +74,13 @@ def find_compiler() -> Compiler:
         # Apple counts its clang by Xcode: 15 is LLVM 16.
         if major and int(major[1]) >= MINIMUM_CLANG - ("Apple" in version):
             machine = ("-march=x86-64-v3", "-mno-red-zone") if _is_x86() else ()
-            return Compiler((path,), version, machine)
+            return Compiler((path,), (path, "-cc1"), version, machine)
         seen.append(version)
     if importlib.util.find_spec("ziglang") is not None:
         version = subprocess.run([sys.executable, "-m", "ziglang", "version"], capture_output=True, text=True).stdout.strip()
         machine = ("-march=x86_64_v3", "-mno-red-zone") if _is_x86() else ()
-        return Compiler((sys.executable, "-m", "ziglang", "cc"), f"ziglang {version}", machine)
+        zig = (sys.executable, "-m", "ziglang")
+        return Compiler((*zig, "cc"), (*zig, "clang", "-cc1"), f"ziglang {version}", machine)
     raise CompilerMissingError(
         f"compiler: the simulator needs clang >= {MINIMUM_CLANG}; got {', '.join(seen) or 'none'} on PATH and no ziglang; "
         "run `pip install ziglang` or `apt-get install clang-19`"
@@ -130,6 +132,11 @@ def run_compiler(arguments: Sequence[str | Path], what: str) -> str:
     if done.returncode:
         raise CompileError(f"source: must be Metal text that the shim compiles; got an error in {what}; correct the line named\n{done.stderr}")
     return done.stdout
+
+
+def run_frontend(arguments: Sequence[str | Path]) -> str:
+    """What the bare front end says about a text; errors in it are no failure."""
+    return subprocess.run([*find_compiler().frontend, *map(str, arguments)], capture_output=True, text=True).stderr
 
 
 def preprocess(source: Path, include_directories: Sequence[Path]) -> str:
