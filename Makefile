@@ -1,60 +1,69 @@
-# make matmul   build, then run the matmul benchmark on the best device present (CUDA, MPS, else the simulator)
-# make test     build, then run the tests
-# make venv     only prepare; make test-peers also runs other libraries' kernels; make lint, make format, make clean
-# TILELANG=0.1.14 make test   the same in an environment of its own, with another supported tilelang
-
-SHELL := /bin/bash
-TILELANG ?= 0.1.15
+# make matmul   the matmul benchmark on the best device present (CUDA, MPS, else the simulator)
+# make test     the tests; TESTS=testing/metal runs a part of them; make test-peers runs other libraries' kernels too
+# make venv     only prepare; make doctor says what is missing; make lint, make format, make clean
+# TILELANG=0.1.14 make test   the same with another supported tilelang, in .venv-0.1.14
+SHELL := /bin/sh
 PYTHON ?= python3
-VENV ?= .venv$(if $(filter-out 0.1.15,$(TILELANG)),-$(TILELANG))
-TORCH := 2.13.0
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-CXX_FILES := $(wildcard src/metal/*.cc src/metal/*.h src/simulator/*.h src/simulator/metal/*.h)
-WORKERS ?= 2
+TILELANG ?= 0.1.15
+TESTS ?=
+WORKERS ?= logical --maxprocesses 8
 
-.PHONY: matmul test test-peers venv lint format clean
-.DEFAULT_GOAL := venv
+VENV := .venv$(if $(filter-out 0.1.15,$(TILELANG)),-$(TILELANG))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
+CPP_FILES := $(shell find src -name '*.cc' -o -name '*.h' 2>/dev/null)
+MYPY_FILES := tilelang_ext/language $(wildcard tilelang_ext/formats.py)
 
-matmul: venv
-	$(VENV)/bin/python benchmark/bench_matmul.py --target auto
+ifeq ($(wildcard requirements/tilelang-$(TILELANG).txt),)
+$(error TILELANG: must be one of $(patsubst requirements/tilelang-%.txt,%,$(wildcard requirements/tilelang-*.txt)); got $(TILELANG); pass one of these)
+endif
 
-test: venv
-	$(VENV)/bin/python -m pytest -q -n $(WORKERS) -m "not peers" $(TESTS)
-
-test-peers: venv
-	$(VENV)/bin/python -m pytest -q -m peers
+.PHONY: venv matmul test test-peers doctor lint format clean always
 
 venv: $(VENV)/.built
 
-# Torch: with an NVIDIA GPU the CUDA build and its runtime, on a Mac the only build; elsewhere a CPU build, from the
-# configured indexes if one has it, else from PyTorch's own index, which uv knows.
-$(VENV)/.installed: Makefile requirements/runtime.txt requirements/develop.txt
-	$(PYTHON) -m venv $(VENV)
-	if [ "$$(uname)" = Darwin ] || nvidia-smi -L >/dev/null 2>&1; then $(PIP) install -q torch==$(TORCH); else \
-	  $(PIP) install -q --no-deps "torch==$(TORCH)+cpu" 2>/dev/null || { \
-	    $(PIP) install -q uv && $(VENV)/bin/python -m uv pip install -q --no-deps --torch-backend cpu torch==$(TORCH) \
-	      --python $(VENV)/bin/python; }; fi
-	$(PIP) install -q --no-deps -r requirements/runtime.txt -r requirements/develop.txt tilelang==$(TILELANG)
-	for c in clang++ clang++-22 clang++-21 clang++-20 clang++-19 clang++-18 clang++-17 clang++-16; do \
-	  v=$$($$c -dumpversion 2>/dev/null | cut -d. -f1); [ "$${v:-0}" -ge 16 ] && exit 0; done; \
-	  $(PIP) install -q --no-deps ziglang==0.15.2
-	touch $@
+matmul: venv
+	$(BIN)/python benchmark/bench_matmul.py --target auto
 
-$(VENV)/.built: $(VENV)/.installed CMakeLists.txt pyproject.toml $(wildcard src/metal/*)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q --no-build-isolation --no-deps -e .
-	touch $@
+test: venv
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
-lint: venv
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/codespell
-	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
-	$(VENV)/bin/mypy
+# Downloads other libraries' kernels and runs them in the simulator beside ours.
+test-peers: venv
+	$(BIN)/python -m pytest -m peers $(TESTS)
 
-format: venv
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CXX_FILES)
+doctor: venv
+	$(BIN)/tilelang-ext doctor
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/codespell
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy $(MYPY_FILES)
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf .venv .venv-* build tilelang_ext/lib
+	rm -rf .venv .venv-* build dist tilelang_ext/lib .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment: made anew when a requirement changes.
+$(VENV)/.requirements: $(wildcard requirements/*)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("PYTHON: must be 3.10 or later; got %s; run make PYTHON=python3.11" % sys.version.split()[0])'
+	@echo "installing tilelang $(TILELANG) and what it needs into $(VENV)"
+	@rm -f $@
+	@$(PYTHON) -m venv $(VENV)
+	@requirements/install_torch.sh $(CURDIR)/$(BIN)/python
+	@$(PIP) -r requirements/tilelang-$(TILELANG).txt -r requirements/build.txt -r requirements/dev.txt
+	@requirements/has_clang.sh || $(PIP) -r requirements/simulator.txt
+	@touch $@
+
+# The native library, into tilelang_ext/lib; a second build compiles what changed.
+$(VENV)/.built: $(VENV)/.requirements pyproject.toml CMakeLists.txt $(CPP_FILES) $(if $(wildcard tilelang_ext/lib/libtilelang_ext.*),,always)
+	@echo "building the native library"
+	@$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(VENV)/build --editable .
+	@touch $@

@@ -1,11 +1,33 @@
-"""Shared set-up: tests marked for a device are skipped, visibly, where it is missing."""
+"""What every test shares: the checkout on the path, and which tests a machine can run."""
 
-from __future__ import annotations
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
-import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "testing")) if p not in sys.path]
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
+def pytest_collection_modifyitems(config, items):
+    """A missing device is a visible skip; tests that download are run when asked for by name."""
+    reasons = {
+        "cuda": "needs an NVIDIA GPU" if not _has_cuda() else None,
+        "hip": "needs an AMD GPU or its compiler" if not _has_amd_compiler() else None,
+        "peers": "downloads other libraries' kernels: make test-peers" if "peers" not in config.option.markexpr else None,
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_amd_compiler() -> bool:
+    return any(shutil.which(name) for name in ("hipcc", "clang++-22"))
