@@ -34,8 +34,8 @@ namespace tilelang_ext {
 namespace metal {
 namespace {
 
-using namespace tvm;         // NOLINT(build/namespaces)
-using namespace tvm::tirx;   // NOLINT(build/namespaces)
+using namespace tvm;        // NOLINT(build/namespaces)
+using namespace tvm::tirx;  // NOLINT(build/namespaces)
 using tvm::codegen::CodeGenC;
 
 constexpr int kMaxBuffers = 31;
@@ -45,18 +45,24 @@ constexpr int kSimdWidth = 32;
 
 // Metal's words and the functions that generated text calls: no variable may hide them.
 const char* const kReservedNames[] = {
-    "abs", "acos", "alignas", "arg", "as_type", "asin", "atan", "atan2", "atomic_float", "atomic_int", "atomic_uint",
-    "auto", "bfloat", "bfloat2", "bfloat3", "bfloat4", "blockIdx", "bool", "bool2", "bool3", "bool4", "catch", "ceil",
-    "char2", "char3", "char4", "class", "clz", "const", "constant", "constexpr", "copysign", "cos", "cosh", "delete",
-    "device", "enum", "erf", "exp", "exp10", "exp2", "explicit", "expm1", "fabs", "false", "fast", "float2", "float3",
-    "float4", "floor", "fma", "fmax", "fmin", "fmod", "fragment", "friend", "gridDim", "half", "half2", "half3",
-    "half4", "hypot", "inline", "int2", "int3", "int4", "kernel", "ldexp", "log", "log10", "log1p", "log2", "long2",
-    "long3", "long4", "max", "metal", "min", "mpp", "mutable", "namespace", "new", "operator", "popcount", "pow",
-    "precise", "private", "protected", "public", "rint", "round", "rsqrt", "sampler", "select", "short2", "short3",
-    "short4", "signed", "simd_lane", "sin", "sinh", "sizeof", "sqrt", "static", "tan", "tanh", "template", "texture",
-    "this", "thread", "threadIdx", "threadgroup", "trunc", "true", "try", "typename", "uchar", "uchar2", "uchar3",
-    "uchar4", "uint", "uint2", "uint3", "uint4", "ulong", "ulong2", "ulong3", "ulong4", "ushort", "ushort2", "ushort3",
-    "ushort4", "using", "vec", "vertex", "virtual", "volatile", "wide"};
+    "abs",          "acos",       "alignas",     "arg",      "as_type", "asin",     "atan",      "atan2",
+    "atomic_float", "atomic_int", "atomic_uint", "auto",     "bfloat",  "bfloat2",  "bfloat3",   "bfloat4",
+    "blockIdx",     "bool",       "bool2",       "bool3",    "bool4",   "catch",    "ceil",      "char2",
+    "char3",        "char4",      "class",       "clz",      "const",   "constant", "constexpr", "copysign",
+    "cos",          "cosh",       "delete",      "device",   "enum",    "erf",      "exp",       "exp10",
+    "exp2",         "explicit",   "expm1",       "fabs",     "false",   "fast",     "float2",    "float3",
+    "float4",       "floor",      "fma",         "fmax",     "fmin",    "fmod",     "fragment",  "friend",
+    "gridDim",      "half",       "half2",       "half3",    "half4",   "hypot",    "inline",    "int2",
+    "int3",         "int4",       "kernel",      "ldexp",    "log",     "log10",    "log1p",     "log2",
+    "long2",        "long3",      "long4",       "max",      "metal",   "min",      "mpp",       "mutable",
+    "namespace",    "new",        "operator",    "popcount", "pow",     "precise",  "private",   "protected",
+    "public",       "rint",       "round",       "rsqrt",    "sampler", "select",   "short2",    "short3",
+    "short4",       "signed",     "simd_lane",   "sin",      "sinh",    "sizeof",   "sqrt",      "static",
+    "tan",          "tanh",       "template",    "texture",  "this",    "thread",   "threadIdx", "threadgroup",
+    "trunc",        "true",       "try",         "typename", "uchar",   "uchar2",   "uchar3",    "uchar4",
+    "uint",         "uint2",      "uint3",       "uint4",    "ulong",   "ulong2",   "ulong3",    "ulong4",
+    "ushort",       "ushort2",    "ushort3",     "ushort4",  "using",   "vec",      "vertex",    "virtual",
+    "volatile",     "wide"};
 
 std::string AddressSpace(const std::string& scope) {
   if (scope == "global" || scope.empty()) return "device";
@@ -240,7 +246,7 @@ class CodeGenMetal final : public CodeGenC {
   Usage usage_;
   std::ostringstream top_;  // declarations at the top of the kernel
   std::string kernel_text_;
-  std::map<std::string, std::string> index_names_;                       // "threadIdx.x" -> its name in the text
+  std::map<std::string, std::string> index_names_;                      // "threadIdx.x" -> its name in the text
   std::map<std::string, std::vector<const VarNode*>> index_variables_;  // "threadIdx.x" -> its variables in TIR
   std::unordered_set<const VarNode*> used_variables_;
   int64_t threadgroup_bytes_ = 0;
@@ -336,9 +342,9 @@ void CodeGenMetal::AddKernel(const std::string& name, const PrimFunc& func) {
                               << "; use smaller tiles or fewer num_stages";
   }
   if (uses_simdgroup_operations_ && static_threads && threads % kSimdWidth != 0) {
-    TVM_FFI_THROW(ValueError) << "threads: must be a multiple of " << kSimdWidth << " for operations of a simdgroup; got "
-                              << threads << " in kernel " << name << "; use T.Kernel(..., threads="
-                              << (threads / kSimdWidth + 1) * kSimdWidth << ")";
+    TVM_FFI_THROW(ValueError) << "threads: must be a multiple of " << kSimdWidth
+                              << " for operations of a simdgroup; got " << threads << " in kernel " << name
+                              << "; use T.Kernel(..., threads=" << (threads / kSimdWidth + 1) * kSimdWidth << ")";
   }
 
   params.push_back("uint3 blockIdx [[threadgroup_position_in_grid]]");
@@ -378,8 +384,9 @@ void CodeGenMetal::PrintStorageSync(const CallNode* op) {
     PrintIndent();
     stream << "threadgroup_barrier(mem_flags::mem_threadgroup);\n";
   } else {
-    TVM_FFI_THROW(ValueError) << "sync: Metal synchronises a simdgroup or a whole threadgroup; got `" << scope << "` with "
-                              << op->args.size() - 1 << " more arguments; use T.sync_threads() without a barrier id";
+    TVM_FFI_THROW(ValueError) << "sync: Metal synchronises a simdgroup or a whole threadgroup; got `" << scope
+                              << "` with " << op->args.size() - 1
+                              << " more arguments; use T.sync_threads() without a barrier id";
   }
 }
 
@@ -418,7 +425,7 @@ void CodeGenMetal::VisitStmt_(const AllocBufferNode* op) {
   if (t.is_float4_e2m1fn()) elements = t.lanes() == 1 ? (elements + 1) / 2 : elements;
   if (AddressSpace(scope) == "threadgroup") {
     threadgroup_bytes_ += (bytes + 15) / 16 * 16;
-    top_ << "  threadgroup alignas(16) " << Type(t) << ' ' << name << '[' << elements << "];\n";
+    top_ << "  alignas(16) threadgroup " << Type(t) << ' ' << name << '[' << elements << "];\n";
     return;
   }
   TVM_FFI_ICHECK(AddressSpace(scope) == "thread") << "Metal: cannot allocate " << name << " in " << scope;
@@ -581,7 +588,8 @@ Pointer CodeGenMetal::PointerTo(const PrimExpr& e) {
   if (const auto* call = e.as<CallNode>()) {
     if (call->op.same_as(builtin::address_of())) {
       const auto* load = call->args[0].as<BufferLoadNode>();
-      TVM_FFI_ICHECK(load && load->indices.size() == 1) << "Metal: the address of one element of a flat buffer; got " << e;
+      TVM_FFI_ICHECK(load && load->indices.size() == 1)
+          << "Metal: the address of one element of a flat buffer; got " << e;
       Pointer p = ElementsOf(load->buffer);
       PrimExpr index = load->indices[0];
       if (const auto* ramp = index.as<RampNode>()) index = ramp->base;
@@ -594,7 +602,8 @@ Pointer CodeGenMetal::PointerTo(const PrimExpr& e) {
       DataType element = call->args[0].dtype().element_of();
       std::string space = SpaceOf(call->args[1]);
       PrimExpr offset = call->args[2];
-      if (call->args[0].dtype().lanes() > 1) offset = offset * make_const(offset.dtype(), call->args[0].dtype().lanes());
+      if (call->args[0].dtype().lanes() > 1)
+        offset = offset * make_const(offset.dtype(), call->args[0].dtype().lanes());
       std::string base = "((" + space + " " + Type(element) + "*)" + Print(call->args[1]) + ")";
       return {Add(base, Print(analyzer_.Simplify(offset))), element, space};
     }
@@ -855,7 +864,8 @@ void CodeGenMetal::VisitExpr_(const FloatImmNode* op, std::ostream& os) {
 
 // ---- calls ---------------------------------------------------------------------------------------------------
 
-/*! \brief A function of Metal or of the prelude, lane by lane; in float where the type is bfloat or the helper needs it. */
+/*! \brief A function of Metal or of the prelude, lane by lane; in float where the type is bfloat or the helper needs
+ * it. */
 std::string CodeGenMetal::Call_(const std::string& function, DataType out, const std::vector<PrimExpr>& args) {
   bool helper = Prelude::Has(function);
   return Chunked(out, args, [&](const Texts& x, DataType part) {
@@ -886,7 +896,8 @@ std::string CodeGenMetal::ShuffleLanes(const std::string& function, const PrimEx
   if (t.lanes() > 4 || carrier.lanes() > 4) {
     TVM_FFI_THROW(TypeError) << function << ": lanes exchange at most 16 bytes; got " << t << "; exchange it in parts";
   }
-  if (t.is_bool()) return Type(t) + "(" + function + "(" + Type(DataType::UInt(16, t.lanes())) + "(" + x + ")" + to + ")";
+  if (t.is_bool())
+    return Type(t) + "(" + function + "(" + Type(DataType::UInt(16, t.lanes())) + "(" + x + ")" + to + ")";
   if (carrier == t) return function + "(" + x + to;
   return "as_type<" + Type(t) + ">(" + function + "(as_type<" + Type(carrier) + ">(" + x + ")" + to + ")";
 }
@@ -936,7 +947,8 @@ std::string CodeGenMetal::Atomic(const std::string& op, const CallNode* call) {
   std::string value = Print(call->args[1]);
   if (op == "store") {
     if (is_float) {
-      return "atomic_store_explicit(" + pointer("atomic_uint") + ", as_type<uint>(" + value + "), memory_order_relaxed)";
+      return "atomic_store_explicit(" + pointer("atomic_uint") + ", as_type<uint>(" + value +
+             "), memory_order_relaxed)";
     }
     return "atomic_store_explicit(" + pointer(type) + ", " + value + ", memory_order_relaxed)";
   }
@@ -951,7 +963,8 @@ std::string CodeGenMetal::Atomic(const std::string& op, const CallNode* call) {
   return "atomic_fetch_" + op + "_explicit(" + pointer(type) + ", " + value + ", memory_order_relaxed)";
 }
 
-/*! \brief Functions by name: math of libm, our helpers (templates, with the thread index where they need it), the user's. */
+/*! \brief Functions by name: math of libm, our helpers (templates, with the thread index where they need it), the
+ * user's. */
 void CodeGenMetal::PrintExtern(const CallNode* call, std::ostream& os) {
   std::string name = Downcast<StringImm>(call->args[0])->value;
   std::vector<PrimExpr> args(call->args.begin() + 1, call->args.end());
@@ -998,18 +1011,18 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
 
   // Two operands, spelled as operators.
   static const std::map<std::string, std::string> kOperators = {
-      {"tirx.bitwise_and", "&"}, {"tirx.bitwise_or", "|"}, {"tirx.bitwise_xor", "^"}, {"tirx.shift_left", "<<"},
-      {"tirx.shift_right", ">>"}, {"tl.add2", "+"},        {"tl.sub2", "-"},          {"tl.mul2", "*"},
-      {"tl.fmul", "*"},           {"tl.ieee_add", "+"},    {"tl.ieee_sub", "-"},      {"tl.ieee_mul", "*"},
-      {"tl.ieee_fdiv", "/"},      {"tl.max2", "max"},      {"tl.min2", "min"}};
+      {"tirx.bitwise_and", "&"},  {"tirx.bitwise_or", "|"}, {"tirx.bitwise_xor", "^"}, {"tirx.shift_left", "<<"},
+      {"tirx.shift_right", ">>"}, {"tl.add2", "+"},         {"tl.sub2", "-"},          {"tl.mul2", "*"},
+      {"tl.fmul", "*"},           {"tl.ieee_add", "+"},     {"tl.ieee_sub", "-"},      {"tl.ieee_mul", "*"},
+      {"tl.ieee_fdiv", "/"},      {"tl.max2", "max"},       {"tl.min2", "min"}};
   if (auto it = kOperators.find(name); it != kOperators.end()) {
     os << BinaryText(it->second, op->dtype, args[0], args[1]);
     return;
   }
   // Functions, lane by lane.
-  static const std::map<std::string, std::string> kFunctions = {
-      {"tl.abs2", "fabs"}, {"tl.fma2", "fma"}, {"tl.max2_nan", "max_nan"}, {"tl.min2_nan", "min_nan"},
-      {"tirx.isnan", "is_nan"}, {"tl.__exp", ""}};
+  static const std::map<std::string, std::string> kFunctions = {{"tl.abs2", "fabs"},        {"tl.fma2", "fma"},
+                                                                {"tl.max2_nan", "max_nan"}, {"tl.min2_nan", "min_nan"},
+                                                                {"tirx.isnan", "is_nan"},   {"tl.__exp", ""}};
   std::string function;
   if (auto it = kFunctions.find(name); it != kFunctions.end()) function = it->second;
   if (function.empty()) function = MathFunction(name);
@@ -1037,8 +1050,8 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
     if (args.size() > static_cast<size_t>(first) + 2) {
       const auto* width = args[first + 2].as<IntImmNode>();
       if (shuffle != "simd_shuffle_xor" && (!width || width->value != kSimdWidth)) {
-        TVM_FFI_THROW(ValueError) << "shuffle: a Metal simdgroup exchanges over its " << kSimdWidth << " lanes; got width "
-                                  << args[first + 2] << "; leave the width out";
+        TVM_FFI_THROW(ValueError) << "shuffle: a Metal simdgroup exchanges over its " << kSimdWidth
+                                  << " lanes; got width " << args[first + 2] << "; leave the width out";
       }
     }
     os << ShuffleLanes(shuffle, args[first], args[first + 1]);
@@ -1055,9 +1068,9 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
     return;
   }
   static const std::map<std::string, std::string> kAtomics = {
-      {"tl.atomic_add_elem_op", "add"},       {"tl.atomic_add_ret_elem_op", "add"}, {"tl.atomic_max_elem_op", "max"},
-      {"tl.atomic_max_ret_elem_op", "max"},   {"tl.atomic_min_elem_op", "min"},     {"tl.atomic_min_ret_elem_op", "min"},
-      {"tl.atomic_or_elem_op", "or"},         {"tl.atomic_load_elem_op", "load"},   {"tl.atomic_store_elem_op", "store"}};
+      {"tl.atomic_add_elem_op", "add"},     {"tl.atomic_add_ret_elem_op", "add"}, {"tl.atomic_max_elem_op", "max"},
+      {"tl.atomic_max_ret_elem_op", "max"}, {"tl.atomic_min_elem_op", "min"},     {"tl.atomic_min_ret_elem_op", "min"},
+      {"tl.atomic_or_elem_op", "or"},       {"tl.atomic_load_elem_op", "load"},   {"tl.atomic_store_elem_op", "store"}};
   if (auto it = kAtomics.find(name); it != kAtomics.end()) {
     os << Atomic(it->second, op);
     return;
@@ -1079,7 +1092,8 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
     uses_simdgroup_operations_ = true;
     prelude_.Use("simdgroup_mma");
     Pointer c = PointerTo(args[0]), a = PointerTo(args[1]), b = PointerTo(args[2]);
-    TVM_FFI_ICHECK(c.element == DataType::Float(32)) << "metal_simdgroup_mma: accumulates in float32; got " << c.element;
+    TVM_FFI_ICHECK(c.element == DataType::Float(32))
+        << "metal_simdgroup_mma: accumulates in float32; got " << c.element;
     std::string operands = a.element == b.element ? Type(a.element) : "float";
     os << "simdgroup_mma<" << operands << ">(" << c.text << ", " << a.text << ", " << b.text << ")";
   } else if (op->op.same_as(metal_matmul2d())) {
@@ -1131,8 +1145,8 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
   } else if (name == "tl.__ldg") {
     os << arg(0);
   } else if (name == "tl.pack_b16") {
-    os << "as_type<" << Type(op->dtype) << ">(" << Type(args[0].dtype().with_lanes(2)) << '(' << arg(0) << ", " << arg(1)
-       << "))";
+    os << "as_type<" << Type(op->dtype) << ">(" << Type(args[0].dtype().with_lanes(2)) << '(' << arg(0) << ", "
+       << arg(1) << "))";
   } else if (name == "tl.fast_rcp" || name == "tl.ieee_frcp") {
     os << "(1.0f / " << arg(0) << ')';
   } else if (name == "tl.loop_break") {
@@ -1144,7 +1158,8 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
   } else if (op->op.same_as(builtin::assume()) || name == "tl.device_assert" || name == "tl.device_assert_with_msg") {
     // Metal can neither use nor report it.
   } else if (name.compare(0, 3, "tl.") == 0) {
-    TVM_FFI_THROW(ValueError) << name << ": is not available on Metal; got a call of it; see the support matrix in README.md";
+    TVM_FFI_THROW(ValueError) << name
+                              << ": is not available on Metal; got a call of it; see the support matrix in README.md";
   } else {
     CodeGenC::VisitExpr_(op, os);
   }
@@ -1181,7 +1196,9 @@ ffi::Module BuildMetal(IRModule mod, Target target) {
 TVM_FFI_STATIC_INIT_BLOCK() {
   namespace refl = tvm::ffi::reflection;
   // Metal text is compiled where it runs: both build the same module.
-  refl::GlobalDef().def("tilelang_ext.build_metal", BuildMetal).def("tilelang_ext.build_metal_without_compile", BuildMetal);
+  refl::GlobalDef()
+      .def("tilelang_ext.build_metal", BuildMetal)
+      .def("tilelang_ext.build_metal_without_compile", BuildMetal);
 }
 
 }  // namespace metal

@@ -22,7 +22,7 @@ struct NarrowFloat {
   const char* decoded;  // "half" or "float"
   const char* encode;   // helper: float to codes
   int mantissa, bias, max_code;
-  bool fnuz;            // 0x80 is NaN and there is no -0
+  bool fnuz;  // 0x80 is NaN and there is no -0
 };
 
 /*! \brief The format of a dtype, or nullptr for types that Metal computes on. */

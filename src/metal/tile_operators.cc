@@ -103,20 +103,40 @@ Stmt LowerReduce(const tl::ReduceOpNode& op, const tl::LowerArgs& args, arith::A
 }
 struct FinalizeReducer : tl::backend::FinalizeReducerLowerer<FinalizeReducer>, AllReduceNames {};
 
-tl::LayoutMap InferAtomicAdd(const tl::AtomicAddNode& op, const tl::LayoutInferArgs& args, tl::InferLevel level) {
-  return tl::backend::AtomicReduce::InferLayout(op, args, level);
+/*!
+ * \brief One atomic call an element, in the layout that a parallel loop over them gets.
+ *
+ * tilelang 0.1.15 has one more field at the end of LayoutInferArgs than 0.1.14; zeros behind the structure make a
+ * library built with either work with both.
+ */
+template <typename Node>
+Stmt LowerAtomic(const Node& op, const tl::LowerArgs& args, arith::Analyzer* analyzer) {
+  For loop = tl::backend::atomic_reduce::MakeSIMTLoop(op, analyzer);
+  For fused = Downcast<For>(tl::ParallelLoopFuser::Fuse(loop));
+  tl::ParallelOp parallel(fused);
+  alignas(tl::LayoutInferArgs) unsigned char storage[sizeof(tl::LayoutInferArgs) + 64] = {};
+  auto* infer = new (storage)
+      tl::LayoutInferArgs{args.target, args.thread_bounds, args.layout_map, analyzer, args.buffer_remap, {}};
+  for (auto level : {tl::InferLevel::kCommon, tl::InferLevel::kStrict, tl::InferLevel::kFree}) {
+    parallel->InferLayout(*infer, level);
+  }
+  infer->~LayoutInferArgs();
+  return tl::LowerParallelLoop(fused, parallel->GetLoopLayout(), args.thread_index, analyzer, args.layout_map,
+                               parallel->GetPredicate(args.thread_index), /*parallel_loop=*/true,
+                               parallel->LoopLayoutRequiresPaddingGuard());
 }
 
-Stmt LowerAtomicAdd(const tl::AtomicAddNode& op, const tl::LowerArgs& args, arith::Analyzer* analyzer) {
-  return tl::backend::AtomicReduce::Lower(op, args, analyzer);
+template <typename Node>
+tl::LayoutMap InferAtomic(const Node& op, const tl::LayoutInferArgs& args, tl::InferLevel level) {
+  return tl::backend::AtomicReduce::InferLayout(op, args, level);
 }
 
 /*! \brief An inclusive scan in threadgroup memory, one simdgroup a line. */
 template <typename Node>
 Stmt LowerScan(const Node& op, const tl::LowerArgs& args, const char* combine) {
   if (!tl::IsSharedBuffer(op.src) || !tl::IsSharedBuffer(op.dst)) {
-    TVM_FFI_THROW(ValueError) << op.src->name << ": a scan on Metal works in shared memory; got scopes " << op.src.scope()
-                              << " and " << op.dst.scope() << "; copy it to T.alloc_shared first";
+    TVM_FFI_THROW(ValueError) << op.src->name << ": a scan on Metal works in shared memory; got scopes "
+                              << op.src.scope() << " and " << op.dst.scope() << "; copy it to T.alloc_shared first";
   }
   const auto& region = op.srcRegion_->region;
   if (region.size() > 2) {
@@ -153,9 +173,10 @@ Stmt LowerCumMax(const tl::CumMaxOpNode& op, const tl::LowerArgs& args, arith::A
 bool Register() {
   tl::RegisterReduceImpl({"tilelang_ext.metal.Reduce", IsMetal, LowerReduce});
   tl::RegisterFinalizeReducerImpl({"tilelang_ext.metal.FinalizeReducer", IsMetal, FinalizeReducer::Lower});
-  tl::RegisterAtomicAddImpl({"tilelang_ext.metal.AtomicAdd", IsMetal, InferAtomicAdd, LowerAtomicAdd});
-  tl::RegisterAtomicReduceImpl({"tilelang_ext.metal.AtomicReduce", IsMetal, tl::backend::AtomicReduce::InferLayout,
-                                tl::backend::AtomicReduce::Lower});
+  tl::RegisterAtomicAddImpl(
+      {"tilelang_ext.metal.AtomicAdd", IsMetal, InferAtomic<tl::AtomicAddNode>, LowerAtomic<tl::AtomicAddNode>});
+  tl::RegisterAtomicReduceImpl({"tilelang_ext.metal.AtomicReduce", IsMetal, InferAtomic<tl::AtomicOpBaseNode>,
+                                LowerAtomic<tl::AtomicOpBaseNode>});
   tl::RegisterCumSumImpl({"tilelang_ext.metal.CumSum", IsMetal, LowerCumSum});
   tl::RegisterCumMaxImpl({"tilelang_ext.metal.CumMax", IsMetal, LowerCumMax});
   return true;
