@@ -95,8 +95,8 @@ def test_threadgroup_arrays_are_aligned_and_lead_the_kernel():
                     A[i] = A_s[63 - i]
 
     body = source_of(kernel).split(") {\n")[1]
-    assert body.lstrip().startswith(("const int tx", "threadgroup alignas(16)"))
-    assert body.count("threadgroup alignas(16) half A_s[64];") == 1
+    assert body.lstrip().startswith(("const int tx", "alignas(16) threadgroup"))
+    assert body.count("alignas(16) threadgroup half A_s[64];") == 1
 
 
 @pytest.mark.parametrize("lanes", [2, 4])

@@ -250,16 +250,23 @@ MATH = {
 def apply_all(functions, dtype: str, n: int, lanes: int):
     """C[k] = functions[k](A), `lanes` elements at a time."""
 
+    @T.macro
+    def apply(A, C, k, function):
+        for i in T.serial(n // lanes):
+            for j in T.vectorized(lanes):
+                C[k, i * lanes + j] = function(A[i * lanes + j])
+
+    def apply_each(A, C):
+        for k, function in enumerate(functions):
+            apply(A, C, k, function)
+
     @T.prim_func
     def kernel(
         A: T.Tensor((n,), dtype),
         C: T.Tensor((len(functions), n), dtype),
     ):
         with T.Kernel(1, threads=1):
-            for k, function in enumerate(functions):
-                for i in T.serial(n // lanes):
-                    for j in T.vectorized(lanes):
-                        C[k, i * lanes + j] = function(A[i * lanes + j])
+            apply_each(A, C)
 
     return kernel
 

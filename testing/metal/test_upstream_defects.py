@@ -127,7 +127,7 @@ def test_8_tiles_are_not_overwritten_while_they_are_read():
 def test_9_default_shared_memory_with_cooperative_tensors():
     program = check_gemm(64, 64, 32, target="metal4")
     assert "matmul2d" in program.source
-    assert re.search(r"threadgroup alignas\(16\) half A_s\[2552\];", program.source), "typed, aligned, padded rows"
+    assert re.search(r"alignas\(16\) threadgroup half A_s\[2552\];", program.source), "typed, aligned, padded rows"
 
 
 def test_10_every_fragment_of_the_tile_and_of_k():

@@ -32,8 +32,8 @@ GEMM = (
     const device half* A [[buffer(0)]], const device half* B [[buffer(1)]], device float* C [[buffer(2)]],
     uint thread_index [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
     uint simd [[simdgroup_index_in_threadgroup]]) {
-  threadgroup alignas(16) half a_s[64 * 16];
-  threadgroup alignas(16) half b_s[16 * 64];
+  alignas(16) threadgroup half a_s[64 * 16];
+  alignas(16) threadgroup half b_s[16 * 64];
   simdgroup_matrix<float, 8, 8> c[16];
   simdgroup_matrix<half, 8, 8> a[4], b[4];
   const int row = (simd >> 1) * 32, column = (simd & 1) * 32;

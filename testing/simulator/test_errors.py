@@ -103,3 +103,10 @@ def test_missing_compiler(monkeypatch):
     with pytest.raises(CompilerMissingError, match=r"`pip install ziglang` or `apt-get install clang-19`"):
         find_compiler()
     find_compiler.cache_clear()
+
+
+def test_alignas_between_address_space_and_type():
+    """No C++ takes an attribute list there, Metal's neither, though the text that runs here would not notice."""
+    source = "kernel void f(device half* a [[buffer(0)]]) {\n  threadgroup alignas(16) half s[8];\n  s[0] = a[0];\n  a[0] = s[0];\n}\n"
+    with pytest.raises(CompileError, match=r"alignas must stand before the address space; got `threadgroup alignas"):
+        execute_msl(source, "f", [torch.zeros(8, dtype=torch.float16)], grid=(1, 1, 1), threads=(1, 1, 1))

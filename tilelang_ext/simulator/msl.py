@@ -201,6 +201,10 @@ def _rewrite_threadgroup_variables(tokens: list[Token]) -> None:
         words = [tokens[j].text for j in between(tokens, i, end)]
         if "=" in words or "*" in outside_brackets(words) or "&" in outside_brackets(words):
             continue
+        if "alignas" in words:
+            raise CompileError(
+                f"source: alignas must stand before the address space; got `{' '.join(words)}`; write alignas(..) threadgroup"
+            )
         start = i
         while text_at(tokens, previous_token(tokens, start)) == ")":  # alignas before the keyword
             start = next(j for j in range(start - 1, -1, -1) if tokens[j].text == "alignas")
