@@ -183,6 +183,10 @@ class FragmentGemm:
         b_in_place = is_fragment(B) and str(B.dtype) == dtype
         c_in_place = is_fragment(C) and str(C.dtype) == "float32"
         b_as_stored = instruction.transposed_b and self.trans_B and is_shared(B)
+        # Registers are indexed by constants only, so a loop over them is unrolled; runs of a transposed operand are gathered.
+        over_k = T.unroll if is_fragment(A) or is_fragment(B) else T.serial
+        run_of_a = T.unroll if self.trans_A else T.vectorized
+        run_of_b = T.unroll if self.trans_B and not b_as_stored else T.vectorized
         clear_accum = self.gemm_node.clear_accum
         read_a = _reader(A, self.gemm_node.aRegion, self.trans_A, dtype)
         read_b = _reader(B, self.gemm_node.bRegion, self.trans_B, dtype)
@@ -217,16 +221,16 @@ class FragmentGemm:
         def accumulate(c, c_register):
             a = T.alloc_local((rows * elements,), dtype)
             b = T.alloc_local((cols * elements,), dtype)
-            for k in T.serial(steps):
+            for k in over_k(steps):
                 if not a_in_place:
                     for i in T.unroll(rows):
                         for r in T.unroll(runs):
-                            for v in T.vectorized(run):
+                            for v in run_of_a(run):
                                 a[(i * runs + r) * run + v] = a_element(i, k, r * run + v)
                 if not b_in_place:
                     for j in T.unroll(cols):
                         for r in T.unroll(runs):
-                            for v in T.vectorized(run):
+                            for v in run_of_b(run):
                                 b[(j * runs + r) * run + v] = b_element(k, j, r * run + v)
                 for i in T.unroll(rows):
                     for j in T.unroll(cols // group):
