@@ -1,0 +1,401 @@
+"""C = A @ B: the kernel of examples/matmul.py beside torch's and MLX's, or its operation counts where no GPU is.
+
+    python benchmark/bench_matmul.py                                   # the best device here
+    python benchmark/bench_matmul.py --target cuda --csv matmul.csv --plot matmul.png
+    python benchmark/bench_matmul.py --target metal4 --m 256 512 --n 256 512 --k 256 512
+
+Every result is checked against float64 before anything is timed or counted. Without a Mac, targets metal and metal4 run in
+the simulator, which counts operations and says nothing of speed.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "examples"), str(ROOT / "testing")]
+
+import tilelang  # noqa: E402
+from harness import (  # noqa: E402
+    Column,
+    Provider,
+    cache_bytes,
+    choose,
+    plot,
+    progress,
+    rotation,
+    show,
+    time_cuda,
+    time_mlx,
+    time_mps,
+    time_wall,
+    usable_cuda,
+    write_csv,
+)
+from matmul import matmul  # noqa: E402
+from numeric import assert_close  # noqa: E402
+from tvm.target import Target  # noqa: E402
+
+from tilelang_ext import language as T  # noqa: E402
+from tilelang_ext import metal, simulate  # noqa: E402
+
+TARGETS = ("auto", "metal", "metal4", "cuda", "hip", "c")
+DTYPES = ("float16", "bfloat16", "float32")
+MMA_MULTIPLICATIONS = 8 * 8 * 8  # of one simdgroup matrix product
+SIMULATOR_SECONDS = 600.0
+ASSUMED = {"cuda": {"kind": "cuda", "arch": "sm_90"}, "hip": {"kind": "hip", "mcpu": "gfx942"}}  # when only lowering
+SIZES = {
+    "cuda": [(1024,) * 3, (4096,) * 3, (8192,) * 3, (4096, 7168, 2048), (128, 4096, 7168)],
+    "hip": [(4096,) * 3],
+    "mps": [(1024,) * 3, (2048,) * 3, (4096,) * 3],
+    "simulator": [(256,) * 3, (512,) * 3, (300, 200, 100)],  # the last with tails in M, N and K
+    "c": [(256,) * 3],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product: its size, the element type of A, B and C, the target and the device it runs on."""
+
+    M: int
+    N: int
+    K: int
+    dtype: str
+    target: str
+    device: str  # "cuda", "mps", "simulator", "cpu", or "none" when the kernel is lowered only
+
+    @property
+    def name(self) -> str:
+        return f"{self.M}x{self.N}x{self.K}"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.M * self.N * self.K
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of A, B and C: each at least once."""
+        return (self.M * self.K + self.K * self.N + self.M * self.N) * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def blocks(self) -> dict:
+        """Arguments of `matmul` for this case."""
+        block_K = 32 if self.dtype == "float32" else 64
+        if self.target in ("metal", "metal4"):  # 4 simdgroups of 32x32; both tiles take a third of threadgroup memory
+            return {"block_M": 64, "block_N": 64, "block_K": 32}
+        if self.M <= 64:  # a short M fills no larger tile
+            return {"block_M": 64, "block_N": 64, "block_K": block_K, "num_stages": 3, "threads": 128}
+        if self.M * self.N < 2048 * 2048:  # few tiles: smaller ones keep more processors busy
+            return {"block_M": 128, "block_N": 128, "block_K": block_K, "num_stages": 3, "threads": 128}
+        if self.target == "hip":  # 64 KB of shared memory
+            return {"block_M": 128, "block_N": 128, "block_K": 32, "num_stages": 2, "threads": 256}
+        return {"block_M": 128, "block_N": 256, "block_K": block_K, "num_stages": 3, "threads": 256}  # two warpgroups
+
+    @property
+    def max_error(self) -> float | None:
+        """None: the limit of the type. Float32 is multiplied as TF32 (10 bits) on CUDA, by torch here too."""
+        return 1e-3 if (self.dtype, self.device) == ("float32", "cuda") else None
+
+    def inputs(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = (self.M, self.K), (self.K, self.N)
+        return tuple(torch.randn(shape, generator=generator).to(self.torch_dtype) for shape in shapes)
+
+    def output(self, device: str = "cpu") -> torch.Tensor:
+        """An output full of NaN, so that an element nobody writes is seen."""
+        return torch.full((self.M, self.N), float("nan"), dtype=self.torch_dtype, device=device)
+
+
+def matmul_cpu(M, N, K, dtype, block=32):
+    """The same product in the form that upstream's C target takes: tiles in local arrays, one thread, float32 products."""
+
+    @T.prim_func
+    def matmul_cpu(A: T.Tensor((M, K), dtype), B: T.Tensor((K, N), dtype), C: T.Tensor((M, N), dtype)):
+        with T.Kernel(T.ceildiv(N, block), T.ceildiv(M, block)) as (bx, by):
+            A_s = T.alloc_local((block, block), "float32")
+            B_s = T.alloc_local((block, block), "float32")
+            C_s = T.alloc_local((block, block), "float32")
+            T.clear(C_s)
+            for k in T.serial(T.ceildiv(K, block)):
+                T.copy(A[by * block, k * block], A_s)
+                T.copy(B[k * block, bx * block], B_s)
+                T.gemm(A_s, B_s, C_s)
+            T.copy(C_s, C[by * block, bx * block])
+
+    return matmul_cpu
+
+
+def make_ours(case: Case):
+    if case.target == "c":  # upstream's C text does not compile with vectors of half
+        pass_configs = {"tirx.disable_vectorize": True}
+        return tilelang.compile(matmul_cpu(case.M, case.N, case.K, case.dtype), target="c", pass_configs=pass_configs)
+    kernel = matmul(case.M, case.N, case.K, dtype=case.dtype, **case.blocks)
+    if case.device == "mps":
+        return metal.to_torch(metal.lower(kernel, case.target))
+    return tilelang.compile(kernel, target=case.target)
+
+
+def make_torch(case: Case):
+    return lambda A, B, C: torch.matmul(A, B, out=C)
+
+
+def make_mlx(case: Case):
+    import mlx.core as mx
+
+    return mx.matmul
+
+
+PROVIDERS = (
+    Provider("ours", "examples/matmul.py", ("cuda", "hip", "mps", "simulator", "c"), make_ours),
+    Provider("torch", "torch.matmul(A, B, out=C)", ("cuda", "hip", "mps", "c"), make_torch),
+    Provider("mlx", "mlx.core.matmul (allocates its output)", ("mps",), make_mlx),
+)
+COUNTS = (
+    Column("case", "M x N x K"),
+    Column("provider", "provider"),
+    Column("mma", "MMAs", ","),
+    Column("device_bytes_read_per_mma", "device read\nB / MMA", ".1f"),
+    Column("device_bytes_written_per_mma", "device written\nB / MMA", ".1f"),
+    Column("threadgroup_bytes_read_per_mma", "group read\nB / MMA", ".1f"),
+    Column("threadgroup_bytes_written_per_mma", "group written\nB / MMA", ".1f"),
+    Column("barriers_per_1000_mma", "barriers /\n1,000 MMA", ".1f"),
+    Column("findings", "findings"),
+    Column("max_error", "max error", ".1e"),
+)
+TIMES = (
+    Column("case", "M x N x K"),
+    Column("provider", "provider"),
+    Column("us", "us", ",.1f"),
+    Column("tflops", "TFLOP/s", ".1f"),
+    Column("gbps", "GB/s", ",.0f"),
+    Column("speed_of_torch", "speed / torch's", ".2f"),
+    Column("max_error", "max error", ".1e"),
+)
+CPU_TIMES = tuple(column for column in TIMES if column.key not in ("tflops", "gbps"))
+LOWERED = (
+    Column("case", "M x N x K"),
+    Column("provider", "provider"),
+    Column("lines", "lines of text"),
+    Column("status", "status"),
+)
+
+
+def count(case: Case, providers: list[Provider], seed: int) -> list[dict]:
+    """Run the Metal text in the simulator: counts beside the fewest that these tiles allow."""
+    kernel = matmul(case.M, case.N, case.K, dtype=case.dtype, **case.blocks)
+    (A, B), C = case.inputs(seed), case.output()
+    report = simulate(kernel, A, B, C, target=case.target, seed=seed, timeout=SIMULATOR_SECONDS)
+    error = assert_close(C, A.double() @ B.double(), dtype=case.dtype)
+    counts = report.counts
+    row = {
+        "mma": counts.mma,
+        "device_bytes_read": counts.device_bytes_read,
+        "device_bytes_written": counts.device_bytes_written,
+        "threadgroup_bytes_read": counts.threadgroup_bytes_read,
+        "threadgroup_bytes_written": counts.threadgroup_bytes_written,
+        "threadgroup_barriers": counts.threadgroup_barriers,
+        "findings": len(report.findings),
+        "max_error": error.max,
+    }
+    for finding in report.findings:
+        print(finding, file=sys.stderr)
+    return [_per_mma(case, name, values) for name, values in (("ours", row), ("minimum", bare_minimum(case)))]
+
+
+def bare_minimum(case: Case) -> dict:
+    """Whole tiles of products; A and B read once by each threadgroup that needs them, C written once."""
+    block_M, block_N, block_K = (case.blocks[f"block_{axis}"] for axis in "MNK")
+    rows, cols, steps = -(-case.M // block_M), -(-case.N // block_N), -(-case.K // block_K)
+    size = case.torch_dtype.itemsize
+    return {
+        "mma": rows * cols * steps * block_M * block_N * block_K // MMA_MULTIPLICATIONS,
+        "device_bytes_read": (cols * case.M * case.K + rows * case.K * case.N) * size,
+        "device_bytes_written": case.M * case.N * size,
+    }
+
+
+def _per_mma(case: Case, provider: str, values: dict) -> dict:
+    row = {"case": case.name, "dtype": case.dtype, "target": case.target, "provider": provider, **values}
+    for key in ("device_bytes_read", "device_bytes_written", "threadgroup_bytes_read", "threadgroup_bytes_written"):
+        row[f"{key}_per_mma"] = values[key] / values["mma"] if key in values else None
+    if "threadgroup_barriers" in values:
+        row["barriers_per_1000_mma"] = 1000 * values["threadgroup_barriers"] / values["mma"]
+    return row
+
+
+def measure_time(case: Case, providers: list[Provider], seed: int) -> list[dict]:
+    """Check, then time: every provider on the same inputs, which rotate through more than the cache."""
+    device = case.device
+    sets = rotation(case.bytes, cache_bytes(device)) if device != "cpu" else 1
+    hosts = [case.inputs(seed + i) for i in range(sets)]
+    inputs = [tuple(tensor.to(device) for tensor in host) for host in hosts]
+    outputs = [case.output(device) for _ in range(sets)]
+    expected = _float64_product(*inputs[0])
+    rows = []
+    for provider in providers:
+        run = provider.make(case)
+        if provider.name == "mlx":
+            us, result = _time_mlx(run, hosts)
+        else:
+            outputs[0].fill_(float("nan"))
+            run(*inputs[0], outputs[0])
+            result = outputs[0].clone()
+        error = assert_close(result, expected, dtype=case.dtype, max_error=case.max_error)
+        if provider.name != "mlx":
+            calls = [partial(run, *pair, output) for pair, output in zip(inputs, outputs, strict=True)]
+            timer = {"cuda": time_cuda, "mps": time_mps, "cpu": lambda calls: time_wall(calls, lambda _: None)}[device]
+            us = timer(calls)
+        rows.append(
+            {
+                "case": case.name,
+                "dtype": case.dtype,
+                "target": case.target,
+                "provider": provider.name,
+                "us": us,
+                "tflops": case.flops / us / 1e6,
+                "gbps": case.bytes / us / 1e3,
+                "max_error": error.max,
+            }
+        )
+    torch_us = next((row["us"] for row in rows if row["provider"] == "torch"), None)
+    for row in rows:
+        row["speed_of_torch"] = torch_us / row["us"] if torch_us else None
+    return rows
+
+
+def _time_mlx(run, hosts):
+    """MLX's arrays are its own; float32 carries every value of the smaller types across exactly."""
+    import mlx.core as mx
+
+    dtype = getattr(mx, str(hosts[0][0].dtype).removeprefix("torch."))
+    arrays = [tuple(mx.array(tensor.float().numpy()).astype(dtype) for tensor in host) for host in hosts]
+    mx.eval(arrays)
+    result = torch.tensor(run(*arrays[0]).astype(mx.float32).tolist())
+    return time_mlx([partial(run, *pair) for pair in arrays]), result
+
+
+def _float64_product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    if A.device.type == "mps":  # which has no float64
+        A, B = A.cpu(), B.cpu()
+    return A.double() @ B.double()
+
+
+def lower(case: Case, providers: list[Provider], seed: int, reason: str) -> list[dict]:
+    """Lower to text without a device; nothing runs."""
+    target = Target(ASSUMED[case.target])
+    with target:
+        source = tilelang.lower(matmul(case.M, case.N, case.K, dtype=case.dtype, **case.blocks), target=target).kernel_source
+    row = {"case": case.name, "dtype": case.dtype, "target": case.target, "provider": "ours"}
+    arch = ASSUMED[case.target].get("arch") or ASSUMED[case.target]["mcpu"]
+    return [{**row, "lines": source.count("\n"), "status": f"lowered for {arch}, not run: {reason}"}]
+
+
+def find_device(target: str) -> tuple[str, str, str | None]:
+    """Return the target that "auto" stands for, the device it runs on here, and why on none."""
+    mps = torch.backends.mps.is_available()
+    no_gpu = usable_cuda()
+    if target == "auto":
+        target = "metal" if no_gpu else "hip" if torch.version.hip else "cuda"
+    if target == "c":
+        return target, "cpu", None
+    if target in ("metal", "metal4"):
+        return target, "mps" if mps else "simulator", None
+    if not no_gpu and (target == "hip") != bool(torch.version.hip):
+        no_gpu = f"this torch is built for {'ROCm' if torch.version.hip else 'CUDA'}"
+    return target, "none" if no_gpu else "cuda", no_gpu
+
+
+def sizes(arguments: argparse.Namespace, key: str) -> list[tuple[int, int, int]]:
+    """--m, --n and --k together: as many cases as the longest list; a single value serves all."""
+    lists = [arguments.m, arguments.n, arguments.k]
+    if not any(lists):
+        return SIZES[key]
+    lists = [given or next(other for other in lists if other) for given in lists]
+    cases = max(len(given) for given in lists)
+    if any(len(given) not in (1, cases) for given in lists):
+        raise SystemExit(f"--m, --n, --k: must have one value or as many each; got {[len(v) for v in lists]}; repeat values")
+    return list(zip(*(given * (cases // len(given)) for given in lists), strict=True))
+
+
+def main(command_line: list[str] | None = None) -> list[dict]:
+    """Run the benchmark and return its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=TARGETS, default="auto", help="auto: CUDA or ROCm, else a Mac, else the simulator")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of A, B and C; sums are float32")
+    for axis in "mnk":
+        parser.add_argument(f"--{axis}", type=int, nargs="+", metavar=axis.upper(), help="one or several")
+    names = [provider.name for provider in PROVIDERS]
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help=f"among {', '.join(names)}; default: all there are here")
+    parser.add_argument("--csv", metavar="FILE", help="write every figure")
+    parser.add_argument("--plot", metavar="FILE", help="draw a chart (png, svg or pdf)")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs, and of the simulator's order of threads")
+    arguments = parser.parse_args(command_line)
+
+    target, device, reason = find_device(arguments.target)
+    key = {"mps": "mps", "simulator": "simulator"}.get(device, target)
+    providers, notes = choose(PROVIDERS, arguments.providers or names, key)
+    notes = notes if arguments.providers else []
+    providers = [p for p in providers if p.name != "mlx" or _has_mlx(notes)]
+    if not providers:
+        raise SystemExit("--providers: at least one must exist here; " + "; ".join(notes))
+    tilelang.set_log_level("WARNING")
+    torch.backends.cuda.matmul.allow_tf32 = True  # as T.gemm does; see Case.max_error
+    run = {"simulator": count, "none": partial(lower, reason=reason)}.get(device, measure_time)
+    cases = [Case(*size, arguments.dtype, target, device) for size in sizes(arguments, key)]
+    rows = [row for case in progress(cases, "matmul") for row in run(case, providers, arguments.seed)]
+
+    title = f"matmul, {arguments.dtype}, target {target}, {describe(device)}"
+    if device == "simulator":
+        notes.append(
+            "Counts from executing the Metal text on the CPU; no measure of speed. MMA: an 8x8x8 product of a simdgroup."
+        )
+        notes.append("minimum: what these tiles need. Each threadgroup reads its part of A and B once; C is written once.")
+        title += " (counts, no speed)"
+        columns, value, label = COUNTS, "device_bytes_read_per_mma", "device bytes read an MMA"
+    elif device == "none":
+        columns, value, label = LOWERED, None, "times"
+    else:
+        columns, value, label = CPU_TIMES if device == "cpu" else TIMES, "tflops", "TFLOP/s"
+        ours = "examples/matmul.py" if target != "c" else "matmul_cpu of this file, by upstream's C target"
+        notes += [f"{p.name}: {p.what}" if p.name != "ours" else f"ours: {ours}" for p in providers]
+        notes.append(METHOD[device])
+    show(title, rows, columns, notes)
+    if arguments.csv:
+        write_csv(arguments.csv, rows)
+    if arguments.plot:
+        plot(arguments.plot, rows, case="case", series="provider", value=value, title=title, label=label)
+    return rows
+
+
+METHOD = {
+    "cuda": "Time: one CUDA graph over rotated inputs (more than the L2 cache), median replay / calls; results checked first.",
+    "mps": "Time: calls queued over rotated inputs, wall clock, median / calls; results checked first.",
+    "cpu": "CPU time, ours on one thread, torch perhaps on more. This target is for correctness.",
+}
+
+
+def describe(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    return {"mps": "Apple GPU", "simulator": "in the simulator", "cpu": "on the CPU", "none": "no device"}[device]
+
+
+def _has_mlx(notes: list[str]) -> bool:
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError:
+        notes.append("mlx: left out, not installed; pip install mlx")
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

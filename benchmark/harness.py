@@ -1,0 +1,213 @@
+"""What benchmarks share: providers, timing, tables, CSV files and plots. A benchmark is rows, one a provider and case.
+
+Method of timing on CUDA: one graph chains a call for each of several inputs that together exceed the L2 cache; the median time
+of a replay is divided by the number of calls. So there is neither a launch gap nor a warm cache in a figure.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "testing"))
+
+L2_CACHES = 3  # inputs rotate through this many times the L2 cache
+MAX_ROTATION = 64
+REPLAYS = 20
+MAC_CACHE_BYTES = 64 * 2**20  # more than the system-level cache of any Apple chip up to M4 Max
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation: `make(case)` returns `run(*inputs, output)`; `targets` are the devices it exists on."""
+
+    name: str
+    what: str
+    targets: tuple[str, ...]
+    make: Callable
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: the row's key, its heading, and how its value is written (None: a dash)."""
+
+    key: str
+    heading: str
+    form: str = ""
+
+    def text(self, row: dict) -> str:
+        value = row.get(self.key)
+        return "-" if value is None else format(value, self.form)
+
+
+def choose(providers: Iterable[Provider], names: Sequence[str], target: str) -> tuple[list[Provider], list[str]]:
+    """Return the providers of that name that exist on `target`, and a sentence for each that does not."""
+    known = {provider.name: provider for provider in providers}
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"--providers: must be among {', '.join(known)}; got {name}; pass one of these")
+    chosen = [known[name] for name in names if target in known[name].targets]
+    absent = [
+        f"{name}: left out, exists on {', '.join(known[name].targets)}; the target is {target}"
+        for name in names
+        if target not in known[name].targets
+    ]
+    return chosen, absent
+
+
+def progress(items: Sequence, what: str) -> Iterator:
+    """Yield `items` under a progress bar, which vanishes when done; a bare loop where nobody watches."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=not sys.stderr.isatty(), console=_console(stderr=True)) as bar:
+        yield from bar.track(items, description=what)
+
+
+def show(title: str, rows: Sequence[dict], columns: Sequence[Column], notes: Sequence[str] = ()) -> None:
+    """Print rows as one table, and the notes below; a repeated first cell is written once."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(
+            column.heading, no_wrap=True, justify="left" if i == 0 or isinstance(rows[0].get(column.key), str) else "right"
+        )
+    previous = None
+    for row in rows:
+        cells = [column.text(row) for column in columns]
+        first, cells[0] = cells[0], "" if cells[0] == previous else cells[0]
+        previous = first
+        table.add_row(*cells, style=None if row.get("findings") in (None, 0) else "red")
+    console = _console()
+    console.print(table)
+    for note in notes:
+        console.print(f"  {note}", highlight=False, markup=False, style="dim")
+
+
+def _console(**options):
+    """A terminal's own width, and 120 columns in a file."""
+    from rich.console import Console
+
+    console = Console(**options)
+    return console if console.is_terminal else Console(width=120, **options)
+
+
+def write_csv(path: str, rows: Sequence[dict]) -> None:
+    """Write every key of every row, one line a row."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(path: str, rows: Sequence[dict], *, case: str, series: str, value: str, title: str, label: str, order=()) -> None:
+    """Draw grouped bars: one group a `case`, one bar a `series`, as high as `value`; the file's ending says its format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row.get(value) is not None]
+    if not rows:
+        raise SystemExit(f"--plot: needs rows with {label}; got none; leave it out for this target")
+    cases = list(dict.fromkeys(row[case] for row in rows))
+    names = [n for n in order if any(r[series] == n for r in rows)] or list(dict.fromkeys(row[series] for row in rows))
+    width = 0.8 / len(names)
+    figure, axes = pyplot.subplots(figsize=(max(5.0, 1.2 + len(cases) * (0.7 + 0.55 * len(names))), 3.8), layout="constrained")
+    for i, name in enumerate(names):
+        drawn = [(cases.index(row[case]), row[value]) for row in rows if row[series] == name]
+        places = [place + (i - (len(names) - 1) / 2) * width for place, _ in drawn]
+        bars = axes.bar(places, [height for _, height in drawn], width * 0.92, label=name, color=f"C{i}", zorder=2)
+        axes.bar_label(bars, fmt=lambda v: f"{v:.3g}" if v < 1000 else f"{v:,.0f}", padding=2, fontsize=8)
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_ylabel(label)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.margins(y=0.15)
+    axes.grid(axis="y", color="0.9", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left", bbox_to_anchor=(0, -0.12))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def rotation(bytes_of_one: int, cache_bytes: int) -> int:
+    """How many inputs it takes until they have gone round L2_CACHES caches."""
+    return max(2, min(MAX_ROTATION, math.ceil(L2_CACHES * cache_bytes / bytes_of_one)))
+
+
+def cache_bytes(device: str) -> int:
+    """The last-level cache to get past: the L2 of the CUDA device, an upper limit on a Mac."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else MAC_CACHE_BYTES
+
+
+def time_cuda(calls: Sequence[Callable[[], None]], replays: int = REPLAYS) -> float:
+    """Microseconds of one call: all `calls` chained in one CUDA graph, median replay over their number."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, allocates workspaces and warms up outside the graph
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times) / len(calls)
+
+
+def time_wall(calls: Sequence[Callable[[], object]], wait: Callable[[list], None], repeats: int = REPLAYS) -> float:
+    """Microseconds of one call by the clock: all `calls` are queued, then `wait(results)`; median over their number.
+
+    For devices without graphs (MPS, MLX) the queue hides the launches; on the CPU `wait` does nothing.
+    """
+    times = []
+    for repeat in range(repeats + 1):
+        start = time.perf_counter()
+        wait([call() for call in calls])
+        if repeat:  # the first warms up
+            times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times) / len(calls)
+
+
+def time_mps(calls: Sequence[Callable[[], None]]) -> float:
+    """Microseconds of one call on torch's MPS stream."""
+    return time_wall(calls, lambda _: torch.mps.synchronize())
+
+
+def time_mlx(calls: Sequence[Callable[[], object]]) -> float:
+    """Microseconds of one call that returns an mx.array; all are evaluated together."""
+    import mlx.core as mx
+
+    return time_wall(calls, mx.eval)
+
+
+def usable_cuda() -> str | None:
+    """None if a CUDA kernel runs here; else why not."""
+    if not torch.cuda.is_available():
+        return "torch sees no such GPU"
+    try:
+        torch.zeros(1, device="cuda").add_(1).item()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
