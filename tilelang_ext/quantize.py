@@ -1,0 +1,380 @@
+"""Host conversion between floats, codes and the layouts that users bring; exact, on any device with float64.
+
+The layout that the kernels read, to and from which everything here converts:
+
+    8-bit formats    (..., rows, K)      in the format's torch dtype
+    E2M1             (..., rows, K / 2)  uint8, low nibble = even K
+    float scales     (..., ceil(rows / block rows), ceil(K / block k))  float32
+    byte scales      (..., rows, K / 32 or K / 16)  uint8 codes
+
+Quantisers in the field choose scales differently, and libraries change theirs: compare dequantised bytes, never codes of two
+quantisers.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from tilelang_ext import formats
+from tilelang_ext.formats import E2M1, E4M3, E8M0, BlockScaledLayout, FloatFormat
+
+Tensor = torch.Tensor
+
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a subnormal scale could be flushed to zero on a device
+
+
+# --- one element -----------------------------------------------------------------------------------------------------
+
+
+def raw_codes(codes: Tensor, format: FloatFormat, name: str = "codes") -> Tensor:
+    """Return the bytes of `codes` as uint8; they come as uint8 or in the format's torch dtype."""
+    accepted = {torch.uint8, getattr(torch, format.torch_dtype, torch.uint8)}
+    if codes.dtype not in accepted:
+        raise TypeError(f"{name}: must be uint8 or torch.{format.torch_dtype}; got {codes.dtype}; view the bytes as uint8")
+    return codes.view(torch.uint8)
+
+
+@cache
+def _values(format: FloatFormat, zero_sentinel: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    values = list(format.values)
+    if zero_sentinel:
+        for code in formats.E8M0_ZERO_SENTINELS:
+            values[code] = 0.0
+    return torch.tensor(values, dtype=torch.float64).to(device, dtype)
+
+
+def decode(codes: Tensor, format: FloatFormat, *, dtype: torch.dtype = torch.float32, zero_sentinel: bool = False) -> Tensor:
+    """value[i] = format.decode(codes[i]): exact in float32 and float64; one code an element (unpack E2M1 first).
+
+    `zero_sentinel` reads the E8M0 bytes 0 and 255 as zero, for data made so.
+    """
+    if zero_sentinel and format is not E8M0:
+        raise ValueError(f"zero_sentinel: is an option of E8M0; got {format.name}; leave it out")
+    raw = raw_codes(codes, format)
+    _check_nibbles(raw, format)
+    return _values(format, zero_sentinel, dtype, raw.device)[raw.int()]
+
+
+def encode(values: Tensor, format: FloatFormat) -> Tensor:
+    """Return the uint8 codes nearest to `values` (any float dtype), ties to even, saturating at +-format.max, Inf too.
+
+    NaN becomes the format's NaN; E2M1 has none: ValueError. A zero keeps its sign where the format has a negative zero.
+    """
+    if format is E8M0:
+        raise ValueError("encode: E8M0 holds scales, chosen from a block's maximum; got E8M0; use choose_e8m0")
+    if not values.dtype.is_floating_point:
+        raise TypeError(f"encode: values must be floats; got {values.dtype}; convert them first")
+    x = values.double()
+    nan = x.isnan()
+    if not format.nan_codes and nan.any():
+        raise ValueError(f"encode: {format.name} has no NaN; got NaN at {_first(nan)}; replace it first")
+    magnitude = x.nan_to_num(nan=0.0).abs().clamp(max=format.max)
+    # Exponent field (1 serves subnormals too) and how many units in the last place; a carry walks into the next field.
+    field = (torch.frexp(magnitude).exponent - 1 + format.bias).clamp(min=1)
+    units = torch.round(magnitude * _power_of_two(format.mantissa_bits + format.bias - field)).int()
+    codes = torch.where(units == 0, 0, ((field - 1) << format.mantissa_bits) + units)
+    negative = x.signbit() if format.has_negative_zero else x.signbit() & (codes != 0)
+    codes = torch.where(negative, codes | format.sign_mask, codes)
+    if format.nan_codes:
+        codes = torch.where(nan, format.nan_codes[0], codes)
+    return codes.to(torch.uint8)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float64 by bits, for exponents of normal numbers: no pow or exp2, which may round or flush."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Pack E2M1 codes (..., K) uint8 into bytes (..., K / 2): byte[i] = code[2i] | code[2i + 1] << 4."""
+    raw = raw_codes(codes, E2M1)
+    if raw.shape[-1] % formats.CODES_PER_BYTE:
+        raise ValueError(f"pack: K must be even; got {raw.shape[-1]}; pad K with zeros")
+    _check_nibbles(raw, E2M1)
+    return raw[..., 0::2] | raw[..., 1::2] << 4
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Unpack bytes (..., K / 2) into E2M1 codes (..., K) uint8: the inverse of `pack`."""
+    raw = raw_codes(packed, E2M1, "packed")
+    return torch.stack([raw & 0xF, raw >> 4], dim=-1).flatten(-2)
+
+
+def fnuz_to_ocp(codes: Tensor, format: FloatFormat) -> tuple[Tensor, float]:
+    """Return OCP codes and a factor (0.5, else 1) with fnuz value = factor * ocp value; ValueError where neither is exact.
+
+    Under 0.5 the bytes stay, and all is exact but +-240 (E5M2: magnitudes from 32768 up); under 1 all is exact but odd
+    multiples of the smallest FNUZ subnormal.
+    """
+    return _convert_flavour(codes, format, formats.OCP_OF_FNUZ, (formats.FNUZ_PER_OCP, 1.0))
+
+
+def ocp_to_fnuz(codes: Tensor, format: FloatFormat) -> tuple[Tensor, float]:
+    """Return FNUZ codes and the factor 2 with ocp value = 2 * fnuz value; exact but for -0 becoming 0 (Inf: ValueError)."""
+    return _convert_flavour(codes, format, formats.FNUZ_OF_OCP, (1 / formats.FNUZ_PER_OCP,))
+
+
+def _convert_flavour(codes: Tensor, source: FloatFormat, targets: dict, factors: tuple[float, ...]) -> tuple[Tensor, float]:
+    if source not in targets:
+        raise TypeError(f"format: must be {' or '.join(f.name for f in targets)}; got {source.name}; convert the other way")
+    target, raw = targets[source], raw_codes(codes, source).int()
+    values = _values(source, False, torch.float64, raw.device)
+    for factor in factors:
+        table = encode(values / factor, target)
+        exact = (decode(table, target, dtype=torch.float64) * factor == values) | values.isnan()
+        if exact[raw].all():
+            return table[raw].view(getattr(torch, target.torch_dtype)), factor
+    where = _first(~exact[raw])
+    raise ValueError(
+        f"codes: must have equals in {target.name}; got {values[raw[where]].item()} at {where}; requantise the values"
+    )
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def choose_e8m0(amax: Tensor, format: FloatFormat, rounding: str = "round_up") -> Tensor:
+    """Return the E8M0 bytes of blocks with largest magnitudes `amax`; a block of zeros gets 2^0.
+
+    round_up: 2^ceil(log2(amax / max)), so that nothing saturates; floor (OCP): 2^(floor(log2(amax)) - emax). Both are
+    computed from the fraction and exponent of `amax`, so powers of two are never missed, and clamped to [2^-127, 2^127].
+    """
+    if rounding not in ("round_up", "floor"):
+        raise ValueError(f"rounding: must be 'round_up' or 'floor'; got {rounding!r}; use the default")
+    fraction, exponent = torch.frexp(amax.double())
+    scale = exponent - 1 - format.max_exponent
+    if rounding == "round_up":
+        scale = scale + (fraction > math.frexp(format.max)[0])
+    byte = scale.clamp(-E8M0.bias, E8M0.bias) + E8M0.bias
+    return torch.where(amax == 0, formats.E8M0_ONE, byte).to(torch.uint8)
+
+
+def quantize(
+    values: Tensor, format: FloatFormat, layout: BlockScaledLayout, *, rounding: str = "round_up"
+) -> tuple[Tensor, Tensor]:
+    """Return (codes, scale) with values ~ codes * scale, every block scaled by its own largest magnitude.
+
+    values (..., rows, K), finite; codes and scale as the kernels read them. A float scale is float32(amax / max), at least the
+    smallest normal float32, and 1 for a block of zeros; `rounding` is that of `choose_e8m0`.
+    """
+    x = values.double()
+    if x.ndim < 2:
+        raise ValueError(f"quantize: values must have rows and K; got shape {tuple(x.shape)}; reshape to (1, K)")
+    if not x.isfinite().all():
+        raise ValueError(
+            f"quantize: values must be finite; got {x[_first(~x.isfinite())].item()} at {_first(~x.isfinite())}; mask it"
+        )
+    amax = _block_amax(x, layout)
+    if layout.scale_format is E8M0:
+        scale = choose_e8m0(amax, format, rounding)
+    elif layout.scale_format is None:
+        scale = torch.where(amax == 0, 1.0, (amax / format.max).clamp(min=_SMALLEST_SCALE)).float()
+    else:
+        scale = encode(amax / format.max, layout.scale_format).clamp(min=1)  # 1: the smallest value above zero
+    codes = encode(x / expand_scale(scale, layout, x.shape), format)
+    return (pack(codes) if format is E2M1 else codes.view(getattr(torch, format.torch_dtype))), scale
+
+
+def _block_amax(x: Tensor, layout: BlockScaledLayout) -> Tensor:
+    rows, k = x.shape[-2:]
+    scale_rows, scale_k = layout.scale_shape(rows, k)
+    block_rows, block_k = layout.rows or max(rows, 1), layout.k or max(k, 1)
+    padded = F.pad(x.abs(), (0, scale_k * block_k - k, 0, scale_rows * block_rows - rows))
+    return padded.unflatten(-1, (scale_k, block_k)).unflatten(-3, (scale_rows, block_rows)).amax((-3, -1))
+
+
+def expand_scale(scale: Tensor, layout: BlockScaledLayout, shape: torch.Size, *, zero_sentinel: bool = False) -> Tensor:
+    """Return the scale of every element of an operand of `shape` (..., rows, K), float64: s[i, k] = scale[i // r, k // c].
+
+    Accepted: (..., rows / r, K / c); per row also (..., rows); per tensor also (...) and (); e8m0_k32 also (K / 32,).
+    """
+    *lead, rows, k = shape
+    full = (*lead, *layout.scale_shape(rows, k))
+    accepted = [full]
+    if layout.k is None:
+        accepted.append(full[:-1])
+    if layout == BlockScaledLayout.per_tensor():
+        accepted += [full[:-2], ()]
+    if layout == BlockScaledLayout.e8m0_k32():
+        accepted.append(full[-1:])
+    if tuple(scale.shape) not in accepted:
+        shapes = " or ".join(str(s) for s in dict.fromkeys(accepted))
+        raise ValueError(f"scale: must have shape {shapes}; got {tuple(scale.shape)}; check the layout {layout}")
+    if layout.scale_format is not None:
+        scale = decode(raw_codes(scale, layout.scale_format, "scale"), layout.scale_format, zero_sentinel=zero_sentinel)
+    elif scale.dtype not in SCALE_DTYPES:
+        raise TypeError(f"scale: must be float32, float16 or bfloat16; got {scale.dtype}; convert it")
+    blocks = scale.double().reshape(full) if scale.numel() == math.prod(full) else scale.double().expand(full)
+    by_row = blocks.repeat_interleave(layout.rows or rows, dim=-2)[..., :rows, :]
+    return by_row.repeat_interleave(layout.k or k, dim=-1)[..., :k]
+
+
+# --- layouts that users bring ----------------------------------------------------------------------------------------
+
+
+def from_gpt_oss(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """gpt-oss / HF `*_blocks` uint8 (..., N, K/32, 16) and `*_scales` uint8 (..., N, K/32) -> (codes, scale)."""
+    if blocks.shape[-1] != formats.MX_GROUP // formats.CODES_PER_BYTE:
+        raise ValueError(f"blocks: the last dimension must be 16 bytes; got {blocks.shape[-1]}; pass *_blocks as loaded")
+    return _checked(blocks.flatten(-2), scales, *formats.MLX_MODES["mxfp4"])
+
+
+def to_gpt_oss(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `from_gpt_oss`."""
+    codes, scale = _checked(codes, scale, *formats.MLX_MODES["mxfp4"])
+    return codes.unflatten(-1, (-1, formats.MX_GROUP // formats.CODES_PER_BYTE)), scale
+
+
+def split_gate_up(gate_up: Tensor, dim: int = -2) -> tuple[Tensor, Tensor]:
+    """gpt-oss's interleaved rows -> (gate = rows ::2, up = rows 1::2), of codes, of scales, or (dim=-1) of biases."""
+    if gate_up.shape[dim] % 2:
+        raise ValueError(f"gate_up: dimension {dim} must be even; got {gate_up.shape[dim]}; pass gate and up together")
+    dim %= gate_up.ndim
+    gate, up = gate_up.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    return gate.contiguous(), up.contiguous()
+
+
+def interleave_gate_up(gate: Tensor, up: Tensor, dim: int = -2) -> Tensor:
+    """The inverse of `split_gate_up`."""
+    if gate.shape != up.shape:
+        raise ValueError(f"gate, up: must have equal shapes; got {tuple(gate.shape)}, {tuple(up.shape)}; check the pair")
+    dim %= gate.ndim
+    return torch.stack([gate, up], dim=dim + 1).flatten(dim, dim + 1)
+
+
+def from_mlx(words: Tensor, scales: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """MLX words uint32 (..., N, K * bits / 32), lowest bits first, and scales uint8 -> (codes, scale).
+
+    `mode`: mxfp4 (K/8 words, E8M0 per 32), mxfp8 (K/4 words of E4M3, E8M0 per 32), nvfp4 (K/8 words, E4M3 per 16).
+    """
+    format, layout = _mlx_mode(mode)
+    if words.dtype != torch.uint32:
+        raise TypeError(f"words: must be uint32; got {words.dtype}; pass MLX's weights as they are")
+    return _checked(words.contiguous().view(torch.uint8), scales, format, layout)
+
+
+def to_mlx(codes: Tensor, scale: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """The inverse of `from_mlx`."""
+    codes, scale = _checked(codes, scale, *_mlx_mode(mode))
+    return codes.contiguous().view(torch.uint8).view(torch.uint32), scale
+
+
+def _mlx_mode(mode: str) -> tuple[FloatFormat, BlockScaledLayout]:
+    if mode not in formats.MLX_MODES:
+        raise ValueError(f"mode: must be one of {', '.join(formats.MLX_MODES)}; got {mode!r}; dequantise other modes")
+    return formats.MLX_MODES[mode]
+
+
+def from_deepseek_mxfp4(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """DeepSeek MXFP4: weight (..., N, K/2) of any one-byte dtype, scale E8M0 (..., N, K/32) -> (codes, scale): views."""
+    if weight.dtype == torch.int8:
+        weight = weight.view(torch.uint8)
+    return _checked(weight, scale, *formats.MLX_MODES["mxfp4"])
+
+
+def to_deepseek_mxfp4(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `from_deepseek_mxfp4`: weight uint8, scale torch.float8_e8m0fnu."""
+    codes, scale = _checked(codes, scale, *formats.MLX_MODES["mxfp4"])
+    return codes, scale.view(torch.float8_e8m0fnu)
+
+
+def from_deepseek_fp8(weight: Tensor, weight_scale_inv: Tensor) -> tuple[Tensor, Tensor]:
+    """DeepSeek FP8: weight E4M3 (N, K), float32 `weight_scale_inv` (ceil(N/128), ceil(K/128)) -> (codes, scale).
+
+    The scale is multiplied, whatever its name says: it is the inverse of what the quantiser multiplied by. Both tensors are
+    returned as they came, so this is its own inverse.
+    """
+    if weight_scale_inv.dtype != torch.float32:
+        raise TypeError(f"weight_scale_inv: must be float32; got {weight_scale_inv.dtype}; convert it")
+    return _checked(weight, weight_scale_inv, E4M3, BlockScaledLayout.block(formats.FP8_BLOCK, formats.FP8_BLOCK))
+
+
+def _checked(codes: Tensor, scale: Tensor, format: FloatFormat, layout: BlockScaledLayout) -> tuple[Tensor, Tensor]:
+    """Return codes and scale in the kernels' dtypes, after checking that their shapes belong together."""
+    raw = raw_codes(codes, format)
+    if raw.ndim < 2:
+        raise ValueError(f"codes: must have rows and K; got shape {tuple(raw.shape)}; reshape to (1, K)")
+    *lead, rows, k = raw.shape
+    expected = (*lead, *layout.scale_shape(rows, k * formats.CODES_PER_BYTE if format is E2M1 else k))
+    if tuple(scale.shape) != expected:
+        raise ValueError(f"scale: must have shape {expected}; got {tuple(scale.shape)}; pass the scale of these codes")
+    if layout.scale_format is not None:
+        scale = raw_codes(scale, layout.scale_format, "scale")
+    return (raw if format is E2M1 else raw.view(getattr(torch, format.torch_dtype))), scale
+
+
+# --- MXFP4 as E4M3 ---------------------------------------------------------------------------------------------------
+
+
+class E4M3Fold(NamedTuple):
+    """MXFP4 weights as E4M3 weights: codes * scale equals the weights wherever `fits`; elsewhere the scale is NaN."""
+
+    codes: Tensor  # float8_e4m3fn (..., N, K)
+    scale: Tensor  # float32 (..., N, K / group_k), powers of two
+    fits: Tensor  # bool (..., N, K / group_k)
+
+
+def fold_mxfp4_to_e4m3(codes: Tensor, scale: Tensor, group_k: int | None = None) -> E4M3Fold:
+    """Rewrite MXFP4 weights (codes, scale) as E4M3 with one scale per row, or per `group_k` of K, without any error.
+
+    An E2M1 value times 2^d is an E4M3 value for every d in an interval that depends on the value: [-8, 6] serves them all.
+    A group fits when one exponent puts every block, as the codes that it really holds allow, inside its interval;
+    blocks of zeros fit anywhere, a NaN scale nowhere. Needs about 16 bytes an element: fold an expert at a time.
+    """
+    codes, scale = _checked(codes, scale, *formats.MLX_MODES["mxfp4"])
+    k = codes.shape[-1] * formats.CODES_PER_BYTE
+    group_k = k if group_k is None else group_k
+    if group_k < 1 or group_k % formats.MX_GROUP or k % group_k:
+        raise ValueError(f"group_k: must be a multiple of 32 that divides K = {k}; got {group_k}; use 128 or None")
+    shifts = _fold_table(codes.device)
+    blocks = unpack(codes).unflatten(-1, (-1, formats.MX_GROUP)).int()
+    exponent = scale.int() - E8M0.bias
+    # The group's exponent must lie in [exponent - high, exponent - low] of each of its blocks.
+    least = (exponent - shifts.high[blocks].amin(-1)).unflatten(-1, (-1, group_k // formats.MX_GROUP)).amax(-1)
+    most = (exponent - shifts.low[blocks].amax(-1)).unflatten(-1, (-1, group_k // formats.MX_GROUP)).amin(-1)
+    chosen = least.clamp(min=math.frexp(_SMALLEST_SCALE)[1] - 1)
+    nan = (scale == E8M0.nan_codes[0]).unflatten(-1, (-1, group_k // formats.MX_GROUP)).any(-1)
+    fits = (chosen <= most) & ~nan
+    shift = exponent - chosen.repeat_interleave(group_k // formats.MX_GROUP, dim=-1)
+    column = (shift - _FOLD_SHIFTS[0]).clamp(0, len(_FOLD_SHIFTS) - 1)
+    folded = shifts.codes[blocks, column.unsqueeze(-1)].flatten(-2)
+    folded_scale = torch.where(fits, _power_of_two(chosen).float(), math.nan)
+    return E4M3Fold(folded.view(torch.float8_e4m3fn), folded_scale, fits)
+
+
+_FOLD_SHIFTS = range(-16, 17)  # wider than the interval of any E2M1 value but zero
+
+
+class _FoldTable(NamedTuple):
+    codes: Tensor  # uint8 (16, shifts): the E4M3 code of E2M1 value * 2^shift, where there is one
+    low: Tensor  # int32 (16,): the least and the greatest shift with a code
+    high: Tensor
+
+
+@cache
+def _fold_table(device: torch.device) -> _FoldTable:
+    values = torch.tensor(E2M1.values, dtype=torch.float64)[:, None]
+    shifts = torch.tensor(_FOLD_SHIFTS, dtype=torch.int32)
+    shifted = values * _power_of_two(shifts)
+    codes = encode(shifted, E4M3)
+    exact = decode(codes, E4M3, dtype=torch.float64) == shifted
+    unlimited, zero = 1 << 16, values[:, 0] == 0
+    low = torch.where(exact, shifts, unlimited).amin(-1).masked_fill(zero, -unlimited)
+    high = torch.where(exact, shifts, -unlimited).amax(-1).masked_fill(zero, unlimited)
+    return _FoldTable(codes.to(device), low.to(device), high.to(device))
+
+
+def _check_nibbles(raw: Tensor, format: FloatFormat) -> None:
+    if format is E2M1 and raw.numel() and raw.max() >= 1 << E2M1.bits:
+        raise ValueError(f"codes: must be below 16, one an element; got {raw.max().item()}; unpack the bytes first")
+
+
+def _first(mask: Tensor) -> tuple[int, ...]:
+    """The coordinate of the first True."""
+    return tuple(mask.nonzero()[0].tolist())
