@@ -5,8 +5,8 @@
 namespace std {
 struct source_location {  // the shape __builtin_source_location() asks for
   struct __impl {
-    const char *_M_file_name;
-    const char *_M_function_name;
+    const char* _M_file_name;
+    const char* _M_function_name;
     unsigned _M_line;
     unsigned _M_column;
   };
@@ -16,7 +16,7 @@ struct source_location {  // the shape __builtin_source_location() asks for
 namespace sim {
 
 using Site = std::source_location::__impl;  // where in the source a collective was called
-#define SIM_SITE const ::sim::Site *site = __builtin_source_location()
+#define SIM_SITE const ::sim::Site* site = __builtin_source_location()
 
 constexpr int kLanes = 32;
 
@@ -24,7 +24,7 @@ constexpr int kLanes = 32;
 struct Context {
   void *pc, *sp, *fp;
 #ifdef __aarch64__
-  void *lr;
+  void* lr;
 #endif
 };
 
@@ -32,11 +32,11 @@ struct Simdgroup;
 
 struct Thread {
   Context context;
-  Simdgroup *simdgroup;
-  Thread *next;             // to run, in the simdgroup's ring
-  unsigned lane, index;     // in the simdgroup, in the threadgroup
-  unsigned position[3];     // in the threadgroup
-  const Site *site;         // of the threadgroup barrier it waits at
+  Simdgroup* simdgroup;
+  Thread* next;          // to run, in the simdgroup's ring
+  unsigned lane, index;  // in the simdgroup, in the threadgroup
+  unsigned position[3];  // in the threadgroup
+  const Site* site;      // of the threadgroup barrier it waits at
 };
 
 struct Launch {
@@ -48,7 +48,7 @@ struct Counts {
       simdgroup_barriers, shuffles, reductions, atomics;
 };
 
-extern Thread *current;
+extern Thread* current;
 extern unsigned group_position[3];
 extern Launch launch;
 extern Counts counts;
@@ -58,43 +58,45 @@ __attribute__((const)) unsigned lane();
 
 // The lanes that meet at one operation: frames[lane] is the lane's operand struct on its own stack.
 struct Meeting {
-  void *frames[kLanes];
+  void* frames[kLanes];
   unsigned mask;
 };
-using Operation = void (*)(const Meeting &);
+using Operation = void (*)(const Meeting&);
 
 // Waits for the other lanes of the simdgroup; the last to come runs `operation` for all of them.
-void meet(Operation operation, void *frame, const Site *site, bool needs_all_lanes);
+void meet(Operation operation, void* frame, const Site* site, bool needs_all_lanes);
 
 enum Memory : unsigned { kNone = 0, kDevice = 1, kThreadgroup = 2 };
-void threadgroup_barrier(unsigned memory, const Site *site);
-void simdgroup_barrier(unsigned memory, const Site *site);
+void threadgroup_barrier(unsigned memory, const Site* site);
+void simdgroup_barrier(unsigned memory, const Site* site);
 
 // The threadgroup's array number `slot` (assigned on first use); the same address for each of its threads.
-void *threadgroup_array(int &slot, const char *name, unsigned long size, unsigned long align);
+void* threadgroup_array(int& slot, const char* name, unsigned long size, unsigned long align);
 
 enum Access : unsigned { kRead = 1, kWrite = 2, kAtomic = 4, kAtomicLoad = 5, kAtomicStore = 6, kAtomicUpdate = 7 };
 // Checks and counts an atomic access; the caller performs it.
-void atomic_access(const volatile void *address, unsigned size, Access kind, const Site *site);
+void atomic_access(const volatile void* address, unsigned size, Access kind, const Site* site);
 
 // The argument bound to [[buffer(index)]].
-void *buffer(int index);
+void* buffer(int index);
 
 template <class Array, unsigned Align, class Tag>
-__attribute__((always_inline, nodebug)) inline Array &threadgroup_alloc(const char *name, Tag) {
+__attribute__((always_inline, nodebug)) inline Array& threadgroup_alloc(const char* name, Tag) {
   static int slot = -1;  // one a declaration and instantiation: Tag is a lambda of its own
-  return *static_cast<Array *>(threadgroup_array(slot, name, sizeof(Array), Align > alignof(Array) ? Align : alignof(Array)));
+  return *static_cast<Array*>(
+      threadgroup_array(slot, name, sizeof(Array), Align > alignof(Array) ? Align : alignof(Array)));
 }
 
 template <class Frame, class Body>
-__attribute__((always_inline, nodebug)) inline void meet_with(Frame &frame, const Site *site, bool needs_all_lanes, Body body) {
+__attribute__((always_inline, nodebug)) inline void meet_with(Frame& frame, const Site* site, bool needs_all_lanes,
+                                                              Body body) {
   meet(body, &frame, site, needs_all_lanes);
 }
 
 template <class Frame, class Visit>
-__attribute__((always_inline, nodebug)) inline void each_lane(const Meeting &m, Visit visit) {
+__attribute__((always_inline, nodebug)) inline void each_lane(const Meeting& m, Visit visit) {
   for (int lane = 0; lane < kLanes; ++lane)
-    if (m.mask >> lane & 1) visit(*static_cast<Frame *>(m.frames[lane]), lane);
+    if (m.mask >> lane & 1) visit(*static_cast<Frame*>(m.frames[lane]), lane);
 }
 
 }  // namespace sim

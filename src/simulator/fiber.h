@@ -9,7 +9,7 @@
 
 namespace sim {
 
-__attribute__((always_inline)) inline void switch_context(Context *from, Context *to) {
+__attribute__((always_inline)) inline void switch_context(Context* from, Context* to) {
 #if defined(__x86_64__)
   asm volatile(
       "leaq 1f(%%rip), %%rax\n\t"
@@ -26,8 +26,8 @@ __attribute__((always_inline)) inline void switch_context(Context *from, Context
         "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15",
         "cc", "memory");
 #elif defined(__aarch64__)
-  register Context *x0 asm("x0") = from;
-  register Context *x1 asm("x1") = to;
+  register Context* x0 asm("x0") = from;
+  register Context* x1 asm("x1") = to;
   asm volatile(
       "adr x9, 1f\n\t"
       "mov x10, sp\n\t"
@@ -58,28 +58,28 @@ class Stacks {
 
   bool allocate(int count) {
     size_ = kSize * count;
-    void *p = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
+    void* p = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return false;
-    base_ = static_cast<char *>(p);
+    base_ = static_cast<char*>(p);
     for (int i = 0; i < count; ++i) mprotect(base_ + i * kSize, kGuard, PROT_NONE);
     return true;
   }
-  bool contains(const void *p) const { return size_t((const char *)p - base_) < size_; }
+  bool contains(const void* p) const { return size_t((const char*)p - base_) < size_; }
 
-  void start(Context *context, int index, void (*body)()) {
-    char *top = base_ + (index + 1) * kSize - 64 - (index % 64) * 1088;
-    top = (char *)((uintptr_t)top & ~uintptr_t(63));
+  void start(Context* context, int index, void (*body)()) {
+    char* top = base_ + (index + 1) * kSize - 64 - (index % 64) * 1088;
+    top = (char*)((uintptr_t)top & ~uintptr_t(63));
     *context = {};
-    context->pc = (void *)body;
+    context->pc = (void*)body;
 #ifdef __x86_64__
     top -= 8;  // as after a call
-    *(void **)top = nullptr;
+    *(void**)top = nullptr;
 #endif
     context->sp = top;
   }
 
  private:
-  char *base_ = nullptr;
+  char* base_ = nullptr;
   size_t size_ = 0;
 };
 

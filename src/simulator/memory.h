@@ -16,7 +16,7 @@
 
 namespace sim {
 
-inline Job *job;
+inline Job* job;
 
 // ---- findings
 
@@ -26,12 +26,12 @@ struct Line {  // one instrumented access; the table is appended to the kernel's
   int32_t file;
 };
 extern "C" const Line sim_lines[];
-extern "C" const char *const sim_files[];
+extern "C" const char* const sim_files[];
 extern "C" const int32_t sim_line_count;
 
-inline void find_line(const void *pc, uint32_t *line, const char **file) {
+inline void find_line(const void* pc, uint32_t* line, const char** file) {
   for (int i = 0; i < sim_line_count; ++i) {
-    const char *place = (const char *)&sim_lines[i].pc + sim_lines[i].pc;
+    const char* place = (const char*)&sim_lines[i].pc + sim_lines[i].pc;
     if (place != pc) continue;
     *line = sim_lines[i].line;
     *file = sim_files[sim_lines[i].file];
@@ -39,11 +39,11 @@ inline void find_line(const void *pc, uint32_t *line, const char **file) {
   }
 }
 
-inline void add_finding(Kind kind, uint64_t place, uint32_t line, const char *file, const unsigned *thread, const char *format,
-                        va_list arguments) {
+inline void add_finding(Kind kind, uint64_t place, uint32_t line, const char* file, const unsigned* thread,
+                        const char* format, va_list arguments) {
   while (__atomic_exchange_n(&job->finding_lock, 1, __ATOMIC_ACQUIRE)) {
   }
-  JobFinding *f = nullptr;
+  JobFinding* f = nullptr;
   for (uint32_t i = 0; i < job->finding_count; ++i)
     if (job->findings[i].kind == kind && job->findings[i].place == place) f = &job->findings[i];
   if (!f && job->finding_count < kMaxFindings) {
@@ -60,7 +60,8 @@ inline void add_finding(Kind kind, uint64_t place, uint32_t line, const char *fi
   __atomic_store_n(&job->finding_lock, 0, __ATOMIC_RELEASE);
 }
 
-__attribute__((noinline, cold)) inline void report(Kind kind, const Site *site, const unsigned *thread, const char *format, ...) {
+__attribute__((noinline, cold)) inline void report(Kind kind, const Site* site, const unsigned* thread,
+                                                   const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
   add_finding(kind, site ? (uint64_t)site->_M_line << 32 | site->_M_column : 0, site ? site->_M_line : 0,
@@ -70,15 +71,15 @@ __attribute__((noinline, cold)) inline void report(Kind kind, const Site *site, 
 
 // An access's place is the return address into the kernel, or, for atomics, the site of the call.
 struct Place {
-  const void *pc;
-  const Site *site;
+  const void* pc;
+  const Site* site;
 };
 
-__attribute__((noinline, cold)) inline void report(Kind kind, Place place, const char *format, ...) {
+__attribute__((noinline, cold)) inline void report(Kind kind, Place place, const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
   uint32_t line = place.site ? place.site->_M_line : 0;
-  const char *file = place.site ? place.site->_M_file_name : "";
+  const char* file = place.site ? place.site->_M_file_name : "";
   if (!place.site) find_line(place.pc, &line, &file);
   uint64_t key = line ? line : (uint64_t)place.pc;
   add_finding(kind, key, line, file, current->position, format, arguments);
@@ -93,8 +94,8 @@ enum Who : uint64_t { kOneThread, kManyLanes, kManySimdgroups, kManyGroups };
 union Record {
   uint64_t word;
   struct {
-    uint64_t valid : 1, atomic : 1, who : 2, thread : kThreadBits, simd_barriers : kSimdBits, barriers : kBarrierBits,
-        group : kGroupBits, unused : 1;
+    uint64_t valid : 1, atomic : 1, who : 2,
+        thread : kThreadBits, simd_barriers : kSimdBits, barriers : kBarrierBits, group : kGroupBits, unused : 1;
   };
 };
 
@@ -104,7 +105,7 @@ struct Shadow {
 
 enum Space { kDeviceSpace, kThreadgroupSpace, kSpaces };
 struct Moment {
-  Record group[kSpaces];                        // group and barriers passed, per memory
+  Record group[kSpaces];  // group and barriers passed, per memory
   uint64_t simd_barriers[kSpaces][1024 / kLanes];
 };
 inline Moment now;
@@ -152,15 +153,15 @@ inline Record join_reads(Record before, Record read) {
 // ---- regions
 
 inline const char *device_base, *device_end;
-inline Shadow *device_shadow;  // as long as the job file; pages of constant buffers are never touched
+inline Shadow* device_shadow;  // as long as the job file; pages of constant buffers are never touched
 
 constexpr size_t kArena = 1 << 20, kRedZone = 256, kThreadgroupLimit = 32 << 10;
 struct Array {
-  const char *name;
+  const char* name;
   size_t offset, size;
 };
-inline char *arena;
-inline Shadow *arena_shadow;
+inline char* arena;
+inline Shadow* arena_shadow;
 inline Array arrays[128];
 inline int slot_count, array_of_slot[128], array_count;
 inline size_t arena_used, arena_asked;
@@ -178,9 +179,9 @@ inline void begin_threadgroup(uint64_t group) {
   now.group[0] = now.group[1] = r;
 }
 
-void *threadgroup_array(int &slot, const char *name, unsigned long size, unsigned long align) {
+void* threadgroup_array(int& slot, const char* name, unsigned long size, unsigned long align) {
   if (slot < 0) slot = slot_count++;
-  int &index = array_of_slot[slot];
+  int& index = array_of_slot[slot];
   if (index < 0) {
     if (align < 16) align = 16;
     index = array_count++;
@@ -199,30 +200,30 @@ void *threadgroup_array(int &slot, const char *name, unsigned long size, unsigne
   return arena + arrays[index].offset;
 }
 
-inline bool create_memory(Job *mapped) {
+inline bool create_memory(Job* mapped) {
   job = mapped;
-  device_base = (const char *)job;
+  device_base = (const char*)job;
   device_end = device_base + job->file_size;
   auto reserve = [](size_t size, int visible) {
-    void *p = mmap(nullptr, size, PROT_READ | PROT_WRITE, visible | MAP_ANON | MAP_NORESERVE, -1, 0);
+    void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, visible | MAP_ANON | MAP_NORESERVE, -1, 0);
     return p == MAP_FAILED ? nullptr : p;
   };
-  arena = (char *)reserve(kArena, MAP_PRIVATE);
+  arena = (char*)reserve(kArena, MAP_PRIVATE);
   if (!job->check) return arena;
-  arena_shadow = (Shadow *)reserve(kArena * sizeof(Shadow), MAP_PRIVATE);
-  device_shadow = (Shadow *)reserve(job->file_size * sizeof(Shadow), MAP_SHARED);
+  arena_shadow = (Shadow*)reserve(kArena * sizeof(Shadow), MAP_PRIVATE);
+  device_shadow = (Shadow*)reserve(job->file_size * sizeof(Shadow), MAP_SHARED);
   return arena && arena_shadow && device_shadow;
 }
 
 // ---- accesses
 
-inline const char *const kVerb[] = {"", "read", "write", "", "", "atomic load", "atomic store", "atomic update"};
+inline const char* const kVerb[] = {"", "read", "write", "", "", "atomic load", "atomic store", "atomic update"};
 
 // Orders one access against the records of its bytes; says what is wrong, or null.
-inline const char *order_access(Shadow *shadow, size_t size, Access access, Space space) {
+inline const char* order_access(Shadow* shadow, size_t size, Access access, Space space) {
   Record mine = stamp(space);
   mine.atomic = (access & kAtomic) != 0;
-  const char *wrong = nullptr;
+  const char* wrong = nullptr;
   for (size_t i = 0; i < size; ++i) {
     Record write{__atomic_load_n(&shadow[i].write.word, __ATOMIC_RELAXED)};
     Record reads{__atomic_load_n(&shadow[i].reads.word, __ATOMIC_RELAXED)};
@@ -245,16 +246,16 @@ inline const char *order_access(Shadow *shadow, size_t size, Access access, Spac
 inline void access_threadgroup(size_t offset, size_t size, Access access, Place place) {
   if (access & kRead) counts.threadgroup_read += size;
   if (access & kWrite) counts.threadgroup_written += size;
-  const Array *array = nullptr;
+  const Array* array = nullptr;
   for (int i = 0; i < array_count; ++i)
     if (offset >= arrays[i].offset && offset < arrays[i].offset + arrays[i].size + kRedZone) array = &arrays[i];
   if (!array || offset + size > array->offset + array->size) {
     if (!array) array = &arrays[0];  // below the first
-    report(kOutOfBounds, place, "%s of %zu bytes at byte %ld of threadgroup array '%s' of %zu bytes", kVerb[access], size,
-           long(offset) - long(array->offset), array->name, array->size);
+    report(kOutOfBounds, place, "%s of %zu bytes at byte %ld of threadgroup array '%s' of %zu bytes", kVerb[access],
+           size, long(offset) - long(array->offset), array->name, array->size);
     return;
   }
-  Shadow *shadow = arena_shadow + offset;
+  Shadow* shadow = arena_shadow + offset;
   if (access & kRead)
     for (size_t i = 0; i < size; ++i)
       if (!shadow[i].write.valid || shadow[i].write.group != now.group[0].group) {
@@ -262,21 +263,24 @@ inline void access_threadgroup(size_t offset, size_t size, Access access, Place 
                kVerb[access], size, offset - array->offset, array->name);
         break;
       }
-  if (const char *wrong = order_access(shadow, size, access, kThreadgroupSpace))
-    report(kRace, place, "%s of %zu bytes at byte %zu of threadgroup array '%s' is not ordered after %s by another thread",
+  if (const char* wrong = order_access(shadow, size, access, kThreadgroupSpace))
+    report(kRace, place,
+           "%s of %zu bytes at byte %zu of threadgroup array '%s' is not ordered after %s by another thread",
            kVerb[access], size, offset - array->offset, array->name, wrong);
 }
 
-inline void access_device(const char *address, size_t size, Access access, Place place) {
+inline void access_device(const char* address, size_t size, Access access, Place place) {
   const size_t offset = address - device_base;
   static int last = 0;  // the buffer found last
-  const JobBuffer *buffer = &job->buffers[last];
+  const JobBuffer* buffer = &job->buffers[last];
   if (offset - buffer->offset >= buffer->size || offset + size > buffer->offset + buffer->size) {
     int nearest = 0;
     uint64_t distance = ~0ull;
     for (unsigned i = 0; i < job->buffer_count; ++i) {
-      const JobBuffer *b = &job->buffers[i];
-      uint64_t d = offset < b->offset ? b->offset - offset : offset < b->offset + b->size ? 0 : offset - b->offset - b->size + 1;
+      const JobBuffer* b = &job->buffers[i];
+      uint64_t d = offset < b->offset             ? b->offset - offset
+                   : offset < b->offset + b->size ? 0
+                                                  : offset - b->offset - b->size + 1;
       if (d < distance) distance = d, nearest = i;
     }
     last = nearest;
@@ -294,15 +298,15 @@ inline void access_device(const char *address, size_t size, Access access, Place
   if (access & kRead) counts.device_read += size;
   if (access & kWrite) counts.device_written += size;
   if (!buffer->writable) return;
-  if (const char *wrong = order_access(device_shadow + offset, size, access, kDeviceSpace))
-    report(kRace, place, "%s of %zu bytes at byte %zu of buffer %d is not ordered after %s by another thread", kVerb[access], size,
-           offset - size_t(buffer->offset), last, wrong);
+  if (const char* wrong = order_access(device_shadow + offset, size, access, kDeviceSpace))
+    report(kRace, place, "%s of %zu bytes at byte %zu of buffer %d is not ordered after %s by another thread",
+           kVerb[access], size, offset - size_t(buffer->offset), last, wrong);
 }
 
-bool is_own(const void *address);  // a stack, or what describes the threads
+bool is_own(const void* address);  // a stack, or what describes the threads
 
 // Neither device nor threadgroup memory: a thread's own, or a table of the program.
-inline void access_other(const char *address, size_t size, Access access, Place place) {
+inline void access_other(const char* address, size_t size, Access access, Place place) {
   static uintptr_t known_page = 0;
   if (is_own(address) || (uintptr_t)address >> 12 == known_page) return;
   Dl_info info;
@@ -310,11 +314,12 @@ inline void access_other(const char *address, size_t size, Access access, Place 
     known_page = (uintptr_t)address >> 12;
     return;
   }
-  report(kOutOfBounds, place, "%s of %zu bytes at %p, which is no memory of this launch", kVerb[access], size, (void *)address);
+  report(kOutOfBounds, place, "%s of %zu bytes at %p, which is no memory of this launch", kVerb[access], size,
+         (void*)address);
 }
 
-inline void access(const void *pointer, size_t size, Access kind, Place place) {
-  const char *address = static_cast<const char *>(pointer);
+inline void access(const void* pointer, size_t size, Access kind, Place place) {
+  const char* address = static_cast<const char*>(pointer);
   if (size_t(address - arena) < kArena) return access_threadgroup(address - arena, size, kind, place);
   if (address >= device_base && address < device_end) return access_device(address, size, kind, place);
   access_other(address, size, kind, place);

@@ -15,25 +15,26 @@
 
 namespace sim {
 
-Thread *current;
+Thread* current;
 unsigned group_position[3];
 Launch launch;
 Counts counts;
 
-bool is_own(const void *address) {
-  return stacks.contains(address) || size_t((const char *)address - (const char *)simdgroups) < simdgroup_count * sizeof(Simdgroup);
+bool is_own(const void* address) {
+  return stacks.contains(address) ||
+         size_t((const char*)address - (const char*)simdgroups) < simdgroup_count * sizeof(Simdgroup);
 }
 unsigned lane() { return current->lane; }
-void *buffer(int index) { return (char *)job + job->buffers[index].offset; }
+void* buffer(int index) { return (char*)job + job->buffers[index].offset; }
 
-void atomic_access(const volatile void *address, unsigned size, Access kind, const Site *site) {
+void atomic_access(const volatile void* address, unsigned size, Access kind, const Site* site) {
   ++counts.atomics;
-  if (job->check) access(const_cast<const void *>(address), size, kind, Place{nullptr, site});
+  if (job->check) access(const_cast<const void*>(address), size, kind, Place{nullptr, site});
 }
 
 static void add_counts() {
   static_assert(sizeof(Counts) == sizeof(Job::counts));
-  const unsigned long *mine = (const unsigned long *)&counts;
+  const unsigned long* mine = (const unsigned long*)&counts;
   for (int i = 0; i < kCounts; ++i) __atomic_fetch_add(&job->counts[i], mine[i], __ATOMIC_RELAXED);
 }
 
@@ -53,11 +54,11 @@ static void limit_resources() {
   setrlimit(RLIMIT_AS, &memory);
 }
 
-static int run(const char *path) {
+static int run(const char* path) {
   int fd = open(path, O_RDWR);
   struct stat status;
   if (fd < 0 || fstat(fd, &status)) return 4;
-  Job *mapped = (Job *)mmap(nullptr, status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  Job* mapped = (Job*)mmap(nullptr, status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (mapped == MAP_FAILED || mapped->magic != kMagic) return 4;
   job = mapped;
   limit_resources();
@@ -86,28 +87,36 @@ static int run(const char *path) {
 
 // ---- callbacks of the instrumented kernel
 
-#define SIM_CALLBACK(size)                                                                                              \
-  extern "C" void __tsan_read##size(void *p) { sim::access(p, size, sim::kRead, {__builtin_return_address(0), nullptr}); } \
-  extern "C" void __tsan_write##size(void *p) { sim::access(p, size, sim::kWrite, {__builtin_return_address(0), nullptr}); } \
-  extern "C" void __tsan_unaligned_read##size(void *p) { sim::access(p, size, sim::kRead, {__builtin_return_address(0), nullptr}); } \
-  extern "C" void __tsan_unaligned_write##size(void *p) { sim::access(p, size, sim::kWrite, {__builtin_return_address(0), nullptr}); }
+#define SIM_CALLBACK(size)                                                     \
+  extern "C" void __tsan_read##size(void* p) {                                 \
+    sim::access(p, size, sim::kRead, {__builtin_return_address(0), nullptr});  \
+  }                                                                            \
+  extern "C" void __tsan_write##size(void* p) {                                \
+    sim::access(p, size, sim::kWrite, {__builtin_return_address(0), nullptr}); \
+  }                                                                            \
+  extern "C" void __tsan_unaligned_read##size(void* p) {                       \
+    sim::access(p, size, sim::kRead, {__builtin_return_address(0), nullptr});  \
+  }                                                                            \
+  extern "C" void __tsan_unaligned_write##size(void* p) {                      \
+    sim::access(p, size, sim::kWrite, {__builtin_return_address(0), nullptr}); \
+  }
 SIM_CALLBACK(1)
 SIM_CALLBACK(2)
 SIM_CALLBACK(4)
 SIM_CALLBACK(8)
 SIM_CALLBACK(16)
 
-extern "C" void *__tsan_memcpy(void *to, const void *from, size_t size) {
+extern "C" void* __tsan_memcpy(void* to, const void* from, size_t size) {
   sim::access(from, size, sim::kRead, {__builtin_return_address(0), nullptr});
   sim::access(to, size, sim::kWrite, {__builtin_return_address(0), nullptr});
   return memcpy(to, from, size);
 }
-extern "C" void *__tsan_memmove(void *to, const void *from, size_t size) {
+extern "C" void* __tsan_memmove(void* to, const void* from, size_t size) {
   sim::access(from, size, sim::kRead, {__builtin_return_address(0), nullptr});
   sim::access(to, size, sim::kWrite, {__builtin_return_address(0), nullptr});
   return memmove(to, from, size);
 }
-extern "C" void *__tsan_memset(void *to, int value, size_t size) {
+extern "C" void* __tsan_memset(void* to, int value, size_t size) {
   sim::access(to, size, sim::kWrite, {__builtin_return_address(0), nullptr});
   return memset(to, value, size);
 }
@@ -115,12 +124,12 @@ extern "C" void __tsan_init() {}
 
 // An index past the end of an array of known size; the checker passes the place and the index.
 struct BoundsPlace {
-  const char *file;
+  const char* file;
   uint32_t line, column;
 };
-extern "C" void __ubsan_handle_out_of_bounds(BoundsPlace *place, uintptr_t index) {
+extern "C" void __ubsan_handle_out_of_bounds(BoundsPlace* place, uintptr_t index) {
   sim::Site site{place->file, "", place->line, place->column};
   sim::report(sim::kOutOfBounds, &site, sim::current->position, "index %ld is past the end of the array", (long)index);
 }
 
-int main(int count, char **arguments) { return count == 2 ? sim::run(arguments[1]) : 4; }
+int main(int count, char** arguments) { return count == 2 ? sim::run(arguments[1]) : 4; }

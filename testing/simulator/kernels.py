@@ -40,8 +40,9 @@ GEMM = (
   for (int i = 0; i < 16; ++i) c[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   for (int k = 0; k < 64; k += 16) {
     threadgroup_barrier(mem_flags::mem_threadgroup);  // top
-    *(threadgroup half4*)(a_s + thread_index * 8) = *(const device half4*)(A + (thread_index / 2) * 64 + k + thread_index % 2 * 8);
-    *(threadgroup half4*)(a_s + thread_index * 8 + 4) = *(const device half4*)(A + (thread_index / 2) * 64 + k + thread_index % 2 * 8 + 4);
+    const device half4* a_row = (const device half4*)(A + (thread_index / 2) * 64 + k + thread_index % 2 * 8);
+    *(threadgroup half4*)(a_s + thread_index * 8) = a_row[0];
+    *(threadgroup half4*)(a_s + thread_index * 8 + 4) = a_row[1];
     for (int i = 0; i < 8; ++i) b_s[thread_index + i * 128] = B[k * 64 + thread_index + i * 128];
     threadgroup_barrier(mem_flags::mem_threadgroup);  // tiles
     for (int kk = 0; kk < 16; kk += 8) {

@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from simulator import kernels
 from simulator.kernels import line_of, plant
 
+from simulator import kernels
 from tilelang_ext.simulator import (
     CompileError,
     CompilerMissingError,
@@ -72,7 +72,9 @@ def test_wrong_launch_shape(name, shape):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_time_limit(workers):
-    source = "kernel void f(device atomic_int* y [[buffer(0)]]) { while (atomic_load_explicit(y, memory_order_relaxed) == 0) {} }"
+    source = (
+        "kernel void f(device atomic_int* y [[buffer(0)]]) { while (atomic_load_explicit(y, memory_order_relaxed) == 0) {} }"
+    )
     run(source, np.ones(1, np.int32))
     start = time.monotonic()
     with pytest.raises(TimeLimitError, match=r"timeout: the kernel must end within it; got no end after 0\.5 s"):
@@ -90,8 +92,11 @@ def test_wild_pointer_dies_with_its_finding():
     assert "// wild" in finding.text
 
 
-def test_endless_recursion_of_memory_is_limited():
-    source = "kernel void f(device int* y [[buffer(0)]]) { int big[1 << 20]; for (int i = 0; i < 1 << 20; ++i) big[i] = y[0]; y[0] = big[y[1]]; }"
+def test_private_memory_past_the_stack():
+    source = (
+        "kernel void f(device int* y [[buffer(0)]]) { int big[1 << 20];"
+        " for (int i = 0; i < 1 << 20; ++i) big[i] = y[0]; y[0] = big[y[1]]; }"
+    )
     with pytest.raises(CrashError):
         run(source, np.zeros(4, np.int32), check=False)
 
@@ -107,6 +112,9 @@ def test_missing_compiler(monkeypatch):
 
 def test_alignas_between_address_space_and_type():
     """No C++ takes an attribute list there, Metal's neither, though the text that runs here would not notice."""
-    source = "kernel void f(device half* a [[buffer(0)]]) {\n  threadgroup alignas(16) half s[8];\n  s[0] = a[0];\n  a[0] = s[0];\n}\n"
+    source = (
+        "kernel void f(device half* a [[buffer(0)]]) {\n"
+        "  threadgroup alignas(16) half s[8];\n  s[0] = a[0];\n  a[0] = s[0];\n}\n"
+    )
     with pytest.raises(CompileError, match=r"alignas must stand before the address space; got `threadgroup alignas"):
         execute_msl(source, "f", [torch.zeros(8, dtype=torch.float16)], grid=(1, 1, 1), threads=(1, 1, 1))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from simulator import kernels
 from simulator.kernels import line_of, plant, run_gemm
 
+from simulator import kernels
 from tilelang_ext.simulator import execute_msl
 
 TILES_BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);  // tiles"
@@ -108,8 +108,7 @@ def test_two_groups_write_one_element():
 
 def test_one_group_reads_what_another_writes():
     source = kernels.HEADER + (
-        "kernel void shift(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {\n"
-        "  x[i] = x[i ^ 32];\n}"
+        "kernel void shift(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {\n  x[i] = x[i ^ 32];\n}"
     )
     report = execute_msl(source, "shift", [torch.zeros(64)], grid=(2, 1, 1), threads=(32, 1, 1))
     assert {f.kind for f in report.findings} == {"race"}
@@ -130,7 +129,8 @@ def test_exchange_inside_a_simdgroup():
 
 
 def test_plain_write_beside_atomics_is_a_race():
-    source = plant(kernels.HISTOGRAM, "  atomic_fetch_add_explicit(total,", "  if (i == 3) *(device float*)total = 0;\n  atomic_fetch_add_explicit(total,")
+    atomic = "  atomic_fetch_add_explicit(total,"
+    source = plant(kernels.HISTOGRAM, atomic, "  if (i == 3) *(device float*)total = 0;\n" + atomic)
     x, bins, total = torch.zeros(128, dtype=torch.int32), torch.zeros(16, dtype=torch.int32), torch.zeros(1)
     report = execute_msl(source, "histogram", [x, bins, total], grid=(1, 1, 1), threads=(128, 1, 1))
     assert "race" in {f.kind for f in report.findings}

@@ -1,12 +1,14 @@
 """Kernels compute what their text says, whatever the order of their threads; counts agree with a count by hand."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from simulator import kernels
 from simulator.kernels import run_gemm
 
-from tilelang_ext.simulator import execute_msl
+from simulator import kernels
+from tilelang_ext.simulator import execute_msl, toolchain
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -37,7 +39,19 @@ def test_counts_without_check():
     assert "not counted" in str(report)
 
 
-def test_wrong_lane_layout_breaks_numerics():
+def test_wrong_lane_layout_of_the_hardware_breaks_numerics(tmp_path, monkeypatch):
+    """Under a simulator whose table of lanes is another one, the same text computes something else."""
+    headers = shutil.copytree(toolchain.include_directory(), tmp_path / "include")
+    matrix = headers / "metal" / "matrix.h"
+    matrix.write_text(kernels.plant(matrix.read_text(), "(q & 4) | (lane >> 1 & 3)", "(q & 4) | (lane & 3)"))
+    monkeypatch.setattr(toolchain, "include_directory", lambda: headers)
+    toolchain._shim_digest.cache_clear()
+    _, c, reference = run_gemm()
+    toolchain._shim_digest.cache_clear()
+    assert not (c - reference).abs().max() < 1e-1
+
+
+def test_wrong_lane_layout_of_the_text_breaks_numerics():
     """The text's own idea of who holds what must be the hardware's: here rows and columns of a lane are swapped."""
     wrong = kernels.plant(kernels.GEMM, "r) * 64 + column + i % 4 * 8 + s;", "s) * 64 + column + i % 4 * 8 + r;")
     _, c, reference = run_gemm(wrong)
@@ -79,9 +93,7 @@ def test_softmax():
 def test_atomics_are_no_races(workers):
     x = torch.arange(1024, dtype=torch.int32) * 7
     bins, total = torch.zeros(16, dtype=torch.int32), torch.zeros(1)
-    report = execute_msl(
-        kernels.HISTOGRAM, "histogram", [x, bins, total], grid=(8, 1, 1), threads=(128, 1, 1), workers=workers
-    )
+    report = execute_msl(kernels.HISTOGRAM, "histogram", [x, bins, total], grid=(8, 1, 1), threads=(128, 1, 1), workers=workers)
     assert torch.equal(bins, torch.bincount(x & 15, minlength=16).int())
     assert total.item() == x.sum().item()
     assert report.findings == ()

@@ -38,9 +38,7 @@ def as_opencl(preprocessed: str, constants: Mapping[int, object]) -> str:
     return "using namespace metal;\n" + "".join(t.text for t in tokens)
 
 
-def find_misuse(
-    preprocessed: str, constants: Mapping[int, object], lines: Sequence[str], source_name: str
-) -> list[Finding]:
+def find_misuse(preprocessed: str, constants: Mapping[int, object], lines: Sequence[str], source_name: str) -> list[Finding]:
     """A finding for each pointer of the text that changes its address space."""
     text = as_opencl(preprocessed, constants)
     messages = toolchain.cached("spaces.txt", (text,), lambda folder: _check(folder, text)).read_text()
@@ -76,6 +74,7 @@ def _check(folder: Path, text: str) -> Path:
     source, result = folder / "kernel.clcpp", folder / "spaces.txt"
     source.write_text(text)
     prelude = toolchain.include_directory() / "metal" / "address_spaces.h"
-    flags = ("-triple", "spir64-unknown-unknown", "-x", "clcpp", "-cl-std=clc++2021", "-fsyntax-only", "-w", "-ferror-limit", "0")
-    result.write_text(toolchain.run_frontend((*flags, "-include", prelude, source)))
+    language = ("-triple", "spir64-unknown-unknown", "-x", "clcpp", "-cl-std=clc++2021")
+    flags = (*language, "-fsyntax-only", "-w", "-ferror-limit", "0", "-include", prelude)
+    result.write_text(toolchain.run_frontend((*flags, source)))
     return result

@@ -94,15 +94,14 @@ def _bind(translation: Translation, arguments: Sequence) -> list[launch.Argument
     buffers = translation.buffers()
     count = max(buffers, default=-1) + 1
     if len(arguments) < count:
-        raise ValueError(f"arguments: one for each [[buffer(i)]] is needed; got {len(arguments)} for {count}; pass them in order of i")
+        raise ValueError(
+            f"arguments: one for each [[buffer(i)]] is needed; got {len(arguments)} for {count}; pass them in order of i"
+        )
     if count > 31:
         raise ValueError(f"source: Metal binds at most 31 buffers; got {count}; join some")
     bound = []
     for index, parameter in sorted(buffers.items()):
-        if arguments[index] is None:
-            arguments_none = b""
-            bound.append(launch.Argument(index, arguments_none, True, False))
-            continue
-        constant = parameter.space == "constant"
-        bound.append(launch.Argument(index, arguments[index], constant, not parameter.is_const))
+        value = b"" if arguments[index] is None else arguments[index]
+        writable = not parameter.is_const and arguments[index] is not None
+        bound.append(launch.Argument(index, value, parameter.space == "constant", writable))
     return bound

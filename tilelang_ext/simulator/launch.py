@@ -22,7 +22,12 @@ _GUARD = 64 << 10  # unused bytes around each buffer, so that a small overrun ha
 
 
 class _Buffer(ctypes.Structure):
-    _fields_ = [("offset", ctypes.c_uint64), ("size", ctypes.c_uint64), ("constant", ctypes.c_uint32), ("writable", ctypes.c_uint32)]
+    _fields_ = [
+        ("offset", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("constant", ctypes.c_uint32),
+        ("writable", ctypes.c_uint32),
+    ]
 
 
 class _Finding(ctypes.Structure):
@@ -65,7 +70,9 @@ class Argument:
     def _as_bytes(self) -> np.ndarray:
         if isinstance(self.value, (bytes, bytearray, memoryview)):
             if self.writable:
-                raise TypeError(f"arguments[{self.index}]: a buffer that the kernel writes needs an array; got bytes; pass a tensor")
+                raise TypeError(
+                    f"arguments[{self.index}]: a buffer that the kernel writes needs an array; got bytes; pass a tensor"
+                )
             return np.frombuffer(self.value, np.uint8)
         if isinstance(self.value, np.ndarray):
             return np.ascontiguousarray(self.value).reshape(-1).view(np.uint8)
@@ -78,7 +85,8 @@ class Argument:
                 )
             return self.value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         raise TypeError(
-            f"arguments[{self.index}]: must be a torch CPU tensor, a numpy array or bytes; got {type(self.value).__name__}; convert it"
+            f"arguments[{self.index}]: must be a torch CPU tensor, a numpy array or bytes; "
+            f"got {type(self.value).__name__}; convert it"
         )
 
     def write_back(self, result: np.ndarray) -> None:

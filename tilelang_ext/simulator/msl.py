@@ -69,7 +69,7 @@ def translate(preprocessed: str, entry: str, constants: Mapping[int, object]) ->
     _rewrite_swizzles(tokens)
     body = "".join(t.text for t in tokens)
     call = ", ".join(_argument(p, constants) for p in parameters)
-    text = f"using namespace metal;\n{body}\nextern \"C\" void sim_kernel() {{ {entry}({call}); }}\n"
+    text = f'using namespace metal;\n{body}\nextern "C" void sim_kernel() {{ {entry}({call}); }}\n'
     return Translation(text, tuple(parameters))
 
 
@@ -114,8 +114,9 @@ def _find_entry(tokens: list[Token], name: str) -> int:
         for j in significant(tokens, i):
             if tokens[j].text in (";", "{"):
                 break
-            if tokens[j].text == "(" and tokens[previous_token(tokens, j)].kind == "name" and text_at(tokens, previous_token(tokens, previous_token(tokens, j))) == "void":
-                kernels.append(tokens[previous_token(tokens, j)].text)
+            function = previous_token(tokens, j)
+            if tokens[j].text == "(" and text_at(tokens, previous_token(tokens, function)) == "void":
+                kernels.append(tokens[function].text)
                 if kernels[-1] == name:
                     return j
                 break

@@ -19,6 +19,7 @@ from pathlib import Path
 from .errors import CompileError, CompilerMissingError
 
 MINIMUM_CLANG = 16
+MAXIMUM_CACHED = 4000
 _HEADERS = (
     *(f"metal_{n}" for n in (
         "stdlib", "simdgroup", "simdgroup_matrix", "math", "atomic", "common", "compute", "geometric", "integer",
@@ -35,7 +36,8 @@ _LANGUAGE = (
     "-Xclang", "-cl-single-precision-constant", "-w", "-Wno-reserved-user-defined-literal",
 )  # fmt: skip
 _CHECK = (
-    "-DSIM_CHECK", "-fsanitize=thread", "-Xclang", "-fsanitize=array-bounds", "-Xclang", "-fsanitize-recover=array-bounds", "-fno-optimize-sibling-calls",
+    "-DSIM_CHECK", "-fsanitize=thread", "-Xclang", "-fsanitize=array-bounds", "-Xclang", "-fsanitize-recover=array-bounds",
+    "-fno-optimize-sibling-calls",
     "-fno-vectorize", "-fno-slp-vectorize", "-mprefer-vector-width=128", "-ftrivial-auto-var-init=pattern",
     "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0",
     "-mllvm", "-tsan-instrument-read-before-write=1", "-mllvm", "-instcombine-code-sinking=0",
@@ -102,7 +104,17 @@ def cache_directory() -> Path:
         pass
     folder = Path(tempfile.gettempdir()) / f"tilelang_ext-simulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():  # programs are run from here
+        raise PermissionError(f"cache: must be the user's own folder; got {folder} of another user; remove it")
     return folder
+
+
+def _forget_oldest(folder: Path) -> None:
+    """Keep the cache small: past MAXIMUM_CACHED, the half that was built first goes."""
+    entries = [p for p in folder.iterdir() if p.is_file()]
+    if len(entries) > MAXIMUM_CACHED:
+        for path in sorted(entries, key=lambda p: p.stat().st_mtime)[: MAXIMUM_CACHED // 2]:
+            path.unlink(missing_ok=True)
 
 
 @functools.cache
@@ -111,7 +123,7 @@ def _shim_digest() -> str:
     for path in sorted(include_directory().rglob("*.h")):
         digest.update(path.read_bytes())
     digest.update(Path(__file__).read_bytes())
-    digest.update("\0".join(find_compiler().command + (find_compiler().version,)).encode())
+    digest.update("\0".join((*find_compiler().command, find_compiler().version)).encode())
     return digest.hexdigest()
 
 
@@ -120,6 +132,7 @@ def cached(name: str, key: Sequence[str], build) -> Path:
     digest = hashlib.sha256("\0".join((_shim_digest(), *key)).encode()).hexdigest()[:32]
     target = cache_directory() / f"{digest}-{name}"
     if not target.exists():
+        _forget_oldest(cache_directory())
         with tempfile.TemporaryDirectory(dir=cache_directory()) as folder:
             os.replace(build(Path(folder)), target)
     return target
@@ -130,7 +143,9 @@ def run_compiler(arguments: Sequence[str | Path], what: str) -> str:
     compiler = find_compiler()
     done = subprocess.run([*compiler.command, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        raise CompileError(f"source: must be Metal text that the shim compiles; got an error in {what}; correct the line named\n{done.stderr}")
+        raise CompileError(
+            f"source: must be Metal text that the shim compiles; got an error in {what}; correct the line named\n{done.stderr}"
+        )
     return done.stdout
 
 
@@ -201,10 +216,11 @@ def add_line_table(assembly: str) -> str:
             table.append(place)
     prefix = "_" if sys.platform == "darwin" else ""
     names = list(files) or ["0"]
+    number = {name: i for i, name in enumerate(names)}
     out += [".section __DATA,__const" if prefix else '.section .data.rel.ro,"aw"', ".p2align 3"]
     out.append(f".globl {prefix}sim_line_count\n{prefix}sim_line_count: .long {len(table)}")
     out.append(f".p2align 3\n.globl {prefix}sim_lines\n{prefix}sim_lines:")
-    out += [f".long Lsim{i} - .\n.long {line}\n.long {names.index(file) if file in files else 0}" for i, (file, line) in enumerate(table)]
+    out += [f".long Lsim{i} - .\n.long {line}\n.long {number.get(file, 0)}" for i, (file, line) in enumerate(table)]
     out.append(f".p2align 3\n.globl {prefix}sim_files\n{prefix}sim_files:")
     out += [f".quad Lsimfile{i}" for i in range(len(names))]
     out += [f'Lsimfile{i}: .asciz "{files.get(name, "")}"' for i, name in enumerate(names)]

@@ -29,42 +29,45 @@ Vector make(Parts... parts);
 
 template <class T, int Rows, int Columns>
 struct simdgroup_matrix {
-  __private vec<T, 2> &thread_elements();
+  __private vec<T, 2>& thread_elements();
 };
 template <class T, int Rows, int Columns>
 simdgroup_matrix<T, Rows, Columns> make_filled_simdgroup_matrix(T value);
 template <class T, class P>
-void simdgroup_load(simdgroup_matrix<T, 8, 8> &m, P source, ulong stride = 8, ulong origin = 0, bool transpose = false);
+void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, P source, ulong stride = 8, ulong origin = 0, bool transpose = false);
 template <class T, class P>
 void simdgroup_store(simdgroup_matrix<T, 8, 8> m, P target, ulong stride = 8, ulong origin = 0, bool transpose = false);
 template <class D, class A, class B, class C>
-void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8> &d, simdgroup_matrix<A, 8, 8> &a, simdgroup_matrix<B, 8, 8> &b,
-                                   simdgroup_matrix<C, 8, 8> &c);
+void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8>& a,
+                                   simdgroup_matrix<B, 8, 8>& b, simdgroup_matrix<C, 8, 8>& c);
 
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags flags);
 void simdgroup_barrier(mem_flags flags);
 
-#define SIM_SAME(name) \
+#define SIM_SAME(name)              \
   template <class T, class... More> \
   T name(T value, More... more);
-SIM_SAME(simd_shuffle) SIM_SAME(simd_shuffle_xor) SIM_SAME(simd_shuffle_up) SIM_SAME(simd_shuffle_down) SIM_SAME(simd_broadcast)
-SIM_SAME(simd_sum) SIM_SAME(simd_max) SIM_SAME(simd_min) SIM_SAME(simd_product) SIM_SAME(exp) SIM_SAME(exp2) SIM_SAME(log)
-SIM_SAME(log2) SIM_SAME(sqrt) SIM_SAME(rsqrt) SIM_SAME(tanh) SIM_SAME(fabs) SIM_SAME(abs) SIM_SAME(floor) SIM_SAME(ceil)
-SIM_SAME(round) SIM_SAME(rint) SIM_SAME(pow) SIM_SAME(fma) SIM_SAME(min) SIM_SAME(max) SIM_SAME(fmin) SIM_SAME(fmax)
-SIM_SAME(clamp) SIM_SAME(select) SIM_SAME(popcount) SIM_SAME(clz)
+SIM_SAME(simd_shuffle)
+SIM_SAME(simd_shuffle_xor) SIM_SAME(simd_shuffle_up) SIM_SAME(simd_shuffle_down) SIM_SAME(simd_broadcast)
+    SIM_SAME(simd_sum) SIM_SAME(simd_max) SIM_SAME(simd_min) SIM_SAME(simd_product) SIM_SAME(exp) SIM_SAME(exp2)
+        SIM_SAME(log) SIM_SAME(log2) SIM_SAME(sqrt) SIM_SAME(rsqrt) SIM_SAME(tanh) SIM_SAME(fabs) SIM_SAME(abs)
+            SIM_SAME(floor) SIM_SAME(ceil) SIM_SAME(round) SIM_SAME(rint) SIM_SAME(pow) SIM_SAME(fma) SIM_SAME(min)
+                SIM_SAME(max) SIM_SAME(fmin) SIM_SAME(fmax) SIM_SAME(clamp) SIM_SAME(select) SIM_SAME(popcount)
+                    SIM_SAME(clz)
 #undef SIM_SAME
 
-template <class T>
-struct atomic {
+                        template <class T>
+                        struct atomic {
   T value;
 };
 enum memory_order { memory_order_relaxed };
-#define SIM_ATOMIC(name) \
+#define SIM_ATOMIC(name)            \
   template <class P, class... More> \
   int atomic_##name##_explicit(P place, More... more);
-SIM_ATOMIC(load) SIM_ATOMIC(store) SIM_ATOMIC(exchange) SIM_ATOMIC(fetch_add) SIM_ATOMIC(fetch_sub) SIM_ATOMIC(fetch_min)
-SIM_ATOMIC(fetch_max) SIM_ATOMIC(fetch_and) SIM_ATOMIC(fetch_or) SIM_ATOMIC(fetch_xor)
+SIM_ATOMIC(load)
+SIM_ATOMIC(store) SIM_ATOMIC(exchange) SIM_ATOMIC(fetch_add) SIM_ATOMIC(fetch_sub) SIM_ATOMIC(fetch_min)
+    SIM_ATOMIC(fetch_max) SIM_ATOMIC(fetch_and) SIM_ATOMIC(fetch_or) SIM_ATOMIC(fetch_xor)
 #undef SIM_ATOMIC
 
 }  // namespace metal
@@ -98,5 +101,5 @@ To as_type(From from);
 
 namespace sim {
 template <class Array, unsigned align, class Tag>
-__local Array &threadgroup_alloc(const __constant char *name, Tag tag);
+__local Array& threadgroup_alloc(const __constant char* name, Tag tag);
 }

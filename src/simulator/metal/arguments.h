@@ -1,22 +1,22 @@
 // Arguments of the entry function: converted to whatever type the kernel declares.
 #pragma once
 #include "../engine.h"
-#include "types.h"
+#include "vec.h"
 
 namespace sim {
 
 struct PointerArgument {
   int index;
   template <class T>
-  SIM_FN operator T *() const {
-    return static_cast<T *>(buffer(index));
+  SIM_FN operator T*() const {
+    return static_cast<T*>(buffer(index));
   }
 };
 struct ReferenceArgument {
   int index;
   template <class T>
-  SIM_FN operator T &() const {
-    return *static_cast<T *>(buffer(index));
+  SIM_FN operator T&() const {
+    return *static_cast<T*>(buffer(index));
   }
 };
 struct Position {
@@ -32,8 +32,12 @@ struct Position {
   }
 };
 
-SIM_FN inline Position thread_position_in_threadgroup() { return {current->position[0], current->position[1], current->position[2]}; }
-SIM_FN inline Position threadgroup_position_in_grid() { return {group_position[0], group_position[1], group_position[2]}; }
+SIM_FN inline Position thread_position_in_threadgroup() {
+  return {current->position[0], current->position[1], current->position[2]};
+}
+SIM_FN inline Position threadgroup_position_in_grid() {
+  return {group_position[0], group_position[1], group_position[2]};
+}
 SIM_FN inline Position threadgroups_per_grid() { return {launch.grid[0], launch.grid[1], launch.grid[2]}; }
 SIM_FN inline Position threads_per_threadgroup() { return {launch.threads[0], launch.threads[1], launch.threads[2]}; }
 SIM_FN inline Position dispatch_threads_per_threadgroup() { return threads_per_threadgroup(); }

@@ -1,6 +1,6 @@
 // The math library: float, half and bfloat through float, rounded to the type; vectors by element.
 #pragma once
-#include "types.h"
+#include "vec.h"
 
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")
@@ -24,29 +24,44 @@ namespace metal {
 
 // By element, for every arity; `f` is called with scalars.
 template <class F, class T, int N, class... More>
-SIM_FN constexpr auto by_element(F f, const vec<T, N> &a, const More &...more) {
+SIM_FN constexpr auto by_element(F f, const vec<T, N>& a, const More&... more) {
   vec<decltype(f(a.e[0], more.e[0]...)), N> r;
   for (int i = 0; i < N; ++i) r.e[i] = f(a.e[i], more.e[i]...);
   return r;
 }
 
-#define SIM_FLOAT1(name, expression)                                             \
-  SIM_FN inline float name(float x) { return expression; }                              \
-  SIM_FN inline half name(half h) { float x = h; return half(expression); }             \
-  SIM_FN inline bfloat name(bfloat h) { float x = h; return bfloat(expression); }       \
-  template <class T, enable_if_t<is_integral_v<T>, int> = 0>                     \
-  SIM_FN inline float name(T i) { float x = float(i); return expression; }              \
-  template <class T, int N>                                                      \
-  SIM_FN inline vec<T, N> name(const vec<T, N> &v) {                                    \
-    return by_element([](T x) { return name(x); }, v);                           \
+#define SIM_FLOAT1(name, expression)                         \
+  SIM_FN inline float name(float x) { return expression; }   \
+  SIM_FN inline half name(half h) {                          \
+    float x = h;                                             \
+    return half(expression);                                 \
+  }                                                          \
+  SIM_FN inline bfloat name(bfloat h) {                      \
+    float x = h;                                             \
+    return bfloat(expression);                               \
+  }                                                          \
+  template <class T, enable_if_t<is_integral_v<T>, int> = 0> \
+  SIM_FN inline float name(T i) {                            \
+    float x = float(i);                                      \
+    return expression;                                       \
+  }                                                          \
+  template <class T, int N>                                  \
+  SIM_FN inline vec<T, N> name(const vec<T, N>& v) {         \
+    return by_element([](T x) { return name(x); }, v);       \
   }
-#define SIM_FLOAT2(name, expression)                                                             \
-  SIM_FN inline float name(float x, float y) { return expression; }                                     \
-  SIM_FN inline half name(half a, half b) { float x = a, y = b; return half(expression); }              \
-  SIM_FN inline bfloat name(bfloat a, bfloat b) { float x = a, y = b; return bfloat(expression); }      \
-  template <class T, int N>                                                                      \
-  SIM_FN inline vec<T, N> name(const vec<T, N> &a, const vec<T, N> &b) {                                \
-    return by_element([](T x, T y) { return name(x, y); }, a, b);                                \
+#define SIM_FLOAT2(name, expression)                                     \
+  SIM_FN inline float name(float x, float y) { return expression; }      \
+  SIM_FN inline half name(half a, half b) {                              \
+    float x = a, y = b;                                                  \
+    return half(expression);                                             \
+  }                                                                      \
+  SIM_FN inline bfloat name(bfloat a, bfloat b) {                        \
+    float x = a, y = b;                                                  \
+    return bfloat(expression);                                           \
+  }                                                                      \
+  template <class T, int N>                                              \
+  SIM_FN inline vec<T, N> name(const vec<T, N>& a, const vec<T, N>& b) { \
+    return by_element([](T x, T y) { return name(x, y); }, a, b);        \
   }
 SIM_FLOAT1(exp, __builtin_expf(x))
 SIM_FLOAT1(exp2, __builtin_exp2f(x))
@@ -77,8 +92,8 @@ SIM_FLOAT1(fract, __builtin_fminf(x - __builtin_floorf(x), 0x1.fffffep-1f))
 SIM_FLOAT1(fabs, __builtin_fabsf(x))
 SIM_FLOAT1(saturate, __builtin_fminf(__builtin_fmaxf(x, 0.0f), 1.0f))
 SIM_FLOAT1(sign, float((x > 0.0f) - (x < 0.0f)))
-SIM_FLOAT1(sinpi, __builtin_sinf(M_PI_F * x))
-SIM_FLOAT1(cospi, __builtin_cosf(M_PI_F * x))
+SIM_FLOAT1(sinpi, __builtin_sinf(M_PI_F* x))
+SIM_FLOAT1(cospi, __builtin_cosf(M_PI_F* x))
 SIM_FLOAT2(pow, __builtin_powf(x, y))
 SIM_FLOAT2(powr, __builtin_powf(x, y))
 SIM_FLOAT2(fmin, __builtin_fminf(x, y))
@@ -96,19 +111,25 @@ SIM_FN inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b,
 SIM_FN inline half fma(half a, half b, half c) { return half((double)a * b + (double)c); }
 SIM_FN inline bfloat fma(bfloat a, bfloat b, bfloat c) { return bfloat(__builtin_fmaf(a, b, c)); }
 template <class T, int N>
-SIM_FN inline vec<T, N> fma(const vec<T, N> &a, const vec<T, N> &b, const vec<T, N> &c) {
+SIM_FN inline vec<T, N> fma(const vec<T, N>& a, const vec<T, N>& b, const vec<T, N>& c) {
   return by_element([](T x, T y, T z) { return fma(x, y, z); }, a, b, c);
 }
 SIM_FN inline float ldexp(float x, int n) { return __builtin_ldexpf(x, n); }
 SIM_FN inline half ldexp(half x, int n) { return half(__builtin_ldexpf(x, n)); }
 
-#define SIM_TEST(name, expression)                                               \
-  SIM_FN inline bool name(float x) { return expression; }                               \
-  SIM_FN inline bool name(half h) { float x = h; return expression; }                   \
-  SIM_FN inline bool name(bfloat h) { float x = h; return expression; }                 \
-  template <class T, int N>                                                      \
-  SIM_FN inline vec<bool, N> name(const vec<T, N> &v) {                                 \
-    return by_element([](T x) { return name(x); }, v);                           \
+#define SIM_TEST(name, expression)                        \
+  SIM_FN inline bool name(float x) { return expression; } \
+  SIM_FN inline bool name(half h) {                       \
+    float x = h;                                          \
+    return expression;                                    \
+  }                                                       \
+  SIM_FN inline bool name(bfloat h) {                     \
+    float x = h;                                          \
+    return expression;                                    \
+  }                                                       \
+  template <class T, int N>                               \
+  SIM_FN inline vec<bool, N> name(const vec<T, N>& v) {   \
+    return by_element([](T x) { return name(x); }, v);    \
   }
 SIM_TEST(isnan, __builtin_isnan(x))
 SIM_TEST(isinf, __builtin_isinf(x))
@@ -147,20 +168,20 @@ template <class T, class A, class B>
 SIM_FN constexpr auto clamp(T x, A low, B high) {
   return min(max(x, low), high);
 }
-#define SIM_VECTOR2(name)                                                        \
-  template <class T, int N>                                                      \
-  SIM_FN constexpr vec<T, N> name(const vec<T, N> &a, const vec<T, N> &b) {             \
-    return by_element([](T x, T y) { return T(name(x, y)); }, a, b);             \
-  }                                                                              \
-  template <class T, int N, Scalar S>                                            \
-  SIM_FN constexpr vec<T, N> name(const vec<T, N> &a, S b) {                            \
-    return name(a, vec<T, N>(b));                                                \
+#define SIM_VECTOR2(name)                                                   \
+  template <class T, int N>                                                 \
+  SIM_FN constexpr vec<T, N> name(const vec<T, N>& a, const vec<T, N>& b) { \
+    return by_element([](T x, T y) { return T(name(x, y)); }, a, b);        \
+  }                                                                         \
+  template <class T, int N, Scalar S>                                       \
+  SIM_FN constexpr vec<T, N> name(const vec<T, N>& a, S b) {                \
+    return name(a, vec<T, N>(b));                                           \
   }
 SIM_VECTOR2(min)
 SIM_VECTOR2(max)
 #undef SIM_VECTOR2
 template <class T, int N>
-SIM_FN constexpr vec<T, N> abs(const vec<T, N> &v) {
+SIM_FN constexpr vec<T, N> abs(const vec<T, N>& v) {
   return by_element([](T x) { return abs(x); }, v);
 }
 SIM_FN inline float min3(float a, float b, float c) { return min(min(a, b), c); }
@@ -171,11 +192,11 @@ SIM_FN constexpr auto select(A a, B b, bool c) {
   return c ? common<A, B>(b) : common<A, B>(a);
 }
 template <class T, int N>
-SIM_FN constexpr vec<T, N> select(const vec<T, N> &a, const vec<T, N> &b, bool c) {
+SIM_FN constexpr vec<T, N> select(const vec<T, N>& a, const vec<T, N>& b, bool c) {
   return c ? b : a;
 }
 template <class T, int N, class C>
-SIM_FN constexpr vec<T, N> select(const vec<T, N> &a, const vec<T, N> &b, const vec<C, N> &c) {
+SIM_FN constexpr vec<T, N> select(const vec<T, N>& a, const vec<T, N>& b, const vec<C, N>& c) {
   vec<T, N> r;
   for (int i = 0; i < N; ++i) r.e[i] = c.e[i] ? b.e[i] : a.e[i];
   return r;
@@ -185,7 +206,7 @@ SIM_FN constexpr T mix(T a, T b, T t) {
   return a + (b - a) * t;
 }
 template <class T, int N>
-SIM_FN constexpr T dot(const vec<T, N> &a, const vec<T, N> &b) {
+SIM_FN constexpr T dot(const vec<T, N>& a, const vec<T, N>& b) {
   T r = a.e[0] * b.e[0];
   for (int i = 1; i < N; ++i) r = T(r + a.e[i] * b.e[i]);
   return r;
@@ -193,17 +214,17 @@ SIM_FN constexpr T dot(const vec<T, N> &a, const vec<T, N> &b) {
 
 // ---- integers
 
-#define SIM_INTEGER1(name, expression)                                           \
-  template <class T, enable_if_t<is_integral_v<T>, int> = 0>                     \
-  SIM_FN constexpr T name(T v) {                                                        \
-    constexpr int bits = sizeof(T) * 8;                                          \
-    const auto x = make_unsigned_t<T>(v);                                        \
-    (void)bits;                                                                  \
-    return T(expression);                                                        \
-  }                                                                              \
-  template <class T, int N>                                                      \
-  SIM_FN constexpr vec<T, N> name(const vec<T, N> &v) {                                 \
-    return by_element([](T x) { return name(x); }, v);                           \
+#define SIM_INTEGER1(name, expression)                       \
+  template <class T, enable_if_t<is_integral_v<T>, int> = 0> \
+  SIM_FN constexpr T name(T v) {                             \
+    constexpr int bits = sizeof(T) * 8;                      \
+    const auto x = make_unsigned_t<T>(v);                    \
+    (void)bits;                                              \
+    return T(expression);                                    \
+  }                                                          \
+  template <class T, int N>                                  \
+  SIM_FN constexpr vec<T, N> name(const vec<T, N>& v) {      \
+    return by_element([](T x) { return name(x); }, v);       \
   }
 SIM_INTEGER1(popcount, __builtin_popcountl(x))
 SIM_INTEGER1(clz, x ? __builtin_clzl(x) - (64 - bits) : bits)

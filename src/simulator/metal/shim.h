@@ -9,6 +9,7 @@
 #include "simd.h"
 #include "tensor_ops.h"
 #include "types.h"
+#include "vec.h"
 #pragma clang attribute pop
 #pragma clang attribute pop
 #define METAL_FUNC inline
