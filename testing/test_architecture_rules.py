@@ -1,0 +1,93 @@
+"""The arrows between rooms: which part of the package may import which, and what kernels may not do."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "tilelang_ext"
+BACKENDS = ("metal", "rocm", "cuda")
+
+# room: what it may not import, as prefixes of module names; a reason each
+FORBIDDEN = {
+    "formats": ("tilelang_ext",),  # everybody imports it, so it imports nobody
+    "language": tuple(f"tilelang_ext.{b}" for b in BACKENDS),  # no target branches: a macro is the same on each
+    **{b: ("tilelang_ext.language", "tilelang_ext.kernels") for b in BACKENDS},  # a backend serves any kernel
+    "simulator": ("tilelang_ext.language", "tilelang_ext.kernels"),  # it executes text, wherever that came from
+    "kernels": ("time", "timeit"),  # benchmarks time
+}
+# room: all that it may import besides the standard library
+ALLOWED = {"reference": ("torch", "tilelang_ext.formats", "tilelang_ext.quantize")}  # the truth, in plain torch
+NO_ROOMS = {"utils", "common", "helpers", "misc"}
+
+
+def imports(text: str, package: str) -> list[str]:
+    """Every module that a file of `package` imports, at any depth, under its full name."""
+    names = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names += [f"{module}.{alias.name}" for alias in node.names]  # `from tilelang_ext import language` too
+    return names
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def violations(room: str, text: str, package: str) -> list[str]:
+    found = [name for name in imports(text, package) if within(name, FORBIDDEN.get(room, ()))]
+    if room in ALLOWED:
+        own = [name for name in imports(text, package) if name.split(".")[0] in ("tilelang_ext", "tilelang", "tvm", "torch")]
+        found += [name for name in own if not within(name, ALLOWED[room])]
+    if room == "kernels":
+        found += [
+            "print"
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+        ]
+    return found
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    package = ".".join(["tilelang_ext", *parts[:-1]])
+    assert not violations(parts[0], path.read_text(), package), "see the arrows in docs/architecture.md"
+
+
+def test_no_room_without_a_question():
+    assert not {path.name for path in PACKAGE.rglob("*")} & {*NO_ROOMS, *(f"{name}.py" for name in NO_ROOMS)}
+
+
+def test_code_generator_knows_no_kernel():
+    kernels = {path.stem for path in (PACKAGE / "kernels").glob("*.py")} - {"__init__"}
+    for path in (ROOT / "src" / "metal").iterdir():
+        assert not kernels & set(re.findall(r"\w+", path.read_text())), path.name
+
+
+@pytest.mark.parametrize(
+    ("room", "text", "found"),
+    [
+        ("metal", "from tilelang_ext import language as T", ["tilelang_ext.language"]),
+        ("metal", "from ..kernels import moe", ["tilelang_ext.kernels.moe"]),
+        ("metal", "def late():\n    import tilelang_ext.kernels.moe", ["tilelang_ext.kernels.moe"]),
+        ("metal", "from tilelang import language as T\nfrom . import layout", []),
+        ("formats", "from .quantize import pack", ["tilelang_ext.quantize.pack"]),
+        ("reference", "import torch\nfrom tilelang_ext.metal import lower", ["tilelang_ext.metal.lower"]),
+        ("reference", "import math\nimport torch\nfrom tilelang_ext import formats", []),
+        ("kernels", "import time\nprint(time.time())", ["time", "print"]),
+    ],
+)
+def test_the_rules_see_a_violation(room, text, found):
+    package = f"tilelang_ext.{room}" if room in ("metal", "kernels") else "tilelang_ext"
+    assert violations(room, text, package) == found
