@@ -14,7 +14,7 @@ BACKENDS = ("metal", "rocm", "cuda")
 FORBIDDEN = {
     "formats": ("tilelang_ext",),  # everybody imports it, so it imports nobody
     "language": tuple(f"tilelang_ext.{b}" for b in BACKENDS),  # no target branches: a macro is the same on each
-    **{b: ("tilelang_ext.language", "tilelang_ext.kernels") for b in BACKENDS},  # a backend serves any kernel
+    **dict.fromkeys(BACKENDS, ("tilelang_ext.language", "tilelang_ext.kernels")),  # a backend serves any kernel
     "simulator": ("tilelang_ext.language", "tilelang_ext.kernels"),  # it executes text, wherever that came from
     "kernels": ("time", "timeit"),  # benchmarks time
 }
