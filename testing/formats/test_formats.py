@@ -120,7 +120,7 @@ def test_scale_shape(layout, rows, k, shape):
 
 
 def test_layout_errors():
-    with pytest.raises(ValueError, match="K must be a multiple of 32.*got 48"):
+    with pytest.raises(ValueError, match="K must be a multiple of 32, which share a scale byte; got 48"):
         BlockScaledLayout.e8m0_k32().scale_shape(4, 48)
     with pytest.raises(ValueError, match=r"block: both extents must be at least 1; got \(0, 128\)"):
         BlockScaledLayout.block(0, 128)
