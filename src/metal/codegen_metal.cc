@@ -43,27 +43,6 @@ constexpr int kMaxThreads = 1024;
 constexpr int64_t kMaxThreadgroupBytes = 32768;
 constexpr int kSimdWidth = 32;
 
-// Metal's words and the functions that generated text calls: no variable may hide them.
-const char* const kReservedNames[] = {
-    "abs",          "acos",       "alignas",     "arg",      "as_type", "asin",     "atan",      "atan2",
-    "atomic_float", "atomic_int", "atomic_uint", "auto",     "bfloat",  "bfloat2",  "bfloat3",   "bfloat4",
-    "blockIdx",     "bool",       "bool2",       "bool3",    "bool4",   "catch",    "ceil",      "char2",
-    "char3",        "char4",      "class",       "clz",      "const",   "constant", "constexpr", "copysign",
-    "cos",          "cosh",       "delete",      "device",   "enum",    "erf",      "exp",       "exp10",
-    "exp2",         "explicit",   "expm1",       "fabs",     "false",   "fast",     "float2",    "float3",
-    "float4",       "floor",      "fma",         "fmax",     "fmin",    "fmod",     "fragment",  "friend",
-    "gridDim",      "half",       "half2",       "half3",    "half4",   "hypot",    "inline",    "int2",
-    "int3",         "int4",       "kernel",      "ldexp",    "log",     "log10",    "log1p",     "log2",
-    "long2",        "long3",      "long4",       "max",      "metal",   "min",      "mpp",       "mutable",
-    "namespace",    "new",        "operator",    "popcount", "pow",     "precise",  "private",   "protected",
-    "public",       "rint",       "round",       "rsqrt",    "sampler", "select",   "short2",    "short3",
-    "short4",       "signed",     "simd_lane",   "sin",      "sinh",    "sizeof",   "sqrt",      "static",
-    "tan",          "tanh",       "template",    "texture",  "this",    "thread",   "threadIdx", "threadgroup",
-    "trunc",        "true",       "try",         "typename", "uchar",   "uchar2",   "uchar3",    "uchar4",
-    "uint",         "uint2",      "uint3",       "uint4",    "ulong",   "ulong2",   "ulong3",    "ulong4",
-    "ushort",       "ushort2",    "ushort3",     "ushort4",  "using",   "vec",      "vertex",    "virtual",
-    "volatile",     "wide"};
-
 std::string AddressSpace(const std::string& scope) {
   if (scope == "global" || scope.empty()) return "device";
   if (scope == "shared" || scope == "shared.dyn" || scope == "threadgroup") return "threadgroup";
@@ -260,7 +239,7 @@ class CodeGenMetal final : public CodeGenC {
 
 void CodeGenMetal::AddKernel(const std::string& name, const PrimFunc& func) {
   InitFuncState(func);
-  for (const char* word : kReservedNames) name_supply_->ReserveName(word);
+  for (const std::string& word : ReservedNames()) name_supply_->ReserveName(word);
   usage_(func->body);
 
   std::unordered_set<int64_t> readonly;

@@ -3,7 +3,9 @@
 #include <tvm/ffi/error.h>
 
 #include <cmath>
+#include <iterator>
 #include <map>
+#include <sstream>
 
 namespace tilelang_ext {
 namespace metal {
@@ -185,6 +187,21 @@ std::string FromElements(DataType t, const std::vector<std::string>& elements) {
   }
   for (size_t i = 0; i < elements.size(); ++i) out += (i ? ", " : "") + elements[i];
   return TypeName(t) + "(" + out + ")";
+}
+
+std::vector<std::string> ReservedNames() {
+  std::istringstream words(
+      "abs acos alignas arg as_type asin atan atan2 atomic_float atomic_int atomic_uint auto bfloat bfloat2 "
+      "bfloat3 bfloat4 blockIdx bool bool2 bool3 bool4 catch ceil char2 char3 char4 class clz const "
+      "constant constexpr copysign cos cosh delete device enum erf exp exp10 exp2 explicit expm1 fabs false "
+      "fast float2 float3 float4 floor fma fmax fmin fmod fragment friend gridDim half half2 half3 half4 "
+      "hypot inline int2 int3 int4 kernel ldexp log log10 log1p log2 long2 long3 long4 max metal min mpp "
+      "mutable namespace new operator popcount pow precise private protected public rint round rsqrt "
+      "sampler select short2 short3 short4 signed simd_lane sin sinh sizeof sqrt static tan tanh template "
+      "texture this thread threadIdx threadgroup trunc true try typename uchar uchar2 uchar3 uchar4 uint "
+      "uint2 uint3 uint4 ulong ulong2 ulong3 ulong4 ushort ushort2 ushort3 ushort4 using vec vertex virtual "
+      "volatile wide ");
+  return {std::istream_iterator<std::string>(words), {}};
 }
 
 std::string MathFunction(const std::string& name) {

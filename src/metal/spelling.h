@@ -57,6 +57,9 @@ std::string Element(const std::string& vec, DataType t, int i);
 /*! \brief A vector from its elements. */
 std::string FromElements(DataType t, const std::vector<std::string>& elements);
 
+/*! \brief Metal's words and the functions that generated text calls: no variable may hide them. */
+std::vector<std::string> ReservedNames();
+
 /*! \brief Metal's name for a math function of TIR or of libm ("expf", "tl.__exp", ...); "" when there is none. */
 std::string MathFunction(const std::string& name);
 

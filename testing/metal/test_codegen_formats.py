@@ -162,7 +162,7 @@ def test_arithmetic_on_codes_is_refused():
             for i in T.Parallel(32):
                 A[i] = A[i] + A[i]
 
-    with pytest.raises(TypeError, match="float8_e4m3fn: is stored on Metal, not computed with; .* cast them to"):
+    with pytest.raises(TypeError, match=r"float8_e4m3fn: is stored on Metal, not computed with; .* cast them to"):
         lower(add)
 
 

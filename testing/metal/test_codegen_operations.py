@@ -55,7 +55,7 @@ def tile_column(lane):
 
 
 @pytest.mark.parametrize(
-    "a_dtype, b_dtype",
+    ("a_dtype", "b_dtype"),
     [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float32"), ("float32", "bfloat16")],
 )
 def test_simdgroup_mma(a_dtype, b_dtype):
@@ -120,7 +120,8 @@ def test_warp_reduce_of_bits():
     a = torch.tensor([0b1100 | (1 << (4 + i % 20)) for i in range(32)], dtype=torch.int32)
     out = torch.zeros(2, 32, dtype=torch.int32)
     run(kernel, a, out)
-    assert out[0].eq(0b1100).all() and out[1].eq((1 << 24) - 4).all()
+    assert out[0].eq(0b1100).all()
+    assert out[1].eq((1 << 24) - 4).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int64", "bool", "float8_e4m3fn"])
@@ -178,9 +179,9 @@ JOIN = {"sum": torch.add, "abssum": torch.add, "max": torch.maximum, "min": torc
 
 
 @pytest.mark.parametrize(
-    "kind, clear", [*((k, True) for k in TORCH_REDUCE), *((k, False) for k in TORCH_REDUCE if k != "abssum")]
+    ("kind", "clear"), [*((k, True) for k in TORCH_REDUCE), *((k, False) for k in TORCH_REDUCE if k != "abssum")]
 )
-@pytest.mark.parametrize("dim, threads", [(1, 32), (0, 128), (1, 256)], ids=["lanes", "simdgroups", "both"])
+@pytest.mark.parametrize(("dim", "threads"), [(1, 32), (0, 128), (1, 256)], ids=["lanes", "simdgroups", "both"])
 def test_reduce(kind, clear, dim, threads):
     rows, columns = (4, 512) if threads == 256 else (16, 64)
     a = torch.randint(-50, 50, (rows, columns)).float()

@@ -49,7 +49,7 @@ def values_of(dtype: str, n: int = 64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "source, lanes",
+    ("source", "lanes"),
     [*itertools.product(NATIVE, [1, 4, 8]), *itertools.product(["bool", "uint8", "float16", "float32"], [2, 16])],
 )
 def test_convert_to_every_type_at_every_width(source, lanes):
@@ -328,7 +328,7 @@ def test_variables_and_loops():
     assert out.tolist() == [5 + (1 + 3 + 9 + 27) * t - 3 for t in range(32)]
 
 
-@pytest.mark.parametrize("a, b", itertools.permutations(["float16", "bfloat16", "float32"], 2))
+@pytest.mark.parametrize(("a", "b"), itertools.permutations(["float16", "bfloat16", "float32"], 2))
 def test_shared_memory_of_two_types(a, b):
     """Buffers of two types that share the merged array keep their own alignment and places."""
 
