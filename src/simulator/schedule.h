@@ -185,6 +185,11 @@ inline void fiber_main() {
   __builtin_trap();
 }
 
+// One place of the text, in whatever instantiation of a template.
+inline bool same_place(const Site* a, const Site* b) {
+  return a == b || (a->_M_line == b->_M_line && a->_M_column == b->_M_column && !strcmp(a->_M_file_name, b->_M_file_name));
+}
+
 // All simdgroups stand at a barrier or are done.
 inline bool pass_barrier(unsigned total) {
   const Thread *first = nullptr, *other = nullptr;
@@ -195,7 +200,7 @@ inline bool pass_barrier(unsigned total) {
     for (int lane = 0; lane < s->size; ++lane) {
       if (s->state[lane] != kAtBarrier) continue;
       if (!first) first = &s->threads[lane];
-      if (s->threads[lane].site != first->site) other = &s->threads[lane];
+      if (!same_place(s->threads[lane].site, first->site)) other = &s->threads[lane];
     }
   }
   if (!waiting) return false;

@@ -21,6 +21,12 @@ GEMM = """
 #include "mlx/backend/metal/kernels/steel/gemm/gemm.h"
 #include "mlx/backend/metal/kernels/steel/gemm/kernels/steel_gemm_fused.h"
 """
+GEMM_NAX = """
+#include "mlx/backend/metal/kernels/utils.h"
+#include "mlx/backend/metal/kernels/steel/gemm/nax.h"
+#include "mlx/backend/metal/kernels/steel/gemm/gemm_nax.h"
+#include "mlx/backend/metal/kernels/steel/gemm/kernels/steel_gemm_fused_nax.h"
+"""
 QUANTIZED = """
 #include "mlx/backend/metal/kernels/utils.h"
 #include "mlx/backend/metal/kernels/steel/gemm/gemm.h"
@@ -52,7 +58,7 @@ def template(name, *arguments):
     return f"{name}<{', '.join(spelled)}>"
 
 
-def run_gemm(headers, m, n, k, tile, trans_a, trans_b, **options):
+def run_gemm(headers, m, n, k, tile, trans_a, trans_b, source=GEMM):
     block_m, block_n, block_k, simd_m, simd_n = tile
     generator = torch.Generator().manual_seed(m + n + k)
     a, b = torch.randn(m, k, generator=generator).half(), torch.randn(k, n, generator=generator).half()
@@ -63,14 +69,13 @@ def run_gemm(headers, m, n, k, tile, trans_a, trans_b, **options):
         "8i3q3i4x", m, n, k, a_stored.shape[1], b_stored.shape[1], n, tiles_n, tiles_m, 0, 0, 0, 0, k // block_k, 1
     )
     report = execute_msl(
-        GEMM,
+        source,
         template("gemm", "half", *tile, trans_a, trans_b, "float"),
         [a_stored, b_stored, None, d, params, None, None, None],
         grid=(tiles_n, tiles_m, 1),
         threads=(32, simd_n, simd_m),
         constants={10: False, 100: False, 110: False, 200: m % block_m == 0, 201: n % block_n == 0, 202: k % block_k == 0},
         include_directories=headers,
-        **options,
     )
     reference = a.double() @ b.double()
     assert (d - reference).abs().max() <= 2**-10 * reference.abs().max()  # half an ulp of half, at the largest
@@ -90,6 +95,15 @@ def run_gemm(headers, m, n, k, tile, trans_a, trans_b, **options):
 def test_steel_gemm(headers, shape, tile, trans_a, trans_b):
     report = run_gemm(headers, *shape, tile, trans_a, trans_b)
     assert report.findings == (), str(report)
+
+
+@pytest.mark.parametrize("shape", [(128, 128, 64), (100, 72, 50)])
+@pytest.mark.parametrize(("trans_a", "trans_b"), [(False, False), (True, False), (False, True), (True, True)])
+def test_steel_gemm_of_metal4(headers, shape, trans_a, trans_b):
+    """matmul2d on cooperative tensors, whose layout MLX relies on."""
+    report = run_gemm(headers, *shape, (64, 64, 32, 2, 2), trans_a, trans_b, source=GEMM_NAX)
+    assert report.findings == (), str(report)
+    assert report.counts.threadgroup_bytes_read == 0
 
 
 @pytest.mark.parametrize(
