@@ -1,0 +1,222 @@
+"""Metal's language and library: each name that generated text may use means here what it means there."""
+
+import numpy as np
+import pytest
+import torch
+
+from simulator import kernels
+from tilelang_ext.simulator import execute_msl
+
+
+def run(body, outputs, *inputs, before="", threads=32, parameters="", **options):
+    """Execute `body` with `y` (float per thread unless given), inputs `x0`.. and thread `i`, `lane`."""
+    types = {"float32": "float", "int32": "int", "uint32": "uint", "float16": "half", "uint8": "uchar", "int64": "long"}
+    arrays = [outputs, *inputs]
+    declared = [
+        f"device {types[str(a.dtype)]}* {'y' if n == 0 else f'x{n - 1}'} [[buffer({n})]], " for n, a in enumerate(arrays)
+    ]
+    source = (
+        kernels.HEADER + before + f"kernel void f({''.join(declared)}{parameters}uint i [[thread_position_in_grid]], "
+        "uint lane [[thread_index_in_simdgroup]]) {\n" + body + "\n}\n"
+    )
+    report = execute_msl(source, "f", arrays, grid=(1, 1, 1), threads=(threads, 1, 1), **options)
+    assert report.findings == (), str(report)
+    return outputs
+
+
+def floats():
+    return np.zeros(32, np.float32)
+
+
+UNARY = {
+    "exp": np.exp, "exp2": np.exp2, "log": np.log, "log2": np.log2, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x),
+    "tanh": np.tanh, "sin": np.sin, "cos": np.cos, "floor": np.floor, "ceil": np.ceil, "trunc": np.trunc, "rint": np.rint,
+    "round": lambda x: np.floor(x + 0.5), "fabs": np.abs, "abs": np.abs, "saturate": lambda x: np.clip(x, 0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("space", ["", "fast::", "precise::", "metal::"])
+def test_math_of_one_argument(space):
+    x = np.linspace(0.05, 4.45, 32).astype(np.float32)
+    names = list(UNARY)
+    y = np.zeros(32 * len(names), np.float32)
+    run("\n".join(f"y[{n} * 32 + i] = {space}{name}(x0[i]);" for n, name in enumerate(names)), y, x)
+    for n, name in enumerate(names):
+        np.testing.assert_allclose(y[n * 32 : n * 32 + 32], UNARY[name](x.astype(np.float64)), rtol=1e-6, err_msg=name)
+
+
+def test_half_rounds_every_operation():
+    x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float16)
+    y = np.zeros(32, np.float16)
+    run("half a = x0[i], b = x0[i + 32], c = x0[i + 64]; y[i] = a * b + c * a - b / c;", y, x)
+    a, b, c = x
+    np.testing.assert_array_equal(y, a * b + c * a - b / c)  # numpy rounds each too
+
+
+def test_bfloat_rounds_every_operation():
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = torch.zeros(32, dtype=torch.bfloat16)
+    source = kernels.HEADER + (
+        "kernel void f(device bfloat* y [[buffer(0)]], const device bfloat* x [[buffer(1)]],"
+        " uint i [[thread_position_in_grid]]) { bfloat a = x[i], b = x[i + 32], c = x[i + 64]; y[i] = a * b + c * a - b / c; }"
+    )
+    execute_msl(source, "f", [y, x], grid=(1, 1, 1), threads=(32, 1, 1))
+    a, b, c = x
+    assert torch.equal(y, a * b + c * a - b / c)
+
+
+SHUFFLES = {
+    "simd_shuffle(v, ushort((lane * 5) & 31))": lambda v: v[np.arange(32) * 5 & 31],
+    "simd_shuffle_xor(v, 9)": lambda v: v[np.arange(32) ^ 9],
+    "simd_shuffle_up(v, 1)": lambda v: np.concatenate([v[:1], v[:-1]]),
+    "simd_shuffle_down(v, 1)": lambda v: np.concatenate([v[1:], v[-1:]]),
+    "simd_broadcast(v, 7)": lambda v: np.full(32, v[7]),
+    "simd_sum(v)": lambda v: np.full(32, v.sum()),
+    "simd_max(v)": lambda v: np.full(32, v.max()),
+    "simd_min(v)": lambda v: np.full(32, v.min()),
+    "simd_product(v)": lambda v: np.full(32, v.prod()),
+    "simd_prefix_inclusive_sum(v)": np.cumsum,
+    "simd_prefix_exclusive_sum(v)": lambda v: np.cumsum(v) - v,
+    "quad_sum(v)": lambda v: np.repeat(v.reshape(8, 4).sum(1), 4),
+    "simd_and(v)": lambda v: np.full(32, np.bitwise_and.reduce(v)),
+    "simd_or(v)": lambda v: np.full(32, np.bitwise_or.reduce(v)),
+    "simd_xor(v)": lambda v: np.full(32, np.bitwise_xor.reduce(v)),
+    "int(simd_any(v > 30))": lambda v: np.full(32, int((v > 30).any())),
+    "int(simd_all(v > 30))": lambda v: np.full(32, int((v > 30).all())),
+    "int(ulong(simd_ballot(v & 1)))": lambda v: np.full(32, np.packbits(v & 1, bitorder="little").view(np.int32)[0]),
+    "simd_shuffle_xor(int2(v, -v), 1).y": lambda v: -v[np.arange(32) ^ 1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_simd_operations(seed):
+    v = np.random.default_rng(1).integers(1, 3, 32).astype(np.int32)
+    y = np.zeros(32 * len(SHUFFLES), np.int32)
+    run("int v = x0[i];\n" + "\n".join(f"y[{n} * 32 + i] = {e};" for n, e in enumerate(SHUFFLES)), y, v, seed=seed)
+    for n, (text, expected) in enumerate(SHUFFLES.items()):
+        np.testing.assert_array_equal(y[n * 32 : n * 32 + 32], expected(v), err_msg=text)
+
+
+VALUES = {
+    "popcount(0xf0f1)": 9,
+    "clz(1u)": 31,
+    "ctz(8u)": 3,
+    "as_type<float>(0x40490fdb)": np.float32(np.pi),
+    "as_type<ushort>(1.0h)": 0x3C00,
+    "float(as_type<bfloat>(ushort(0x3f80)))": 1,
+    "half(1.0h) + 0.5h": 1.5,
+    "float(bfloat(1.00390625f))": 1.0,  # half way: to even
+    "fma(2.0f, 3.0f, 4.0f)": 10,
+    "clamp(7, 0, 5)": 5,
+    "select(1.0f, 2.0f, true)": 2,
+    "min(3u, 2u) + max(4, 9)": 11,
+    "float(isnan(NAN)) + float(isinf(INFINITY)) * 2": 3,
+    "pow(2.0f, 10.0f)": 1024,
+    "float4(1, float2(2, 3), 4).zyx.y": 2,
+    "float4(1.0f).w + float3(float2(1, 2), 5).z": 6,
+    "dot(float3(1, 2, 3), float3(4, 5, 6))": 32,
+    "(float4(1, 2, 3, 4) * 2 + 1)[3]": 9,
+    "float(any(int2(1, 2) > 1)) + float(all(int2(1, 2) > 1))": 1,
+    "uchar4(250, 1, 2, 3).x + 10": 260,
+    "uchar(uchar4(uchar(250)).x + 10)": 4,
+    "(ulong(1) << 40) >> 38": 4,
+    "extract_bits(0xabcdu, 4, 8)": 0xBC,
+    "rotate(0x80000001u, 1u)": 3,
+    "1.0 / 3.0": np.float32(1) / np.float32(3),  # a literal without suffix is a float
+    "sizeof(float3) + sizeof(packed_float3)": 28,
+    "short(-7) >> 1": -4,
+    "int(char(200))": -56,
+    "float(bool2(true, false).x)": 1,
+}
+
+
+def test_values():
+    y = np.zeros(len(VALUES), np.float32)
+    run("\n".join(f"y[{n}] = float({e});" for n, e in enumerate(VALUES)), y, threads=1)
+    for got, (text, expected) in zip(y, VALUES.items(), strict=True):
+        assert got == np.float32(expected), (text, got, expected)
+
+
+def test_swizzles_are_assigned():
+    y = floats()[:4]
+    run("float4 v = float4(1, 2, 3, 4); v.xy = v.wz; v.zw *= 2.0f; v.x += v.y; *(device float4*)y = v;", y, threads=1)
+    np.testing.assert_array_equal(y, [7, 3, 6, 8])
+
+
+def test_threadgroup_declarations():
+    before = "template <int N> struct Tile { int v[N]; };\nconstant constexpr int kN = 32;\n"
+    body = """
+      alignas(16) threadgroup int a[kN], b[2][kN + 1];
+      threadgroup int scalar;
+      threadgroup Tile<kN> tile;
+      threadgroup int* p = a;
+      p[lane] = i; b[1][lane] = i * 2; tile.v[lane] = i * 3;
+      if (lane == 0) scalar = 5;
+      threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+      y[i] = a[lane ^ 1] + b[1][lane ^ 2] + tile.v[lane ^ 3] + scalar;"""
+    i = np.arange(32)
+    y = run(body, np.zeros(32, np.int32), before=before)
+    np.testing.assert_array_equal(y, (i ^ 1) + (i ^ 2) * 2 + (i ^ 3) * 3 + 5)
+
+
+def test_tables_and_function_constants():
+    before = "constant float table[4] = {1, 2, 4, 8};\nconstant bool doubled [[function_constant(3)]];\n"
+    for value in (False, True):
+        y = run("y[i] = table[i & 3] * (doubled ? 2 : 1);", floats(), before=before, constants={3: value})
+        np.testing.assert_array_equal(y, 2.0 ** (np.arange(32) & 3) * (1 + value))
+
+
+def test_entries_by_host_name_and_template_arguments():
+    source = kernels.HEADER + (
+        "template <typename T, int n> [[kernel]] void scale(device T* y [[buffer(0)]], uint i [[thread_position_in_grid]])"
+        " { y[i] *= n; }\n"
+        'template [[host_name("scale_half")]] [[kernel]] decltype(scale<half, 3>) scale<half, 3>;\n'
+    )
+    for entry, dtype, factor in (("scale_half", np.float16, 3), ("scale<float, 5>", np.float32, 5)):
+        y = np.ones(32, dtype)
+        execute_msl(source, entry, [y], grid=(1, 1, 1), threads=(32, 1, 1))
+        assert (y == factor).all()
+
+
+def test_positions():
+    source = (
+        kernels.HEADER
+        + """
+kernel void f(device uint* y [[buffer(0)]], uint2 g [[thread_position_in_grid]], ushort2 t [[thread_position_in_threadgroup]],
+              uint3 group [[threadgroup_position_in_grid]], uint3 groups [[threadgroups_per_grid]],
+              ushort2 size [[threads_per_threadgroup]], uint2 whole [[threads_per_grid]],
+              ushort i [[thread_index_in_threadgroup]],
+              ushort simd [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]],
+              uint simds [[simdgroups_per_threadgroup]], uint width [[threads_per_simdgroup]]) {
+  bool right = g.x == group.x * size.x + t.x && g.y == group.y * size.y + t.y && i == t.y * size.x + t.x &&
+      simd == i / width && lane == i % width && simds == 2 && whole.x == groups.x * size.x && group.z == 0;
+  y[g.y * whole.x + g.x] = right ? g.y * whole.x + g.x : 0xffffffff;
+}"""
+    )
+    y = np.zeros(24 * 8, np.uint32)
+    report = execute_msl(source, "f", [y], grid=(3, 1, 1), threads=(8, 8, 1))
+    np.testing.assert_array_equal(y, np.arange(24 * 8))
+    assert report.findings == ()
+
+
+def test_atomics():
+    body = """
+      device atomic_int* a = (device atomic_int*)y;
+      atomic_fetch_add_explicit(&a[0], 2, memory_order_relaxed);
+      atomic_fetch_min_explicit(&a[1], int(i), memory_order_relaxed);
+      atomic_fetch_max_explicit(&a[2], int(i), memory_order_relaxed);
+      atomic_fetch_or_explicit(&a[3], int(i), memory_order_relaxed);
+      atomic_fetch_and_explicit(&a[4], int(i), memory_order_relaxed);
+      atomic_fetch_xor_explicit(&a[5], int(i), memory_order_relaxed);
+      atomic_fetch_sub_explicit(&a[6], 1, memory_order_relaxed);
+      int seen = atomic_load_explicit(&a[7], memory_order_relaxed);
+      while (!atomic_compare_exchange_weak_explicit(&a[7], &seen, seen + 1, memory_order_relaxed, memory_order_relaxed)) {}"""
+    y = np.array([0, 99, -1, 0, 255, 0, 0, 0], np.int32)
+    run(body, y)
+    np.testing.assert_array_equal(y, [64, 0, 31, 31, 0, 0, -32, 32])
+
+
+def test_partial_simdgroup():
+    y = np.zeros(40, np.int32)
+    run("y[i] = simd_sum(1);", y, threads=40)
+    np.testing.assert_array_equal(y, [32] * 32 + [8] * 8)
