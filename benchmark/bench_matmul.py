@@ -340,6 +340,8 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     arguments = parser.parse_args(command_line)
 
     target, device, reason = find_device(arguments.target)
+    if (target, arguments.dtype) == ("c", "bfloat16"):
+        raise SystemExit("--dtype: upstream's C target takes float16 or float32; got bfloat16; pass one of these")
     key = {"mps": "mps", "simulator": "simulator"}.get(device, target)
     providers, notes = choose(PROVIDERS, arguments.providers or names, key)
     notes = notes if arguments.providers else []

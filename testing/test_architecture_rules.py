@@ -15,7 +15,8 @@ FORBIDDEN = {
     "formats": ("tilelang_ext",),  # everybody imports it, so it imports nobody
     "language": tuple(f"tilelang_ext.{b}" for b in BACKENDS),  # no target branches: a macro is the same on each
     **dict.fromkeys(BACKENDS, ("tilelang_ext.language", "tilelang_ext.kernels")),  # a backend serves any kernel
-    "simulator": ("tilelang_ext.language", "tilelang_ext.kernels"),  # it executes text, wherever that came from
+    # It executes text, wherever that came from, and works where tilelang is not installed.
+    "simulator": ("tilelang", "tvm", "tilelang_ext.language", "tilelang_ext.kernels", *(f"tilelang_ext.{b}" for b in BACKENDS)),
     "kernels": ("time", "timeit"),  # benchmarks time
 }
 # room: all that it may import besides the standard library
@@ -82,6 +83,8 @@ def test_code_generator_knows_no_kernel():
         ("metal", "from ..kernels import moe", ["tilelang_ext.kernels.moe"]),
         ("metal", "def late():\n    import tilelang_ext.kernels.moe", ["tilelang_ext.kernels.moe"]),
         ("metal", "from tilelang import language as T\nfrom . import layout", []),
+        ("simulator", "import tilelang.language", ["tilelang.language"]),
+        ("simulator", "from tilelang_ext.metal import lower", ["tilelang_ext.metal.lower"]),
         ("formats", "from .quantize import pack", ["tilelang_ext.quantize.pack"]),
         ("reference", "import torch\nfrom tilelang_ext.metal import lower", ["tilelang_ext.metal.lower"]),
         ("reference", "import math\nimport torch\nfrom tilelang_ext import formats", []),

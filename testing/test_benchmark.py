@@ -107,6 +107,8 @@ def test_bad_arguments():
         run("--target", "metal", "--m", 64, 64, "--n", 64, 64, 64, "--k", 64)
     with pytest.raises(SystemExit, match="--providers: must be among ours, torch, mlx; got numpy"):
         run("--target", "metal", "--providers", "numpy")
+    with pytest.raises(SystemExit, match="C target takes float16 or float32; got bfloat16"):
+        run("--target", "c", "--dtype", "bfloat16")
     with pytest.raises(SystemExit, match="torch: left out, exists on cuda"):
         run("--target", "metal", "--providers", "torch")
 
