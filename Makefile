@@ -18,7 +18,7 @@ ifeq ($(wildcard requirements/tilelang-$(TILELANG).txt),)
 $(error TILELANG: must be one of $(patsubst requirements/tilelang-%.txt,%,$(wildcard requirements/tilelang-*.txt)); got $(TILELANG); pass one of these)
 endif
 
-.PHONY: venv matmul test test-peers doctor lint format clean always
+.PHONY: venv matmul test test-peers doctor lint lint-ruff lint-format lint-spelling lint-cpp lint-types format clean always
 
 venv: $(VENV)/.built
 
@@ -35,11 +35,22 @@ test-peers: venv
 doctor: venv
 	$(BIN)/tilelang-ext doctor
 
-lint: $(VENV)/.requirements
+# Each tool by itself, so that `make -k lint` shows what all of them say.
+lint: lint-ruff lint-format lint-spelling lint-cpp lint-types
+
+lint-ruff: $(VENV)/.requirements
 	$(BIN)/ruff check
+
+lint-format: $(VENV)/.requirements
 	$(BIN)/ruff format --check
+
+lint-spelling: $(VENV)/.requirements
 	$(BIN)/codespell
+
+lint-cpp: $(VENV)/.requirements
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+lint-types: $(VENV)/.requirements
 	$(BIN)/mypy $(MYPY_FILES)
 
 format: $(VENV)/.requirements
