@@ -145,7 +145,7 @@ def moe_sort(
             f"topk_ids: must have fewer than 2^24 tokens and at most 127 slots and {num_experts} experts; "
             f"got (tokens, top_k) = {tuple(topk_ids.shape)}; split the batch"
         )
-    blocks = -(-max(0, tokens * top_k + num_experts * block_m - top_k) // block_m)
+    blocks = -(-(tokens * top_k + num_experts * block_m - top_k) // block_m)
     token_ids = torch.full((blocks, block_m), top_k << TOKEN_BITS | tokens, dtype=torch.int32)
     weights = torch.zeros(blocks, block_m)
     expert_ids = torch.full((blocks,), -1, dtype=torch.int32)

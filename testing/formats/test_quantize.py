@@ -470,6 +470,32 @@ def test_fold_spread_of_full_blocks(spread, fits):
     assert q.fold_mxfp4_to_e4m3(q.pack(codes), scale).fits.item() is fits
 
 
+@pytest.mark.parametrize(("code", "widest"), [(1, 17), (2, 17), (3, 16), (4, 17), (5, 16), (6, 17), (7, 16)])
+def test_fold_spread_of_blocks_of_one_magnitude(code, widest):
+    # a value with no mantissa bit goes down to 2^-9, one with 1.5 to 3 * 2^-9; up to 256 and 384
+    packed = q.pack(torch.full((2, 64), code, dtype=torch.uint8))
+    scale = torch.tensor([[110, 110 + widest], [110, 110 + widest + 1]], dtype=torch.uint8)
+    fold = q.fold_mxfp4_to_e4m3(packed, scale)
+    assert fold.fits.tolist() == [[True], [False]]
+    assert torch.equal(dequantize(fold.codes, fold.scale, E4M3, PER_ROW)[0], dequantize(packed, scale, E2M1, MX)[0])
+
+
+def test_fold_of_zero_nan_and_smallest_blocks():
+    zero, full = torch.tensor([0, 8], dtype=torch.uint8).repeat(16), torch.arange(16, dtype=torch.uint8).repeat(2)
+    # blocks, scale bytes, fits; of the last the smallest normal float32 is the scale, which no device flushes
+    for blocks, scale, fits in (
+        ([zero, full], [0, 200], True),
+        ([zero, full], [250, 20], True),
+        ([full, full], [255, 254], False),
+        ([full, full], [0, 1], True),
+    ):
+        packed, scale = q.pack(torch.cat(blocks)[None]), torch.tensor([scale], dtype=torch.uint8)
+        fold = q.fold_mxfp4_to_e4m3(packed, scale)
+        assert fold.fits.item() is fits
+        assert fits == torch.equal(dequantize(fold.codes, fold.scale, E4M3, PER_ROW), dequantize(packed, scale, E2M1, MX))
+    assert fold.scale.item() == 2.0**-126
+
+
 def test_fold_by_row_and_by_group():
     packed, scale = random_bytes(7, 2, 3, 128), random_bytes(8, 2, 3, 8, high=7) + 100
     scale[0, 1, 4:] += 40  # this row has two levels; no group of 128 does

@@ -1,4 +1,4 @@
-"""The reference against its own equations, written out element by element, and against independent implementations."""
+"""The reference against its own equations, written out element by element or group by group."""
 
 import math
 
