@@ -1,4 +1,4 @@
-"""Host conversion between floats, codes and the layouts that users bring; exact, on any device with float64.
+"""Host conversion between floats, codes and the layouts that users bring; exact, by float64 (so not on MPS).
 
 The layout that the kernels read, to and from which everything here converts:
 
