@@ -30,8 +30,10 @@ def float64(tensor: torch.Tensor) -> np.ndarray:
 
 
 def gemm(
-    M, N, K, block_M=64, block_N=64, block_K=32, *, threads=128, a="float16", b="float16", out="float32", trans_A=False, trans_B=False,
-    accumulator="fragment", a_scope="shared", b_scope="shared", num_stages=0, accum_dtype="float32", policy=T.GemmWarpPolicy.Square, swizzle=False,
+    M, N, K, block_M=64, block_N=64, block_K=32, *,
+    a="float16", b="float16", out="float32", accum_dtype="float32", trans_A=False, trans_B=False,
+    a_scope="shared", b_scope="shared", accumulator="fragment",
+    threads=128, num_stages=0, policy=T.GemmWarpPolicy.Square, swizzle=False,
 ):  # fmt: skip
     """C = A @ B by tiles; the accumulator is a fragment or a shared tile, operands shared or fragments."""
     a_shape = (K, M) if trans_A else (M, K)

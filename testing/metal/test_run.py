@@ -10,7 +10,7 @@ import torch
 from metal.kernels import gemm, poisoned, random_tensor
 
 from tilelang_ext import language as T
-from tilelang_ext import metal
+from tilelang_ext import metal, simulate
 
 
 def scaled_rows(dtype="float16"):
@@ -35,10 +35,37 @@ def scaled_rows(dtype="float16"):
 
 def test_device_parameters_follow_the_users_order():
     program = metal.lower(scaled_rows())
-    assert [name for name, _ in program.bindings] == ["z", "a", "out", "shift", "scale", "M", "N"][: len(program.bindings)]
-    assert program.written == {"out"}
+    assert [b.var.name for b in program.bindings] == ["z", "a", "out", "shift", "scale", "M", "N"][: len(program.bindings)]
+    assert [(b.parameter, b.axis) for b in program.bindings[:5]] == [(0, None), (2, None), (4, None), (1, None), (3, None)]
+    assert program.written == {4}
     lines = program.get_kernel_source().splitlines()
     assert [line.split("[[")[1].split("]]")[0].strip() for line in lines[1:5]] == [f"buffer({i})" for i in range(4)]
+
+
+def test_parameters_that_tracing_gives_one_name():
+    """A macro renames what it is given, so two scalars may share a name; each must still get its own value."""
+
+    @T.macro
+    def put(target, place, value):
+        target[place] = value
+
+    @T.prim_func
+    def kernel(
+        a: T.float32, b: T.float32, A: T.Tensor((4,), "float32"), B: T.Tensor((4,), "float32"), out: T.Tensor((4,), "float32")
+    ):
+        with T.Kernel(1, threads=32) as _:
+            tx = T.get_thread_binding()
+            if tx == 0:
+                put(out, 0, a)
+                put(out, 1, b)
+                put(A, 2, a)
+                put(B, 3, b)
+
+    A, B, out = torch.zeros(4), torch.zeros(4), torch.zeros(4)
+    assert not simulate(kernel, 1.0, 2.0, A, B, out).findings
+    assert out.tolist() == [1, 2, 0, 0]
+    assert A.tolist() == [0, 0, 1, 0]
+    assert B.tolist() == [0, 0, 0, 2]
 
 
 def test_kernel_only_source():
@@ -83,7 +110,7 @@ def test_to_torch_launch(monkeypatch):
     slots = struct.pack(f"<{len(arguments[3])}q", *arguments[3])
     values = dict(
         zip(
-            [n for n, d in program.bindings if d != "handle"],
+            [b.var.name for b in program.bindings if not b.is_tensor],
             [slots[i : i + 8] for i in range(0, len(slots), 8)],
             strict=True,
         )

@@ -60,8 +60,9 @@ def normalize_target(target: TargetLike) -> Target | None:
 def _replace_manifest() -> None:
     """Replace the pass list of the `metal` backend: the one private touch, since upstream has no hook for it.
 
-    Objective-C launch code in the host's C is kept for macOS, the only place that compiles it. The `torch` execution backend compiles the text through MPS when a kernel is built; it is declared available only where
-    torch has MPS, so that elsewhere `tilelang.compile` gives a kernel whose text can be read and simulated.
+    Objective-C launch code in the host's C is kept for macOS, the only place that compiles it. The `torch` execution backend
+    compiles the text through MPS when a kernel is built; it is declared available only where torch has MPS, so that
+    elsewhere `tilelang.compile` gives a kernel whose text can be read and simulated.
     """
     backends = getattr(backend_module, "_BACKENDS", None)
     if not isinstance(backends, dict) or "metal" not in backends:
@@ -76,5 +77,8 @@ def _replace_manifest() -> None:
     )
     hooks = metal.host_codegen_hooks if sys.platform == "darwin" else {}
     backends["metal"] = dataclasses.replace(
-        metal, pipelines={"metal": PassPipeline("metal", pipeline.lower)}, execution_backends=execution_backends, host_codegen_hooks=hooks
+        metal,
+        pipelines={"metal": PassPipeline("metal", pipeline.lower)},
+        execution_backends=execution_backends,
+        host_codegen_hooks=hooks,
     )

@@ -78,9 +78,7 @@ def product_dtype(a_dtype: str, b_dtype: str) -> str:
     return dtypes.pop() if dtypes else "float16"
 
 
-def select_instruction(
-    target, a_dtype: str, b_dtype: str, M: int, N: int, K: int, threads: int, policy
-) -> MatrixInstruction:
+def select_instruction(target, a_dtype: str, b_dtype: str, M: int, N: int, K: int, threads: int, policy) -> MatrixInstruction:
     """Return Metal 4's `matmul2d` where the target has it and the tile fits; the simdgroup matrix product else.
 
     `matmul2d` takes float32 operands at reduced precision, so those stay on simdgroup matrices.
@@ -236,9 +234,7 @@ class FragmentGemm:
                     for j in T.unroll(cols // group):
                         instruction.call(
                             T.address_of(c[c_register(i, j * group)]),
-                            T.address_of(A[stored(i, k, self.trans_A)])
-                            if a_in_place
-                            else T.address_of(a[i * elements]),
+                            T.address_of(A[stored(i, k, self.trans_A)]) if a_in_place else T.address_of(a[i * elements]),
                             T.address_of(B[stored(k, j * group, self.trans_B)])
                             if b_in_place
                             else T.address_of(b[j * group * elements]),

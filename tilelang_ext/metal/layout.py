@@ -105,9 +105,7 @@ def operand_layout(shape, partition: Partition, matrix: LaneLayout, operand: str
 def _place(simdgroup, i, j, block_cols: int, matrix: LaneLayout):
     size = matrix.size
     index = i // size * (block_cols // size) + j // size
-    return simdgroup * LANES + matrix.lane(i % size, j % size), index * matrix.elements + matrix.element(
-        i % size, j % size
-    )
+    return simdgroup * LANES + matrix.lane(i % size, j % size), index * matrix.elements + matrix.element(i % size, j % size)
 
 
 def padded_layout(buffer: tirx.Buffer) -> Layout:

@@ -27,11 +27,7 @@ def _unify(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
 
     def visit(node):
         nonlocal threads
-        if (
-            isinstance(node, tirx.AttrStmt)
-            and node.attr_key == "thread_extent"
-            and node.node.thread_tag == "threadIdx.x"
-        ):
+        if isinstance(node, tirx.AttrStmt) and node.attr_key == "thread_extent" and node.node.thread_tag == "threadIdx.x":
             threads = int(node.value)
         if isinstance(node, tirx.Call) and node.op.same_as(gemm_op):
             a, b = (node.args[i].args[0].buffer for i in (0, 1))

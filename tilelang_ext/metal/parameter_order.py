@@ -1,9 +1,10 @@
-"""Give the device kernel its parameters in the order of the user's function.
+"""Give the device kernel its parameters in the order of the user's function, and record where each comes from.
 
-    Before  kernel(A, B, C, S, m)  (upstream sorts by name)      After, for f(A, B, S, C) over m rows  kernel(A, B, S, C, m)
+    Before  kernel(A, B, C, S, m)  (upstream sorts by name)     After, for f(A, B, S, C) over m rows  kernel(A, B, S, C, m)
+                                                                with "tilelang_ext.sources" = ["0", "1", "2", "3", "0.0"]
 
-Whoever binds buffers by position (torch, MLX, a recorded launch) then needs no map: tensors first, in the user's order, then
-scalars in the user's order, then the symbolic extents of shapes.
+Tensors first, in the user's order, then scalars in the user's order, then the symbolic extents of shapes; "0.0" is the
+extent of axis 0 of parameter 0. Parameters are told apart by identity: tracing may give two of them one name.
 """
 
 from __future__ import annotations
@@ -11,50 +12,52 @@ from __future__ import annotations
 from tvm import IRModule, tirx
 from tvm.ir import GlobalVar
 
+SOURCES = "tilelang_ext.sources"
+
 
 def order_parameters(mod: IRModule) -> IRModule:
     """Permute device parameters and the host's calls alike; run right after SplitHostDevice."""
-    rank_of: dict[str, dict[str, int]] = {}
+    order: dict[str, list[int]] = {}
+    sources: dict[str, list[str]] = {}
     for _, host in mod.functions_items():
-        ranks = _user_order(host)
 
-        def record(node, ranks=ranks):
+        def plan(node, host=host):
             if isinstance(node, tirx.Call) and isinstance(node.op, GlobalVar):
-                rank_of[node.op.name_hint] = ranks
+                name = node.op.name_hint
+                found = [_source(host, argument) for argument in node.args[: len(mod[node.op].params)]]
+                order[name] = sorted(range(len(found)), key=lambda i: (mod[node.op].params[i].dtype != "handle", *found[i], i))
+                sources[name] = [".".join(map(str, found[i][1:])) for i in order[name]]
 
-        tirx.stmt_functor.post_order_visit(host.body, record)
-
-    permutations = {}
-    functions = {}
-    for var, func in mod.functions_items():
-        if var.name_hint in rank_of:
-            ranks = rank_of[var.name_hint]
-            key = lambda i, f=func, ranks=ranks: (  # noqa: E731
-                f.params[i].dtype != "handle",
-                ranks.get(f.params[i].name, len(ranks)),
-                i,
-            )
-            permutations[var.name_hint] = sorted(range(len(func.params)), key=key)
-            func = tirx.PrimFunc(
-                [func.params[i] for i in permutations[var.name_hint]],
-                func.body,
-                func.ret_type,
-                func.buffer_map,
-                func.attrs,
-            )
-        functions[var] = func
+        tirx.stmt_functor.post_order_visit(host.body, plan)
 
     def permute(node):
-        if isinstance(node, tirx.Call) and isinstance(node.op, GlobalVar) and node.op.name_hint in permutations:
-            order = permutations[node.op.name_hint]
-            return tirx.Call(node.dtype, node.op, [*(node.args[i] for i in order), *node.args[len(order) :]], node.span)
+        if isinstance(node, tirx.Call) and isinstance(node.op, GlobalVar) and node.op.name_hint in order:
+            places = order[node.op.name_hint]
+            return tirx.Call(node.dtype, node.op, [*(node.args[i] for i in places), *node.args[len(places) :]], node.span)
         return None
 
-    for var, func in functions.items():
+    functions = {}
+    for var, func in mod.functions_items():
+        if var.name_hint in order:
+            params = [func.params[i] for i in order[var.name_hint]]
+            func = tirx.PrimFunc(params, func.body, func.ret_type, func.buffer_map, func.attrs)
+            func = func.with_attr(SOURCES, sources[var.name_hint])
         functions[var] = func.with_body(tirx.stmt_functor.ir_transform(func.body, None, permute, ["tirx.Call"]))
     return IRModule(functions, attrs=mod.attrs)
 
 
-def _user_order(func: tirx.PrimFunc) -> dict[str, int]:
-    names = [func.buffer_map[p].data.name if p in func.buffer_map else p.name for p in func.params]
-    return {name: rank for rank, name in enumerate(names)}
+def _source(host: tirx.PrimFunc, argument: tirx.PrimExpr) -> tuple[int, ...]:
+    """Return (0, parameter) for a parameter, (1, parameter, axis) for an extent of its shape."""
+    for index, param in enumerate(host.params):
+        given = host.buffer_map[param].data if param in host.buffer_map else param
+        if given.same_as(argument):
+            return 0, index
+    for index, param in enumerate(host.params):
+        if param in host.buffer_map:
+            for axis, extent in enumerate(host.buffer_map[param].shape):
+                if extent.same_as(argument):
+                    return 1, index, axis
+    raise NotImplementedError(
+        f"metal: what a kernel uses must be a parameter or an extent of a tensor's shape; got {argument}; "
+        "add it as a scalar parameter"
+    )

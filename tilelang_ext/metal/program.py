@@ -12,6 +12,8 @@ from tilelang import language as T
 from tvm import arith, tirx
 from tvm.target import Target
 
+from tilelang_ext.metal.parameter_order import SOURCES
+
 _SLOT_BYTES = 8
 _SLOT_FORMAT = {"bool": "?", "int8": "b", "uint8": "B", "int16": "h", "uint16": "H", "int32": "i", "uint32": "I"}
 _SLOT_FORMAT |= {"int64": "q", "uint64": "Q", "float16": "e", "float32": "f"}
@@ -24,6 +26,20 @@ class Parameter:
     name: str
     dtype: str
     shape: tuple | None  # None for a scalar
+    var: tirx.Var  # by which shapes and grids refer to a scalar
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One parameter of the device kernel: the user's parameter, or (with an axis) an extent of its shape."""
+
+    var: tirx.Var
+    parameter: int
+    axis: int | None
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.var.dtype == "handle"
 
 
 @dataclass(frozen=True)
@@ -41,16 +57,16 @@ class MetalProgram:
     """A prim_func lowered to Metal text, ready for torch, MLX or the simulator.
 
     `source` is the whole file, `name` its kernel, `parameters` the user's parameters, `bindings` the device parameters in
-    [[buffer(i)]] order (tensors, then scalars that share one struct), `written` the names of
-    tensors the kernel writes and `read_and_written` of those among them whose old values it may read.
+    [[buffer(i)]] order (tensors, then scalars that share one struct). `written` are the indices of the parameters that the
+    kernel writes, `read_and_written` of those among them whose old values it may read.
     """
 
     source: str
     name: str
     parameters: tuple[Parameter, ...]
-    bindings: tuple[tuple[str, str], ...]  # (name, dtype), dtype "handle" for a tensor
-    written: frozenset[str]
-    read_and_written: frozenset[str]
+    bindings: tuple[Binding, ...]
+    written: frozenset[int]
+    read_and_written: frozenset[int]
     grid: tuple
     threads: tuple[int, int, int]
 
@@ -69,44 +85,49 @@ class MetalProgram:
             raise TypeError(
                 f"{self.name}: takes {len(self.parameters)} arguments ({names}); got {len(arguments)}; pass one each"
             )
-        tensors, scalars = {}, {}
         for parameter, argument in zip(self.parameters, arguments, strict=True):
-            if parameter.shape is None:
-                scalars[parameter.name] = argument
-            else:
-                tensors[parameter.name] = _check_tensor(self.name, parameter, argument, device)
-        values, grid = self.resolve({name: tuple(tensor.shape) for name, tensor in tensors.items()}, scalars)
-        buffers = tuple(tensors[name] for name, dtype in self.bindings if dtype == "handle")
-        return Launch(buffers, self.slots(values), grid, self.threads)
+            if parameter.shape is not None:
+                _check_tensor(self.name, parameter, argument, device)
+        shapes = [None if p.shape is None else tuple(a.shape) for p, a in zip(self.parameters, arguments, strict=True)]
+        scalars = [a if p.shape is None else None for p, a in zip(self.parameters, arguments, strict=True)]
+        values = self.resolve(shapes, scalars)
+        buffers = tuple(arguments[binding.parameter] for binding in self.bindings if binding.is_tensor)
+        return Launch(buffers, self.slots(values), self.launch_grid(values), self.threads)
 
-    def resolve(
-        self, shapes: dict[str, tuple[int, ...]], scalars: dict[str, object]
-    ) -> tuple[dict[str, object], tuple[int, int, int]]:
-        """Return the values of scalars and symbolic extents by name, and the grid; raise where shapes disagree.
-
-        Tensors missing from `shapes` (outputs that are yet to be made) must have extents the others determine.
+    def resolve(self, shapes: Sequence[tuple[int, ...] | None], scalars: Sequence) -> dict[tirx.Var, object]:
+        """Return the value of every scalar and symbolic extent, on the user's side and the device's; raise where shapes
+        disagree. A tensor whose shape is None (an output yet to be made) has extents that the others determine.
         """
-        values: dict[str, object] = {}
-        for parameter in self.parameters:
+        values: dict[tirx.Var, object] = {}
+        for parameter, shape, scalar in zip(self.parameters, shapes, scalars, strict=True):
             if parameter.shape is None:
-                values[parameter.name] = _check_scalar(self.name, parameter, scalars[parameter.name])
-            elif parameter.name in shapes:
-                _bind_shape(self.name, parameter, shapes[parameter.name], values)
-        for parameter in self.parameters:
-            if parameter.name in shapes and self.shape(parameter, values) != tuple(shapes[parameter.name]):
+                values[parameter.var] = _check_scalar(self.name, parameter, scalar)
+            elif shape is not None:
+                _bind_shape(self.name, parameter, shape, values)
+        for parameter, shape in zip(self.parameters, shapes, strict=True):
+            if shape is not None and self.shape(parameter, values) != tuple(shape):
                 raise ValueError(
                     f"{self.name}: {parameter.name} must have shape {self.shape(parameter, values)}; "
-                    f"got {tuple(shapes[parameter.name])}; pass that shape"
+                    f"got {tuple(shape)}; pass that shape"
                 )
-        return values, tuple(_evaluate(self.name, extent, values) for extent in self.grid)
+        for binding in self.bindings:
+            parameter = self.parameters[binding.parameter]
+            if not binding.is_tensor:
+                extent = binding.axis is not None and self.shape(parameter, values)[binding.axis]
+                values[binding.var] = values[parameter.var] if binding.axis is None else extent
+        return values
 
-    def shape(self, parameter: Parameter, values: dict[str, object]) -> tuple[int, ...]:
+    def shape(self, parameter: Parameter, values: dict[tirx.Var, object]) -> tuple[int, ...]:
         """Return the shape of a tensor parameter under `values`."""
         return tuple(_evaluate(self.name, extent, values) for extent in parameter.shape)
 
-    def slots(self, values: dict[str, object]) -> bytes:
+    def launch_grid(self, values: dict[tirx.Var, object]) -> tuple[int, int, int]:
+        """Return the number of threadgroups along each axis under `values`."""
+        return tuple(_evaluate(self.name, extent, values) for extent in self.grid)
+
+    def slots(self, values: dict[tirx.Var, object]) -> bytes:
         """Return the bytes of the scalar struct: one 8-byte slot a scalar, in binding order; empty when there is none."""
-        return b"".join(_slot(values[name], dtype) for name, dtype in self.bindings if dtype != "handle")
+        return b"".join(_slot(values[b.var], str(b.var.dtype)) for b in self.bindings if not b.is_tensor)
 
 
 def as_program(kernel, target: str | Target = "metal") -> MetalProgram:
@@ -144,38 +165,42 @@ def metal_target(target: str | Target) -> Target | dict:
 
 def _program(func: tirx.PrimFunc, kernel: tirx.PrimFunc, source: str) -> MetalProgram:
     extents = kernel.attrs["thread_extent"]
-    bindings = tuple((p.name, str(p.dtype)) for p in kernel.params)
     read_only = {int(i) for i in kernel.attrs.get("tl.readonly_param_indices", [])}
-    written = frozenset(n for i, (n, dtype) in enumerate(bindings) if dtype == "handle" and i not in read_only)
+    bindings = []
+    for var, text in zip(kernel.params, kernel.attrs[SOURCES], strict=True):
+        parameter, _, axis = str(text).partition(".")
+        bindings.append(Binding(var, int(parameter), int(axis) if axis else None))
     parameters = []
     for param in func.params:
         if param in func.buffer_map:
             buffer = func.buffer_map[param]
             shape = tuple(int(e) if isinstance(e, tirx.IntImm) else e for e in buffer.shape)
-            parameters.append(Parameter(buffer.data.name, str(buffer.dtype), shape))
+            parameters.append(Parameter(buffer.name, str(buffer.dtype), shape, param))
         else:
-            parameters.append(Parameter(param.name, str(param.dtype), None))
+            parameters.append(Parameter(param.name, str(param.dtype), None, param))
+    read = _read_tensors(kernel)
+    written = {b for i, b in enumerate(bindings) if b.is_tensor and i not in read_only}
     return MetalProgram(
         source=source,
         name=str(kernel.attrs["global_symbol"]),
         parameters=tuple(parameters),
-        bindings=bindings,
-        written=written,
-        read_and_written=written & _read_tensors(kernel),
+        bindings=tuple(bindings),
+        written=frozenset(b.parameter for b in written),
+        read_and_written=frozenset(b.parameter for b in written if b.var in read),
         grid=tuple(extents.get(f"blockIdx.{axis}", 1) for axis in "xyz"),
         threads=tuple(int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz"),
     )
 
 
-def _read_tensors(kernel: tirx.PrimFunc) -> frozenset[str]:
-    names = set()
+def _read_tensors(kernel: tirx.PrimFunc) -> set[tirx.Var]:
+    read = set()
 
     def visit(node):
         if isinstance(node, tirx.BufferLoad):  # loads, and addresses that atomics take
-            names.add(node.buffer.data.name)
+            read.add(node.buffer.data)
 
     tirx.stmt_functor.post_order_visit(kernel.body, visit)
-    return frozenset(names)
+    return read
 
 
 def _check_scalar(kernel: str, parameter: Parameter, argument):
@@ -193,29 +218,23 @@ def _check_tensor(kernel: str, parameter: Parameter, argument, device: str) -> t
         raise TypeError(f"{kernel}: {parameter.name} must be a torch tensor; got {type(argument).__name__}; convert it")
     expected = T.dtype(parameter.dtype).as_torch()
     if argument.dtype != expected:
-        raise TypeError(
-            f"{kernel}: {parameter.name} must be {expected}; got {argument.dtype}; convert it with .to({expected})"
-        )
+        raise TypeError(f"{kernel}: {parameter.name} must be {expected}; got {argument.dtype}; convert it with .to({expected})")
     if argument.device.type != device:
-        raise ValueError(
-            f"{kernel}: {parameter.name} must be on {device}; got {argument.device}; move it with .to({device!r})"
-        )
+        raise ValueError(f"{kernel}: {parameter.name} must be on {device}; got {argument.device}; move it with .to({device!r})")
     if not argument.is_contiguous():
-        raise ValueError(
-            f"{kernel}: {parameter.name} must be contiguous; got strides {argument.stride()}; call .contiguous()"
-        )
+        raise ValueError(f"{kernel}: {parameter.name} must be contiguous; got strides {argument.stride()}; call .contiguous()")
     return argument
 
 
-def _bind_shape(kernel: str, parameter: Parameter, shape: tuple[int, ...], values: dict[str, object]) -> None:
+def _bind_shape(kernel: str, parameter: Parameter, shape: tuple[int, ...], values: dict[tirx.Var, object]) -> None:
     if len(shape) != len(parameter.shape):
         raise ValueError(
             f"{kernel}: {parameter.name} must have {len(parameter.shape)} dimensions; got shape {tuple(shape)}; reshape it"
         )
     for axis, (extent, size) in enumerate(zip(parameter.shape, shape, strict=True)):
-        if isinstance(extent, tirx.Var) and values.setdefault(extent.name, size) != size:
+        if isinstance(extent, tirx.Var) and values.setdefault(extent, size) != size:
             raise ValueError(
-                f"{kernel}: {parameter.name} must have shape[{axis}] = {extent.name} = {values[extent.name]}; "
+                f"{kernel}: {parameter.name} must have shape[{axis}] = {extent.name} = {values[extent]}; "
                 f"got {size}; all tensors must agree on {extent.name}"
             )
 
@@ -228,15 +247,15 @@ def _slot(value, dtype: str) -> bytes:
     return raw.ljust(_SLOT_BYTES, b"\0")
 
 
-def _evaluate(kernel: str, expression, values: dict[str, object]) -> int:
+def _evaluate(kernel: str, expression, values: dict[tirx.Var, object]) -> int:
     if isinstance(expression, int):
         return expression
     unknown = tirx.analysis.undefined_vars(expression)
-    missing = [var.name for var in unknown if var.name not in values]
+    missing = [var.name for var in unknown if var not in values]
     if missing:
         raise ValueError(
             f"{kernel}: extent {expression} must follow from the shapes given; got no value for {', '.join(missing)}; "
             f"add a tensor that has {missing[0]} as an extent, or pass it as a scalar"
         )
-    bound = tirx.stmt_functor.substitute(expression, {var: tirx.const(values[var.name], var.dtype) for var in unknown})
+    bound = tirx.stmt_functor.substitute(expression, {var: tirx.const(values[var], var.dtype) for var in unknown})
     return int(arith.Analyzer().simplify(bound))

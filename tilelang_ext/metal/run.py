@@ -14,7 +14,7 @@ import torch
 from tilelang_ext.metal.program import MetalProgram, Parameter, as_program
 
 _MLX_CONSTANT_ELEMENTS = 8  # MLX binds an input with fewer elements in the constant address space
-_PARAMETER = re.compile(r"^\s*(?P<type>.*?[*&\s])(?P<name>\w+)\s*\[\[\s*(?P<attribute>[\w()]+)\s*\]\],?\s*$")
+_PARAMETER = re.compile(r"^\s*(?P<type>.*?[*&\s])(?P<name>\w+)\s*\[\[\s*(?P<attribute>[\w()]+)\s*\]\][,)]?\s*$")
 
 
 def to_torch(kernel) -> Callable:
@@ -47,52 +47,53 @@ def to_mlx(kernel, *, init_value: float | None = None) -> Callable:
     import mlx.core as mx
 
     program = as_program(kernel)
-    header, body = _split(program)
-    outputs = [p for p in program.parameters if p.name in program.written]
-    inputs = [p for p in program.parameters if p.name not in program.written]
+    header, body, names = _split(program)
+    inputs = [i for i in range(len(program.parameters)) if i not in program.written]
+    outputs = sorted(program.written)
     if init_value is None and program.read_and_written:
-        names = ", ".join(sorted(program.read_and_written))
+        changed = ", ".join(program.parameters[i].name for i in sorted(program.read_and_written))
         raise ValueError(
-            f"to_mlx: {names} is read and written, and MLX outputs start undefined; got init_value=None; pass one"
+            f"to_mlx: {changed} is read and written, and MLX outputs start undefined; got init_value=None; pass one"
         )
-    input_names = [name for name, dtype in program.bindings if dtype == "handle" and name not in program.written]
-    scalar_names = [name for name, dtype in program.bindings if dtype != "handle"]
-    output_names = [name for name, dtype in program.bindings if name in program.written]
+    tensors = [(name, b.parameter) for name, b in zip(names, (b for b in program.bindings if b.is_tensor), strict=True)]
+    bound_inputs = [i for _, i in tensors if i not in program.written]
+    bound_outputs = [i for _, i in tensors if i in program.written]
+    has_scalars = len(tensors) < len(program.bindings)
     compiled = mx.fast.metal_kernel(
         name=program.name,
-        input_names=input_names + (["argument_slots"] if scalar_names else []),
-        output_names=output_names,
+        input_names=[name for name, i in tensors if i not in program.written] + ["argument_slots"] * has_scalars,
+        output_names=[name for name, i in tensors if i in program.written],
         header=header,
         source=body,
     )
 
     def run(*arguments):
         if len(arguments) != len(inputs):
-            names = ", ".join(p.name for p in inputs)
-            raise TypeError(
-                f"{program.name}: takes {len(inputs)} inputs ({names}); got {len(arguments)}; pass one each"
-            )
-        arrays = dict(zip((p.name for p in inputs), arguments, strict=True))
-        shapes = {p.name: tuple(a.shape) for p, a in zip(inputs, arguments, strict=True) if p.shape is not None}
-        for parameter in inputs:
-            if parameter.shape is not None:
-                _check_array(mx, program.name, parameter, arrays[parameter.name])
-        values, grid = program.resolve(shapes, {p.name: arrays[p.name] for p in inputs if p.shape is None})
-        bound = [_at_least_constant_size(mx, arrays[name]) for name in input_names]
-        if scalar_names:
+            wanted = ", ".join(program.parameters[i].name for i in inputs)
+            raise TypeError(f"{program.name}: takes {len(inputs)} inputs ({wanted}); got {len(arguments)}; pass one each")
+        given = dict(zip(inputs, arguments, strict=True))
+        shapes, scalars = [None] * len(program.parameters), [None] * len(program.parameters)
+        for i, argument in given.items():
+            if program.parameters[i].shape is None:
+                scalars[i] = argument
+            else:
+                _check_array(mx, program.name, program.parameters[i], argument)
+                shapes[i] = tuple(argument.shape)
+        values = program.resolve(shapes, scalars)
+        bound = [_at_least_constant_size(mx, given[i]) for i in bound_inputs]
+        if has_scalars:
             slots = program.slots(values)
             bound.append(mx.array(list(struct.unpack(f"<{len(slots) // 8}q", slots)), dtype=mx.int64))
-        by_name = {p.name: p for p in outputs}
         results = compiled(
             inputs=bound,
-            grid=tuple(groups * size for groups, size in zip(grid, program.threads, strict=True)),
+            grid=tuple(groups * size for groups, size in zip(program.launch_grid(values), program.threads, strict=True)),
             threadgroup=program.threads,
-            output_shapes=[program.shape(by_name[name], values) for name in output_names],
-            output_dtypes=[getattr(mx, _mlx_dtype(by_name[name].dtype)) for name in output_names],
+            output_shapes=[program.shape(program.parameters[i], values) for i in bound_outputs],
+            output_dtypes=[getattr(mx, _mlx_dtype(program.parameters[i].dtype)) for i in bound_outputs],
             init_value=init_value,
         )
-        results = dict(zip(output_names, results, strict=True))
-        ordered = [results[p.name] for p in outputs]
+        by_parameter = dict(zip(bound_outputs, results, strict=True))
+        ordered = [by_parameter[i] for i in outputs]
         return ordered[0] if len(ordered) == 1 else ordered
 
     return run
@@ -106,14 +107,10 @@ def _mlx_dtype(dtype: str) -> str:
 
 def _check_array(mx, kernel: str, parameter: Parameter, array) -> None:
     if not isinstance(array, mx.array):
-        raise TypeError(
-            f"{kernel}: {parameter.name} must be an mx.array; got {type(array).__name__}; convert it with mx.array"
-        )
+        raise TypeError(f"{kernel}: {parameter.name} must be an mx.array; got {type(array).__name__}; convert it with mx.array")
     expected = getattr(mx, _mlx_dtype(parameter.dtype))
     if array.dtype != expected:
-        raise TypeError(
-            f"{kernel}: {parameter.name} must be {expected}; got {array.dtype}; convert it with .astype or .view"
-        )
+        raise TypeError(f"{kernel}: {parameter.name} must be {expected}; got {array.dtype}; convert it with .astype or .view")
 
 
 def _at_least_constant_size(mx, array):
@@ -122,27 +119,29 @@ def _at_least_constant_size(mx, array):
     return mx.concatenate([array.reshape(-1), mx.zeros((_MLX_CONSTANT_ELEMENTS - array.size,), dtype=array.dtype)])
 
 
-def _split(program: MetalProgram) -> tuple[str, str]:
-    """Split a kernel's text into what stands before it and a body for MLX, which writes the signature itself.
+def _split(program: MetalProgram) -> tuple[str, str, list[str]]:
+    """Split a kernel's text into what stands before it, a body for MLX, which writes the signature itself, and the names
+    of the tensors in binding order.
 
-    MLX declares the buffers under the names we give and every attribute that the body mentions under the attribute's name.
+    MLX declares the buffers under the names we give and every attribute that the body mentions under its own name.
     """
     start = program.source.index("kernel void ")
     opening = program.source.index(") {\n", start)
     header = program.source[:start].rpartition("[[max_total_threads_per_threadgroup")[0] or program.source[:start]
-    prologue = []
-    for line in program.source[program.source.index("(", start) + 1 : opening].splitlines():
+    prologue, names = [], []
+    for line in program.source[program.source.index("(", start) + 1 : opening + 1].splitlines():
         match = _PARAMETER.match(line)
         if not match:
             continue
         kind, name, attribute = match["type"].strip(), match["name"], match["attribute"]
-        if attribute.startswith("buffer("):
-            if kind.endswith("&"):  # the struct of scalars
-                struct_name = kind.removesuffix("&").split()[-1]
-                count = sum(dtype != "handle" for _, dtype in program.bindings)
-                space = "constant" if count < _MLX_CONSTANT_ELEMENTS else "device"
-                prologue.append(f"const {struct_name} {name} = *(const {space} {struct_name}*)argument_slots;")
-        else:
+        if not attribute.startswith("buffer("):
             prologue.append(f"const {kind} {name} = {attribute};")
+        elif kind.endswith("&"):  # the struct of scalars
+            struct_name = kind.removesuffix("&").split()[-1]
+            scalars = sum(not binding.is_tensor for binding in program.bindings)
+            space = "constant" if scalars < _MLX_CONSTANT_ELEMENTS else "device"
+            prologue.append(f"const {struct_name} {name} = *(const {space} {struct_name}*)argument_slots;")
+        else:
+            names.append(name)
     body = program.source[opening + len(") {\n") : program.source.rindex("}")]
-    return header, "".join(f"  {line}\n" for line in prologue) + body
+    return header, "".join(f"  {line}\n" for line in prologue) + body, names
