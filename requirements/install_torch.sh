@@ -15,5 +15,8 @@ fi
 # first from whatever indexes pip is configured with, else through uv, which knows the index where PyTorch keeps it.
 if ! install "$torch+cpu" 2>/dev/null; then
   install uv
-  "$python" -m uv pip install --quiet --python "$python" --torch-backend cpu -c constraints.txt "$torch"
+  "$python" -m uv pip install --quiet --python "$python" --torch-backend cpu -c constraints.txt "$torch" || {
+    echo "torch: needs the CPU build $torch+cpu; got no index that has it; point PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to one" >&2
+    exit 1
+  }
 fi
