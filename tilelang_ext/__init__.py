@@ -15,9 +15,7 @@ def _check_tilelang() -> None:
         version = _metadata.version("tilelang")
     except _metadata.PackageNotFoundError:
         raise ImportError(
-            "tilelang_ext: needs tilelang; got none installed; run `pip install tilelang=="
-            + SUPPORTED_TILELANG[-1]
-            + "`"
+            "tilelang_ext: needs tilelang; got none installed; run `pip install tilelang==" + SUPPORTED_TILELANG[-1] + "`"
         ) from None
     if version.split("+")[0] not in SUPPORTED_TILELANG:
         raise ImportError(

@@ -6,9 +6,7 @@ from tilelang_ext.metal.program import as_program
 from tilelang_ext.simulator import Report, execute_msl
 
 
-def simulate(
-    kernel, *arguments, target: str = "metal", check: bool = True, seed: int = 0, timeout: float = 60.0
-) -> Report:
+def simulate(kernel, *arguments, target: str = "metal", check: bool = True, seed: int = 0, timeout: float = 60.0) -> Report:
     """Execute one launch of `kernel` from its Metal text and return counts and findings; outputs are written in place.
 
     `kernel` is a prim_func, a compiled tilelang kernel, or a `MetalProgram`; `arguments` are torch CPU tensors and numbers in

@@ -21,7 +21,7 @@ from tilelang.backend import module
 from tilelang.tileop.gemm import registry
 language, backends, impls = dict(vars(L)), dict(module._BACKENDS), list(registry._GEMM_IMPLS)
 import tilelang_ext
-assert {k: v for k, v in vars(L).items() if not k.startswith("__")} == {k: v for k, v in language.items() if not k.startswith("__")}
+assert {k for k in vars(L) if vars(L)[k] is not language.get(k)} <= {"__warningregistry__"}, "upstream's language patched"
 assert {n for n in backends if module._BACKENDS[n] is not backends[n]} == {"metal"}, "other backends replaced"
 changed = {a.name for a, b in zip(registry._GEMM_IMPLS, impls, strict=True) if a is not b}
 assert changed == {"metal.simdgroup", "metal.cooperative_tensor"}, changed

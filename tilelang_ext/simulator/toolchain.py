@@ -31,7 +31,7 @@ _HEADERS = (
 # Every half and bfloat operation rounds, nothing contracts, 1.0 is a float; the switch of fibers needs no red zone.
 _LANGUAGE = (
     "-std=c++20", "-O2", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-exceptions", "-fno-rtti",
-    "-fno-threadsafe-statics", "-fno-omit-frame-pointer", "-fno-stack-protector", "-fno-sanitize=undefined",
+    "-fno-threadsafe-statics", "-fno-omit-frame-pointer", "-fno-stack-protector", "-fno-sanitize=undefined", "-fsigned-char",
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
     "-Xclang", "-cl-single-precision-constant", "-w", "-Wno-reserved-user-defined-literal",
 )  # fmt: skip
