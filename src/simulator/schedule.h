@@ -187,7 +187,8 @@ inline void fiber_main() {
 
 // One place of the text, in whatever instantiation of a template.
 inline bool same_place(const Site* a, const Site* b) {
-  return a == b || (a->_M_line == b->_M_line && a->_M_column == b->_M_column && !strcmp(a->_M_file_name, b->_M_file_name));
+  return a == b ||
+         (a->_M_line == b->_M_line && a->_M_column == b->_M_column && !strcmp(a->_M_file_name, b->_M_file_name));
 }
 
 // All simdgroups stand at a barrier or are done.
