@@ -7,6 +7,12 @@
 
 #include "engine.h"
 
+#ifdef __APPLE__
+#define SIM_X18  // the platform's register
+#else
+#define SIM_X18 "x18",
+#endif
+
 namespace sim {
 
 __attribute__((always_inline)) inline void switch_context(Context* from, Context* to) {
@@ -41,10 +47,10 @@ __attribute__((always_inline)) inline void switch_context(Context* from, Context
       "hint #36\n"  // a landing pad where branch targets are enforced
       : "+r"(x0), "+r"(x1)
       :
-      : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16", "x17", "x19",
-        "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7",
-        "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23",
-        "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31", "cc", "memory");
+      : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15", "x16", "x17",
+        SIM_X18 "x19", "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "v0", "v1", "v2", "v3", "v4",
+        "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20",
+        "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31", "cc", "memory");
 #else
 #error "the simulator runs on x86-64 and arm64"
 #endif

@@ -305,15 +305,25 @@ inline void access_device(const char* address, size_t size, Access access, Place
 
 bool is_own(const void* address);  // a stack, or what describes the threads
 
+#ifdef __linux__
+extern "C" __attribute__((weak)) const char __executable_start[], _end[];  // by the linker
+#endif
+
+// Is it the program's own image?
+inline bool in_program(const char* address) {
+#ifdef __linux__
+  if (__executable_start && address >= __executable_start && address < _end) return true;
+#endif
+  static uintptr_t known_page = 0;
+  Dl_info info;
+  if ((uintptr_t)address >> 12 != known_page && !dladdr(address, &info)) return false;
+  known_page = (uintptr_t)address >> 12;
+  return true;
+}
+
 // Neither device nor threadgroup memory: a thread's own, or a table of the program.
 inline void access_other(const char* address, size_t size, Access access, Place place) {
-  static uintptr_t known_page = 0;
-  if (is_own(address) || (uintptr_t)address >> 12 == known_page) return;
-  Dl_info info;
-  if (dladdr(address, &info)) {
-    known_page = (uintptr_t)address >> 12;
-    return;
-  }
+  if (is_own(address) || in_program(address)) return;
   report(kOutOfBounds, place, "%s of %zu bytes at %p, which is no memory of this launch", kVerb[access], size,
          (void*)address);
 }
