@@ -95,11 +95,11 @@ def _after_tile_operators(func) -> str:
 
 
 def _shorten(script: str) -> str:
-    """Without attributes and boilerplate; lines cut at WIDTH."""
+    """Without attributes and boilerplate; lines cut before the word that crosses WIDTH."""
     kept = [line.rstrip() for line in script.splitlines() if line.strip() and not line.strip().startswith(LEFT_OUT)]
     indent = min(len(line) - len(line.lstrip()) for line in kept)
     kept = [line[indent:] for line in kept]
-    return "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 4] + " ..." for line in kept)
+    return "\n".join(line if len(line) <= WIDTH else re.sub(r"\w*$", "...", line[: WIDTH - 4]) for line in kept)
 
 
 def _helper(source: str) -> str:
