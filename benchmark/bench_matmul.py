@@ -158,17 +158,17 @@ PROVIDERS = (
     Provider("torch", "torch.matmul(A, B, out=C)", ("cuda", "hip", "mps", "c"), make_torch),
     Provider("mlx", "mlx.core.matmul (allocates its output)", ("mps",), make_mlx),
 )
-COUNTS = (
+COUNTS = (  # 79 columns of text, so that it fits a terminal
     Column("case", "M x N x K"),
-    Column("provider", "provider"),
+    Column("provider", "kernel"),
     Column("mma", "MMAs", ","),
-    Column("device_bytes_read_per_mma", "device read\nB / MMA", ".1f"),
-    Column("device_bytes_written_per_mma", "device written\nB / MMA", ".1f"),
-    Column("threadgroup_bytes_read_per_mma", "group read\nB / MMA", ".1f"),
-    Column("threadgroup_bytes_written_per_mma", "group written\nB / MMA", ".1f"),
-    Column("barriers_per_1000_mma", "barriers /\n1,000 MMA", ".1f"),
-    Column("findings", "findings"),
-    Column("max_error", "max error", ".1e"),
+    Column("device_bytes_read_per_mma", "device\nread\nB/MMA", ".1f"),
+    Column("device_bytes_written_per_mma", "device\nwritten\nB/MMA", ".1f"),
+    Column("threadgroup_bytes_read_per_mma", "group\nread\nB/MMA", ".1f"),
+    Column("threadgroup_bytes_written_per_mma", "group\nwritten\nB/MMA", ".1f"),
+    Column("barriers_per_1000_mma", "bar-\nriers /\n1,000", ".1f"),
+    Column("findings", "find-\nings"),
+    Column("max_error", "max\nerror", ".1e"),
 )
 TIMES = (
     Column("case", "M x N x K"),
@@ -356,9 +356,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
 
     title = f"matmul, {arguments.dtype}, target {target}, {describe(device)}"
     if device == "simulator":
-        notes.append(
-            "Counts from executing the Metal text on the CPU; no measure of speed. MMA: an 8x8x8 product of a simdgroup."
-        )
+        notes.append("Counts from executing the Metal text on the CPU; no measure of speed. group: threadgroup. MMA: 8x8x8.")
         notes.append("minimum: what these tiles need. Each threadgroup reads its part of A and B once; C is written once.")
         title += " (counts, no speed)"
         columns, value, label = COUNTS, "device_bytes_read_per_mma", "device bytes read an MMA"

@@ -76,7 +76,9 @@ def show(title: str, rows: Sequence[dict], columns: Sequence[Column], notes: Seq
     """Print rows as one table, and the notes below; a repeated first cell is written once."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    console = _console()
+    padding = (0, 2 if console.width >= 100 else 1, 0, 0)
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=padding)
     for i, column in enumerate(columns):
         table.add_column(
             column.heading, no_wrap=True, justify="left" if i == 0 or isinstance(rows[0].get(column.key), str) else "right"
@@ -87,7 +89,6 @@ def show(title: str, rows: Sequence[dict], columns: Sequence[Column], notes: Seq
         first, cells[0] = cells[0], "" if cells[0] == previous else cells[0]
         previous = first
         table.add_row(*cells, style=None if row.get("findings") in (None, 0) else "red")
-    console = _console()
     console.print(table)
     for note in notes:
         console.print(f"  {note}", highlight=False, markup=False, style="dim")
