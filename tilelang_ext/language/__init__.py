@@ -5,4 +5,8 @@ from __future__ import annotations
 import tilelang.language as _upstream
 from tilelang.language import *  # noqa: F403
 
-__all__ = [*_upstream.__all__]
+from tilelang_ext.formats import BlockScaledLayout
+from tilelang_ext.language.e8m0 import e8m0_to_float
+from tilelang_ext.language.fp8_scaled_matmul import fp8_scaled_matmul
+
+__all__ = [*_upstream.__all__, "BlockScaledLayout", "e8m0_to_float", "fp8_scaled_matmul"]

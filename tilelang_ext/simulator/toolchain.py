@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -110,10 +111,14 @@ def cache_directory() -> Path:
 
 
 def _forget_oldest(folder: Path) -> None:
-    """Keep the cache small: past MAXIMUM_CACHED, the half that was built first goes."""
-    entries = [p for p in folder.iterdir() if p.is_file()]
+    """Keep the cache small: past MAXIMUM_CACHED, the half that was used longest ago goes. Others may do the same beside us."""
+    entries = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                entries.append((path.stat().st_mtime, path))
     if len(entries) > MAXIMUM_CACHED:
-        for path in sorted(entries, key=lambda p: p.stat().st_mtime)[: MAXIMUM_CACHED // 2]:
+        for _, path in sorted(entries)[: MAXIMUM_CACHED // 2]:
             path.unlink(missing_ok=True)
 
 
@@ -131,10 +136,17 @@ def cached(name: str, key: Sequence[str], build) -> Path:
     """The file that `build(folder)` makes for this key, built once; two builders at once do no harm."""
     digest = hashlib.sha256("\0".join((_shim_digest(), *key)).encode()).hexdigest()[:32]
     target = cache_directory() / f"{digest}-{name}"
-    if not target.exists():
+    try:
+        os.utime(target)  # used now, so no other process forgets it before we are done with it
+    except FileNotFoundError:
         _forget_oldest(cache_directory())
         with tempfile.TemporaryDirectory(dir=cache_directory()) as folder:
-            os.replace(build(Path(folder)), target)
+            made = build(Path(folder))
+            try:
+                os.replace(made, target)
+            except OSError:  # a folder that another process put there in the meantime
+                if not target.exists():
+                    raise
     return target
 
 

@@ -40,11 +40,13 @@ struct bfloat {
 #define SIM_FROM_INTEGER(T) \
   SIM_FN constexpr bfloat(T v) : bits(round_to_bf16((float)v)) {}
   SIM_FROM_INTEGER(bool)
-  SIM_FROM_INTEGER(char) SIM_FROM_INTEGER(signed char) SIM_FROM_INTEGER(uchar) SIM_FROM_INTEGER(short)
-      SIM_FROM_INTEGER(ushort) SIM_FROM_INTEGER(int) SIM_FROM_INTEGER(uint) SIM_FROM_INTEGER(long)
-          SIM_FROM_INTEGER(ulong)
+  SIM_FROM_INTEGER(char)
+  SIM_FROM_INTEGER(signed char)
+  SIM_FROM_INTEGER(uchar)
+  SIM_FROM_INTEGER(short)
+  SIM_FROM_INTEGER(ushort) SIM_FROM_INTEGER(int) SIM_FROM_INTEGER(uint) SIM_FROM_INTEGER(long) SIM_FROM_INTEGER(ulong)
 #undef SIM_FROM_INTEGER
-              SIM_FN constexpr operator float() const {
+      SIM_FN constexpr operator float() const {
     return __builtin_bit_cast(float, (unsigned)bits << 16);
   }
 #define SIM_ASSIGN(op)                                  \
@@ -53,16 +55,18 @@ struct bfloat {
     return *this;                                       \
   }
   SIM_ASSIGN(+)
-  SIM_ASSIGN(-) SIM_ASSIGN(*) SIM_ASSIGN(/)
+  SIM_ASSIGN(-)
+  SIM_ASSIGN(*)
+  SIM_ASSIGN(/)
 #undef SIM_ASSIGN
-      SIM_FN constexpr bfloat operator-() const {
-    return bfloat(-float(*this));
-  }
+  SIM_FN constexpr bfloat operator-() const { return bfloat(-float(*this)); }
 };
 #define SIM_BINARY(op) \
   SIM_FN constexpr bfloat operator op(bfloat a, bfloat b) { return bfloat(float(a) op float(b)); }
 SIM_BINARY(+)
-SIM_BINARY(-) SIM_BINARY(*) SIM_BINARY(/)
+SIM_BINARY(-)
+SIM_BINARY(*)
+SIM_BINARY(/)
 #undef SIM_BINARY
 // A bfloat with an integer is a bfloat; with a float, a float (the built-in operator after conversion).
 #define SIM_MIXED(op, T)                                                        \
@@ -71,10 +75,12 @@ SIM_BINARY(-) SIM_BINARY(*) SIM_BINARY(/)
 #define SIM_MIXED_ALL(op) \
   SIM_MIXED(op, int)      \
   SIM_MIXED(op, uint) SIM_MIXED(op, short) SIM_MIXED(op, ushort) SIM_MIXED(op, long) SIM_MIXED(op, ulong)
-    SIM_MIXED_ALL(+) SIM_MIXED_ALL(-) SIM_MIXED_ALL(*) SIM_MIXED_ALL(/)
+SIM_MIXED_ALL(+)
+SIM_MIXED_ALL(-)
+SIM_MIXED_ALL(*) SIM_MIXED_ALL(/)
 #undef SIM_MIXED_ALL
 #undef SIM_MIXED
-        SIM_FN constexpr float operator+(bfloat a, float b) {
+    SIM_FN constexpr float operator+(bfloat a, float b) {
   return (float)a + b;
 }
 SIM_FN constexpr float operator+(float a, bfloat b) { return a + (float)b; }

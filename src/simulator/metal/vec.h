@@ -170,8 +170,11 @@ struct packed_vec {
     return a = a op vec<T, N>(b);                                                  \
   }
 SIM_BINARY(+)
-SIM_BINARY(-) SIM_BINARY(*) SIM_BINARY(/) SIM_BINARY(%) SIM_BINARY(&) SIM_BINARY(|) SIM_BINARY(^) SIM_BINARY(<<)
-    SIM_BINARY(>>)
+SIM_BINARY(-)
+SIM_BINARY(*)
+SIM_BINARY(/)
+SIM_BINARY(%)
+SIM_BINARY(&) SIM_BINARY(|) SIM_BINARY(^) SIM_BINARY(<<) SIM_BINARY(>>)
 #undef SIM_BINARY
 #define SIM_COMPARE(op)                                                               \
   template <class T, int N>                                                           \
@@ -188,8 +191,8 @@ SIM_BINARY(-) SIM_BINARY(*) SIM_BINARY(/) SIM_BINARY(%) SIM_BINARY(&) SIM_BINARY
   SIM_FN constexpr vec<bool, N> operator op(S s, const vec<T, N>& a) {                \
     return vec<T, N>(s) op a;                                                         \
   }
-        SIM_COMPARE(==) SIM_COMPARE(!=) SIM_COMPARE(<) SIM_COMPARE(>) SIM_COMPARE(<=) SIM_COMPARE(>=) SIM_COMPARE(&&)
-            SIM_COMPARE(||)
+    SIM_COMPARE(==) SIM_COMPARE(!=) SIM_COMPARE(<) SIM_COMPARE(>) SIM_COMPARE(<=) SIM_COMPARE(>=) SIM_COMPARE(&&)
+        SIM_COMPARE(||)
 #undef SIM_COMPARE
 #define SIM_UNARY(op)                                          \
   template <class T, int N>                                    \
@@ -198,11 +201,11 @@ SIM_BINARY(-) SIM_BINARY(*) SIM_BINARY(/) SIM_BINARY(%) SIM_BINARY(&) SIM_BINARY
     for (int i = 0; i < N; ++i) r.e[i] = T(op a.e[i]);         \
     return r;                                                  \
   }
-                SIM_UNARY(-) SIM_UNARY(+) SIM_UNARY(~) SIM_UNARY(!)
+            SIM_UNARY(-) SIM_UNARY(+) SIM_UNARY(~) SIM_UNARY(!)
 #undef SIM_UNARY
 
-                    template <int N>
-                    SIM_FN constexpr bool any(const vec<bool, N>& v) {
+                template <int N>
+                SIM_FN constexpr bool any(const vec<bool, N>& v) {
   bool r = false;
   for (int i = 0; i < N; ++i) r |= v.e[i];
   return r;

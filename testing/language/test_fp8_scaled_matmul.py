@@ -1,0 +1,342 @@
+"""T.fp8_scaled_matmul: every row of its table on Metal's executed text against float64, and its errors by message."""
+
+import numpy as np
+import pytest
+import torch
+from numeric import assert_close
+
+from tilelang_ext import formats, metal, quantize, reference, simulate
+from tilelang_ext import language as T
+
+L = T.BlockScaledLayout
+TENSOR, ROW, E8M0 = (L.per_tensor(),) * 2, (L.per_row(),) * 2, (L.e8m0_k32(),) * 2
+BLOCK = (L.block(1, 128), L.block(128, 128))
+LAYOUTS = {"tensor": TENSOR, "row": ROW, "block": BLOCK, "e8m0": E8M0, "row and block": (L.per_row(), L.block(128, 128))}
+FORMATS = {f.dtype: f for f in formats.FP8_OPERANDS}
+
+
+def operand(rows, K, layout, dtype="float8_e4m3fn", seed=0):
+    """Codes and scales of values whose magnitude changes from row to row and from group to group."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, K, generator=generator)
+    values *= torch.exp2(torch.randint(-4, 5, (rows, 1), generator=generator).float())
+    values *= torch.exp2(torch.randint(-4, 5, (1, -(-K // 32)), generator=generator).float()).repeat_interleave(32, 1)[:, :K]
+    codes, scale = quantize.quantize(values, FORMATS[dtype], layout)
+    return codes, scale
+
+
+def dtype_of(tensor):
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def check(kernel, arguments, C, expected, out="float32", target="metal"):
+    report = simulate(kernel, *arguments, C, target=target)
+    assert not report.findings, str(report)
+    assert_close(C, expected, dtype=out)
+    return report
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("target", ["metal", "metal4"])
+def test_global_operands(name, target):
+    """The intrinsic stages its operands itself; K ends inside a step, rows and columns inside a tile."""
+    M, N, K = 40, 150, 288
+    layouts = LAYOUTS[name]
+    (A, SA), (B, SB) = operand(M, K, layouts[0], seed=0), operand(N, K, layouts[1], seed=1)
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, K), "float8_e4m3fn"),
+        SA: T.Tensor(tuple(SA.shape), dtype_of(SA)),
+        B: T.Tensor((N, K), "float8_e4m3fn"),
+        SB: T.Tensor(tuple(SB.shape), dtype_of(SB)),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(T.ceildiv(N, 64), T.ceildiv(M, 32), threads=64) as (bx, by):
+            C_f = T.alloc_fragment((32, 64), "float32")
+            T.fp8_scaled_matmul(
+                A[by * 32 : by * 32 + 32, 0:K],
+                SA,
+                B[bx * 64 : bx * 64 + 64, 0:K],
+                SB,
+                C_f,
+                transpose_B=True,
+                scale_layout=layouts,
+                clear_accum=True,
+            )
+            T.copy(C_f, C[by * 32, bx * 64])
+
+    check(kernel, (A, SA, B, SB), torch.full((M, N), torch.nan), reference.scaled_matmul(A, SA, B, SB, *layouts), target=target)
+
+
+@pytest.mark.parametrize("name", ["row", "block", "e8m0"])
+def test_shared_tiles_in_a_users_loop(name):
+    """The scales are sliced as the operands are; the user's names are the intrinsic's own, and do not collide."""
+    M, N, K = 64, 128, 256
+    layouts = LAYOUTS[name]
+    (A, SA), (B, SB) = operand(M, K, layouts[0], seed=2), operand(N, K, layouts[1], seed=3)
+    groups = {"row": None, "block": 1, "e8m0": 4}[name]
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, K), "float8_e4m3fn"),
+        SA: T.Tensor(tuple(SA.shape), dtype_of(SA)),
+        B: T.Tensor((N, K), "float8_e4m3fn"),
+        SB: T.Tensor(tuple(SB.shape), dtype_of(SB)),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(1, threads=128) as i:
+            partial = T.alloc_shared((64, 128), "float8_e4m3fn")
+            B_s = T.alloc_shared((128, 128), "float8_e4m3fn")
+            total = T.alloc_fragment((64, 128), "float32")
+            T.clear(total)
+            for t in T.serial(2):
+                T.copy(A[0, t * 128], partial)
+                T.copy(B[0, t * 128], B_s)
+                if groups is None:
+                    T.fp8_scaled_matmul(partial, SA, B_s, SB, total, transpose_B=True)
+                else:
+                    T.fp8_scaled_matmul(
+                        partial,
+                        SA[0 : SA.shape[0], t * groups : (t + 1) * groups],
+                        B_s,
+                        SB[0 : SB.shape[0], t * groups : (t + 1) * groups],
+                        total,
+                        transpose_B=True,
+                        scale_layout=layouts,
+                    )
+            for j, k in T.Parallel(64, 128):
+                C[j, k] = total[j, k] + T.cast(i, "float32")
+
+    check(kernel, (A, SA, B, SB), torch.full((M, N), torch.nan), reference.scaled_matmul(A, SA, B, SB, *layouts))
+
+
+@pytest.mark.parametrize("trans_A", [False, True])
+@pytest.mark.parametrize("trans_B", [False, True])
+@pytest.mark.parametrize(("a", "b"), [("float8_e4m3fn", "float8_e5m2"), ("float8_e5m2", "float8_e4m3fn")])
+def test_mixed_dtypes_and_transposes(a, b, trans_A, trans_B):
+    M, N, K = 32, 64, 96
+    (A, SA), (B, SB) = operand(M, K, L.per_row(), a, 4), operand(N, K, L.per_row(), b, 5)
+    A_given, B_given = (A.t().contiguous() if trans_A else A), (B if trans_B else B.t().contiguous())
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor(tuple(A_given.shape), a),
+        SA: T.Tensor((M, 1), "float32"),
+        B: T.Tensor(tuple(B_given.shape), b),
+        SB: T.Tensor((N, 1), "float32"),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(1, threads=64) as _:
+            C_f = T.alloc_fragment((M, N), "float32")
+            T.fp8_scaled_matmul(A, SA, B, SB, C_f, transpose_A=trans_A, transpose_B=trans_B, clear_accum=True)
+            T.copy(C_f, C)
+
+    expected = reference.scaled_matmul(A, SA, B, SB, *ROW)
+    check(kernel, (A_given, SA, B_given, SB), torch.full((M, N), torch.nan), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_fnuz_operands_are_decoded_as_such(dtype):
+    M, N, K = 32, 64, 64
+    (A, SA), (B, SB) = operand(M, K, L.per_row(), dtype, 4), operand(N, K, L.per_row(), dtype, 5)
+    check(
+        whole(M, N, K, dtype, dtype), (A, SA, B, SB), torch.full((M, N), torch.nan), reference.scaled_matmul(A, SA, B, SB, *ROW)
+    )
+
+
+def whole(
+    M,
+    N,
+    K,
+    a="float8_e4m3fn",
+    b="float8_e4m3fn",
+    out="float32",
+    scope="fragment",
+    clear=True,
+    scale="float32",
+    A_scope="global",
+):
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, K), a),
+        SA: T.Tensor((M, 1), scale),
+        B: T.Tensor((N, K), b),
+        SB: T.Tensor((N, 1), scale),
+        C: T.Tensor((M, N), out),
+    ):
+        with T.Kernel(1, threads=64) as _:
+            if A_scope == "fragment":
+                A_t = T.alloc_fragment((M, K), a)
+                T.copy(A, A_t)
+            else:
+                A_t = A
+            if scope == "global":
+                T.fp8_scaled_matmul(A_t, SA, B, SB, C, transpose_B=True, clear_accum=clear)
+            else:
+                C_t = T.alloc_shared((M, N), out) if scope == "shared" else T.alloc_fragment((M, N), out)
+                T.copy(C, C_t)
+                T.fp8_scaled_matmul(A_t, SA, B, SB, C_t, transpose_B=True, clear_accum=clear)
+                T.copy(C_t, C)
+
+    return kernel
+
+
+@pytest.mark.parametrize("clear", [True, False])
+@pytest.mark.parametrize("scope", ["fragment", "shared", "global"])
+@pytest.mark.parametrize("out", ["float32", "float16", "bfloat16"])
+def test_results(out, scope, clear):
+    """What C held is added unscaled; a 16-bit C is rounded once, however many scale groups and steps K has."""
+    M, N, K = 32, 64, 320
+    (A, SA), (B, SB) = operand(M, K, L.per_row(), seed=6), operand(N, K, L.per_row(), seed=7)
+    SA, SB = SA / 64, SB / 64
+    C = torch.randn(M, N, generator=torch.Generator().manual_seed(8)).to(getattr(torch, out))
+    expected = reference.scaled_matmul(A, SA, B, SB, *ROW) + (0 if clear else C.double())
+    check(whole(M, N, K, out=out, scope=scope, clear=clear), (A, SA, B, SB), C, expected, out)
+
+
+def test_a_in_registers():
+    M, N, K = 32, 64, 128
+    (A, SA), (B, SB) = operand(M, K, L.per_row(), seed=6), operand(N, K, L.per_row(), seed=7)
+    C = torch.full((M, N), torch.nan)
+    check(whole(M, N, K, A_scope="fragment"), (A, SA, B, SB), C, reference.scaled_matmul(A, SA, B, SB, *ROW))
+
+
+def test_float16_scales():
+    M, N, K = 32, 64, 64
+    (A, SA), (B, SB) = operand(M, K, L.per_row(), seed=6), operand(N, K, L.per_row(), seed=7)
+    SA, SB = SA.half(), SB.half()
+    expected = reference.scaled_matmul(A, SA.float(), B, SB.float(), *ROW)
+    check(whole(M, N, K, scale="float16"), (A, SA, B, SB), torch.full((M, N), torch.nan), expected)
+
+
+def test_mx_scales_shared_by_all_rows():
+    M, N, K = 32, 64, 128
+    A, SA = operand(M, K, L.e8m0_k32(), seed=6)
+    B, SB = operand(N, K, L.e8m0_k32(), seed=7)
+    SA, SB = SA[3].contiguous(), SB[5].contiguous()
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, K), "float8_e4m3fn"),
+        SA: T.Tensor((K // 32,), "uint8"),
+        B: T.Tensor((N, K), "float8_e4m3fn"),
+        SB: T.Tensor((K // 32,), "uint8"),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(1, threads=64) as _:
+            T.fp8_scaled_matmul(A, SA, B, SB, C, transpose_B=True, clear_accum=True)
+
+    expected = reference.scaled_matmul(A, SA.expand(M, -1).contiguous(), B, SB.expand(N, -1).contiguous(), *E8M0)
+    check(kernel, (A, SA, B, SB), torch.full((M, N), torch.nan), expected)
+
+
+def test_dynamic_shapes():
+    M, N, K = T.dynamic("M"), T.dynamic("N"), T.dynamic("K")
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, K), "float8_e4m3fn"),
+        SA: T.Tensor((M,), "float32"),
+        B: T.Tensor((N, K), "float8_e4m3fn"),
+        SB: T.Tensor((N,), "float32"),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(T.ceildiv(N, 64), T.ceildiv(M, 32), threads=64) as (bx, by):
+            T.fp8_scaled_matmul(
+                A[by * 32 : by * 32 + 32, 0:K],
+                SA,
+                B[bx * 64 : bx * 64 + 64, 0:K],
+                SB,
+                C[by * 32 : by * 32 + 32, bx * 64 : bx * 64 + 64],
+                transpose_B=True,
+                clear_accum=True,
+            )
+
+    program = metal.lower(kernel)
+    for m, n, k in [(32, 64, 128), (33, 70, 200), (1, 1, 1)]:
+        (A, SA), (B, SB) = operand(m, k, L.per_row(), seed=9), operand(n, k, L.per_row(), seed=10)
+        expected = reference.scaled_matmul(A, SA, B, SB, *ROW)
+        check(program, (A, SA.reshape(-1), B, SB.reshape(-1)), torch.full((m, n), torch.nan), expected)
+
+
+def test_every_e8m0_byte():
+    @T.prim_func
+    def kernel(codes: T.Tensor((256,), "uint8"), out: T.Tensor((2, 256), "float32")):
+        with T.Kernel(1, threads=32) as _:
+            for i in T.Parallel(256):
+                out[0, i] = T.e8m0_to_float(codes[i])
+                out[1, i] = T.e8m0_to_float(codes[i], zero_sentinel=True)
+
+    out = torch.full((2, 256), torch.nan)
+    assert not simulate(kernel, torch.arange(256, dtype=torch.uint8), out).findings
+    expected = torch.tensor([formats.E8M0.decode(code) for code in range(256)], dtype=torch.float64)
+    np.testing.assert_array_equal(out[0].double(), expected)
+    expected[[0, 255]] = 0
+    np.testing.assert_array_equal(out[1].double(), expected)
+
+
+def trace(*, A=((64, 64), "float8_e4m3fn"), SA=((64,), "float32"), B=((64, 64), "float8_e4m3fn"), SB=((64,), "float32"),
+          C=((64, 64), "float32"), C_scope="global", **options):  # fmt: skip
+    @T.prim_func
+    def kernel(A: T.Tensor(*A), SA: T.Tensor(*SA), B: T.Tensor(*B), SB: T.Tensor(*SB), C: T.Tensor(*C)):
+        with T.Kernel(1, threads=128) as _:
+            if C_scope == "local":
+                C_t = T.alloc_local((64, 64), "float32")
+                T.fp8_scaled_matmul(A, SA, B, SB, C_t, transpose_B=True, **options)
+            else:
+                T.fp8_scaled_matmul(A, SA, B, SB, C, transpose_B=True, **options)
+
+    return kernel
+
+
+F8 = "float8_e4m3fn"
+ERRORS = [
+    ("half operand", {"A": ((64, 64), "float16")}, TypeError, r"A must be one of float8_e4m3fn, .*; got float16; use T\.gemm"),
+    ("E8M0 operand", {"B": ((64, 64), "float8_e8m0fnu")}, TypeError, r"B must be .*; got float8_e8m0fnu; E8M0 is a format"),
+    ("scale dtype", {"SA": ((64,), "int32")}, TypeError, r"scale_a must be float32, .*; got int32; convert the scales"),
+    ("C dtype", {"C": ((64, 64), "int32")}, TypeError, r"C must be float32, float16, bfloat16; got int32; cast after"),
+    ("C scope", {"C_scope": "local"}, TypeError, r"C must be fragment, shared, global; got C_t in scope local"),
+    ("rank", {"A": ((64,), F8)}, ValueError, r"A must have at least 2 dimensions; got 1 \(A\)"),
+    ("M", {"C": ((32, 64), "float32")}, ValueError, r"M of A and C must agree; got 64 and 32"),
+    ("N", {"B": ((32, 64), F8), "SB": ((32,), "float32")}, ValueError, r"N of B and C must agree; got 32 and 64"),
+    ("K", {"B": ((64, 32), F8)}, ValueError, r"K of A and B must agree; got 64 and 32"),
+    ("scale size", {"SA": ((48,), "float32")}, ValueError, r"scale_a must fit per_tensor\(\), .*got shape \[48\]; slice"),
+    ("size under a layout", {"scale_layout": ROW[0], "SB": ((32,), "float32")}, ValueError, r"scale_b must fit per_row\(\)"),
+    ("K and the group", {"A": ((64, 48), F8), "B": ((64, 48), F8), "SA": ((64, 2), "uint8"), "scale_layout": (E8M0[0], ROW[1])},
+     ValueError, r"K must be a multiple of the scale group 32; got K = 48; pad K"),
+    ("float for bytes", {"scale_layout": E8M0, "SA": ((64, 2), "float32"), "SB": ((64, 2), "uint8")}, TypeError,
+     r"scale_a must be uint8, float8_e8m0fnu for e8m0_k32\(\); got float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS])
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=r"T\.fp8_scaled_matmul: " + message):
+        trace(**arguments)
+
+
+def test_scales_whose_shape_proves_nothing():
+    """A symbolic width may be one scale a row or one a block: say which."""
+    n, K = T.dynamic("n"), 256
+
+    def kernel_with(layout):
+        @T.prim_func
+        def kernel(
+            A: T.Tensor((64, K), F8),
+            SA: T.Tensor((64, n), "float32"),
+            B: T.Tensor((64, K), F8),
+            SB: T.Tensor((64,), "float32"),
+            C: T.Tensor((64, 64), "float32"),
+        ):
+            with T.Kernel(1, threads=128) as _:
+                T.fp8_scaled_matmul(A, SA, B, SB, C, transpose_B=True, scale_layout=layout, clear_accum=True)
+
+        return kernel
+
+    with pytest.raises(ValueError, match=r"scale_a must fit .*got shape \[64, n\]; .*pass scale_layout"):
+        kernel_with(None)
+    (A, SA), (B, SB) = operand(64, K, L.block(1, 128), seed=1), operand(64, K, L.per_row(), seed=2)
+    layouts = (L.block(1, 128), L.per_row())
+    expected = reference.scaled_matmul(A, SA, B, SB, *layouts)
+    check(kernel_with(layouts), (A, SA, B, SB.reshape(-1)), torch.full((64, 64), torch.nan), expected)

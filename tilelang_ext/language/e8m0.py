@@ -1,0 +1,32 @@
+"""`T.e8m0_to_float`: the power of two that an E8M0 byte stands for."""
+
+from __future__ import annotations
+
+import tilelang.language as T
+from tvm import tirx
+
+from tilelang_ext.formats import E8M0, E8M0_ZERO_SENTINELS
+
+_MANTISSA_BITS = 23  # of float32
+_SMALLEST = 1 << (_MANTISSA_BITS - 1)  # bits of 2^-127, which is subnormal
+_NAN = 0x7FC00000
+
+
+def e8m0_to_float(byte: tirx.PrimExpr, *, zero_sentinel: bool = False) -> tirx.PrimExpr:
+    """Return 2^(byte - 127) as a float32 expression; byte 0 is 2^-127 and byte 255 is NaN.
+
+    `byte` is a uint8 or e8m0 expression. With `zero_sentinel` bytes 0 and 255 stand for 0, as some producers mean them. The
+    value is built from its bits: an exp2 could flush the smallest scale to zero.
+    """
+    dtype = str(byte.dtype)
+    if dtype not in ("uint8", E8M0.dtype):
+        raise TypeError(f"T.e8m0_to_float: byte must be uint8 or {E8M0.dtype}; got {dtype}; pass the stored byte")
+    code = T.cast(byte if dtype == "uint8" else T.reinterpret(byte, "uint8"), "uint32")
+    smallest, largest = (0, 0) if zero_sentinel else (_SMALLEST, _NAN)
+    first, last = E8M0_ZERO_SENTINELS
+    bits = T.if_then_else(
+        code == T.uint32(first),
+        T.uint32(smallest),
+        T.if_then_else(code == T.uint32(last), T.uint32(largest), code << T.uint32(_MANTISSA_BITS)),
+    )
+    return T.reinterpret(bits, "float32")
