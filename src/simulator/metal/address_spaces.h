@@ -53,15 +53,37 @@ SIM_SAME(simd_shuffle_xor)
 SIM_SAME(simd_shuffle_up)
 SIM_SAME(simd_shuffle_down)
 SIM_SAME(simd_broadcast)
-SIM_SAME(simd_sum) SIM_SAME(simd_max) SIM_SAME(simd_min) SIM_SAME(simd_product) SIM_SAME(exp) SIM_SAME(exp2)
-    SIM_SAME(log) SIM_SAME(log2) SIM_SAME(sqrt) SIM_SAME(rsqrt) SIM_SAME(tanh) SIM_SAME(fabs) SIM_SAME(abs)
-        SIM_SAME(floor) SIM_SAME(ceil) SIM_SAME(round) SIM_SAME(rint) SIM_SAME(pow) SIM_SAME(fma) SIM_SAME(min)
-            SIM_SAME(max) SIM_SAME(fmin) SIM_SAME(fmax) SIM_SAME(clamp) SIM_SAME(select) SIM_SAME(popcount)
-                SIM_SAME(clz)
+SIM_SAME(simd_sum)
+SIM_SAME(simd_max)
+SIM_SAME(simd_min)
+SIM_SAME(simd_product)
+SIM_SAME(exp)
+SIM_SAME(exp2)
+SIM_SAME(log)
+SIM_SAME(log2)
+SIM_SAME(sqrt)
+SIM_SAME(rsqrt)
+SIM_SAME(tanh)
+SIM_SAME(fabs)
+SIM_SAME(abs)
+SIM_SAME(floor)
+SIM_SAME(ceil)
+SIM_SAME(round)
+SIM_SAME(rint)
+SIM_SAME(pow)
+SIM_SAME(fma)
+SIM_SAME(min)
+SIM_SAME(max)
+SIM_SAME(fmin)
+SIM_SAME(fmax)
+SIM_SAME(clamp)
+SIM_SAME(select)
+SIM_SAME(popcount)
+SIM_SAME(clz)
 #undef SIM_SAME
 
-                    template <class T>
-                    struct atomic {
+template <class T>
+struct atomic {
   T value;
 };
 enum memory_order { memory_order_relaxed };
@@ -73,7 +95,11 @@ SIM_ATOMIC(store)
 SIM_ATOMIC(exchange)
 SIM_ATOMIC(fetch_add)
 SIM_ATOMIC(fetch_sub)
-SIM_ATOMIC(fetch_min) SIM_ATOMIC(fetch_max) SIM_ATOMIC(fetch_and) SIM_ATOMIC(fetch_or) SIM_ATOMIC(fetch_xor)
+SIM_ATOMIC(fetch_min)
+SIM_ATOMIC(fetch_max)
+SIM_ATOMIC(fetch_and)
+SIM_ATOMIC(fetch_or)
+SIM_ATOMIC(fetch_xor)
 #undef SIM_ATOMIC
 
 }  // namespace metal

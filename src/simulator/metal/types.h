@@ -44,11 +44,13 @@ struct bfloat {
   SIM_FROM_INTEGER(signed char)
   SIM_FROM_INTEGER(uchar)
   SIM_FROM_INTEGER(short)
-  SIM_FROM_INTEGER(ushort) SIM_FROM_INTEGER(int) SIM_FROM_INTEGER(uint) SIM_FROM_INTEGER(long) SIM_FROM_INTEGER(ulong)
+  SIM_FROM_INTEGER(ushort)
+  SIM_FROM_INTEGER(int)
+  SIM_FROM_INTEGER(uint)
+  SIM_FROM_INTEGER(long)
+  SIM_FROM_INTEGER(ulong)
 #undef SIM_FROM_INTEGER
-      SIM_FN constexpr operator float() const {
-    return __builtin_bit_cast(float, (unsigned)bits << 16);
-  }
+  SIM_FN constexpr operator float() const { return __builtin_bit_cast(float, (unsigned)bits << 16); }
 #define SIM_ASSIGN(op)                                  \
   SIM_FN constexpr bfloat& operator op## = (bfloat o) { \
     bits = round_to_bf16(float(*this) op float(o));     \
@@ -74,15 +76,18 @@ SIM_BINARY(/)
   SIM_FN constexpr bfloat operator op(T a, bfloat b) { return bfloat(a) op b; }
 #define SIM_MIXED_ALL(op) \
   SIM_MIXED(op, int)      \
-  SIM_MIXED(op, uint) SIM_MIXED(op, short) SIM_MIXED(op, ushort) SIM_MIXED(op, long) SIM_MIXED(op, ulong)
+  SIM_MIXED(op, uint)
+SIM_MIXED(op, short)
+SIM_MIXED(op, ushort)
+SIM_MIXED(op, long)
+SIM_MIXED(op, ulong)
 SIM_MIXED_ALL(+)
 SIM_MIXED_ALL(-)
-SIM_MIXED_ALL(*) SIM_MIXED_ALL(/)
+SIM_MIXED_ALL(*)
+SIM_MIXED_ALL(/)
 #undef SIM_MIXED_ALL
 #undef SIM_MIXED
-    SIM_FN constexpr float operator+(bfloat a, float b) {
-  return (float)a + b;
-}
+SIM_FN constexpr float operator+(bfloat a, float b) { return (float)a + b; }
 SIM_FN constexpr float operator+(float a, bfloat b) { return a + (float)b; }
 SIM_FN constexpr float operator-(bfloat a, float b) { return (float)a - b; }
 SIM_FN constexpr float operator-(float a, bfloat b) { return a - (float)b; }

@@ -85,7 +85,10 @@ struct swizzle_reference {
   SIM_FN constexpr void operator op## = (const U& u) { \
     *this = v.template swizzle<I...>() op u;           \
   }
-  SIM_ASSIGN(+) SIM_ASSIGN(-) SIM_ASSIGN(*) SIM_ASSIGN(/)
+  SIM_ASSIGN(+)
+  SIM_ASSIGN(-)
+  SIM_ASSIGN(*)
+  SIM_ASSIGN(/)
 #undef SIM_ASSIGN
 };
 
@@ -174,7 +177,11 @@ SIM_BINARY(-)
 SIM_BINARY(*)
 SIM_BINARY(/)
 SIM_BINARY(%)
-SIM_BINARY(&) SIM_BINARY(|) SIM_BINARY(^) SIM_BINARY(<<) SIM_BINARY(>>)
+SIM_BINARY(&)
+SIM_BINARY(|)
+SIM_BINARY(^)
+SIM_BINARY(<<)
+SIM_BINARY(>>)
 #undef SIM_BINARY
 #define SIM_COMPARE(op)                                                               \
   template <class T, int N>                                                           \
@@ -191,8 +198,14 @@ SIM_BINARY(&) SIM_BINARY(|) SIM_BINARY(^) SIM_BINARY(<<) SIM_BINARY(>>)
   SIM_FN constexpr vec<bool, N> operator op(S s, const vec<T, N>& a) {                \
     return vec<T, N>(s) op a;                                                         \
   }
-    SIM_COMPARE(==) SIM_COMPARE(!=) SIM_COMPARE(<) SIM_COMPARE(>) SIM_COMPARE(<=) SIM_COMPARE(>=) SIM_COMPARE(&&)
-        SIM_COMPARE(||)
+SIM_COMPARE(==)
+SIM_COMPARE(!=)
+SIM_COMPARE(<)
+SIM_COMPARE(>)
+SIM_COMPARE(<=)
+SIM_COMPARE(>=)
+SIM_COMPARE(&&)
+SIM_COMPARE(||)
 #undef SIM_COMPARE
 #define SIM_UNARY(op)                                          \
   template <class T, int N>                                    \
@@ -201,11 +214,14 @@ SIM_BINARY(&) SIM_BINARY(|) SIM_BINARY(^) SIM_BINARY(<<) SIM_BINARY(>>)
     for (int i = 0; i < N; ++i) r.e[i] = T(op a.e[i]);         \
     return r;                                                  \
   }
-            SIM_UNARY(-) SIM_UNARY(+) SIM_UNARY(~) SIM_UNARY(!)
+SIM_UNARY(-)
+SIM_UNARY(+)
+SIM_UNARY(~)
+SIM_UNARY(!)
 #undef SIM_UNARY
 
-                template <int N>
-                SIM_FN constexpr bool any(const vec<bool, N>& v) {
+template <int N>
+SIM_FN constexpr bool any(const vec<bool, N>& v) {
   bool r = false;
   for (int i = 0; i < N; ++i) r |= v.e[i];
   return r;
