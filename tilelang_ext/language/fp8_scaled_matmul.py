@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import tilelang.language as T
 from tilelang.utils.language import to_buffer_region
@@ -40,10 +41,10 @@ class _Tile:
     name: str
     buffer: tirx.Buffer
     lead: tuple
-    row: object
-    col: object
-    rows: object
-    cols: object
+    row: Any  # an int or an expression, as all that follow
+    col: Any
+    rows: Any
+    cols: Any
 
     @property
     def dtype(self) -> str:
@@ -58,8 +59,9 @@ class _Tile:
         return (*self.lead, self.row + i, self.col + j)
 
     def slice(self, i, rows, j, cols) -> tirx.BufferRegion:
-        lead = [slice(index, index + 1) for index in self.lead]
-        return self.buffer[(*lead, slice(self.row + i, self.row + i + rows), slice(self.col + j, self.col + j + cols))]
+        first, second = self.row + i, self.col + j
+        axes = *(slice(at, at + 1) for at in self.lead), slice(first, first + rows), slice(second, second + cols)
+        return self.buffer[axes]
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def fp8_scaled_matmul(
     )
 
     step = min(_PROMOTE_K, K) if isinstance(K, int) else _PROMOTE_K
-    groups = [scale.layout.k for scale in scales if scale.grouped]
+    groups = [k for scale in scales if (k := scale.layout.k) is not None]
     group = min([step, *groups])
     if any(k % group for k in groups) or step % group:
         raise ValueError(

@@ -76,11 +76,11 @@ SIM_BINARY(/)
   SIM_FN constexpr bfloat operator op(T a, bfloat b) { return bfloat(a) op b; }
 #define SIM_MIXED_ALL(op) \
   SIM_MIXED(op, int)      \
-  SIM_MIXED(op, uint)
-SIM_MIXED(op, short)
-SIM_MIXED(op, ushort)
-SIM_MIXED(op, long)
-SIM_MIXED(op, ulong)
+  SIM_MIXED(op, uint)     \
+  SIM_MIXED(op, short)    \
+  SIM_MIXED(op, ushort)   \
+  SIM_MIXED(op, long)     \
+  SIM_MIXED(op, ulong)
 SIM_MIXED_ALL(+)
 SIM_MIXED_ALL(-)
 SIM_MIXED_ALL(*)
