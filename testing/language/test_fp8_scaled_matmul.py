@@ -15,12 +15,15 @@ LAYOUTS = {"tensor": TENSOR, "row": ROW, "block": BLOCK, "e8m0": E8M0, "row and 
 FORMATS = {f.dtype: f for f in formats.FP8_OPERANDS}
 
 
-def operand(rows, K, layout, dtype="float8_e4m3fn", seed=0):
-    """Codes and scales of values whose magnitude changes from row to row and from group to group."""
+def operand(rows, K, layout, dtype="float8_e4m3fn", seed=0, spread=4):
+    """Codes and scales of values whose magnitude changes from row to row, and from group to group that has a scale, by
+    powers of two up to `spread` either way."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, K, generator=generator)
-    values *= torch.exp2(torch.randint(-4, 5, (rows, 1), generator=generator).float())
-    values *= torch.exp2(torch.randint(-4, 5, (1, -(-K // 32)), generator=generator).float()).repeat_interleave(32, 1)[:, :K]
+    values *= torch.exp2(torch.randint(-spread, spread + 1, (rows, 1), generator=generator).float())
+    if layout.k is not None:
+        groups = torch.exp2(torch.randint(-spread, spread + 1, (1, -(-K // layout.k)), generator=generator).float())
+        values *= groups.repeat_interleave(layout.k, 1)[:, :K]
     codes, scale = quantize.quantize(values, FORMATS[dtype], layout)
     return codes, scale
 
