@@ -1,5 +1,8 @@
 """T.fp8_scaled_matmul: every row of its table on Metal's executed text against float64, and its errors by message."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -343,3 +346,8 @@ def test_scales_whose_shape_proves_nothing():
     layouts = (L.block(1, 128), L.per_row())
     expected = reference.scaled_matmul(A, SA, B, SB, *layouts)
     check(kernel_with(layouts), (A, SA, B, SB.reshape(-1)), torch.full((64, 64), torch.nan), expected)
+
+
+def test_example(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "fp8_scaled_matmul.py"), run_name="__main__")
+    assert "findings: none" in capsys.readouterr().out
