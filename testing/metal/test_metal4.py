@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import tilelang
 import torch
 from metal.kernels import float64, gemm, gemm_reference, poisoned, random_tensor
 from metal.test_attention_pattern import attention
 from metal.test_epilogue import EPILOGUES, gemm_with_epilogue
 from numeric import assert_close
+from tvm.target import Target
 
 from tilelang_ext import language as T
 from tilelang_ext import metal, simulate
@@ -55,6 +57,15 @@ def test_falls_back_to_simdgroup_matrices(arguments, keywords):
     program, _ = run(*arguments, **keywords)
     assert "simdgroup_mma" in program.source
     assert "matmul2d" not in program.source
+
+
+def test_explicit_target_objects():
+    """The key selects the instruction, whoever made the target; tilelang.lower and compile take the same."""
+    kernel = gemm(64, 64, 32)
+    for keys, call in ((["metal", "gpu"], "simdgroup_mma<half>("), (["metal", "gpu", "metal4"], "matmul2d<16, 32, 16")):
+        target = Target({"kind": "metal", "keys": keys})
+        assert call in metal.lower(kernel, target).source
+        assert call in tilelang.lower(kernel, target=target).kernel_source
 
 
 def test_one_product_that_does_not_fit_takes_the_kernel_back():
