@@ -32,14 +32,14 @@ LEFT_OUT = ("#", "T.func_attr", "T.sblock_attr", "T.reads()", "T.writes()", "@I.
 def kernel():
     @T.prim_func
     def tile_matmul(
-        A: T.Tensor((64, 32), "float16"),
-        B: T.Tensor((32, 64), "float16"),
+        A: T.Tensor((64, 32), "float8_e4m3fn"),
+        B: T.Tensor((32, 64), "float8_e4m3fn"),
         scale: T.Tensor((64,), "float32"),
         C: T.Tensor((64, 64), "float16"),
     ):
         with T.Kernel(1, threads=128):
-            A_s = T.alloc_shared((64, 32), "float16")
-            B_s = T.alloc_shared((32, 64), "float16")
+            A_s = T.alloc_shared((64, 32), "float8_e4m3fn")
+            B_s = T.alloc_shared((32, 64), "float8_e4m3fn")
             C_f = T.alloc_fragment((64, 64), "float32")
             T.copy(A, A_s)
             T.copy(B, B_s)
@@ -103,13 +103,13 @@ def _shorten(script: str) -> str:
 
 
 def _helper(source: str) -> str:
-    start = source.index("// c += a * b on 8x8 tiles")
+    start = source.index("//")
     return source[start : source.index("[[max_total_threads", start)].rstrip()
 
 
 def _report(program) -> str:
     torch.manual_seed(0)
-    A, B, scale = torch.randn(64, 32).half(), torch.randn(32, 64).half(), torch.rand(64)
+    A, B, scale = torch.randn(64, 32).to(torch.float8_e4m3fn), torch.randn(32, 64).to(torch.float8_e4m3fn), torch.rand(64)
     C = torch.full((64, 64), float("nan"), dtype=torch.float16)
     report = simulate(program, A, B, scale, C)
     error = (C.double() - scale.double()[:, None] * (A.double() @ B.double())).abs().max()
