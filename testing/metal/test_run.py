@@ -263,3 +263,13 @@ def test_wrong_symbolic_extents_and_scalars():
         program.bind((z, 1.5, a, 0.5, out), device="cpu")
     with pytest.raises(TypeError, match=r"scale must be a float32 scalar; got Tensor; pass a number"):
         program.bind((z, 1, a, torch.zeros(1), out), device="cpu")
+
+
+@pytest.mark.parametrize(("position", "value", "name"), [(1, 2**31, "shift"), (1, -(2**31) - 1, "shift"), (3, 1e39, "scale")])
+def test_scalars_out_of_range(position, value, name):
+    program = metal.lower(scaled_rows())
+    z, a, out = (torch.zeros(5, 70, dtype=torch.float16) for _ in range(3))
+    arguments = [z, 1, a, 0.5, out]
+    arguments[position] = value
+    with pytest.raises(ValueError, match=rf"{name} must fit (int32|float32); got .*; pass a value in its range"):
+        program.bind(arguments, device="cpu")

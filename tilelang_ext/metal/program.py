@@ -112,9 +112,10 @@ class MetalProgram:
                 )
         for binding in self.bindings:
             parameter = self.parameters[binding.parameter]
-            if not binding.is_tensor:
-                extent = binding.axis is not None and self.shape(parameter, values)[binding.axis]
-                values[binding.var] = values[parameter.var] if binding.axis is None else extent
+            if binding.axis is not None:
+                values[binding.var] = self.shape(parameter, values)[binding.axis]
+            elif not binding.is_tensor:
+                values[binding.var] = values[parameter.var]
         return values
 
     def shape(self, parameter: Parameter, values: dict[tirx.Var, object]) -> tuple[int, ...]:
@@ -208,8 +209,14 @@ def _check_scalar(kernel: str, parameter: Parameter, argument):
         raise TypeError(
             f"{kernel}: {parameter.name} must be a {parameter.dtype} scalar; got {type(argument).__name__}; pass a number"
         )
-    if not parameter.dtype.startswith(("float", "bfloat")) and isinstance(argument, float):
+    if not parameter.dtype.startswith("float") and isinstance(argument, float):
         raise TypeError(f"{kernel}: {parameter.name} must be {parameter.dtype}; got the float {argument}; pass an int")
+    try:
+        _slot(argument, parameter.dtype)
+    except (struct.error, OverflowError):
+        raise ValueError(
+            f"{kernel}: {parameter.name} must fit {parameter.dtype}; got {argument}; pass a value in its range"
+        ) from None
     return argument
 
 
@@ -240,11 +247,7 @@ def _bind_shape(kernel: str, parameter: Parameter, shape: tuple[int, ...], value
 
 
 def _slot(value, dtype: str) -> bytes:
-    if dtype == "bfloat16":
-        raw = struct.pack("<f", value)[2:]
-    else:
-        raw = struct.pack("<" + _SLOT_FORMAT[dtype], value)
-    return raw.ljust(_SLOT_BYTES, b"\0")
+    return struct.pack("<" + _SLOT_FORMAT[dtype], value).ljust(_SLOT_BYTES, b"\0")
 
 
 def _evaluate(kernel: str, expression, values: dict[tirx.Var, object]) -> int:
