@@ -106,32 +106,30 @@ def test_swizzled_grid():
     run(192, 128, 32, swizzle=True)
 
 
-def test_clear_accum_and_initial_value():
-    """clear_accum=True forgets what C held; without it C's value is the start of the sum."""
+@pytest.mark.parametrize("clear", [False, True, "on the first step"])
+@pytest.mark.parametrize(("scope", "dtype"), [("fragment", "float32"), ("fragment", "float16"), ("shared", "float32")])
+def test_clear_accum_and_initial_value(scope, dtype, clear):
+    """clear_accum=True forgets what C held, at every T.gemm; without it C's value is the start of the sum."""
 
-    def kernel_for(clear):
-        @T.prim_func
-        def kernel(A: T.Tensor((64, 32), "float16"), B: T.Tensor((32, 64), "float16"), C: T.Tensor((64, 64), "float32")):
-            with T.Kernel(1, threads=128) as _:
-                A_s = T.alloc_shared((64, 32), "float16")
-                B_s = T.alloc_shared((32, 64), "float16")
-                C_f = T.alloc_fragment((64, 64), "float32")
-                T.copy(A, A_s)
-                T.copy(B, B_s)
-                T.copy(C, C_f)
-                T.gemm(A_s, B_s, C_f, clear_accum=clear)
-                T.copy(C_f, C)
+    @T.prim_func
+    def kernel(A: T.Tensor((64, 64), "float16"), B: T.Tensor((64, 64), "float16"), C: T.Tensor((64, 64), dtype)):
+        with T.Kernel(1, threads=128) as _:
+            A_s = T.alloc_shared((64, 32), "float16")
+            B_s = T.alloc_shared((32, 64), "float16")
+            C_t = T.alloc_fragment((64, 64), dtype) if scope == "fragment" else T.alloc_shared((64, 64), dtype)
+            T.copy(C, C_t)
+            for k in T.serial(2):
+                T.copy(A[0, k * 32], A_s)
+                T.copy(B[k * 32, 0], B_s)
+                T.gemm(A_s, B_s, C_t, clear_accum=(k == 0) if clear == "on the first step" else clear)
+            T.copy(C_t, C)
 
-        return kernel
-
-    A, B = random_tensor((64, 32), "float16", 2), random_tensor((32, 64), "float16", 3)
-    initial = random_tensor((64, 64), "float32", 4)
-    for clear in (False, True):
-        C = initial.clone()
-        report = simulate(kernel_for(clear), A, B, C)
-        assert not report.findings, str(report)
-        expected = gemm_reference(A, B) + (0 if clear else initial.double().numpy())
-        assert_close(C, expected, dtype="float32")
+    A, B = random_tensor((64, 64), "float16", 2), random_tensor((64, 64), "float16", 3)
+    C = random_tensor((64, 64), dtype, 4)
+    start = {False: gemm_reference(A, B) + C.double().numpy(), True: gemm_reference(A[:, 32:], B[32:])}
+    report = simulate(kernel, A, B, C)
+    assert not report.findings, str(report)
+    assert_close(C, start.get(clear, gemm_reference(A, B)), dtype=dtype)
 
 
 def test_several_accumulators():
