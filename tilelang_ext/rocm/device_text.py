@@ -1,0 +1,132 @@
+"""What is defined above a kernel that multiplies fp8: one device function an instruction, one a decoded type."""
+
+from __future__ import annotations
+
+from tilelang_ext.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ
+from tilelang_ext.rocm.instructions import MatrixInstruction
+
+NAMESPACE = "tilelang_ext"
+
+# Two codes, one in the low byte of each 16-bit half of `pair`, to the bits of two halves.
+_HALVES = {
+    E4M3.dtype: """\
+  // E4M3 (bias 7): its bits, read as a half (bias 15), are 2^-8 of the value, subnormals included. 0x7f is NaN.
+  const unsigned magnitude = pair & 0x007f007f, nan = (magnitude + 0x00010001) & 0x00800080;
+  const half_x2 value = __builtin_bit_cast(half_x2, magnitude << 7) * (half_x2){256, 256};
+  return __builtin_bit_cast(unsigned, value) | (pair & 0x00800080) << 8 | ((nan << 8) - (nan << 2));
+""",
+    E5M2.dtype: """\
+  // E5M2 is the upper byte of a half.
+  return pair << 8;
+""",
+    E4M3_FNUZ.dtype: """\
+  // E4M3 FNUZ (bias 8): its bits, read as a half (bias 15), are 2^-7 of the value. 0x80 is NaN.
+  const unsigned magnitude = pair & 0x007f007f, nan = (((pair ^ 0x00800080) + 0x00ff00ff) & 0x01000100) ^ 0x01000100;
+  const half_x2 value = __builtin_bit_cast(half_x2, magnitude << 7) * (half_x2){128, 128};
+  return __builtin_bit_cast(unsigned, value) | (pair & 0x00800080) << 8 | ((nan << 7) - (nan << 1));
+""",
+    E5M2_FNUZ.dtype: """\
+  // E5M2 FNUZ (bias 16) is half of the half whose upper byte it is: one off the exponent, or one bit down where that makes a
+  // subnormal, whichever is larger. 0x80 is NaN.
+  const unsigned magnitude = pair & 0x007f007f, nan = (((pair ^ 0x00800080) + 0x00ff00ff) & 0x01000100) ^ 0x01000100;
+  const short_x2 normal = __builtin_bit_cast(short_x2, magnitude << 8) - (short_x2){0x400, 0x400};
+  const short_x2 value = __builtin_elementwise_max(normal, __builtin_bit_cast(short_x2, magnitude << 7));
+  return __builtin_bit_cast(unsigned, value) | (pair & 0x00800080) << 8 | ((nan << 7) - (nan << 1));
+""",
+}
+_NAMES = {E4M3.dtype: "e4m3fn", E5M2.dtype: "e5m2", E4M3_FNUZ.dtype: "e4m3fnuz", E5M2_FNUZ.dtype: "e5m2fnuz"}
+
+
+def decoder_name(dtype: str, register: str) -> str:
+    """Return the function that decodes codes of `dtype` to `register`: name<count>(pointer to values, pointer to codes)."""
+    return f"{NAMESPACE}::{_NAMES[dtype]}_to_{register}"
+
+
+def product_name(instruction: MatrixInstruction, a_dtype: str, b_dtype: str) -> str:
+    """Return the function of an instruction: name(pointer to D, to A, to B)."""
+    return f"{NAMESPACE}::{_product_function(instruction, a_dtype, b_dtype)}"
+
+
+def _product_function(instruction: MatrixInstruction, a_dtype: str, b_dtype: str) -> str:
+    if "f8f6f4" in instruction.builtin:  # the formats are arguments, not part of the name
+        return f"{instruction.builtin}_{_NAMES[a_dtype]}_{_NAMES[b_dtype]}"
+    return instruction.builtin
+
+
+def decoder_text(dtype: str, register: str) -> str:
+    """Return the definition of `decoder_name`. Four codes at a time, in their order; the count is a multiple of four."""
+    name = _NAMES[dtype]
+    if register == "float16":
+        convert = f"      const unsigned pair_bits = {name}_pair(pair);\n"
+        what = "half"
+    else:
+        convert = (
+            f"      const half_x2 exact = __builtin_bit_cast(half_x2, {name}_pair(pair));\n"
+            "      const unsigned low = __builtin_bit_cast(unsigned, static_cast<float>(exact[0]));\n"
+            "      const unsigned high = __builtin_bit_cast(unsigned, static_cast<float>(exact[1]));\n"
+            "      const unsigned pair_bits = low >> 16 | (high & 0xffff0000);\n"
+        )
+        what = "bfloat"
+    return _guarded(
+        f"{name}_to_{register}",
+        f"""\
+typedef __attribute__((__vector_size__(2 * sizeof(_Float16)))) _Float16 half_x2;
+typedef __attribute__((__vector_size__(2 * sizeof(short)))) short short_x2;
+
+__device__ __forceinline__ unsigned {name}_pair(unsigned pair) {{
+{_HALVES[dtype]}}}
+
+// `count` codes to {what}, which holds each of their values exactly.
+template <int count>
+__device__ __forceinline__ void {name}_to_{register}(void* values, const void* codes) {{
+#pragma unroll
+  for (int i = 0; i < count; i += 4) {{
+    unsigned word;
+    __builtin_memcpy(&word, static_cast<const char*>(codes) + i, 4);
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {{
+      const unsigned two = word >> 8 * j, pair = (two & 0xff) | (two & 0xff00) << 8;
+{convert}\
+      __builtin_memcpy(static_cast<char*>(values) + 2 * (i + j), &pair_bits, 4);
+    }}
+  }}
+}}
+""",
+    )
+
+
+def product_text(instruction: MatrixInstruction, a_dtype: str, b_dtype: str) -> str:
+    """Return the definition of `product_name`."""
+    name = _product_function(instruction, a_dtype, b_dtype)
+    accumulator = instruction.accumulator
+    first, second = ("B", "A") if accumulator.exchanged else ("A", "B")
+    return _guarded(
+        name,
+        f"""\
+// D += A * B on a 16x16 tile with K = {instruction.K}, by a wave of {accumulator.wave}. Pointers are to a lane's own elements.
+__device__ __forceinline__ void {name}(float* d, const void* a, const void* b) {{
+  typedef {instruction.operand} operand;
+  typedef __attribute__((__vector_size__({accumulator.elements} * sizeof(float)))) float accumulator;
+  operand A, B;
+  accumulator D;
+  __builtin_memcpy(&A, a, sizeof(A));
+  __builtin_memcpy(&B, b, sizeof(B));
+  __builtin_memcpy(&D, d, sizeof(D));
+  D = __builtin_amdgcn_{instruction.builtin}({first}, {second}, D{instruction.arguments});
+  __builtin_memcpy(d, &D, sizeof(D));
+}}
+""",
+    )
+
+
+def _guarded(name: str, text: str) -> str:
+    """A kernel with several products has the text several times, and the definition once."""
+    guard = f"TILELANG_EXT_{name.upper()}"
+    return f"""\
+#ifndef {guard}
+#define {guard}
+#include <hip/hip_runtime.h>
+namespace {NAMESPACE} {{
+{text}}}  // namespace {NAMESPACE}
+#endif
+"""

@@ -1,0 +1,252 @@
+"""`T.gemm` on AMD's matrix units for fp8 operands of every flavour, and for 16-bit operands where a wider instruction exists.
+
+    Before                                  After, for each lane of 2x2 waves on a 64x64 tile, gfx942, E4M3
+    C: fragment (64, 64)                    C: registers [4 tiles * 4]
+    T.gemm(A_shared, B_shared, C)           for k in K / 16: a[0:8], b[0:8] = codes of 2 tiles each, decoded to half
+                                                for i, j in 2x2: mfma_f32_16x16x16f16(&C[(i*2+j)*4], &a[i*4], &b[j*4])
+
+tilelang gives an fp8 product to the instruction of the type's name whether or not the chip has it, or reads the type's flavour.
+Here the table of `instructions.py` decides; every other product is tilelang's own, unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tilelang import language as T
+from tilelang.layout import make_swizzled_layout
+from tilelang.rocm.op.gemm.gemm_mfma import GEMM_INST_MFMA, GemmMFMA
+from tilelang.rocm.op.gemm.gemm_wmma import GEMM_INST_WMMA, GemmWMMA
+from tilelang.rocm.target import target_get_mcpu
+from tilelang.transform.simplify import _Simplify
+from tilelang.utils.language import is_fragment, is_full_region, is_shared
+
+from tilelang_ext.rocm.device_text import decoder_name, decoder_text, product_name, product_text
+from tilelang_ext.rocm.instructions import FP8_DTYPES, MFMA, TILE, Product, select_product
+from tilelang_ext.rocm.layout import Partition, accumulator_layout, operand_layout
+
+_LOAD_BYTES = 16  # of the widest LDS access
+
+
+@dataclass(frozen=True)
+class _Plan:
+    product: Product
+    partition: Partition
+    run: int  # neighbours along K that a lane holds, see `instructions.py`
+    pack: int  # products whose operands are loaded together, for wider loads
+
+
+@dataclass
+class MatrixUnitGemm:
+    """One `T.gemm`: A and B shared or fragment, C a float32 fragment; what it has no product for goes to `upstream`."""
+
+    gemm_node: object
+    upstream: ClassVar[type]
+    instruction_key: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        gemm = self.gemm_node
+        self.A, self.B, self.C = gemm.a, gemm.b, gemm.c
+        self.M, self.N, self.K = int(gemm.m), int(gemm.n), int(gemm.k)
+        self.trans_A, self.trans_B = bool(gemm.transA), bool(gemm.transB)
+
+    def infer_layout(self, target, thread_nums) -> dict:
+        plan = self._plan(target, int(thread_nums))
+        if plan is None:
+            return self.upstream(self.gemm_node).infer_layout(target, thread_nums)
+        layouts = {self.C: accumulator_layout(self.C.shape, plan.partition, plan.product.instruction)}
+        for operand, buffer, k_is_first in (("A", self.A, self.trans_A), ("B", self.B, not self.trans_B)):
+            if is_fragment(buffer):
+                layouts[buffer] = operand_layout(
+                    buffer.shape, plan.partition, plan.product.instruction, plan.run, operand, k_is_first
+                )
+            else:
+                layouts[buffer] = make_swizzled_layout(buffer)
+        return layouts
+
+    def lower(self, layout_map, target, thread_bounds, thread_index, mbar_phase_expr=None):
+        plan = self._plan(target, int(thread_bounds.extent))
+        if plan is None:
+            return self.upstream(self.gemm_node).lower(layout_map, target, thread_bounds, thread_index, mbar_phase_expr)
+        product, partition, run, pack = plan.product, plan.partition, plan.run, plan.pack
+        instruction, register = product.instruction, product.register
+        groups, wave_size = instruction.groups, instruction.accumulator.wave
+        elements = instruction.elements * pack
+        runs = elements // run
+        thread = thread_index - thread_bounds.min
+        wave, lane = thread // wave_size, thread % wave_size
+        rows, cols = self.M // partition.rows // TILE, self.N // partition.cols // TILE  # tiles of this wave
+        row0, col0 = wave % partition.rows * rows * TILE, wave // partition.rows * cols * TILE
+
+        A, B, C = self.A, self.B, self.C
+        a_dtype, b_dtype = str(A.dtype), str(B.dtype)
+        decode = register is not None and a_dtype in FP8_DTYPES
+        read_a = _reader(A, self.gemm_node.aRegion, self.trans_A)
+        read_b = _reader(B, self.gemm_node.bRegion, not self.trans_B)
+        # Registers are indexed by constants only; what does not lie along K in shared memory is gathered.
+        over_k = T.unroll if is_fragment(A) or is_fragment(B) else T.serial
+        run_of_a = T.unroll if self.trans_A and is_shared(A) else T.vectorized
+        run_of_b = T.unroll if not self.trans_B and is_shared(B) else T.vectorized
+        clear_accum = self.gemm_node.clearAccum
+
+        def element_k(k, r, v):
+            """K of element v of run r; of a fragment, of the register that holds it in every lane."""
+            return k * instruction.K * pack + r * groups * run + v
+
+        def lane_k():
+            return lane // TILE % groups * run
+
+        def a_element(i, k, r, v):
+            if is_fragment(A):
+                return read_a(i * TILE, element_k(k, r, v))
+            return read_a(row0 + i * TILE + lane % TILE, element_k(k, r, v) + lane_k())
+
+        def b_element(j, k, r, v):
+            if is_fragment(B):
+                return read_b(j * TILE, element_k(k, r, v))
+            return read_b(col0 + j * TILE + lane % TILE, element_k(k, r, v) + lane_k())
+
+        text = product_text(instruction, a_dtype, b_dtype)
+        if decode:
+            text = "".join(decoder_text(dtype, register) for dtype in sorted({a_dtype, b_dtype})) + text
+        multiply = product_name(instruction, a_dtype, b_dtype)
+        decode_a, decode_b = (f"{decoder_name(dtype, register)}<{elements}>" if decode else "" for dtype in (a_dtype, b_dtype))
+
+        @T.macro
+        def load(a, b, k):
+            for i in T.unroll(rows):
+                for r in T.unroll(runs):
+                    for v in run_of_a(run):
+                        a[i * elements + r * run + v] = a_element(i, k, r, v)
+            for j in T.unroll(cols):
+                for r in T.unroll(runs):
+                    for v in run_of_b(run):
+                        b[j * elements + r * run + v] = b_element(j, k, r, v)
+
+        @T.macro
+        def multiply_tiles(a, b):
+            for p in T.unroll(pack):
+                for i in T.unroll(rows):
+                    for j in T.unroll(cols):
+                        T.call_extern(
+                            "handle",
+                            multiply,
+                            T.address_of(C[i * TILE, j * TILE]),
+                            T.address_of(a[i * elements + p * instruction.elements]),
+                            T.address_of(b[j * elements + p * instruction.elements]),
+                        )
+
+        if decode:
+
+            @T.prim_func
+            def gemm_decoded() -> None:
+                T.attr(0, "pragma_import_c", text)
+                a_codes = T.alloc_local((rows * elements,), a_dtype)
+                b_codes = T.alloc_local((cols * elements,), b_dtype)
+                a = T.alloc_local((rows * elements,), register)
+                b = T.alloc_local((cols * elements,), register)
+                if clear_accum:
+                    T.clear(C)
+                for k in over_k(self.K // (instruction.K * pack)):
+                    load(a_codes, b_codes, k)
+                    for i in T.unroll(rows):
+                        T.call_extern("handle", decode_a, T.address_of(a[i * elements]), T.address_of(a_codes[i * elements]))
+                    for j in T.unroll(cols):
+                        T.call_extern("handle", decode_b, T.address_of(b[j * elements]), T.address_of(b_codes[j * elements]))
+                    multiply_tiles(a, b)
+
+            return _Simplify(gemm_decoded, inline_let=True)
+
+        @T.prim_func
+        def gemm_native() -> None:
+            T.attr(0, "pragma_import_c", text)
+            a = T.alloc_local((rows * elements,), a_dtype)
+            b = T.alloc_local((cols * elements,), b_dtype)
+            if clear_accum:
+                T.clear(C)
+            for k in over_k(self.K // (instruction.K * pack)):
+                load(a, b, k)
+                multiply_tiles(a, b)
+
+        return _Simplify(gemm_native, inline_let=True)
+
+    def _plan(self, target, threads: int) -> _Plan | None:
+        a_dtype, b_dtype = str(self.A.dtype), str(self.B.dtype)
+        product = select_product(target_get_mcpu(target) or "", a_dtype, b_dtype, self.K)
+        if product is None:
+            return None
+        if a_dtype not in FP8_DTYPES and not self._fits():
+            return None
+        self._check()
+        rows, cols = self.gemm_node.policy.compute_warp_partition(self.M, self.N, threads, target, self.instruction_key)
+        rows, cols = int(rows), int(cols)
+        if self.M % (rows * TILE) or self.N % (cols * TILE):
+            raise ValueError(
+                f"T.gemm: the tile must split into {TILE}x{TILE} blocks over all waves; got {self.M}x{self.N} and "
+                f"{rows}x{cols} waves ({threads} threads); use fewer threads or a larger tile"
+            )
+        instruction = product.instruction
+        partition = Partition(rows, cols)
+        if is_fragment(self.A) or is_fragment(self.B):
+            # MFMA: what a lane of D holds of a row, so that the result of one product is an operand of the next.
+            run = MFMA.elements if instruction.accumulator is MFMA else instruction.elements
+            return _Plan(product, partition, run, pack=1)
+        widest = _LOAD_BYTES if a_dtype in FP8_DTYPES else _LOAD_BYTES // 2
+        pack = 1
+        while instruction.elements * pack < widest and self.K % (instruction.K * pack * 2) == 0:
+            pack *= 2
+        return _Plan(product, partition, min(instruction.elements * pack, widest), pack)
+
+    def _fits(self) -> bool:
+        """Whether C is what the product can be summed in."""
+        return str(self.C.dtype) == "float32" and is_fragment(self.C) and is_full_region(self.gemm_node.cRegion)
+
+    def _check(self) -> None:
+        if not self._fits():
+            raise TypeError(
+                f"T.gemm: C of an fp8 product must be a whole float32 fragment; got {self.C.dtype} {self.C.name} in scope "
+                f"{self.C.scope()!r}; accumulate in one and copy it"
+            )
+        for name, buffer, region in (("A", self.A, self.gemm_node.aRegion), ("B", self.B, self.gemm_node.bRegion)):
+            if is_fragment(buffer) and not is_full_region(region):
+                raise ValueError(
+                    f"T.gemm: a fragment operand must be used whole; got a slice of {name} ({buffer.name}); "
+                    "use a shared buffer, or a fragment of the slice's shape"
+                )
+            if not is_fragment(buffer) and not is_shared(buffer):
+                raise TypeError(
+                    f"T.gemm: {name} must be a shared or fragment buffer; got {buffer.name} in scope {buffer.scope()!r}; "
+                    "copy the tile with T.copy first"
+                )
+        for name, extent in (("M", self.M), ("N", self.N)):
+            if extent % TILE:
+                raise ValueError(
+                    f"T.gemm: the tile's {name} must be a multiple of {TILE}; got {name} = {extent}; "
+                    "round the tile up and mask the tail when copying"
+                )
+
+
+class MfmaGemm(MatrixUnitGemm):
+    """CDNA: waves of 64."""
+
+    upstream = GemmMFMA
+    instruction_key = GEMM_INST_MFMA
+
+
+class WmmaGemm(MatrixUnitGemm):
+    """RDNA: waves of 32."""
+
+    upstream = GemmWMMA
+    instruction_key = GEMM_INST_WMMA
+
+
+def _reader(buffer, region, k_is_first: bool):
+    """Return a function giving one element of an operand by its row (of A) or column (of B) and its K."""
+    *lead, first0, second0 = [r.min for r in region.region]
+
+    def read(i, k):
+        first, second = (k, i) if k_is_first else (i, k)
+        return buffer[(*lead, first0 + first, second0 + second)]
+
+    return read

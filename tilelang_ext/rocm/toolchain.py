@@ -1,0 +1,104 @@
+"""The HIP compiler: ROCm's hipcc, else a clang with AMD's headers and device libraries from the triton wheel.
+
+Standard library only: `tilelang-ext doctor` loads this file by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+MINIMUM_CLANG = 20  # the first that knows gfx950 and gfx12
+ADVICE = "install ROCm; or `apt-get install clang-22 lld-22` (Debian) and `pip install 'tilelang_ext[hip]'`"
+_ROCM_HIPCC = "/opt/rocm/bin/hipcc"
+_PROBE_SECONDS = 20
+
+
+class CompilerMissingError(RuntimeError):
+    """No compiler for AMD GPUs, or a part of it is missing; the message says which and how to get it."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A driver that compiles HIP: the start of its command line, and its version."""
+
+    command: tuple[str, ...]
+    version: str
+
+
+def include_directory() -> Path:
+    """Return the folder of our stand-ins for headers that the triton wheel lacks, in an installation or a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "include", here.parents[1] / "src" / "rocm" / "include"):
+        if (folder / "hip" / "hip_fp16.h").is_file():
+            return folder
+    raise FileNotFoundError(f"tilelang_ext.rocm: its headers must be installed; got none in {here / 'include'}; reinstall")
+
+
+@functools.cache
+def find_compiler() -> Compiler:
+    """Return hipcc if ROCm is installed, else the newest clang >= 20 that has its ld.lld, with triton's AMD headers.
+
+    Raises CompilerMissingError, which names what was found, what is missing and how to install it.
+    """
+    if hipcc := shutil.which("hipcc") or shutil.which(_ROCM_HIPCC):
+        version = _output(hipcc, "--version")
+        if match := re.search(r"HIP version.*", version):
+            return Compiler((hipcc,), match[0])
+    clang, version = _find_clang()
+    amd = _triton_amd()
+    device_libraries = [
+        argument
+        for name in ("ocml.bc", "ockl.bc")
+        for argument in ("-Xclang", "-mlink-builtin-bitcode", "-Xclang", str(amd / "lib" / name))
+    ]
+    command = (
+        clang, "-fuse-ld=lld", "-nogpulib", "-nogpuinc", "-include", "__clang_hip_runtime_wrapper.h", "-D__HIP_PLATFORM_AMD__",
+        f"-I{include_directory()}", f"-I{amd / 'include'}", *device_libraries,
+    )  # fmt: skip
+    return Compiler(command, version)
+
+
+def _find_clang() -> tuple[str, str]:
+    seen = []
+    for name in (*(f"clang++-{version}" for version in range(30, MINIMUM_CLANG - 1, -1)), "clang++"):
+        path = shutil.which(name)
+        if path is None:
+            continue
+        version = _output(path, "--version").partition("\n")[0]
+        major = re.search(r"version (\d+)", version)
+        if "Apple" in version or not major or int(major[1]) < MINIMUM_CLANG:
+            seen.append(version)
+        elif shutil.which(_output(path, "-print-prog-name=ld.lld").strip()) is None:
+            seen.append(f"{version} without ld.lld")
+        else:
+            return path, version
+    raise CompilerMissingError(
+        f"rocm.find_compiler: needs ROCm's hipcc or clang >= {MINIMUM_CLANG} with its ld.lld; got {', '.join(seen) or 'none'} "
+        f"on PATH; {ADVICE}"
+    )
+
+
+def _triton_amd() -> Path:
+    """Return the AMD folder of the triton wheel, which is located without importing it."""
+    spec = importlib.util.find_spec("triton")
+    folder = Path(spec.origin).parent / "backends" / "amd" if spec and spec.origin else None
+    if folder is None or not (folder / "lib" / "ocml.bc").is_file() or not (folder / "include" / "hip").is_dir():
+        found = "no triton" if folder is None else f"none in {folder}"
+        raise CompilerMissingError(
+            f"rocm.find_compiler: clang needs the HIP headers and device libraries of the triton wheel; got {found}; "
+            "`pip install 'tilelang_ext[hip]'`, or `pip install triton`"
+        )
+    return folder
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
