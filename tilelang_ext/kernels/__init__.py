@@ -1,0 +1,1 @@
+"""Whole kernels behind torch functions: which blocking, which checks at the door."""
