@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from pathlib import Path
+
 import tilelang.rocm.op.gemm  # noqa: F401  upstream's registration comes first, ours replaces it
-from tilelang.rocm.target import target_is_hip
+from tilelang.backend.target import TargetLike, register_target_normalizer
+from tilelang.rocm.target import normalize_rocm_target, target_is_hip
 from tilelang.tileop.gemm.registry import register_gemm_impl
+from tvm.target import Target
 
 from tilelang_ext.rocm.gemm import MfmaGemm, WmmaGemm
 
 
 def register() -> None:
-    """Register the GEMM implementations for target kind `hip`; idempotent."""
+    """Register the GEMM implementations and the target's key for target kind `hip`; idempotent."""
     for implementation in (MfmaGemm, WmmaGemm):
         key = implementation.instruction_key
         register_gemm_impl(key, key, target_is_hip, implementation)
+    register_target_normalizer("hip", normalize_target, override=True)
+
+
+@functools.cache
+def lowering_key() -> str:
+    """Return the target key that names these GEMM implementations: upstream caches a kernel under its target, so that a
+    kernel of upstream's, which may read fp8 in the wrong flavour, is never taken for one of ours."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return f"tilelang_ext-{digest.hexdigest()[:12]}"
+
+
+def normalize_target(target: TargetLike) -> Target | None:
+    """Normalise what a user gives for HIP, as upstream does, and add the key to a target that names its architecture."""
+    normalized = normalize_rocm_target(target)
+    if normalized is None or "mcpu" not in normalized.attrs or lowering_key() in normalized.keys:
+        return normalized
+    return Target({**normalized.export(), "keys": [*normalized.keys, lowering_key()]})

@@ -21,6 +21,7 @@ from tilelang.rocm.op.gemm.gemm_wmma import GEMM_INST_WMMA, GemmWMMA
 from tilelang.rocm.target import target_get_mcpu
 from tilelang.transform.simplify import _Simplify
 from tilelang.utils.language import is_fragment, is_full_region, is_shared
+from tvm.error import InternalError
 
 from tilelang_ext.rocm.device_text import decoder_name, decoder_text, product_name, product_text
 from tilelang_ext.rocm.instructions import FP8_DTYPES, MFMA, TILE, Product, select_product
@@ -179,15 +180,8 @@ class MatrixUnitGemm:
         if a_dtype not in FP8_DTYPES and not self._fits():
             return None
         self._check()
-        rows, cols = self.gemm_node.policy.compute_warp_partition(self.M, self.N, threads, target, self.instruction_key)
-        rows, cols = int(rows), int(cols)
-        if self.M % (rows * TILE) or self.N % (cols * TILE):
-            raise ValueError(
-                f"T.gemm: the tile must split into {TILE}x{TILE} blocks over all waves; got {self.M}x{self.N} and "
-                f"{rows}x{cols} waves ({threads} threads); use fewer threads or a larger tile"
-            )
         instruction = product.instruction
-        partition = Partition(rows, cols)
+        partition = self._partition(target, threads, instruction.accumulator.wave)
         if is_fragment(self.A) or is_fragment(self.B):
             # MFMA: what a lane of D holds of a row, so that the result of one product is an operand of the next.
             run = MFMA.elements if instruction.accumulator is MFMA else instruction.elements
@@ -197,6 +191,25 @@ class MatrixUnitGemm:
         while instruction.elements * pack < widest and self.K % (instruction.K * pack * 2) == 0:
             pack *= 2
         return _Plan(product, partition, min(instruction.elements * pack, widest), pack)
+
+    def _partition(self, target, threads: int, wave: int) -> Partition:
+        """Return upstream's split of the tile over the waves, the same for every product of a kernel."""
+        if threads % wave:
+            raise ValueError(
+                f"T.gemm: threads must be a multiple of {wave}, the lanes of a wave; got {threads}; "
+                f"use threads={max(wave, threads // wave * wave)}"
+            )
+        policy = self.gemm_node.policy
+        try:
+            rows, cols = policy.compute_warp_partition(self.M, self.N, threads, target, self.instruction_key)
+        except InternalError:  # no grid of its own liking
+            rows, cols = 0, 0
+        if rows * cols * wave != threads or self.M % (rows * TILE) or self.N % (cols * TILE):
+            raise ValueError(
+                f"T.gemm: the tile must split into {TILE}x{TILE} blocks over all waves; got a {self.M}x{self.N} tile and "
+                f"{threads // wave} waves ({threads} threads); use fewer threads or a larger tile"
+            )
+        return Partition(int(rows), int(cols))
 
     def _fits(self) -> bool:
         """Whether C is what the product can be summed in."""
