@@ -7,23 +7,23 @@ from tilelang_ext.rocm.instructions import MatrixInstruction
 
 NAMESPACE = "tilelang_ext"
 
-# Two codes, one in the low byte of each 16-bit half of `pair`, to the bits of two halves.
+# `halves`, the bits of two halves, from two codes, one in the low byte of each 16 bits of `pair`.
 _HALVES = {
     E4M3.dtype: """\
   // E4M3 (bias 7): its bits, read as a half (bias 15), are 2^-8 of the value, subnormals included. 0x7f is NaN.
   const unsigned magnitude = pair & 0x007f007f, nan = (magnitude + 0x00010001) & 0x00800080;
   const half_x2 value = __builtin_bit_cast(half_x2, magnitude << 7) * (half_x2){256, 256};
-  return __builtin_bit_cast(unsigned, value) | (pair & 0x00800080) << 8 | ((nan << 8) - (nan << 2));
+  const unsigned halves = __builtin_bit_cast(unsigned, value) | (pair & 0x00800080) << 8 | ((nan << 8) - (nan << 2));
 """,
     E5M2.dtype: """\
   // E5M2 is the upper byte of a half.
-  return pair << 8;
+  const unsigned halves = pair << 8;
 """,
     E4M3_FNUZ.dtype: """\
   // E4M3 FNUZ (bias 8): its bits, read as a half (bias 15), are 2^-7 of the value. 0x80 is NaN.
   const unsigned magnitude = pair & 0x007f007f, nan = (((pair ^ 0x00800080) + 0x00ff00ff) & 0x01000100) ^ 0x01000100;
   const half_x2 value = __builtin_bit_cast(half_x2, magnitude << 7) * (half_x2){128, 128};
-  return __builtin_bit_cast(unsigned, value) | (pair & 0x00800080) << 8 | ((nan << 7) - (nan << 1));
+  const unsigned halves = __builtin_bit_cast(unsigned, value) | (pair & 0x00800080) << 8 | ((nan << 7) - (nan << 1));
 """,
     E5M2_FNUZ.dtype: """\
   // E5M2 FNUZ (bias 16) is half of the half whose upper byte it is: one off the exponent, or one bit down where that makes a
@@ -31,7 +31,19 @@ _HALVES = {
   const unsigned magnitude = pair & 0x007f007f, nan = (((pair ^ 0x00800080) + 0x00ff00ff) & 0x01000100) ^ 0x01000100;
   const short_x2 normal = __builtin_bit_cast(short_x2, magnitude << 8) - (short_x2){0x400, 0x400};
   const short_x2 value = __builtin_elementwise_max(normal, __builtin_bit_cast(short_x2, magnitude << 7));
-  return __builtin_bit_cast(unsigned, value) | (pair & 0x00800080) << 8 | ((nan << 7) - (nan << 1));
+  const unsigned halves = __builtin_bit_cast(unsigned, value) | (pair & 0x00800080) << 8 | ((nan << 7) - (nan << 1));
+""",
+}
+# What a register holds of `halves`. A bfloat is the upper half of a float, which these values leave its lower half zero.
+_REGISTERS = {
+    "float16": """\
+  return halves;
+""",
+    "bfloat16": """\
+  const half_x2 exact = __builtin_bit_cast(half_x2, halves);
+  const unsigned low = __builtin_bit_cast(unsigned, static_cast<float>(exact[0]));
+  const unsigned high = __builtin_bit_cast(unsigned, static_cast<float>(exact[1]));
+  return low >> 16 | (high & 0xffff0000);
 """,
 }
 _NAMES = {E4M3.dtype: "e4m3fn", E5M2.dtype: "e5m2", E4M3_FNUZ.dtype: "e4m3fnuz", E5M2_FNUZ.dtype: "e5m2fnuz"}
@@ -55,39 +67,28 @@ def _product_function(instruction: MatrixInstruction, a_dtype: str, b_dtype: str
 
 def decoder_text(dtype: str, register: str) -> str:
     """Return the definition of `decoder_name`. Four codes at a time, in their order; the count is a multiple of four."""
-    name = _NAMES[dtype]
-    if register == "float16":
-        convert = f"      const unsigned pair_bits = {name}_pair(pair);\n"
-        what = "half"
-    else:
-        convert = (
-            f"      const half_x2 exact = __builtin_bit_cast(half_x2, {name}_pair(pair));\n"
-            "      const unsigned low = __builtin_bit_cast(unsigned, static_cast<float>(exact[0]));\n"
-            "      const unsigned high = __builtin_bit_cast(unsigned, static_cast<float>(exact[1]));\n"
-            "      const unsigned pair_bits = low >> 16 | (high & 0xffff0000);\n"
-        )
-        what = "bfloat"
+    name = f"{_NAMES[dtype]}_to_{register}"
     return _guarded(
-        f"{name}_to_{register}",
+        name,
         f"""\
 typedef __attribute__((__vector_size__(2 * sizeof(_Float16)))) _Float16 half_x2;
 typedef __attribute__((__vector_size__(2 * sizeof(short)))) short short_x2;
 
 __device__ __forceinline__ unsigned {name}_pair(unsigned pair) {{
-{_HALVES[dtype]}}}
+{_HALVES[dtype]}{_REGISTERS[register]}}}
 
-// `count` codes to {what}, which holds each of their values exactly.
+// `count` codes to {register}, which holds each of their values exactly.
 template <int count>
-__device__ __forceinline__ void {name}_to_{register}(void* values, const void* codes) {{
+__device__ __forceinline__ void {name}(void* values, const void* codes) {{
 #pragma unroll
   for (int i = 0; i < count; i += 4) {{
     unsigned word;
     __builtin_memcpy(&word, static_cast<const char*>(codes) + i, 4);
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {{
-      const unsigned two = word >> 8 * j, pair = (two & 0xff) | (two & 0xff00) << 8;
-{convert}\
-      __builtin_memcpy(static_cast<char*>(values) + 2 * (i + j), &pair_bits, 4);
+      const unsigned two = word >> 8 * j;
+      const unsigned pair = {name}_pair((two & 0xff) | (two & 0xff00) << 8);
+      __builtin_memcpy(static_cast<char*>(values) + 2 * (i + j), &pair, 4);
     }}
   }}
 }}
