@@ -1,6 +1,6 @@
 """tilelang_ext: quantised tile intrinsics, a Metal backend with real fragments, and a simulator, on the installed tilelang.
 
-Importing registers the Metal backend and the fp8 products of AMD in place of upstream's and does nothing else.
+Importing registers the Metal backend and the fp8 products of CUDA and AMD in place of upstream's, and does nothing else.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ def _check_tilelang() -> None:
 
 _check_tilelang()
 
+from tilelang_ext.cuda.backend import register as _register_cuda  # noqa: E402
 from tilelang_ext.metal.backend import register as _register  # noqa: E402
 from tilelang_ext.rocm.backend import register as _register_rocm  # noqa: E402
 
 _register()
+_register_cuda()
 _register_rocm()
 
 from tilelang_ext.simulation import simulate  # noqa: E402

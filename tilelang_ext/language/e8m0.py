@@ -5,11 +5,10 @@ from __future__ import annotations
 import tilelang.language as T
 from tvm import tirx
 
-from tilelang_ext.formats import E8M0, E8M0_ZERO_SENTINELS
+from tilelang_ext.formats import E8M0
 
 _MANTISSA_BITS = 23  # of float32
 _SMALLEST = 1 << (_MANTISSA_BITS - 1)  # bits of 2^-127, which is subnormal
-_NAN = 0x7FC00000
 
 
 def e8m0_to_float(byte: tirx.PrimExpr, *, zero_sentinel: bool = False) -> tirx.PrimExpr:
@@ -22,11 +21,10 @@ def e8m0_to_float(byte: tirx.PrimExpr, *, zero_sentinel: bool = False) -> tirx.P
     if dtype not in ("uint8", E8M0.dtype):
         raise TypeError(f"T.e8m0_to_float: byte must be uint8 or {E8M0.dtype}; got {dtype}; pass the stored byte")
     code = T.cast(byte if dtype == "uint8" else T.reinterpret(byte, "uint8"), "uint32")
-    smallest, largest = (0, 0) if zero_sentinel else (_SMALLEST, _NAN)
-    first, last = E8M0_ZERO_SENTINELS
-    bits = T.if_then_else(
-        code == T.uint32(first),
-        T.uint32(smallest),
-        T.if_then_else(code == T.uint32(last), T.uint32(largest), code << T.uint32(_MANTISSA_BITS)),
-    )
+    bits = code << T.uint32(_MANTISSA_BITS)
+    is_last = (code + T.uint32(1)) >> T.uint32(8)  # 1 or 0; in arithmetic, since a condition may become a branch a scale
+    if zero_sentinel:
+        bits = bits & (is_last - T.uint32(1))
+    else:
+        bits = T.max(bits, T.uint32(_SMALLEST)) | (is_last << T.uint32(_MANTISSA_BITS - 1))
     return T.reinterpret(bits, "float32")

@@ -1,0 +1,109 @@
+"""`T.gemm` with fp8 operands on NVIDIA GPUs: which instruction runs, and what is refused.
+
+| target | K-major operands | others |
+| --- | --- | --- |
+| sm_75 | scalar products | the same |
+| sm_80 to sm_87 | half mma.sync on codes decoded in registers (decoded_mma.py) | the same |
+| sm_89, sm_120 | fp8 mma.sync | the same |
+| sm_90 | WGMMA where the tile allows (M % 64, 128 threads), else mma.sync | transposed for WGMMA (transposed_wgmma.py) |
+| sm_100 | mma.sync; T.tcgen05_gemm with C in tensor memory is upstream's | the same |
+
+The assembler spells fp8 mma.sync on sm_90 and sm_100 as conversions and half products, which is right, but at half the rate:
+a product with the annotation `require_native_fp8` is refused there, and where there is no fp8 unit.
+"""
+
+from __future__ import annotations
+
+from tilelang.contrib.nvcc import get_target_compute_version
+from tilelang.cuda.op.gemm.gemm_fma import GemmFMA
+from tilelang.cuda.op.gemm.gemm_mma import GemmMMA
+from tilelang.cuda.op.gemm.gemm_wgmma import GemmWGMMA
+from tvm.target import Target
+
+from tilelang_ext.cuda.decoded_mma import DecodedEmitter
+from tilelang_ext.cuda.transposed_wgmma import TransposedWGMMA, needs_transposition
+from tilelang_ext.formats import FP8_OPERANDS, OCP_OF_FNUZ
+
+_FP8 = {format.dtype for format in FP8_OPERANDS}
+_FNUZ = {format.dtype for format in OCP_OF_FNUZ}
+_MMA_K = 32  # of one fp8 instruction
+_WITH_FP8_UNIT = "sm_89, sm_90, sm_100 or sm_120"
+
+
+def _compute_version(target: Target) -> tuple[int, int]:
+    major, minor = get_target_compute_version(target).split(".")
+    return int(major), int(minor)
+
+
+class _Fp8Operands:
+    """What the implementations below share: the rules for fp8 operands, in front of one of upstream's classes."""
+
+    def __post_init__(self) -> None:
+        for name, buffer in (("A", self.A), ("B", self.B)):
+            if str(buffer.dtype) in _FNUZ:
+                raise NotImplementedError(
+                    f"T.gemm: on NVIDIA GPUs fp8 operands must be float8_e4m3fn or float8_e5m2; got {buffer.dtype} ({name}, "
+                    f"{buffer.name}); convert codes and scale with tilelang_ext.quantize.fnuz_to_ocp, or use gfx942"
+                )
+        super().__post_init__()
+
+    @property
+    def is_fp8(self) -> bool:
+        return {str(self.A.dtype), str(self.B.dtype)} <= _FP8
+
+    @property
+    def allow_f8f6f4_mixed_dtypes(self) -> bool:
+        return self.is_fp8  # the instructions take any two
+
+    def _refuse_if_native_is_required(self, target: Target, instead: str) -> None:
+        if self.is_fp8 and "require_native_fp8" in self.gemm_node.annotations:
+            raise NotImplementedError(
+                f"T.gemm: require_native_fp8 needs an fp8 instruction; got {target.attrs['arch']}, {instead}; "
+                f"compile for {_WITH_FP8_UNIT}, on sm_90 with a tile of M % 64 == 0 and 128 threads or a multiple, on sm_100 with "
+                "T.tcgen05_gemm, or drop the requirement"
+            )
+
+
+class Fp8GemmMMA(_Fp8Operands, GemmMMA):
+    """The warp product: decoded where the matrix unit takes no fp8, by WGMMA where only the operands' major forbids that."""
+
+    def infer_layout(self, target, thread_nums):
+        if self._is_transposed(target, thread_nums):
+            return TransposedWGMMA(self.gemm_node).infer_layout(target, thread_nums)
+        if _compute_version(target) < (8, 9):
+            self._refuse_if_native_is_required(target, "which has no fp8 unit")
+        elif (9, 0) <= _compute_version(target) < (12, 0):
+            self._refuse_if_native_is_required(target, "whose fp8 mma.sync is made of half products")
+        return super().infer_layout(target, thread_nums)
+
+    def lower(self, layout_map, target, thread_bounds, thread_index, mbar_phase_expr=None):
+        if self._is_transposed(target, thread_bounds.extent):
+            gemm = TransposedWGMMA(self.gemm_node)
+            return gemm.lower(layout_map, target, thread_bounds, thread_index, mbar_phase_expr)
+        return super().lower(layout_map, target, thread_bounds, thread_index, mbar_phase_expr)
+
+    def _is_transposed(self, target, threads) -> bool:
+        return self.is_fp8 and needs_transposition(self, target, int(threads))
+
+    def _make_mma_emitter(self, target, thread_nums, thread_var=None):
+        if self.is_fp8:
+            if int(self.K) % _MMA_K:
+                raise ValueError(
+                    f"T.gemm: on NVIDIA GPUs K of an fp8 tile must be a multiple of {_MMA_K}; got K = {self.K}; "
+                    "round the tile up and mask the tail when copying"
+                )
+            if _compute_version(target) < (8, 9):
+                self.intrin_emitter_cls = DecodedEmitter
+        return super()._make_mma_emitter(target, thread_nums, thread_var)
+
+
+class Fp8GemmWGMMA(_Fp8Operands, GemmWGMMA):
+    """Hopper's warpgroup product."""
+
+
+class Fp8GemmFMA(_Fp8Operands, GemmFMA):
+    """Scalar products, for Volta and Turing."""
+
+    def infer_layout(self, target, thread_nums):
+        self._refuse_if_native_is_required(target, "which has no fp8 unit")
+        return super().infer_layout(target, thread_nums)
