@@ -3,48 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels.operands import E4M3, E5M2, MX, PAIRS, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, case, operand
 from numeric import assert_close
 from torch.nn.functional import ScalingType, SwizzleType
 
-from tilelang_ext import formats, quantize, reference
-from tilelang_ext.kernels import scaled_matmul_arguments
+from tilelang_ext import formats, reference
 from tilelang_ext.kernels.scaled_matmul import scaled_mm
 
-TENSOR, ROW, MX = ScalingType.TensorWise, ScalingType.RowWise, ScalingType.BlockWise1x32
-ROW_BLOCK, SQUARE_BLOCK = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
-PAIRS = [(TENSOR, TENSOR), (ROW, ROW), (MX, MX), (ROW_BLOCK, ROW_BLOCK), (ROW_BLOCK, SQUARE_BLOCK), (SQUARE_BLOCK, ROW_BLOCK)]
 OUTPUTS = [torch.float32, torch.float16, torch.bfloat16]
-E4M3, E5M2 = formats.E4M3, formats.E5M2
-
-
-def operand(rows, K, recipe, format=E4M3, seed=0):
-    """Codes (rows, K) and scales by blocks; magnitudes differ in every row and group of K."""
-    generator = torch.Generator().manual_seed(seed)
-    layout = scaled_matmul_arguments.LAYOUTS[recipe.value]
-    spread = torch.exp2(torch.randint(-1, 2, (rows, -(-K // 32)), generator=generator).float())
-    values = torch.randn(rows, K, generator=generator) * spread.repeat_interleave(32, 1)[:, :K]
-    codes, scale = quantize.quantize(values, format, layout)
-    return codes, scale
-
-
-def as_torch(scale, recipe, side):
-    """Scales by blocks in the orientation and strides that torch documents for a recipe."""
-    if recipe is ROW:
-        return scale if side == "a" else scale.t()
-    if recipe is ROW_BLOCK:
-        return scale.t().contiguous().t()
-    if recipe is SQUARE_BLOCK:
-        groups = scale.shape[1]
-        return F.pad(scale, (0, -groups % 4), value=torch.nan).t()
-    return scale.view(torch.float8_e8m0fnu) if recipe is MX else scale
-
-
-def case(M, N, K, recipes, format_a=E4M3, format_b=E4M3):
-    """Arguments of scaled_mm up to the recipes, and the float64 product."""
-    layouts = [scaled_matmul_arguments.LAYOUTS[recipe.value] for recipe in recipes]
-    (a, scale_a), (b, scale_b) = operand(M, K, recipes[0], format_a, 1), operand(N, K, recipes[1], format_b, 2)
-    arguments = (a, b.t(), as_torch(scale_a, recipes[0], "a"), recipes[0], as_torch(scale_b, recipes[1], "b"), recipes[1])
-    return arguments, reference.scaled_matmul(a, scale_a, b, scale_b, *layouts)
 
 
 @pytest.mark.parametrize("recipes", PAIRS, ids=lambda pair: "-".join(recipe.name for recipe in pair))
