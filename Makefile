@@ -1,5 +1,6 @@
 # make matmul   the matmul benchmark on the best device present (CUDA, MPS, else the simulator)
 # make test     the tests; TESTS=testing/metal runs a part of them; make test-peers runs other libraries' kernels too
+# make hip      installs the compiler for AMD GPUs (root and apt-get for clang), which runs the tests marked hip
 # make venv     only prepare; make doctor says what is missing; make lint, make format, make clean
 # TILELANG=0.1.14 make test   the same with another supported tilelang, in .venv-0.1.14
 SHELL := /bin/sh
@@ -18,7 +19,7 @@ ifeq ($(wildcard requirements/tilelang-$(TILELANG).txt),)
 $(error TILELANG: must be one of $(patsubst requirements/tilelang-%.txt,%,$(wildcard requirements/tilelang-*.txt)); got $(TILELANG); pass one of these)
 endif
 
-.PHONY: venv matmul test test-peers doctor lint lint-ruff lint-format lint-spelling lint-cpp lint-types format clean always
+.PHONY: venv matmul test test-peers hip doctor lint lint-ruff lint-format lint-spelling lint-cpp lint-types format clean always
 
 venv: $(VENV)/.built
 
@@ -31,6 +32,9 @@ test: venv
 # Downloads other libraries' kernels and runs them in the simulator beside ours.
 test-peers: venv
 	$(BIN)/python -m pytest -m peers $(TESTS)
+
+hip: $(VENV)/.requirements
+	@requirements/install_hip.sh $(CURDIR)/$(BIN)/python
 
 doctor: venv
 	$(BIN)/tilelang-ext doctor

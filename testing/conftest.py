@@ -1,6 +1,5 @@
 """What every test shares: the checkout on the path, and which tests a machine can run."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ def pytest_collection_modifyitems(config, items):
     """A missing device is a visible skip; tests that download are run when asked for by name."""
     reasons = {
         "cuda": "needs an NVIDIA GPU" if not _has_cuda() else None,
-        "hip": "needs an AMD GPU or its compiler" if not _has_amd_compiler() else None,
+        "hip": _no_amd_compiler(),
         "peers": "downloads other libraries' kernels: make test-peers" if "peers" not in config.option.markexpr else None,
     }
     for item in items:
@@ -29,5 +28,11 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _has_amd_compiler() -> bool:
-    return any(shutil.which(name) for name in ("hipcc", "clang++-22"))
+def _no_amd_compiler() -> str | None:
+    from tilelang_ext.rocm import CompilerMissingError, find_compiler
+
+    try:
+        find_compiler()
+    except CompilerMissingError as error:
+        return str(error)
+    return None

@@ -1,5 +1,6 @@
 """`tilelang-ext doctor`: names what is missing, what that disables and the fix, and speaks when the package cannot."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -56,6 +57,28 @@ def test_missing_compiler_of_the_simulator(monkeypatch):
     assert (check.ok, check.required) == (False, True)
     assert check.found == "compiler: the simulator needs clang >= 16; got none"
     assert check.fix == "pip install ziglang==0.15.2"
+
+
+def test_missing_compiler_for_amd(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda command: None)
+    check = by_name(doctor._compilers())["hipcc or clang"]
+    assert (check.ok, check.required) == (False, False)
+    assert check.found == "rocm.find_compiler: needs ROCm's hipcc or clang >= 20 with its ld.lld; got none on PATH"
+    assert check.fix == "`apt-get install clang-22 lld-22` (Debian) and `pip install triton`, or install ROCm"
+
+
+def test_clang_without_headers_for_amd(monkeypatch, tmp_path):
+    """A clang alone does not compile HIP: its headers come with the triton wheel."""
+    for name in ("clang++-22", "ld.lld"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n[ $1 = --version ] && echo clang version 22.1.8 || echo {tmp_path}/ld.lld\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    check = doctor._amd_compiler()
+    assert not check.ok
+    assert check.found.endswith("needs the HIP headers and device libraries of the triton wheel; got no triton")
+    assert check.fix == "`pip install triton`"
 
 
 @pytest.mark.parametrize(("built_for", "fix"), [(None, "install a CUDA build of torch"), ("12.0", "update the NVIDIA driver")])

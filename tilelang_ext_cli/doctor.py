@@ -16,7 +16,6 @@ from pathlib import Path
 from types import ModuleType
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tilelang_ext"
-MINIMUM_AMD_CLANG = 20
 REINSTALL = "pip install --no-build-isolation -e ."
 ON_MAC = sys.platform == "darwin"
 
@@ -152,22 +151,16 @@ def _compilers() -> Iterator[Check]:
         "running target cuda (lowering to CUDA text works without)",
         "install the CUDA toolkit 12 or 13 and put its bin folder on PATH",
     )  # fmt: skip
-    amd = _amd_compiler()
-    yield Check(
-        "compilers", "hipcc or clang", amd or f"no hipcc, no clang >= {MINIMUM_AMD_CLANG}, no ziglang", amd is not None, False,
-        "compiling target hip (lowering to HIP text works without)", "pip install ziglang==0.15.2, or install ROCm",
-    )  # fmt: skip
+    yield _amd_compiler()
 
 
-def _amd_compiler() -> str | None:
-    if hipcc := _first_line("hipcc", "--version", r"HIP version.*"):
-        return hipcc
-    for name in ("clang++", *(f"clang++-{v}" for v in range(30, MINIMUM_AMD_CLANG - 1, -1))):
-        version = _first_line(name, "--version", r".*version (\d+).*")
-        if version and "Apple" not in version and int(re.search(r"version (\d+)", version)[1]) >= MINIMUM_AMD_CLANG:
-            return version
-    ziglang = _version("ziglang")
-    return f"ziglang {ziglang}" if ziglang else None
+def _amd_compiler() -> Check:
+    toolchain = _module_at("_tilelang_ext_rocm_toolchain", PACKAGE / "rocm" / "toolchain.py")
+    try:
+        return Check("compilers", "hipcc or clang", toolchain.find_compiler().version)
+    except toolchain.CompilerMissingError as error:
+        disables = "compiling target hip (lowering to HIP text works without)"
+        return Check("compilers", "hipcc or clang", _split(error)["found"], False, False, disables, _split(error)["fix"])
 
 
 def _gpus() -> Iterator[Check]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MINIMUM_CLANG = 20  # the first that knows gfx950 and gfx12
-ADVICE = "install ROCm; or `apt-get install clang-22 lld-22` (Debian) and `pip install 'tilelang_ext[hip]'`"
+ADVICE = "`apt-get install clang-22 lld-22` (Debian) and `pip install triton`, or install ROCm"
 _ROCM_HIPCC = "/opt/rocm/bin/hipcc"
 _PROBE_SECONDS = 20
 
@@ -92,7 +92,7 @@ def _triton_amd() -> Path:
         found = "no triton" if folder is None else f"none in {folder}"
         raise CompilerMissingError(
             f"rocm.find_compiler: clang needs the HIP headers and device libraries of the triton wheel; got {found}; "
-            "`pip install 'tilelang_ext[hip]'`, or `pip install triton`"
+            "`pip install triton`"
         )
     return folder
 
