@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tilelang_ext"
-BACKENDS = ("metal", "rocm", "cuda")
+BACKENDS = ("metal", "rocm", "cuda", "cpu")
 
 # room: what it may not import, as prefixes of module names; a reason each
 FORBIDDEN = {

@@ -1,6 +1,6 @@
 """tilelang_ext: quantised tile intrinsics, a Metal backend with real fragments, and a simulator, on the installed tilelang.
 
-Importing registers the Metal backend and the fp8 products of CUDA and AMD in place of upstream's, and does nothing else.
+Importing registers the Metal backend, the fp8 products of CUDA and AMD, and what the CPU lacked, by name; nothing else.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ def _check_tilelang() -> None:
 
 _check_tilelang()
 
+from tilelang_ext.cpu.backend import register as _register_cpu  # noqa: E402
 from tilelang_ext.cuda.backend import register as _register_cuda  # noqa: E402
 from tilelang_ext.metal.backend import register as _register  # noqa: E402
 from tilelang_ext.rocm.backend import register as _register_rocm  # noqa: E402
 
 _register()
+_register_cpu()
 _register_cuda()
 _register_rocm()
 

@@ -1,0 +1,1 @@
+"""Target `c`: tile programs written for a GPU, run on the CPU, one thread a block."""

@@ -1,0 +1,303 @@
+"""Carry floats that C lacks as their codes: fp8, e8m0, bfloat16 and float16.
+
+    Before  A (64,) "float8_e4m3fn"                  After  A (64,) "uint8"
+            y = Cast("float32", A[i])                       y = decode_float8_e4m3fn(A[i])
+            A[i] = Cast("float8_e4m3fn", y)                 A[i] = encode_float8_e4m3fn(y)
+            h[i] + h[j]  (float16)                          decode_float16(encode_float16(decode(h[i]) + decode(h[j])))
+
+Each operation is computed in float and rounded to its own type, as hardware that has the type does; a float holds the sum,
+product and quotient of two such numbers exactly enough that rounding twice is rounding once. A code that is only moved,
+selected or reinterpreted keeps its bits. Runs last, on flat device functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from pathlib import Path
+
+import tvm_ffi
+from tvm import IRModule, tirx
+from tvm.ir import Op, PointerType, PrimType, register_op_attr
+from tvm.tirx import PyStmtExprMutator
+from tvm.tirx.functor import mutator
+
+from tilelang_ext import formats
+from tilelang_ext.formats import E8M0, FloatFormat
+
+_HALF = FloatFormat("binary16", "float16", "float16", 5, 10, 15, inf_codes=(0x7C00, 0xFC00), nan_codes=(0x7E00,))
+_BFLOAT = FloatFormat("bfloat16", "bfloat16", "bfloat16", 8, 7, 127, inf_codes=(0x7F80, 0xFF80), nan_codes=(0x7FC0,))
+_IEEE = (_HALF, _BFLOAT)  # what is too large becomes infinity; in the others, the largest number
+_FORMATS = {format.dtype: format for format in (*formats.FP8_OPERANDS, E8M0, *_IEEE)}
+_FORMATS["float8_e4m3"] = formats.E4M3  # torch's float8_e4m3fn reaches TIR under either name
+_NAMESPACE = "tilelang_ext"
+_PURE = 1  # tirx::CallEffectKind::kPure
+_HEADER = Path(__file__).with_name("narrow_floats.h")
+
+
+CARRIED = tuple(_FORMATS)
+
+
+def is_carried(dtype) -> bool:
+    """Whether values of this scalar dtype are carried as codes."""
+    return str(dtype) in _FORMATS
+
+
+def storage_dtype(dtype) -> str:
+    """The integer dtype of a carried dtype's codes."""
+    return f"uint{_FORMATS[str(dtype)].bits}"
+
+
+# --- the functions of the header ---------------------------------------------------------------------------------------
+
+
+def _register(name: str) -> None:
+    """Register an operator that the code generator spells `tilelang_ext::<name>(...)`."""
+    if f"{_NAMESPACE}.{name}" not in Op.list_op_names():
+        tvm_ffi.get_global_func("ir.RegisterOp")(f"{_NAMESPACE}.{name}", f"`{name}` of narrow_floats.h")
+        register_op_attr(f"{_NAMESPACE}.{name}", "TGlobalSymbol", f"{_NAMESPACE}::{name}")
+        register_op_attr(f"{_NAMESPACE}.{name}", "TCallEffectKind", tirx.IntImm("int32", _PURE))
+
+
+def call(name: str, dtype: str, *args) -> tirx.Call:
+    """Call a function of narrow_floats.h."""
+    return tirx.Call(dtype, Op.get(f"{_NAMESPACE}.{name}"), list(args))
+
+
+def register() -> None:
+    """Register the operators; idempotent."""
+    for format in _FORMATS.values():
+        _register(f"decode_{format.dtype}")
+        _register(f"encode_{format.dtype}")
+    for name in ("round_to_odd", "float_of_bits", "double_of_bits", "workspace"):
+        _register(name)
+
+
+@functools.cache
+def _definition(format: FloatFormat) -> str:
+    """C++ of decode_<dtype> and encode_<dtype>."""
+    storage = f"uint{format.bits}_t"
+    if format is E8M0:
+        encode = "encode_power_of_two(x)"
+    else:
+        top = format.inf_codes[0] if format in _IEEE else format.values.index(format.max)
+        arguments = (
+            format.mantissa_bits, format.bias, hex(top), hex(format.nan_codes[0]), hex(format.sign_mask),
+            str(format.has_negative_zero).lower(),
+        )  # fmt: skip
+        encode = f"{storage}(encode<{', '.join(map(str, arguments))}>(x))"
+    text = f"inline {storage} encode_{format.dtype}(float x) {{ return {encode}; }}\n"
+    if format in _IEEE:  # computed in the header
+        return text
+    rows = [format.values[i : i + 8] for i in range(0, 256, 8)]
+    table = ",\n  ".join(", ".join(map(_spell, row)) for row in rows)
+    return (
+        f"static const float values_of_{format.dtype}[256] = {{\n  {table}}};\n"
+        f"inline float decode_{format.dtype}(uint8_t code) {{ return values_of_{format.dtype}[code]; }}\n{text}"
+    )
+
+
+def _spell(value: float) -> str:
+    if math.isnan(value):
+        return "NAN"
+    if math.isinf(value):
+        return "INFINITY" if value > 0 else "-INFINITY"
+    significand, exponent = value.hex().split("p")
+    return f"{significand.rstrip('0').rstrip('.') if value else significand}p{exponent}f"
+
+
+def prelude(dtypes: set[str]) -> str:
+    """The text before a kernel that uses these dtypes."""
+    chosen = {_FORMATS[dtype].dtype: _FORMATS[dtype] for dtype in sorted(dtypes)}
+    body = "".join(map(_definition, chosen.values()))
+    return _HEADER.read_text() + f"\nnamespace {_NAMESPACE} {{\n\n{body}\n}}  // namespace {_NAMESPACE}\n\n"
+
+
+# --- the pass ------------------------------------------------------------------------------------------------------------
+
+_ROUNDED = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div)
+_EXACT = (tirx.Min, tirx.Max)
+_SINGLE_FROM = ("float32", "int8", "uint8", "int16", "uint16", "bool")  # a float holds each of their values
+
+
+def _compare(self, op):
+    return type(op)(self.value(op.a), self.value(op.b))
+
+
+@mutator
+class _Carry(PyStmtExprMutator):
+    """Rewrites one function. `value(e)` is a carried expression as float32, `code(e)` as its integer."""
+
+    def __init__(self, renamed: dict[tirx.Var, tirx.Var]):
+        super().__init__()
+        self.renamed = renamed  # pointers to codes that were pointers to floats
+        self.buffers: dict[tirx.Buffer, tirx.Buffer] = {}
+        self.floats: dict[tirx.Var, tirx.Var] = {}  # bound variables, now float32
+        self.dtypes: set[str] = set()
+
+    # carried expressions
+
+    def value(self, expr):
+        if not is_carried(expr.dtype):
+            return self.visit_expr(expr)
+        if isinstance(expr, tirx.Var):
+            return self.floats[expr]
+        if isinstance(expr, _EXACT):
+            return type(expr)(self.value(expr.a), self.value(expr.b))
+        return self._decode(expr.dtype, self.code(expr))
+
+    def code(self, expr):
+        dtype = str(expr.dtype)
+        if isinstance(expr, tirx.BufferLoad):
+            return tirx.BufferLoad(self._buffer(expr.buffer), [self.visit_expr(index) for index in expr.indices])
+        if isinstance(expr, tirx.FloatImm):
+            return self._encode(dtype, self._as_float(tirx.FloatImm("float64", expr.value)))
+        if isinstance(expr, tirx.Cast):
+            return self._encode(dtype, self._as_float(expr.value))
+        if isinstance(expr, tirx.Select):
+            return tirx.Select(self.visit_expr(expr.condition), self.code(expr.true_value), self.code(expr.false_value))
+        if isinstance(expr, _ROUNDED):
+            return self._encode(dtype, type(expr)(self.value(expr.a), self.value(expr.b)))
+        if isinstance(expr, tirx.Call):
+            name = expr.op.name if isinstance(expr.op, Op) else ""
+            if name == "tirx.reinterpret":
+                return self._bits(expr.args[0])
+            if name == "tirx.if_then_else":
+                condition, *cases = expr.args
+                return tirx.Call(storage_dtype(dtype), expr.op, [self.visit_expr(condition), *map(self.code, cases)])
+            return self._encode(dtype, tirx.Call("float32", expr.op, [self.value(argument) for argument in expr.args]))
+        if isinstance(expr, (tirx.Var, *_EXACT)):
+            return self._encode(dtype, self.value(expr))
+        raise NotImplementedError(
+            f"target c: {dtype} has +, -, *, /, min, max, casts and functions of one value; got {expr}; cast to float32"
+        )
+
+    def _as_float(self, source):
+        """A float32 that rounds to any carried dtype as `source` does."""
+        if is_carried(source.dtype):
+            return self.value(source)
+        if isinstance(source, tirx.FloatImm) and _is_single(source.value):
+            source = tirx.FloatImm("float32", source.value)
+        source = self.visit_expr(source)
+        if str(source.dtype) == "float32":
+            return source
+        if str(source.dtype) in _SINGLE_FROM:
+            return tirx.Cast("float32", source)
+        wide = source if str(source.dtype) == "float64" else tirx.Cast("float64", source)
+        return call("round_to_odd", "float32", wide)
+
+    def _bits(self, expr):
+        return self.code(expr) if is_carried(expr.dtype) else self.visit_expr(expr)
+
+    def _decode(self, dtype, code):
+        self.dtypes.add(str(dtype))
+        return call(f"decode_{_FORMATS[str(dtype)].dtype}", "float32", code)
+
+    def _encode(self, dtype, value):
+        self.dtypes.add(str(dtype))
+        return call(f"encode_{_FORMATS[str(dtype)].dtype}", storage_dtype(dtype), value)
+
+    # where carried expressions meet others
+
+    visit_eq_ = visit_ne_ = visit_lt_ = visit_le_ = visit_gt_ = visit_ge_ = _compare
+
+    def visit_cast_(self, op):
+        if is_carried(op.value.dtype):
+            value = self.value(op.value)
+            return value if str(op.dtype) == "float32" else tirx.Cast(op.dtype, value)
+        return tirx.Cast(op.dtype, self.visit_expr(op.value))
+
+    def visit_call_(self, op):
+        args = op.args
+        if isinstance(op.op, Op) and op.op.name == "tirx.reinterpret" and is_carried(args[0].dtype):
+            bits = self.code(args[0])
+            return bits if bits.dtype == op.dtype else tirx.Call(op.dtype, op.op, [bits])
+        return tirx.Call(op.dtype, op.op, [self.value(arg) if isinstance(arg, tirx.PrimExpr) else arg for arg in args])
+
+    def visit_buffer_load_(self, op):
+        return tirx.BufferLoad(self._buffer(op.buffer), [self.visit_expr(index) for index in op.indices])
+
+    def visit_buffer_store_(self, op):
+        value = self.code(op.value) if is_carried(op.buffer.dtype) else self.visit_expr(op.value)
+        return tirx.BufferStore(self._buffer(op.buffer), value, [self.visit_expr(index) for index in op.indices])
+
+    def visit_bind_(self, op):
+        if not is_carried(op.var.dtype):
+            return tirx.Bind(op.var, self.visit_expr(op.value))
+        self.floats[op.var] = tirx.Var(op.var.name, "float32")
+        return tirx.Bind(self.floats[op.var], self.value(op.value))
+
+    def visit_var_(self, op):
+        return self.renamed.get(op, op)
+
+    def visit_float_imm_(self, op):
+        """The code generator prints seven digits of a constant; one that needs more is given by its bits."""
+        printed = float(f"{op.value:.6e}")
+        if str(op.dtype) == "float32" and math.isfinite(op.value) and _single(printed) != _single(op.value):
+            (bits,) = struct.unpack("<I", struct.pack("<f", op.value))
+            return call("float_of_bits", "float32", tirx.IntImm("uint32", bits))
+        if str(op.dtype) == "float64" and math.isfinite(op.value) and printed != op.value:
+            (bits,) = struct.unpack("<Q", struct.pack("<d", abs(op.value)))
+            magnitude = call("double_of_bits", "float64", tirx.IntImm("uint64", bits))
+            return magnitude if op.value > 0 else tirx.FloatImm("float64", 0.0) - magnitude
+        return op
+
+    # buffers
+
+    def _buffer(self, buffer):
+        data = self.renamed.get(buffer.data, buffer.data)
+        if not is_carried(buffer.dtype) and data.same_as(buffer.data):
+            return buffer
+        if buffer not in self.buffers:
+            dtype = storage_dtype(buffer.dtype) if is_carried(buffer.dtype) else buffer.dtype
+            self.buffers[buffer] = tirx.decl_buffer(
+                buffer.shape, dtype, buffer.name, data=data, strides=buffer.strides, elem_offset=buffer.elem_offset,
+                scope=buffer.scope(), data_alignment=buffer.data_alignment, offset_factor=buffer.offset_factor,
+            )  # fmt: skip
+        return self.buffers[buffer]
+
+    def visit_alloc_buffer_(self, op):
+        if is_carried(op.buffer.dtype):
+            self.renamed[op.buffer.data] = _pointer_to_codes(op.buffer.data)
+        return tirx.AllocBuffer(self._buffer(op.buffer), op.annotations)
+
+    def visit_decl_buffer_(self, op):
+        return tirx.DeclBuffer(self._buffer(op.buffer))
+
+
+def _is_single(value: float) -> bool:
+    return not math.isfinite(value) or (abs(value) < 2.0**128 and float(_single(value)) == value)
+
+
+def _single(value: float) -> float:
+    """`value` rounded to float32."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+def _pointer_to_codes(pointer: tirx.Var) -> tirx.Var:
+    dtype = storage_dtype(pointer.type_annotation.element_type.dtype)
+    return tirx.Var(pointer.name, PointerType(PrimType(dtype), pointer.type_annotation.storage_scope))
+
+
+def CarryNarrowFloats(mod: IRModule) -> IRModule:
+    """Rewrite the device functions of `mod`; see above."""
+    functions = {}
+    for name, func in mod.functions_items():
+        functions[name] = _carry(func) if "target" in func.attrs and func.attrs["target"].kind.name == "c" else func
+    return IRModule(functions, attrs=mod.attrs)
+
+
+def _carry(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    renamed = {}
+    for param in func.params:
+        annotation = param.type_annotation
+        element = getattr(getattr(annotation, "element_type", None), "dtype", None)
+        # A half parameter stays one: upstream's call passes a pointer to its half, and codes are read through a cast.
+        if element is not None and is_carried(element) and str(element) != "float16":
+            renamed[param] = _pointer_to_codes(param)
+    carry = _Carry(renamed)
+    body = carry.visit_stmt(func.body)
+    body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_c", tirx.StringImm(prelude(carry.dtypes)), body)
+    params = [renamed.get(param, param) for param in func.params]
+    return tirx.PrimFunc(params, body, func.ret_type, func.buffer_map, func.attrs)

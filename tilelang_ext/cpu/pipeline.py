@@ -1,0 +1,82 @@
+"""The pass list of target `c` for GPU tile programs: upstream's, with one thread a block and floats carried as codes."""
+
+from __future__ import annotations
+
+import inspect
+
+import tilelang
+from tilelang.backend.pass_pipeline.pipeline_utils import should_enable_race_check, should_force_let_inline
+from tvm import IRModule, s_tir, tirx
+from tvm.target import Target
+
+from tilelang_ext.cpu.narrow_floats import CarryNarrowFloats
+from tilelang_ext.cpu.one_thread_blocks import OneThreadBlocks
+from tilelang_ext.cpu.workspace import PlaceLargeArrays
+
+
+def _materialize_kernel_launch():
+    materialize = tilelang.transform.MaterializeKernelLaunch
+    if "unsupported_annotations" not in inspect.signature(materialize).parameters:  # 0.1.14
+        return materialize(lower_thread_binding=False)
+    return materialize(lower_thread_binding=False, unsupported_annotations=["cluster_dims"])
+
+
+def lower(mod: IRModule, target: Target) -> IRModule:
+    """Lower tile programs to a C function that runs the grid as loops, without vectors or threads."""
+    transform = tilelang.transform
+    mod = tirx.transform.BindTarget(target)(mod)
+    mod = _materialize_kernel_launch()(mod)
+    mod = OneThreadBlocks(mod)
+    if should_force_let_inline():
+        mod = transform.LetInline()(mod)
+    mod = transform.AddWrapperForSingleBufStore()(mod)
+    mod = transform.LegalizeNegativeIndex()(mod)
+    if should_enable_race_check():
+        mod = transform.VerifyParallelLoop()(mod)
+    mod = transform.InjectAssumes()(mod)
+    mod = transform.Simplify()(mod)
+    mod = transform.CanonicalizeLegacyReducer()(mod)
+    mod = transform.VerifyReducerEpoch()(mod)
+    mod = transform.VerifyBufferInit()(mod)
+    mod = transform.IfStmtBinding()(mod)
+    mod = transform.Simplify()(mod)
+
+    # Tile operations become loops; T.gemm through tilelang_ext.cpu.gemm.
+    mod = transform.LayoutInference()(mod)
+    mod = transform.ReducerPlanAndMaterialize()(mod)
+    mod = transform.LowerTileOp()(mod)
+    mod = transform.VerifyReducerConsumed()(mod)
+    mod = tilelang.cpu.transform.LowerCPUAtomics()(mod)
+    mod = transform.LegalizeSafeMemoryAccess()(mod)
+    mod = transform.LowerAccessPtr()(mod)
+    mod = transform.Simplify()(mod)
+    mod = transform.HoistNonRestrictParams()(mod)
+
+    mod = transform.PlanAndUpdateBufferAllocationLocation()(mod)
+    mod = transform.HoistGlobalBufferAllocations()(mod)
+    mod = transform.LowerOpaqueBlock()(mod)
+    mod = transform.Simplify()(mod)
+    mod = tirx.transform.NarrowDataType(32)(mod)
+    mod = transform.FlattenBuffer()(mod)
+    mod = transform.ConfigIndexBitwidth()(mod)
+    mod = tirx.transform.Simplify()(mod)
+    mod = transform.VectorizeLoop(enable_vectorize=False)(mod)  # the C++ compiler's business
+    mod = transform.StorageRewrite()(mod)
+    mod = transform.LoopUnswitching()(mod)
+    mod = transform.UnrollLoop()(mod)
+    mod = s_tir.transform.RenormalizeSplitPattern()(mod)
+    mod = tirx.transform.Simplify()(mod)
+    mod = tirx.transform.RemoveNoOp()(mod)
+    mod = s_tir.transform.HoistIfThenElse()(mod)
+    mod = tirx.transform.VerifyMemory()(mod)
+    mod = tirx.transform.AnnotateEntryFunc()(mod)
+
+    mod = transform.AnnotateDeviceRegions()(mod)
+    mod = transform.SplitHostDevice()(mod)
+    mod = transform.AnnotateReadOnlyParams()(mod)
+    mod = transform.MergeIfStmt()(mod)
+    mod = transform.MakePackedAPI()(mod)
+    mod = transform.Simplify()(mod)
+    mod = transform.LowerDeviceKernelLaunch()(mod)
+    mod = CarryNarrowFloats(mod)
+    return PlaceLargeArrays(mod)
