@@ -1,4 +1,4 @@
-"""The intrinsic in a kernel of one tile a block, for every operand major, element type and scale layout; lowered with no GPU."""
+"""The intrinsic in a kernel, for every operand major, element type and scale layout; lowered with no GPU."""
 
 # Without `from __future__ import annotations`: prim_funcs read their annotations.
 

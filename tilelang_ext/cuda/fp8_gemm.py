@@ -27,7 +27,6 @@ from tilelang_ext.formats import FP8_OPERANDS, OCP_OF_FNUZ
 _FP8 = {format.dtype for format in FP8_OPERANDS}
 _FNUZ = {format.dtype for format in OCP_OF_FNUZ}
 _MMA_K = 32  # of one fp8 instruction
-_WITH_FP8_UNIT = "sm_89, sm_90, sm_100 or sm_120"
 
 
 def _compute_version(target: Target) -> tuple[int, int]:
@@ -58,9 +57,8 @@ class _Fp8Operands:
     def _refuse_if_native_is_required(self, target: Target, instead: str) -> None:
         if self.is_fp8 and "require_native_fp8" in self.gemm_node.annotations:
             raise NotImplementedError(
-                f"T.gemm: require_native_fp8 needs an fp8 instruction; got {target.attrs['arch']}, {instead}; "
-                f"compile for {_WITH_FP8_UNIT}, on sm_90 with a tile of M % 64 == 0 and 128 threads or a multiple, on sm_100 with "
-                "T.tcgen05_gemm, or drop the requirement"
+                f"T.gemm: require_native_fp8 needs an fp8 instruction; got {target.attrs['arch']}, {instead}; compile for "
+                "sm_89, sm_90 (tiles of M % 64 == 0 on 128 threads or a multiple) or sm_120, or drop the requirement"
             )
 
 

@@ -87,12 +87,14 @@ def fp8_scaled_matmul(
     transpose_B: bool = False,
     scale_layout: BlockScaledLayout | tuple[BlockScaledLayout, BlockScaledLayout] | None = None,
     clear_accum: bool = False,
+    require_native: bool = False,
 ) -> None:
     """Add the product of two fp8 tiles, each times its scales, to C; with `clear_accum` overwrite C.
 
     `scale_layout` says what a scale covers, one layout for both operands or (A's, B's); left out, it follows from the
     scales' shapes and dtypes. What C held is never scaled. M, N and the K of tiles in shared memory or fragments are
-    constants; the K of global operands may be symbolic.
+    constants; the K of global operands may be symbolic. Where the matrix unit takes no fp8, codes are decoded to half, which is
+    exact; with `require_native` lowering to such a target raises NotImplementedError instead.
 
     Raises TypeError for dtypes and scopes, ValueError for shapes and layouts, NotImplementedError for what no target has.
     """
@@ -135,18 +137,23 @@ def fp8_scaled_matmul(
     stages = 2 if 2 * (M + N) * step <= _STAGING_BYTES else 1
     once = not staged and group >= K  # one product: the accumulator of the matrix unit is the sum
     factor_of_rows = _factor(scales, 0, grouped=False)
+    annotations = {"require_native_fp8": 1} if require_native else None
 
     # Constants reach macros as closures: a macro turns the numbers it is given into variables.
     @T.macro
     def add_product(total, A_k, B_k, factor):
         if once:
-            T.gemm(A_k, B_k, total, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True)
+            T.gemm(
+                A_k, B_k, total, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True, annotations=annotations
+            )
             if factor is not None:
                 for i, j in T.Parallel(M, N):
                     total[i, j] *= factor(i, j)
         else:
             partial = T.alloc_fragment((M, N), "float32")
-            T.gemm(A_k, B_k, partial, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True)
+            T.gemm(
+                A_k, B_k, partial, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True, annotations=annotations
+            )
             for i, j in T.Parallel(M, N):
                 total[i, j] += partial[i, j] if factor is None else partial[i, j] * factor(i, j)
 

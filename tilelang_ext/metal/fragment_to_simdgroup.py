@@ -123,6 +123,11 @@ class FragmentGemm:
         self.trans_A, self.trans_B = bool(gemm.trans_A), bool(gemm.trans_B)
         self.policy = GemmWarpPolicy(int(gemm.policy.policy_type))
         self.dtype = product_dtype(str(self.A.dtype), str(self.B.dtype))
+        if "require_native_fp8" in gemm.annotations:
+            raise NotImplementedError(
+                "T.gemm: require_native_fp8 needs a matrix unit that takes fp8; got Metal, which decodes to half; drop the "
+                "requirement, or compile for sm_89, sm_90, sm_120, gfx942 or gfx950"
+            )
         if str(self.C.dtype) not in _PRODUCT_DTYPES:
             raise TypeError(
                 f"T.gemm: on Metal C must be float32, float16 or bfloat16; got {self.C.dtype} ({self.C.name}); "

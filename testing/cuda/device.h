@@ -1,0 +1,243 @@
+// What the CUDA text of these kernels calls, on a CPU: a thread of the block is a thread here. Lane layouts of matrix
+// instructions, swizzles and descriptors are those of the PTX ISA (9.7.15 mma, 9.7.16 wgmma), written from it, not from the
+// generator. Instructions of a warp meet at a barrier, so a kernel needs as many of them in each lane as it would on a GPU.
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __restrict__
+#define __align__(n) __attribute__((aligned(n)))
+
+using uint = uint32_t;
+using uchar = uint8_t;
+struct Index3 {
+  int x = 0, y = 0, z = 0;
+};
+inline thread_local Index3 threadIdx, blockIdx;
+
+struct Warp {
+  std::barrier<> meet{32};
+  const void* pointer[32];
+  uint32_t a[32][4], b[32][4];
+};
+struct Block {
+  explicit Block(int threads) : meet(threads), warps(threads / 32) {}
+  std::barrier<> meet;
+  std::vector<Warp> warps;
+};
+inline Block* block;
+alignas(1024) inline uint8_t shared_memory[227 * 1024];
+inline void __syncthreads() { block->meet.arrive_and_wait(); }
+inline Warp& warp() { return block->warps[threadIdx.x / 32]; }
+inline int lane() { return threadIdx.x % 32; }
+
+// --- numbers ---
+struct fp8_e4_t {
+  uint8_t code;
+};
+struct fp8_e5_t {
+  uint8_t code;
+};
+#define FP8_VECTOR(name, element, n)       \
+  struct __attribute__((aligned(n))) name { \
+    element codes[n];                      \
+  }
+FP8_VECTOR(fp8_e4_2_t, fp8_e4_t, 2);
+FP8_VECTOR(fp8_e4_4_t, fp8_e4_t, 4);
+FP8_VECTOR(fp8_e4_8_t, fp8_e4_t, 8);
+FP8_VECTOR(fp8_e4_16_t, fp8_e4_t, 16);
+FP8_VECTOR(fp8_e5_2_t, fp8_e5_t, 2);
+FP8_VECTOR(fp8_e5_4_t, fp8_e5_t, 4);
+FP8_VECTOR(fp8_e5_8_t, fp8_e5_t, 8);
+FP8_VECTOR(fp8_e5_16_t, fp8_e5_t, 16);
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct uint1 {
+  uint x;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint1 make_uint1(uint x) { return {x}; }
+using std::max;
+using std::min;
+
+// A binary float of so many exponent and mantissa bits; the largest exponent is infinity and NaN but in E4M3.
+inline float decode(uint bits, int exponent_bits, int mantissa_bits, bool e4m3 = false) {
+  const int largest = (1 << exponent_bits) - 1, bias = largest / 2;
+  const int exponent = (bits >> mantissa_bits) & largest, mantissa = bits & ((1 << mantissa_bits) - 1);
+  const float sign = (bits >> (exponent_bits + mantissa_bits)) & 1 ? -1.0f : 1.0f;
+  if (e4m3 && exponent == largest && mantissa == 7) return NAN;
+  if (!e4m3 && exponent == largest) return mantissa ? NAN : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(float(mantissa), 1 - bias - mantissa_bits);
+  return sign * std::ldexp(float((1 << mantissa_bits) + mantissa), exponent - bias - mantissa_bits);
+}
+inline float half_value(uint bits) { return decode(bits & 0xffff, 5, 10); }
+inline uint half_bits(float value) {  // of a value that a half holds
+  const uint sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isnan(value)) return sign | 0x7e00;
+  if (std::isinf(value)) return sign | 0x7c00;
+  const float magnitude = std::fabs(value);
+  const int exponent = magnitude < std::ldexp(1.0f, -14) ? -15 : std::ilogb(magnitude);
+  const int least = exponent == -15 ? -24 : exponent - 10;  // of the mantissa's last bit
+  const uint bits = uint(exponent + 15) * 1024 + (uint(std::ldexp(magnitude, -least)) & 1023);
+  if (half_value(bits) != magnitude) std::abort();
+  return sign | bits;
+}
+struct half_t {
+  uint bits;
+  explicit half_t(float value) : bits(half_bits(value)) {}
+};
+inline uint __pack_half2(half_t low, half_t high) { return low.bits | high.bits << 16; }
+struct __half2 {
+  uint bits;
+};
+inline uint __byte_perm(uint x, uint y, uint selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  uint result = 0;
+  for (int i = 0; i < 4; ++i) result |= uint(bytes >> ((selector >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
+  return result;
+}
+
+namespace tl {
+template <typename T>
+T from_uint1(uint1 v) {
+  return {v.x};
+}
+inline uint1 to_uint1(__half2 v) { return {v.bits}; }
+inline __half2 mul2(__half2 a, __half2 b) {
+  uint bits = 0;
+  for (int i = 0; i < 32; i += 16) bits |= half_bits(half_value(a.bits >> i) * half_value(b.bits >> i)) << i;
+  return {bits};
+}
+
+// --- copies ---
+template <int N>
+void cp_async_gs(void* to, const void* from) {
+  std::memcpy(to, from, N);
+}
+template <int N>
+void cp_async_gs_conditional(void* to, const void* from, bool condition) {
+  condition ? void(std::memcpy(to, from, N)) : void(std::memset(to, 0, N));
+}
+inline void cp_async_commit() {}
+template <int>
+void cp_async_wait() {}
+inline void fence_proxy_async() {}
+
+// --- matrix instructions of a warp ---
+template <int N>
+void ldmatrix(const void* row, void* to) {
+  Warp& w = warp();
+  w.pointer[lane()] = row;
+  w.meet.arrive_and_wait();
+  for (int i = 0; i < N; ++i)
+    std::memcpy(static_cast<char*>(to) + 4 * i, static_cast<const char*>(w.pointer[8 * i + lane() / 4]) + lane() % 4 * 4, 4);
+  w.meet.arrive_and_wait();
+}
+inline void ptx_ldmatrix_x4(const void* row, void* to) { ldmatrix<4>(row, to); }
+inline void ptx_ldmatrix_x2(const void* row, void* to) { ldmatrix<2>(row, to); }
+
+enum class DataType { kFloat16, kFloat8_e4m3, kFloat8_e5m2, kFloat32 };
+template <DataType T>
+float value(uint bits) {
+  if (T == DataType::kFloat16) return half_value(bits);
+  return T == DataType::kFloat8_e4m3 ? decode(bits & 0xff, 4, 3, true) : decode(bits & 0xff, 5, 2);
+}
+template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool, bool>
+void mma_sync(float* c, const unsigned* a, const unsigned* b) {
+  static_assert(M == 16 && N == 8 && TC == DataType::kFloat32 && K == (TA == DataType::kFloat16 ? 16 : 32));
+  constexpr int per_word = K / 8, bits = 32 / per_word;
+  Warp& w = warp();
+  std::memcpy(w.a[lane()], a, 16);
+  std::memcpy(w.b[lane()], b, 8);
+  w.meet.arrive_and_wait();
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane() / 4 + e / 2 * 8, col = lane() % 4 * 2 + e % 2;
+    for (int k = 0; k < K; ++k) {
+      const int quarter = k % (K / 2) / per_word, half = k / (K / 2), shift = k % per_word * bits;
+      c[e] += value<TA>(w.a[row % 8 * 4 + quarter][row / 8 + half * 2] >> shift) *
+              value<TB>(w.b[col * 4 + quarter][half] >> shift);
+    }
+  }
+  w.meet.arrive_and_wait();
+}
+
+// --- matrix instructions of four warps, which read shared memory through descriptors ---
+struct GmmaDescriptor {
+  uint64_t bits;
+  uint64_t operator+(int offset) const { return bits + offset; }
+};
+template <int Swizzle, int Leading, int Stride>
+void initialize_wgmma_descriptor(GmmaDescriptor& descriptor, const void* start) {
+  const uint64_t address = static_cast<const uint8_t*>(start) - shared_memory;
+  descriptor.bits = (address >> 4 & 0x3fff) | uint64_t(Leading) << 16 | uint64_t(Stride) << 32 | uint64_t(Swizzle) << 62;
+}
+// One code of a K-major operand: rows of 128, 64 or 32 bytes, whose 16-byte parts are permuted by address bits 7 and up.
+inline uint8_t element(uint64_t descriptor, int row, int k) {
+  const int swizzle = descriptor >> 62, width = 256 >> swizzle, stride = (descriptor >> 32 & 0x3fff) << 4;
+  uint64_t address = ((descriptor & 0x3fff) << 4) + row / 8 * stride + row % 8 * width + k;
+  address ^= (address >> 7 & (width / 16 - 1)) << 4;
+  return shared_memory[address];
+}
+template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool, bool, int, int, typename CodeOfA>
+void wgmma(CodeOfA code_of_a, uint64_t b, uint32_t* c_bits, int accumulate) {
+  static_assert(M == 64 && K == 32 && TC == DataType::kFloat32);
+  float* c = reinterpret_cast<float*>(c_bits);
+  for (int e = 0; e < N / 2; ++e) {
+    const int row = lane() / 4 + e / 2 % 2 * 8, col = e / 4 * 8 + lane() % 4 * 2 + e % 2;
+    float sum = accumulate ? c[e] : 0.0f;
+    for (int k = 0; k < K; ++k) sum += value<TA>(code_of_a(row, k)) * value<TB>(element(b, col, k));
+    c[e] = sum;
+  }
+}
+template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool X, bool Y, int S, int T>
+void wgmma_ss(uint64_t a, uint64_t b, uint32_t* c, int accumulate) {
+  const int first = threadIdx.x % 128 / 32 * 16;
+  wgmma<TA, TB, TC, M, N, K, X, Y, S, T>([=](int row, int k) { return element(a, first + row, k); }, b, c, accumulate);
+}
+template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool X, bool Y, int S, int T>
+void wgmma_rs(const uint32_t* a, uint64_t b, uint32_t* c, int accumulate) {
+  Warp& w = warp();
+  std::memcpy(w.a[lane()], a, 16);
+  w.meet.arrive_and_wait();
+  auto code_of_a = [&](int row, int k) { return w.a[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2] >> k % 4 * 8; };
+  wgmma<TA, TB, TC, M, N, K, X, Y, S, T>(code_of_a, b, c, accumulate);
+  w.meet.arrive_and_wait();
+}
+template <typename T>
+void warpgroup_fence_operand(T*, int) {}
+inline void warpgroup_arrive() {}
+inline void warpgroup_commit_batch() {}
+template <int>
+void warpgroup_wait() {}
+}  // namespace tl
+
+// --- launches ---
+template <typename Kernel>
+void launch(int grid_x, int grid_y, int threads, Kernel kernel) {
+  for (int y = 0; y < grid_y; ++y)
+    for (int x = 0; x < grid_x; ++x) {
+      std::memset(shared_memory, 0xff, sizeof(shared_memory));  // NaN in every format
+      Block own(threads);
+      block = &own;
+      std::vector<std::thread> running;
+      for (int t = 0; t < threads; ++t)
+        running.emplace_back([=] {
+          threadIdx.x = t;
+          blockIdx.x = x;
+          blockIdx.y = y;
+          kernel();
+        });
+      for (std::thread& thread : running) thread.join();
+    }
+}

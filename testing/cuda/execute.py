@@ -1,0 +1,61 @@
+"""Run the CUDA text of a kernel on the CPU: device.h gives its calls their meaning, tensors go through files."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+COMPILER = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++20 compiler on PATH")
+_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+), 1\) (\w+)\((.*?)\) \{')
+
+
+def execute(text: str, grid: tuple[int, int], tensors: dict[str, torch.Tensor]) -> None:
+    """Run the one kernel of `text` over a grid, and write what it left in its tensors, by their names, back into them."""
+    threads, name, parameters = _SIGNATURE.search(text).groups()
+    pointers = re.findall(r"(\w+)\s?\* __restrict__ (\w+)", parameters)
+    device = text[_SIGNATURE.search(text).start() :]
+    device = _SIGNATURE.sub(rf"void {name}(\3) {{", device)
+    device = re.sub(r"extern __shared__ __align__\(1024\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", device)
+    assert "__shared__" not in device
+    reads = "\n".join(f'  std::vector<char> {tensor} = read("{tensor}", {tensors[tensor].nbytes});' for _, tensor in pointers)
+    arguments = ", ".join(f"({dtype}*){tensor}.data()" for dtype, tensor in pointers)
+    writes = "\n".join(f'  write("{tensor}", {tensor});' for _, tensor in pointers)
+    program = f"""#include "{Path(__file__).with_name("device.h")}"
+{device}
+std::vector<char> read(const char* name, size_t size) {{
+  std::vector<char> bytes(size);
+  FILE* file = std::fopen(name, "rb");
+  if (!file || std::fread(bytes.data(), 1, size, file) != size) std::abort();
+  std::fclose(file);
+  return bytes;
+}}
+void write(const char* name, const std::vector<char>& bytes) {{
+  FILE* file = std::fopen(name, "wb");
+  if (!file || std::fwrite(bytes.data(), 1, bytes.size(), file) != bytes.size()) std::abort();
+  std::fclose(file);
+}}
+int main() {{
+{reads}
+  launch({grid[0]}, {grid[1]}, {threads}, [&] {{ {name}({arguments}); }});
+{writes}
+}}
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "kernel.cc").write_text(program)
+        command = [COMPILER, "-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-pthread", "kernel.cc", "-o", "kernel"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        for _, tensor in pointers:
+            Path(folder, tensor).write_bytes(tensors[tensor].contiguous().view(torch.uint8).numpy().tobytes())
+        done = subprocess.run(["./kernel"], cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        for _, tensor in pointers:
+            written = torch.frombuffer(bytearray(Path(folder, tensor).read_bytes()), dtype=tensors[tensor].dtype)
+            tensors[tensor].copy_(written.reshape(tensors[tensor].shape))

@@ -1,0 +1,75 @@
+"""The CUDA text of T.fp8_scaled_matmul, executed on the CPU, against float64: what no GPU of CI can tell."""
+
+import pytest
+import torch
+from cuda.execute import execute, needs_compiler
+from cuda.kernels import E4M3, E5M2, LAYOUTS, ROW, lower, matmul
+from language.test_fp8_scaled_matmul import operand
+from numeric import assert_close
+
+from tilelang_ext import reference
+
+pytestmark = needs_compiler
+WITHOUT_TMA = {"tl.disable_tma_lower": True, "tl.disable_warp_specialized": True}
+
+
+def check(arch, M=40, N=72, K=160, layouts=ROW, a=E4M3, b=E4M3, trans_A=False, trans_B=True, expects=(), **options):
+    (A, SA), (B, SB) = operand(M, K, layouts[0], a, seed=1), operand(N, K, layouts[1], b, seed=2)
+    text = lower(matmul(M, N, K, layouts, a, b, trans_A=trans_A, trans_B=trans_B, **options), arch, **WITHOUT_TMA)
+    assert all(word in text for word in expects)
+    block_M, block_N = options.get("block_M", 64), options.get("block_N", 64)
+    tensors = {
+        "A": A.t().contiguous() if trans_A else A,
+        "SA": SA,
+        "B": B if trans_B else B.t().contiguous(),
+        "SB": SB,
+        "C": torch.full((M, N), torch.nan),
+    }
+    execute(text, (-(-N // block_N), -(-M // block_M)), tensors)
+    assert_close(tensors["C"], reference.scaled_matmul(A, SA, B, SB, *layouts), dtype="float32")
+
+
+DECODED = ("kFloat16, tl::DataType::kFloat16", "__byte_perm")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trans_A": True, "trans_B": False, "b": E5M2},
+        {"layouts": LAYOUTS["e8m0"], "a": E5M2},
+        {"layouts": LAYOUTS["block"], "trans_B": False, "block_M": 32, "block_N": 32},
+        {"A_scope": "fragment", "K": 64, "M": 32, "block_M": 32, "block_N": 48},
+    ],
+    ids=["both transposed", "e8m0", "blocks", "A in registers"],
+)
+def test_decoded_to_half(options):
+    check("sm_80", expects=DECODED, **options)
+
+
+TRANSPOSED = ("tl::wgmma_", "__byte_perm", "tl::fence_proxy_async();\n    __syncthreads();")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trans_A": True, "trans_B": False, "a": E5M2},
+        {"trans_A": True, "layouts": LAYOUTS["block"], "K": 288, "block_M": 128, "block_N": 48},
+        {"trans_B": False, "layouts": LAYOUTS["e8m0"], "K": 64, "N": 24, "block_N": 24},
+        {"trans_B": False, "A_scope": "fragment", "K": 96, "M": 64},
+    ],
+    ids=["both", "A", "B, 32 of K", "B, A in registers"],
+)
+def test_transposed_for_wgmma(options):
+    check("sm_90a", expects=TRANSPOSED, **options)
+
+
+def test_k_major_operands_of_wgmma_are_left_alone():
+    """Upstream's own: shows that the CPU's reading of descriptors and swizzles is also the generator's."""
+    text = lower(matmul(64, 64, 128), "sm_90a")
+    assert "__byte_perm" not in text
+    check("sm_90a", b=E5M2, expects=("tl::wgmma_ss<",))
+
+
+def test_native_products_of_a_warp():
+    """Operands of two types; upstream refuses them."""
+    check("sm_89", a=E5M2, trans_B=False, expects=("kFloat8_e5m2, tl::DataType::kFloat8_e4m3",))
