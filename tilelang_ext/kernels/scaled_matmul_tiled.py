@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from tilelang_ext import language as T
-from tilelang_ext.formats import FP8_BLOCK, MX_GROUP
+from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_matmul_problem import Problem, compile_prim_func
 
 BLOCK_K = FP8_BLOCK  # of K in a step: a float32 block of scales, and the most for one accumulator of the matrix unit
+
+_LARGE_SHARED_MEMORY = ("sm_80", "sm_90a", "sm_100a", "sm_103a")  # at least 160 KB a block; the other GPUs have 99 KB
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,17 @@ def pick_config(problem: Problem) -> Config:
     """Return the tile for a problem: the first row that it fits."""
     table = [
         # (fits, config)
-        (problem.kind == "metal", Config(64, 64, 1, 128)),  # two tiles take 18 of 32 KB threadgroup memory
-        (problem.max_M <= 64, Config(64, 128, 4, 128)),  # no rows to fill a larger tile; four stages hide the weights' latency
-        (True, Config(128, 128, 4, 256)),  # 128 KB of stages on Hopper, a warpgroup for each 64 rows
+        (problem.kind == "metal", Config(64, 64, 1, 128)),  # two tiles take 18 KB of the 32 KB of threadgroup memory
+        (_has_byte_scales(problem), Config(64, 64, 4, 128)),  # scales of 4 groups a step: larger tiles spill
+        (problem.max_M <= 64, Config(64, 128, 4, 128)),  # no rows to fill a larger tile; 96 KB of stages fit everywhere
+        (problem.arch in _LARGE_SHARED_MEMORY, Config(128, 128, 4, 256)),  # 128 KB of stages, a warpgroup for each 64 rows
+        (True, Config(128, 128, 3, 256)),  # 96 KB
     ]
     return next(config for fits, config in table if fits)
+
+
+def _has_byte_scales(problem: Problem) -> bool:
+    return any(layout.scale_format is not None for layout in (problem.layout_a, problem.layout_b))
 
 
 def scaled_matmul(problem: Problem, config: Config):
@@ -50,7 +58,7 @@ def scaled_matmul(problem: Problem, config: Config):
     scale_b_type = problem.scale(layout_b, N, "scale_b")
     out_type = T.Tensor((M, N), problem.out_dtype)
     # A step of byte scales is whole groups, at the end of K too.
-    block_K = math.gcd(K, BLOCK_K) if MX_GROUP in (layout_a.k, layout_b.k) else BLOCK_K
+    block_K = math.gcd(K, BLOCK_K) if _has_byte_scales(problem) else BLOCK_K
     fast = problem.fast_accum and layout_a.k is None and layout_b.k is None
 
     def of_step(scale, layout, row, rows, k):
