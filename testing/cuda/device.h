@@ -41,6 +41,9 @@ inline int lane() { return threadIdx.x % 32; }
 struct fp8_e4_t {
   uint8_t code;
 };
+struct fp8_e8_t {
+  uint8_t code;
+};
 struct fp8_e5_t {
   uint8_t code;
 };

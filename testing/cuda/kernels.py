@@ -86,3 +86,12 @@ def lower(kernel, arch: str, **pass_configs) -> str:
     target = Target({"kind": "cuda", "arch": arch})
     with target, tilelang.transform.PassContext(config=pass_configs):
         return tilelang.lower(kernel, target=target, enable_device_compile=False).kernel_source
+
+
+def run_on_gpu(kernel, tensors, target="cuda", **pass_configs) -> None:
+    """Run a kernel on the GPU on tensors given by name, and write what it left in them back."""
+    names = [kernel.buffer_map[param].name for param in kernel.params]
+    on_gpu = [tensors[name].cuda() for name in names]
+    tilelang.compile(kernel, target=target, pass_configs=pass_configs)(*on_gpu)
+    for name, tensor in zip(names, on_gpu, strict=True):
+        tensors[name].copy_(tensor)

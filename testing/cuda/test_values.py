@@ -13,11 +13,9 @@ pytestmark = needs_compiler
 WITHOUT_TMA = {"tl.disable_tma_lower": True, "tl.disable_warp_specialized": True}
 
 
-def check(arch, M=40, N=72, K=160, layouts=ROW, a=E4M3, b=E4M3, trans_A=False, trans_B=True, expects=(), **options):
-    (A, SA), (B, SB) = operand(M, K, layouts[0], a, seed=1), operand(N, K, layouts[1], b, seed=2)
-    text = lower(matmul(M, N, K, layouts, a, b, trans_A=trans_A, trans_B=trans_B, **options), arch, **WITHOUT_TMA)
-    assert all(word in text for word in expects)
-    block_M, block_N = options.get("block_M", 64), options.get("block_N", 64)
+def problem(M=40, N=72, K=160, layouts=ROW, a=E4M3, b=E4M3, trans_A=False, trans_B=True, spread=4, **options):
+    """A kernel, its tensors, the grid, and what C must be."""
+    (A, SA), (B, SB) = operand(M, K, layouts[0], a, 1, spread), operand(N, K, layouts[1], b, 2, spread)
     tensors = {
         "A": A.t().contiguous() if trans_A else A,
         "SA": SA,
@@ -25,40 +23,41 @@ def check(arch, M=40, N=72, K=160, layouts=ROW, a=E4M3, b=E4M3, trans_A=False, t
         "SB": SB,
         "C": torch.full((M, N), torch.nan),
     }
-    execute(text, (-(-N // block_N), -(-M // block_M)), tensors)
-    assert_close(tensors["C"], reference.scaled_matmul(A, SA, B, SB, *layouts), dtype="float32")
+    kernel = matmul(M, N, K, layouts, a, b, trans_A=trans_A, trans_B=trans_B, **options)
+    grid = -(-N // options.get("block_N", 64)), -(-M // options.get("block_M", 64))
+    return kernel, tensors, grid, reference.scaled_matmul(A, SA, B, SB, *layouts)
+
+
+def check(arch, expects=(), **options):
+    kernel, tensors, grid, expected = problem(**options)
+    text = lower(kernel, arch, **WITHOUT_TMA)
+    assert all(word in text for word in expects)
+    execute(text, grid, tensors)
+    assert_close(tensors["C"], expected, dtype="float32")
 
 
 DECODED = ("kFloat16, tl::DataType::kFloat16", "__byte_perm")
+DECODED_CASES = {
+    "both transposed": {"trans_A": True, "trans_B": False, "b": E5M2},
+    "e8m0": {"layouts": LAYOUTS["e8m0"], "a": E5M2},
+    "blocks": {"layouts": LAYOUTS["block"], "trans_B": False, "block_M": 32, "block_N": 32},
+    "A in registers": {"A_scope": "fragment", "K": 64, "M": 32, "block_M": 32, "block_N": 48},
+}
+TRANSPOSED = ("tl::wgmma_", "__byte_perm", "tl::fence_proxy_async();\n    __syncthreads();")
+TRANSPOSED_CASES = {
+    "both": {"trans_A": True, "trans_B": False, "a": E5M2},
+    "A": {"trans_A": True, "layouts": LAYOUTS["block"], "K": 288, "block_M": 128, "block_N": 48},
+    "B, 32 of K": {"trans_B": False, "layouts": LAYOUTS["e8m0"], "K": 64, "N": 24, "block_N": 24},
+    "B, A in registers": {"trans_B": False, "A_scope": "fragment", "K": 96, "M": 64},
+}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"trans_A": True, "trans_B": False, "b": E5M2},
-        {"layouts": LAYOUTS["e8m0"], "a": E5M2},
-        {"layouts": LAYOUTS["block"], "trans_B": False, "block_M": 32, "block_N": 32},
-        {"A_scope": "fragment", "K": 64, "M": 32, "block_M": 32, "block_N": 48},
-    ],
-    ids=["both transposed", "e8m0", "blocks", "A in registers"],
-)
+@pytest.mark.parametrize("options", DECODED_CASES.values(), ids=DECODED_CASES)
 def test_decoded_to_half(options):
     check("sm_80", expects=DECODED, **options)
 
 
-TRANSPOSED = ("tl::wgmma_", "__byte_perm", "tl::fence_proxy_async();\n    __syncthreads();")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"trans_A": True, "trans_B": False, "a": E5M2},
-        {"trans_A": True, "layouts": LAYOUTS["block"], "K": 288, "block_M": 128, "block_N": 48},
-        {"trans_B": False, "layouts": LAYOUTS["e8m0"], "K": 64, "N": 24, "block_N": 24},
-        {"trans_B": False, "A_scope": "fragment", "K": 96, "M": 64},
-    ],
-    ids=["both", "A", "B, 32 of K", "B, A in registers"],
-)
+@pytest.mark.parametrize("options", TRANSPOSED_CASES.values(), ids=TRANSPOSED_CASES)
 def test_transposed_for_wgmma(options):
     check("sm_90a", expects=TRANSPOSED, **options)
 
