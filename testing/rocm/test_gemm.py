@@ -110,7 +110,8 @@ def upstream():
 def test_other_products_stay_upstreams(arch, upstream):
     kernels = [gemm("float16", "float16"), gemm("bfloat16", "bfloat16", trans_B=False), gemm("float16", "float16", K=16)]
     if arch == "gfx950":  # 16-bit products with K a multiple of 32 are ours
-        kernels = [gemm("float16", "float16", K=48), gemm("float32", "float32", K=32)]
+        narrow = gemm("float16", "float16", accum="float16")  # and the sum in float32
+        kernels = [narrow, gemm("float16", "float16", K=48), gemm("float32", "float32", K=32)]
     elif UNITS[arch].half[0]["float16"].accumulator is MFMA:
         kernels += [gemm("float32", "float32", K=32), gemm("int8", "int8", accum="int32")]
     for kernel in kernels:
@@ -198,8 +199,9 @@ def test_accumulator_layout_splits_the_tile_over_waves(arch, places):
             lambda: gemm(E4M3, E4M3, M=16, N=48, threads=256),
             "gfx942",
             ValueError,
-            "must split into 16x16 blocks over all waves",
+            "must split into 16x16 blocks over all waves; got a 16x48 tile and 4 waves",
         ),
+        (lambda: gemm(E4M3, E4M3, threads=96), "gfx942", ValueError, "must be a multiple of 64, .*; got 96; use threads=64"),
         (lambda: gemm(E4M3, E4M3), "gfx908", NotImplementedError, "fp8 operands are for gfx90a, .*; got gfx908"),
     ],
 )
