@@ -18,7 +18,18 @@ namespace sim {
 using Site = std::source_location::__impl;  // where in the source a collective was called
 #define SIM_SITE const ::sim::Site* site = __builtin_source_location()
 
+#ifdef SIM_LANES  // HIP: a wave is 32 or 64 lanes, and these are its words
+constexpr int kLanes = SIM_LANES;
+#define SIM_WAVE "wave"
+#define SIM_SHARED "LDS"
+#define SIM_BARRIER "barrier"
+#else
 constexpr int kLanes = 32;
+#define SIM_WAVE "simdgroup"
+#define SIM_SHARED "threadgroup"
+#define SIM_BARRIER "threadgroup_barrier"
+#endif
+using LaneMask = unsigned long;
 
 // Where a suspended fiber continues.
 struct Context {
@@ -36,7 +47,8 @@ struct Thread {
   Thread* next;          // to run, in the simdgroup's ring
   unsigned lane, index;  // in the simdgroup, in the threadgroup
   unsigned position[3];  // in the threadgroup
-  const Site* site;      // of the threadgroup barrier it waits at
+  const Site* site;      // of the threadgroup barrier it waits at, and where in the program that is
+  const void* pc;
 };
 
 struct Launch {
@@ -59,12 +71,21 @@ __attribute__((const)) unsigned lane();
 // The lanes that meet at one operation: frames[lane] is the lane's operand struct on its own stack.
 struct Meeting {
   void* frames[kLanes];
-  unsigned mask;
+  LaneMask mask;
 };
 using Operation = void (*)(const Meeting&);
 
+// Whom an operation needs: who is there, everybody who has not returned (a finding else), or every lane.
+enum Needs { kAnyLanes, kLiveLanes, kAllLanes };
+
 // Waits for the other lanes of the simdgroup; the last to come runs `operation` for all of them.
-void meet(Operation operation, void* frame, const Site* site, bool needs_all_lanes);
+void meet(Operation operation, void* frame, const Site* site, Needs needs);
+
+// A fault that an operation sees in its operands; `lane` is whose.
+void report_operand(const Site* site, int lane, const char* message);
+
+// Counts an instruction by name, which is a literal.
+void count_instruction(int& slot, const char* name);
 
 enum Memory : unsigned { kNone = 0, kDevice = 1, kThreadgroup = 2 };
 void threadgroup_barrier(unsigned memory, const Site* site);
@@ -72,8 +93,12 @@ void simdgroup_barrier(unsigned memory, const Site* site);
 
 // The threadgroup's array number `slot` (assigned on first use); the same address for each of its threads.
 void* threadgroup_array(int& slot, const char* name, unsigned long size, unsigned long align);
+// Bytes of the array whose size the launch gives.
+unsigned long dynamic_size();
 
 enum Access : unsigned { kRead = 1, kWrite = 2, kAtomic = 4, kAtomicLoad = 5, kAtomicStore = 6, kAtomicUpdate = 7 };
+// Checks an access that the shim performs.
+void plain_access(const volatile void* address, unsigned size, Access kind, const Site* site);
 // Checks and counts an atomic access; the caller performs it.
 void atomic_access(const volatile void* address, unsigned size, Access kind, const Site* site);
 
@@ -88,9 +113,8 @@ __attribute__((always_inline, nodebug)) inline Array& threadgroup_alloc(const ch
 }
 
 template <class Frame, class Body>
-__attribute__((always_inline, nodebug)) inline void meet_with(Frame& frame, const Site* site, bool needs_all_lanes,
-                                                              Body body) {
-  meet(body, &frame, site, needs_all_lanes);
+__attribute__((always_inline, nodebug)) inline void meet_with(Frame& frame, const Site* site, Needs needs, Body body) {
+  meet(body, &frame, site, needs);
 }
 
 template <class Frame, class Visit>

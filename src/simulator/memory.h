@@ -41,7 +41,7 @@ inline void find_line(const void* pc, uint32_t* line, const char** file) {
 
 inline void add_finding(Kind kind, uint64_t place, uint32_t line, const char* file, const unsigned* thread,
                         const char* format, va_list arguments) {
-  while (__atomic_exchange_n(&job->finding_lock, 1, __ATOMIC_ACQUIRE)) {
+  while (__atomic_exchange_n(&job->lock, 1, __ATOMIC_ACQUIRE)) {
   }
   JobFinding* f = nullptr;
   for (uint32_t i = 0; i < job->finding_count; ++i)
@@ -57,7 +57,7 @@ inline void add_finding(Kind kind, uint64_t place, uint32_t line, const char* fi
     __atomic_store_n(&job->finding_count, job->finding_count + 1, __ATOMIC_RELEASE);
   }
   if (f) ++f->count;
-  __atomic_store_n(&job->finding_lock, 0, __ATOMIC_RELEASE);
+  __atomic_store_n(&job->lock, 0, __ATOMIC_RELEASE);
 }
 
 __attribute__((noinline, cold)) inline void report(Kind kind, const Site* site, const unsigned* thread,
@@ -66,6 +66,19 @@ __attribute__((noinline, cold)) inline void report(Kind kind, const Site* site, 
   va_start(arguments, format);
   add_finding(kind, site ? (uint64_t)site->_M_line << 32 | site->_M_column : 0, site ? site->_M_line : 0,
               site ? site->_M_file_name : "", thread, format, arguments);
+  va_end(arguments);
+}
+
+// The same for an operation of which the place in the program is known too: the kernel's own line comes first.
+__attribute__((noinline, cold)) inline void report(Kind kind, const Site* site, const void* pc, const unsigned* thread,
+                                                   const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  uint32_t line = 0;
+  const char* file = "";
+  find_line(pc, &line, &file);
+  if (!line) line = site->_M_line, file = site->_M_file_name;
+  add_finding(kind, (uint64_t)line << 32 | site->_M_column, line, file, thread, format, arguments);
   va_end(arguments);
 }
 
@@ -155,7 +168,7 @@ inline Record join_reads(Record before, Record read) {
 inline const char *device_base, *device_end;
 inline Shadow* device_shadow;  // as long as the job file; pages of constant buffers are never touched
 
-constexpr size_t kArena = 1 << 20, kRedZone = 256, kThreadgroupLimit = 32 << 10;
+constexpr size_t kArena = 1 << 20, kRedZone = 256;
 struct Array {
   const char* name;
   size_t offset, size;
@@ -188,14 +201,15 @@ void* threadgroup_array(int& slot, const char* name, unsigned long size, unsigne
     arena_used = (arena_used + align - 1) / align * align;
     arrays[index] = {name, arena_used, size};
     if (arena_used + size + kRedZone > kArena) {
-      report(kLimit, Place{}, "threadgroup array '%s' of %lu bytes does not fit", name, size);
+      report(kLimit, Place{}, SIM_SHARED " array '%s' of %lu bytes does not fit", name, size);
       _exit(3);
     }
     arena_used += size + kRedZone;
     arena_asked += size;
     if (arena_asked > job->threadgroup_memory) job->threadgroup_memory = arena_asked;
-    if (arena_asked > kThreadgroupLimit && job->check)
-      report(kLimit, Place{}, "threadgroup memory of %zu bytes; Metal's limit is %zu", arena_asked, kThreadgroupLimit);
+    if (arena_asked > job->threadgroup_limit && job->check)
+      report(kLimit, Place{}, SIM_SHARED " memory of %zu bytes; the limit is %zu", arena_asked,
+             size_t(job->threadgroup_limit));
   }
   return arena + arrays[index].offset;
 }
@@ -251,7 +265,7 @@ inline void access_threadgroup(size_t offset, size_t size, Access access, Place 
     if (offset >= arrays[i].offset && offset < arrays[i].offset + arrays[i].size + kRedZone) array = &arrays[i];
   if (!array || offset + size > array->offset + array->size) {
     if (!array) array = &arrays[0];  // below the first
-    report(kOutOfBounds, place, "%s of %zu bytes at byte %ld of threadgroup array '%s' of %zu bytes", kVerb[access],
+    report(kOutOfBounds, place, "%s of %zu bytes at byte %ld of " SIM_SHARED " array '%s' of %zu bytes", kVerb[access],
            size, long(offset) - long(array->offset), array->name, array->size);
     return;
   }
@@ -259,13 +273,14 @@ inline void access_threadgroup(size_t offset, size_t size, Access access, Place 
   if (access & kRead)
     for (size_t i = 0; i < size; ++i)
       if (!shadow[i].write.valid || shadow[i].write.group != now.group[0].group) {
-        report(kUninitialised, place, "%s of %zu bytes at byte %zu of threadgroup array '%s' that nobody has written",
-               kVerb[access], size, offset - array->offset, array->name);
+        report(kUninitialised, place,
+               "%s of %zu bytes at byte %zu of " SIM_SHARED " array '%s' that nobody has written", kVerb[access], size,
+               offset - array->offset, array->name);
         break;
       }
   if (const char* wrong = order_access(shadow, size, access, kThreadgroupSpace))
     report(kRace, place,
-           "%s of %zu bytes at byte %zu of threadgroup array '%s' is not ordered after %s by another thread",
+           "%s of %zu bytes at byte %zu of " SIM_SHARED " array '%s' is not ordered after %s by another thread",
            kVerb[access], size, offset - array->offset, array->name, wrong);
 }
 

@@ -32,7 +32,45 @@ void atomic_access(const volatile void* address, unsigned size, Access kind, con
   if (job->check) access(const_cast<const void*>(address), size, kind, Place{nullptr, site});
 }
 
+void plain_access(const volatile void* address, unsigned size, Access kind, const Site* site) {
+  if (job->check) access(const_cast<const void*>(address), size, kind, Place{nullptr, site});
+}
+
+void report_operand(const Site* site, int lane, const char* message) {
+  const void* pc = running ? running->pc : __builtin_return_address(0);
+  if (job->check) report(kOperand, site, pc, current->simdgroup->threads[lane].position, "%s", message);
+}
+
+unsigned long dynamic_size() { return job->dynamic_size; }
+
+static struct {
+  const char* name;
+  uint64_t count;
+} instructions[kMaxInstructions];
+static int instruction_count;
+
+void count_instruction(int& slot, const char* name) {
+  if (slot < 0) {
+    for (slot = 0; slot < instruction_count && strcmp(instructions[slot].name, name);) ++slot;
+    if (slot == instruction_count) instructions[instruction_count++].name = name;
+  }
+  ++instructions[slot].count;
+}
+
+static void add_instructions() {
+  while (__atomic_exchange_n(&job->lock, 1, __ATOMIC_ACQUIRE)) {
+  }
+  for (int i = 0; i < instruction_count; ++i) {
+    JobInstruction* to = job->instructions;
+    while (to->count && strcmp(to->name, instructions[i].name)) ++to;
+    strncpy(to->name, instructions[i].name, sizeof to->name - 1);
+    to->count += instructions[i].count;
+  }
+  __atomic_store_n(&job->lock, 0, __ATOMIC_RELEASE);
+}
+
 static void add_counts() {
+  add_instructions();
   static_assert(sizeof(Counts) == sizeof(Job::counts));
   const unsigned long* mine = (const unsigned long*)&counts;
   for (int i = 0; i < kCounts; ++i) __atomic_fetch_add(&job->counts[i], mine[i], __ATOMIC_RELAXED);

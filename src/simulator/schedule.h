@@ -13,8 +13,23 @@ enum State : uint8_t { kDone, kRunning, kWaiting, kAtBarrier };
 struct Call {
   const Site* site;
   Operation operation;
-  bool needs_all;
+  Needs needs;
+  const void* pc;  // where the program continues
 };
+
+// Where in the kernel's text: a function of a header that was inlined there counts as the line that calls it.
+inline uint32_t line_of(const void* pc, const Site* site) {
+  uint32_t line = 0;
+  const char* file;
+  find_line(pc, &line, &file);
+  return line ? line : site->_M_line;
+}
+
+// One operation of the text? The compiler may have copied it, so the program's addresses need not agree.
+inline bool same_call(const Call& a, const Call& b) {
+  return a.site == b.site && a.operation == b.operation &&
+         (a.pc == b.pc || line_of(a.pc, a.site) == line_of(b.pc, b.site));
+}
 
 struct Simdgroup {
   int index, size;     // lanes that exist
@@ -33,6 +48,7 @@ inline int simdgroup_count;
 inline Context scheduler;
 inline Stacks stacks;
 inline unsigned barrier_flags;
+inline const Call* running;  // the operation that runs now, or null
 
 struct Random {  // splitmix64
   uint64_t state;
@@ -66,7 +82,7 @@ __attribute__((always_inline)) inline void leave(Simdgroup* s, Thread* self) {
   switch_context(&self->context, &scheduler);
 }
 
-inline void release(Simdgroup* s, unsigned mask) {
+inline void release(Simdgroup* s, LaneMask mask) {
   for (int lane = 0; lane < s->size; ++lane)
     if (mask >> lane & 1) {
       s->state[lane] = kRunning;
@@ -74,16 +90,21 @@ inline void release(Simdgroup* s, unsigned mask) {
     }
 }
 
-inline unsigned full_mask(const Simdgroup* s) { return s->size == 32 ? ~0u : (1u << s->size) - 1; }
+// A simdgroup of all lanes.
+constexpr LaneMask kFullMask = ~LaneMask(0) >> (64 - kLanes);
 
-inline void run_operation(Simdgroup* s, unsigned mask, const Call& call) {
-  const unsigned all = call.needs_all ? ~0u : full_mask(s);
-  if (job->check && mask != all)
-    report(kDivergence, call.site, s->threads[__builtin_ctz(mask)].position,
-           "simdgroup operation reached by %d of %d lanes; lane %d is missing", __builtin_popcount(mask),
-           call.needs_all ? kLanes : s->size, __builtin_ctz(~mask & all));
+inline LaneMask full_mask(const Simdgroup* s) { return kFullMask >> (kLanes - s->size); }
+
+inline void run_operation(Simdgroup* s, LaneMask mask, const Call& call) {
+  const LaneMask all = call.needs == kAllLanes ? kFullMask : full_mask(s);
+  if (job->check && mask != all && call.needs != kAnyLanes)
+    report(kDivergence, call.site, call.pc, s->threads[__builtin_ctzl(mask)].position,
+           SIM_WAVE " operation reached by %d of %d lanes; lane %d is missing", __builtin_popcountl(mask),
+           call.needs == kAllLanes ? kLanes : s->size, __builtin_ctzl(~mask & all));
   s->meeting.mask = mask;
+  running = &call;
   call.operation(s->meeting);
+  running = nullptr;
 }
 
 // From here on every lane's own call is known.
@@ -97,19 +118,20 @@ __attribute__((noinline)) inline void split(Simdgroup* s) {
 __attribute__((noinline)) inline void resolve_divergence(Simdgroup* s) {
   if (!s->mixed) split(s);
   const Call* first = nullptr;
+  uint32_t first_line = 0;
   for (int lane = 0; lane < s->size; ++lane) {
     if (s->state[lane] != kWaiting) continue;
     const Call* call = &s->lane_calls[lane];
-    if (!first || call->site->_M_line < first->site->_M_line ||
-        (call->site->_M_line == first->site->_M_line && call->site->_M_column < first->site->_M_column))
+    const uint32_t line = line_of(call->pc, call->site);
+    if (!first || line < first_line || (line == first_line && call->site->_M_column < first->site->_M_column)) {
       first = call;
+      first_line = line;
+    }
   }
   const Call call = *first;
-  unsigned mask = 0;
+  LaneMask mask = 0;
   for (int lane = 0; lane < s->size; ++lane)
-    if (s->state[lane] == kWaiting && s->lane_calls[lane].site == call.site &&
-        s->lane_calls[lane].operation == call.operation)
-      mask |= 1u << lane;
+    if (s->state[lane] == kWaiting && same_call(s->lane_calls[lane], call)) mask |= LaneMask(1) << lane;
   run_operation(s, mask, call);
   release(s, mask);
 }
@@ -118,7 +140,7 @@ __attribute__((noinline)) inline void resolve_divergence(Simdgroup* s) {
 inline void settle(Simdgroup* s) {
   if (s->held == s->alive) return;
   if (s->mixed || s->held) return resolve_divergence(s);
-  unsigned mask = full_mask(s);
+  LaneMask mask = full_mask(s);
   if (s->alive == s->size) {
     run_operation(s, mask, s->call);
     memset(s->state, kRunning, s->size);
@@ -126,22 +148,23 @@ inline void settle(Simdgroup* s) {
     return;
   }
   for (int lane = 0; lane < s->size; ++lane)
-    if (s->state[lane] != kWaiting) mask &= ~(1u << lane);
+    if (s->state[lane] != kWaiting) mask &= ~(LaneMask(1) << lane);
   run_operation(s, mask, s->call);
   release(s, mask);
 }
 
-void meet(Operation operation, void* frame, const Site* site, bool needs_all_lanes) {
+void meet(Operation operation, void* frame, const Site* site, Needs needs) {
+  const Call call{site, operation, needs, __builtin_return_address(0)};
   Thread* self = current;
   Simdgroup* s = self->simdgroup;
   const int lane = self->lane;
   s->meeting.frames[lane] = frame;
   if (s->arrived == s->held) {
-    s->call = {site, operation, needs_all_lanes};
+    s->call = call;
     s->mixed = false;
-  } else if (s->mixed || s->call.site != site || s->call.operation != operation) {
+  } else if (s->mixed || !same_call(s->call, call)) {
     if (!s->mixed) split(s);
-    s->lane_calls[lane] = {site, operation, needs_all_lanes};
+    s->lane_calls[lane] = call;
   }
   s->state[lane] = kWaiting;
   if (++s->arrived == s->alive) settle(s);
@@ -152,6 +175,7 @@ void threadgroup_barrier(unsigned memory, const Site* site) {
   Thread* self = current;
   Simdgroup* s = self->simdgroup;
   self->site = site;
+  self->pc = __builtin_return_address(0);
   s->state[self->lane] = kAtBarrier;
   ++s->held;
   ++s->arrived;
@@ -166,11 +190,11 @@ void simdgroup_barrier(unsigned memory, const Site* site) {
   } frame{memory};
   meet(
       [](const Meeting& m) {
-        const Frame* f = static_cast<const Frame*>(m.frames[__builtin_ctz(m.mask)]);
+        const Frame* f = static_cast<const Frame*>(m.frames[__builtin_ctzl(m.mask)]);
         ++counts.simdgroup_barriers;
         order_simdgroup(current->simdgroup->index, f->memory);
       },
-      &frame, site, false);
+      &frame, site, kLiveLanes);
 }
 
 // A fiber's life: the kernel once for each threadgroup it is started for.
@@ -185,10 +209,12 @@ inline void fiber_main() {
   __builtin_trap();
 }
 
-// One place of the text, in whatever instantiation of a template.
-inline bool same_place(const Site* a, const Site* b) {
-  return a == b ||
-         (a->_M_line == b->_M_line && a->_M_column == b->_M_column && !strcmp(a->_M_file_name, b->_M_file_name));
+// One barrier of the text, in whatever instantiation of a template?
+inline bool same_barrier(const Thread& a, const Thread& b) {
+  if (a.pc == b.pc) return true;
+  const Site *s = a.site, *t = b.site;
+  return s->_M_line == t->_M_line && s->_M_column == t->_M_column && !strcmp(s->_M_file_name, t->_M_file_name) &&
+         line_of(a.pc, s) == line_of(b.pc, t);
 }
 
 // All simdgroups stand at a barrier or are done.
@@ -201,17 +227,17 @@ inline bool pass_barrier(unsigned total) {
     for (int lane = 0; lane < s->size; ++lane) {
       if (s->state[lane] != kAtBarrier) continue;
       if (!first) first = &s->threads[lane];
-      if (!same_place(s->threads[lane].site, first->site)) other = &s->threads[lane];
+      if (!same_barrier(s->threads[lane], *first)) other = &s->threads[lane];
     }
   }
   if (!waiting) return false;
   if (job->check && waiting != total)
-    report(kDivergence, first->site, first->position,
-           "threadgroup_barrier reached by %u of %u threads; the others have returned", waiting, total);
+    report(kDivergence, first->site, first->pc, first->position,
+           SIM_BARRIER " reached by %u of %u threads; the others have returned", waiting, total);
   if (job->check && other)
-    report(kDivergence, other->site, other->position,
-           "threadgroup_barrier here while thread (%u, %u, %u) waits at line %u", first->position[0],
-           first->position[1], first->position[2], first->site->_M_line);
+    report(kDivergence, other->site, other->pc, other->position,
+           SIM_BARRIER " here while thread (%u, %u, %u) waits at line %u", first->position[0], first->position[1],
+           first->position[2], line_of(first->pc, first->site));
   ++counts.barriers;
   order_threadgroup(barrier_flags);
   for (int i = 0; i < simdgroup_count; ++i) {

@@ -1,7 +1,7 @@
 """GPU source text, executed on a CPU: numerics, memory and race checks, operation counts. Never speed."""
 
 from .errors import CompileError, CompilerMissingError, CrashError, SimulatorError, TimeLimitError
-from .execute import execute_msl, translate_msl
+from .execute import execute_hip, execute_msl, translate_msl
 from .report import Counts, Finding, Report
 from .toolchain import find_compiler
 
@@ -14,6 +14,7 @@ __all__ = [
     "Report",
     "SimulatorError",
     "TimeLimitError",
+    "execute_hip",
     "execute_msl",
     "find_compiler",
     "translate_msl",

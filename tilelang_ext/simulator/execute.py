@@ -1,21 +1,23 @@
-"""Run Metal text on this machine's CPU."""
+"""Run Metal or HIP text on this machine's CPU."""
 
 from __future__ import annotations
 
-import math
-import os
+import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from . import launch, toolchain
+from . import hip, toolchain
 from .address_spaces import find_misuse
+from .hip import find_architecture
+from .launch import MAX_BUFFERS, Argument, Launch, run
 from .msl import Translation, translate
 from .report import Report
+from .toolchain import METAL, Dialect
 
-SOURCE_NAME = "kernel.metal"
+METAL_THREADGROUP_MEMORY = 32 << 10
 
 
 def execute_msl(
@@ -51,18 +53,14 @@ def execute_msl(
     Returns:
         Report of counts and findings. It says nothing about speed.
     """
-    grid, threads = _shape("grid", grid), _shape("threads", threads)
-    if math.prod(threads) > 1024:
-        raise ValueError(f"threads: at most 1024 a threadgroup; got {threads}; use fewer")
-    text, lines = _preprocess(source, include_directories), source.splitlines()
+    launch = Launch(grid, threads, check, seed, timeout, workers, METAL_THREADGROUP_MEMORY)
+    text, lines = _preprocess(METAL, source, include_directories), source.splitlines()
     translation = translate(text, entry, constants or {})
     bound = _bind(translation, arguments)
-    groups = math.prod(grid)
-    workers = max(1, min(workers or os.cpu_count() or 1, groups, 64))
     with ThreadPoolExecutor(1) as beside:
-        misuse = beside.submit(find_misuse, text, constants or {}, lines, SOURCE_NAME) if check else None
-        program = toolchain.build(translation.text, check)
-    report = launch.run(program, bound, lines, SOURCE_NAME, grid, threads, check, seed, timeout, workers)
+        misuse = beside.submit(find_misuse, text, constants or {}, lines, METAL.source_name) if check else None
+        program = toolchain.build(METAL, translation.text, check)
+    report = run(program, bound, lines, METAL.source_name, launch)
     return replace(report, findings=(*misuse.result(), *report.findings)) if misuse else report
 
 
@@ -73,24 +71,60 @@ def translate_msl(
     include_directories: Sequence[Path] = (),
 ) -> Translation:
     """The C++ that stands for the kernel, and its parameters."""
-    return translate(_preprocess(source, include_directories), entry, constants or {})
+    return translate(_preprocess(METAL, source, include_directories), entry, constants or {})
 
 
-def _preprocess(source: str, include_directories: Sequence[Path]) -> str:
+def execute_hip(
+    source: str,
+    entry: str,
+    arguments: Sequence,
+    *,
+    arch: str,
+    grid: tuple[int, int, int],
+    threads: tuple[int, int, int],
+    dynamic_lds: int = 0,
+    check: bool = True,
+    seed: int = 0,
+    timeout: float = 60.0,
+    workers: int | None = None,
+    include_directories: Sequence[Path] = (),
+) -> Report:
+    """Execute kernel `entry` of a HIP source text; outputs are written into `arguments` in place.
+
+    Args:
+        source: the text, as the code generator emitted it.
+        entry: the name of a `__global__` function.
+        arguments: one for each parameter, in order: torch CPU tensors or numpy arrays for pointers, numbers for the others.
+        arch: the architecture, such as "gfx942": its waves, matrix instructions, fp8 flavour and LDS.
+        grid: groups in x, y, z.
+        threads: threads a group in x, y, z.
+        dynamic_lds: bytes of `extern __shared__` memory.
+        check: look for faults and count bytes; without, about three times as fast.
+        seed: order in which the threads run; a correct kernel gives the same result for every seed.
+        timeout: seconds until the run is stopped with TimeLimitError.
+        workers: processes over which groups are spread; default one a core.
+        include_directories: where `#include` of the source looks; TileLang's texts need the folder above `tl_templates`.
+
+    Returns:
+        Report of counts and findings. It says nothing about speed.
+    """
+    architecture = find_architecture(arch)
+    dialect = architecture.dialect
+    launch = Launch(grid, threads, check, seed, timeout, workers, architecture.lds, dynamic_lds)
+    lines = source.splitlines()
+    translation = hip.translate(_preprocess(dialect, source, include_directories), entry, dialect.source_name)
+    bound = _bind_hip(translation, arguments)
+    return run(toolchain.build(dialect, translation.text, check), bound, lines, dialect.source_name, launch)
+
+
+def _preprocess(dialect: Dialect, source: str, include_directories: Sequence[Path]) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "source.metal"
-        path.write_text(f'#line 1 "{SOURCE_NAME}"\n{source}\n')
-        return toolchain.preprocess(path, include_directories).replace(str(path), SOURCE_NAME)
+        path = Path(folder) / "source"
+        path.write_text(f'#line 1 "{dialect.source_name}"\n{source}\n')
+        return toolchain.preprocess(dialect, path, include_directories).replace(str(path), dialect.source_name)
 
 
-def _shape(name: str, value: tuple[int, int, int]) -> tuple[int, int, int]:
-    shape = tuple(int(v) for v in value)
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"{name}: must be three positive numbers; got {value!r}; pass (x, y, z)")
-    return shape
-
-
-def _bind(translation: Translation, arguments: Sequence) -> list[launch.Argument]:
+def _bind(translation: Translation, arguments: Sequence) -> list[Argument]:
     buffers = translation.buffers()
     count = max(buffers, default=-1) + 1
     if len(arguments) < count:
@@ -103,5 +137,25 @@ def _bind(translation: Translation, arguments: Sequence) -> list[launch.Argument
     for index, parameter in sorted(buffers.items()):
         value = b"" if arguments[index] is None else arguments[index]
         writable = not parameter.is_const and arguments[index] is not None
-        bound.append(launch.Argument(index, value, parameter.space == "constant", writable))
+        bound.append(Argument(index, value, parameter.space == "constant", writable))
+    return bound
+
+
+def _bind_hip(translation: hip.Translation, arguments: Sequence) -> list[Argument]:
+    parameters = translation.parameters
+    if len(arguments) != len(parameters):
+        names = ", ".join(p.name for p in parameters)
+        raise ValueError(f"arguments: one for each of {names} is needed; got {len(arguments)}; pass them in order")
+    if len(parameters) > MAX_BUFFERS:
+        raise ValueError(f"source: at most {MAX_BUFFERS} parameters can be bound; got {len(parameters)}; join some")
+    bound = []
+    for index, (parameter, value) in enumerate(zip(parameters, arguments, strict=True)):
+        is_number = isinstance(value, (bool, int, float))
+        if is_number == parameter.is_pointer:
+            kind = "a tensor or array" if parameter.is_pointer else "a number"
+            raise TypeError(f"arguments[{index}]: {parameter.name} must be {kind}; got {type(value).__name__}; convert it")
+        if is_number:
+            bound.append(Argument(index, struct.pack("<qd", int(value), float(value)), constant=True, writable=False))
+        else:
+            bound.append(Argument(index, value, constant=False, writable=not parameter.is_const))
     return bound

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,8 @@ import numpy as np
 from .errors import CrashError, SimulatorError, TimeLimitError
 from .report import Counts, Finding, Report
 
-KINDS = ("out of bounds", "race", "uninitialised", "divergence", "limit")
-MAX_BUFFERS, MAX_FINDINGS, COUNTS = 32, 256, 11
+KINDS = ("out of bounds", "race", "uninitialised", "divergence", "limit", "operand")
+MAX_BUFFERS, MAX_FINDINGS, COUNTS, MAX_INSTRUCTIONS = 32, 256, 11, 64
 _MAGIC = 0x314D4953474E4C54
 _GUARD = 64 << 10  # unused bytes around each buffer, so that a small overrun harms nobody
 
@@ -43,18 +45,24 @@ class _Finding(ctypes.Structure):
     ]
 
 
+class _Instruction(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_uint64), ("name", ctypes.c_char * 56)]
+
+
 class _Job(ctypes.Structure):
     """Mirrors `Job` of src/simulator/job.h."""
 
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("magic", "file_size", "seed", "memory_limit")),
+        *((name, ctypes.c_uint64) for name in ("threadgroup_limit", "dynamic_size")),
         ("grid", ctypes.c_uint32 * 3),
         ("threads", ctypes.c_uint32 * 3),
         *((name, ctypes.c_uint32) for name in ("workers", "check", "buffer_count", "done_workers")),
         ("counts", ctypes.c_uint64 * COUNTS),
         ("threadgroup_memory", ctypes.c_uint64),
-        ("finding_lock", ctypes.c_uint32),
+        ("lock", ctypes.c_uint32),
         ("finding_count", ctypes.c_uint32),
+        ("instructions", _Instruction * MAX_INSTRUCTIONS),
         ("buffers", _Buffer * MAX_BUFFERS),
         ("findings", _Finding * MAX_FINDINGS),
     ]
@@ -103,21 +111,36 @@ class Argument:
             self.value.copy_(torch.from_numpy(result.copy()).view(self.value.dtype).reshape(self.value.shape))
 
 
-def run(
-    program: Path,
-    arguments: Sequence[Argument],
-    lines: Sequence[str],
-    source_name: str,
-    grid: tuple[int, int, int],
-    threads: tuple[int, int, int],
-    check: bool,
-    seed: int,
-    timeout: float,
-    workers: int,
-) -> Report:
+@dataclass(frozen=True)
+class Launch:
+    """How a program is run. Sizes are in bytes: the threadgroup memory that the GPU has, and that the launch asks for."""
+
+    grid: tuple[int, int, int]
+    threads: tuple[int, int, int]
+    check: bool
+    seed: int
+    timeout: float
+    workers: int | None
+    threadgroup_limit: int
+    dynamic_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("grid", "threads"):
+            value = getattr(self, name)
+            shape = tuple(int(v) for v in value)
+            if len(shape) != 3 or min(shape) < 1:
+                raise ValueError(f"{name}: must be three positive numbers; got {value!r}; pass (x, y, z)")
+            object.__setattr__(self, name, shape)
+        if math.prod(self.threads) > 1024:
+            raise ValueError(f"threads: at most 1024 a threadgroup; got {self.threads}; use fewer")
+        object.__setattr__(self, "workers", max(1, min(self.workers or os.cpu_count() or 1, math.prod(self.grid), 64)))
+
+
+def run(program: Path, arguments: Sequence[Argument], lines: Sequence[str], source_name: str, launch: Launch) -> Report:
     """Run `program` in processes of its own; write results into the arguments; return the report."""
-    job = _Job(magic=_MAGIC, seed=seed % 2**64, workers=workers, check=check)
-    job.grid[:], job.threads[:] = grid, threads
+    job = _Job(magic=_MAGIC, seed=launch.seed % 2**64, workers=launch.workers, check=launch.check)
+    job.threadgroup_limit, job.dynamic_size = launch.threadgroup_limit, launch.dynamic_size
+    job.grid[:], job.threads[:] = launch.grid, launch.threads
     offset = _round_up(ctypes.sizeof(_Job)) + _GUARD
     job.buffer_count = max((a.index + 1 for a in arguments), default=0)
     for a in arguments:
@@ -132,10 +155,10 @@ def run(
         os.pwrite(file.fileno(), bytes(job), 0)
         for a in arguments:
             os.pwrite(file.fileno(), memoryview(a.bytes), job.buffers[a.index].offset)
-        code = _run_program(program, file.name, timeout)
+        code = _run_program(program, file.name, launch.timeout)
         job = _Job.from_buffer_copy(os.pread(file.fileno(), ctypes.sizeof(_Job), 0))
         report = _read_report(job, lines, source_name)
-        if code != 0 or job.done_workers != workers:
+        if code != 0 or job.done_workers != launch.workers:
             raise _crash(code, report)
         for a in arguments:
             if a.writable:
@@ -196,4 +219,5 @@ def _read_report(job: _Job, lines: Sequence[str], source_name: str) -> Report:
             kind, f.message.decode(errors="replace"), f.line, text, file, tuple(f.group), tuple(f.thread), f.count
         )
     ordered = sorted(findings.values(), key=lambda f: (f.file, f.line, f.kind))
-    return Report(Counts(**values), tuple(ordered), job.threadgroup_memory, checked)
+    instructions = {i.name.decode(): i.count for i in job.instructions if i.count}
+    return Report(Counts(**values), tuple(ordered), job.threadgroup_memory, checked, dict(sorted(instructions.items())))

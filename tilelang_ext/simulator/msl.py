@@ -211,10 +211,11 @@ def _rewrite_threadgroup_variables(tokens: list[Token]) -> None:
             start = next(j for j in range(start - 1, -1, -1) if tokens[j].text == "alignas")
             words = [tokens[j].text for j in between(tokens, start, i)] + words
         blank(tokens, start, end + 1)
-        tokens[start].text = _threadgroup_references(words)
+        tokens[start].text = threadgroup_references(words)
 
 
-def _threadgroup_references(words: list[str]) -> str:
+def threadgroup_references(words: list[str]) -> str:
+    """The references that stand for a declaration of arrays in memory that a group shares."""
     align = "0"
     if "alignas" in words:
         at = words.index("alignas")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Counts:
 class Finding:
     """A fault seen in a run: what, where in the kernel's text, and by which thread first."""
 
-    kind: str  # "out of bounds", "race", "uninitialised", "divergence", "limit", "address space"
+    kind: str  # "out of bounds", "race", "uninitialised", "divergence", "limit", "operand", "address space"
     message: str
     line: int
     text: str  # of that line
@@ -56,6 +57,9 @@ class Report:
     findings: tuple[Finding, ...]
     threadgroup_memory: int  # bytes declared by one threadgroup
     checked: bool
+    instructions: Mapping[str, int] = field(
+        default_factory=dict
+    )  # HIP: matrix instructions by name, as often as a wave ran them
 
     def __str__(self) -> str:
         lines = ["simulated launch (counts and findings; nothing here is a measure of speed)"]
@@ -63,6 +67,7 @@ class Report:
             value = getattr(self.counts, f.name)
             lines.append(f"  {f.name.replace('_', ' '):<26}{'not counted' if value is None else format(value, ',')}")
         lines.append(f"  {'threadgroup memory':<26}{self.threadgroup_memory:,}")
+        lines += [f"  {name:<26}{count:,}" for name, count in self.instructions.items()]
         if not self.checked:
             lines.append("findings: not looked for (check=False)")
         else:

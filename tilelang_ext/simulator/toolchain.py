@@ -21,20 +21,12 @@ from .errors import CompileError, CompilerMissingError
 
 MINIMUM_CLANG = 16
 MAXIMUM_CACHED = 4000
-_HEADERS = (
-    *(f"metal_{n}" for n in (
-        "stdlib", "simdgroup", "simdgroup_matrix", "math", "atomic", "common", "compute", "geometric", "integer",
-        "limits", "matrix", "pack", "relational", "tensor", "type_traits", "array", "cooperative_tensor", "numeric",
-        "utility", "logging",
-    )),
-    "MetalPerformancePrimitives/MetalPerformancePrimitives.h",
-)  # fmt: skip
 # Every half and bfloat operation rounds, nothing contracts, 1.0 is a float; the switch of fibers needs no red zone.
 _LANGUAGE = (
     "-std=c++20", "-O2", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-exceptions", "-fno-rtti",
     "-fno-threadsafe-statics", "-fno-omit-frame-pointer", "-fno-stack-protector", "-fno-sanitize=undefined", "-fsigned-char",
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
-    "-Xclang", "-cl-single-precision-constant", "-w", "-Wno-reserved-user-defined-literal",
+    "-w", "-Wno-reserved-user-defined-literal",
 )  # fmt: skip
 _CHECK = (
     "-DSIM_CHECK", "-fsanitize=thread", "-Xclang", "-fsanitize=array-bounds", "-Xclang", "-fsanitize-recover=array-bounds",
@@ -42,6 +34,37 @@ _CHECK = (
     "-fno-vectorize", "-fno-slp-vectorize", "-mprefer-vector-width=128", "-ftrivial-auto-var-init=pattern",
     "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0",
     "-mllvm", "-tsan-instrument-read-before-write=1", "-mllvm", "-instcombine-code-sinking=0",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A GPU language: how its texts become C++ that this machine compiles.
+
+    `headers` are empty for its texts, which see the shim `<folder>/shim.h` instead. `defines` hold while a text is
+    preprocessed, `flags` while it and the run time are compiled.
+    """
+
+    folder: str
+    source_name: str  # of a text in findings
+    headers: tuple[str, ...]
+    defines: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+
+
+METAL = Dialect(
+    "metal",
+    "kernel.metal",
+    headers=(
+        *(f"metal_{n}" for n in (
+            "stdlib", "simdgroup", "simdgroup_matrix", "math", "atomic", "common", "compute", "geometric", "integer",
+            "limits", "matrix", "pack", "relational", "tensor", "type_traits", "array", "cooperative_tensor", "numeric",
+            "utility", "logging",
+        )),
+        "MetalPerformancePrimitives/MetalPerformancePrimitives.h",
+    ),
+    defines=("-D__METAL_VERSION__=400", "-D__METAL__=1", "-D__METAL_MACOS__=1"),
+    flags=("-Xclang", "-cl-single-precision-constant"),
 )  # fmt: skip
 
 
@@ -156,7 +179,7 @@ def run_compiler(arguments: Sequence[str | Path], what: str) -> str:
     done = subprocess.run([*compiler.command, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise CompileError(
-            f"source: must be Metal text that the shim compiles; got an error in {what}; correct the line named\n{done.stderr}"
+            f"source: must be text that the shim compiles; got an error in {what}; correct the line named\n{done.stderr}"
         )
     return done.stdout
 
@@ -166,52 +189,54 @@ def run_frontend(arguments: Sequence[str | Path]) -> str:
     return subprocess.run([*find_compiler().frontend, *map(str, arguments)], capture_output=True, text=True).stderr
 
 
-def preprocess(source: Path, include_directories: Sequence[Path]) -> str:
+def preprocess(dialect: Dialect, source: Path, include_directories: Sequence[Path]) -> str:
     """The text with macros and includes expanded, and line markers."""
-    stubs = cached("stubs", _HEADERS, _make_stubs)
+    stubs = cached("stubs", dialect.headers, lambda folder: _make_stubs(folder, dialect.headers))
     includes = [f"-I{d}" for d in (stubs, *include_directories)]
-    defines = ("-D__METAL_VERSION__=400", "-D__METAL__=1", "-D__METAL_MACOS__=1")
-    return run_compiler(("-E", "-x", "c++", "-std=c++20", "-nostdinc", "-w", *defines, *includes, source), "preprocessing")
+    return run_compiler(
+        ("-E", "-x", "c++", "-std=c++20", "-nostdinc", "-w", *dialect.defines, *includes, source), "preprocessing"
+    )
 
 
-def _make_stubs(folder: Path) -> Path:
-    for header in _HEADERS:
+def _make_stubs(folder: Path, headers: Sequence[str]) -> Path:
+    for header in headers:
         path = folder / "stubs" / header
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     return folder / "stubs"
 
 
-def build(text: str, check: bool) -> Path:
+def build(dialect: Dialect, text: str, check: bool) -> Path:
     """Compile one translated kernel to a program; cached by its text."""
-    return cached("kernel", (text, str(check)), lambda folder: _build(folder, text, check))
+    return cached("kernel", (text, *dialect.flags, str(check)), lambda folder: _build(folder, dialect, text, check))
 
 
-def _build(folder: Path, text: str, check: bool) -> Path:
-    shim = include_directory() / "metal" / "shim.h"
-    machine = find_compiler().machine
+def _build(folder: Path, dialect: Dialect, text: str, check: bool) -> Path:
+    shim = include_directory() / dialect.folder / "shim.h"
     source, assembly, program = folder / "kernel.cpp", folder / "kernel.s", folder / "kernel"
     source.write_text(text)
-    flags = (*_LANGUAGE, *machine, *(_CHECK if check else ()))
+    flags = (*_LANGUAGE, *dialect.flags, *find_compiler().machine, *(_CHECK if check else ()))
     run_compiler(("-S", "-x", "c++", *flags, "-include", shim, source, "-o", assembly), "compiling")
     assembly.write_text(add_line_table(assembly.read_text()))
-    run_compiler((assembly, _runtime(), "-o", program, "-lm", *(() if sys.platform == "darwin" else ("-ldl",))), "linking")
+    libraries = ("-lm", *(() if sys.platform == "darwin" else ("-ldl",)))
+    run_compiler((assembly, _runtime(dialect), "-o", program, *libraries), "linking")
     return program
 
 
-def _runtime() -> Path:
+def _runtime(dialect: Dialect) -> Path:
     def compile_runtime(folder: Path) -> Path:
         source = include_directory() / "runtime.h"
-        flags = (*_LANGUAGE, *find_compiler().machine, "-c", "-x", "c++", source, "-o", folder / "runtime.o")
-        run_compiler(flags, "compiling the run time")
+        flags = (*_LANGUAGE, *dialect.flags, *find_compiler().machine)
+        run_compiler((*flags, "-c", "-x", "c++", source, "-o", folder / "runtime.o"), "compiling the run time")
         return folder / "runtime.o"
 
-    return cached("runtime.o", (), compile_runtime)
+    return cached("runtime.o", dialect.flags, compile_runtime)
 
 
 _LOCATION = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"')
-_CALLBACK = re.compile(r"\s*(?:callq?|bl)\s+_?__tsan_")
+# Calls that look up where they came from: the checks, and the meetings of lanes (sim::meet, sim::threadgroup_barrier).
+_CALLBACK = re.compile(r"\s*(?:callq?|bl)\s+_?(?:__tsan_|_ZN3sim4meet|_ZN3sim19threadgroup_barrier)")
 
 
 def add_line_table(assembly: str) -> str:

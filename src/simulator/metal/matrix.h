@@ -43,7 +43,7 @@ struct empty_frame {};
 SIM_FN inline void meet_all([[maybe_unused]] const sim::Site* site) {
 #ifdef SIM_CHECK
   empty_frame frame;
-  sim::meet_with(frame, site, true, [](const sim::Meeting&) {});
+  sim::meet_with(frame, site, sim::kAllLanes, [](const sim::Meeting&) {});
 #endif
 }
 
@@ -111,7 +111,7 @@ SIM_FN inline void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, c
                                                  const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>& c,
                                                  SIM_SITE) {
   multiply_frame<D, A, B, C> frame{&d.elements, &a.elements, &b.elements, &c.elements};
-  sim::meet(multiply_accumulate_lanes<D, A, B, C>, &frame, site, true);
+  sim::meet(multiply_accumulate_lanes<D, A, B, C>, &frame, site, sim::kAllLanes);
 }
 template <class D, class A, class B>
 SIM_FN inline void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,

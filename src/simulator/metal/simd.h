@@ -27,7 +27,7 @@ template <class T, class Source>
 SIM_FN inline T shuffle(T value, T fill, int argument, Source, const sim::Site* site) {
   using Frame = shuffle_frame<T>;
   Frame frame{value, fill, argument};
-  sim::meet_with(frame, site, false, [](const sim::Meeting& m) {
+  sim::meet_with(frame, site, sim::kLiveLanes, [](const sim::Meeting& m) {
     ++sim::counts.shuffles;
     sim::each_lane<Frame>(m, [&](Frame& f, int lane) {
       const int source = Source()(lane, f.argument);
@@ -105,7 +105,7 @@ SIM_FN inline T reduce(T value, T identity, Fold, const sim::Site* site) {
   struct Frame {
     T value, identity;
   } frame{value, identity};
-  sim::meet_with(frame, site, false, [](const sim::Meeting& m) {
+  sim::meet_with(frame, site, sim::kLiveLanes, [](const sim::Meeting& m) {
     ++sim::counts.reductions;
     T total[sim::kLanes / width];
     unsigned begun = 0;

@@ -74,7 +74,7 @@ struct matmul2d {
   template <class A, class B, class C>
   SIM_FN void run(const A& a, const B& b, C& c, SIM_SITE) const {
     Frame<A, B, C> frame{&a, &b, &c};
-    sim::meet(multiply<A, B, C>, &frame, site, true);
+    sim::meet(multiply<A, B, C>, &frame, site, sim::kAllLanes);
   }
 
  private:
