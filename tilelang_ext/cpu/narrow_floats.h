@@ -61,9 +61,6 @@ inline float round_to_odd(double x) {
   return bit_cast<float>(bits | 1u);
 }
 
-inline float float_of_bits(uint32_t bits) { return bit_cast<float>(bits); }
-inline double double_of_bits(uint64_t bits) { return bit_cast<double>(bits); }
-
 inline float decode_float16(uint16_t code) {
   const uint32_t magnitude = uint32_t(code & 0x7fffu) << 13;
   // Half's exponent bias is 112 less than float's; multiplying moves subnormals to their place too.

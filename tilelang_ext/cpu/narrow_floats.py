@@ -32,6 +32,11 @@ _IEEE = (_HALF, _BFLOAT)  # what is too large becomes infinity; in the others, t
 _FORMATS = {format.dtype: format for format in (*formats.FP8_OPERANDS, E8M0, *_IEEE)}
 _FORMATS["float8_e4m3"] = formats.E4M3  # torch's float8_e4m3fn reaches TIR under either name
 _NAMESPACE = "tilelang_ext"
+_C_TYPES = {
+    **{f"{sign}int{bits}": f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    "float32": "float",
+    "float64": "double",
+}
 _PURE = 1  # tirx::CallEffectKind::kPure
 _HEADER = Path(__file__).with_name("narrow_floats.h")
 
@@ -52,11 +57,11 @@ def storage_dtype(dtype) -> str:
 # --- the functions of the header ---------------------------------------------------------------------------------------
 
 
-def _register(name: str) -> None:
-    """Register an operator that the code generator spells `tilelang_ext::<name>(...)`."""
+def _register(name: str, spelling: str | None = None) -> None:
+    """Register an operator that the code generator spells `tilelang_ext::<spelling>(...)`, its name if not given."""
     if f"{_NAMESPACE}.{name}" not in Op.list_op_names():
         tvm_ffi.get_global_func("ir.RegisterOp")(f"{_NAMESPACE}.{name}", f"`{name}` of narrow_floats.h")
-        register_op_attr(f"{_NAMESPACE}.{name}", "TGlobalSymbol", f"{_NAMESPACE}::{name}")
+        register_op_attr(f"{_NAMESPACE}.{name}", "TGlobalSymbol", f"{_NAMESPACE}::{spelling or name}")
         register_op_attr(f"{_NAMESPACE}.{name}", "TCallEffectKind", tirx.IntImm("int32", _PURE))
 
 
@@ -70,8 +75,10 @@ def register() -> None:
     for format in _FORMATS.values():
         _register(f"decode_{format.dtype}")
         _register(f"encode_{format.dtype}")
-    for name in ("round_to_odd", "float_of_bits", "double_of_bits", "workspace"):
-        _register(name)
+    for dtype, spelling in _C_TYPES.items():
+        _register(f"bit_cast_{dtype}", f"bit_cast<{spelling}>")
+    _register("round_to_odd")
+    _register("workspace")
 
 
 @functools.cache
@@ -116,9 +123,30 @@ def prelude(dtypes: set[str]) -> str:
 
 # --- the pass ------------------------------------------------------------------------------------------------------------
 
+_LOWERED_BY_GENERATOR = ("tl.clamp", "tl.infinity")
 _ROUNDED = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div)
 _EXACT = (tirx.Min, tirx.Max)
 _SINGLE_FROM = ("float32", "int8", "uint8", "int16", "uint16", "bool")  # a float holds each of their values
+
+
+def _element(dtype) -> str:
+    return str(dtype).split("x")[0]
+
+
+def _refusal(expr) -> NotImplementedError:
+    return NotImplementedError(
+        f"target c: one {_element(expr.dtype)} at a time can be moved, compared, cast, added, subtracted, multiplied, divided "
+        f"and given to a function; got {expr}; cast to float32"
+    )
+
+
+def _check_one_thread(call: tirx.Call) -> None:
+    name = call.op.name if isinstance(call.op, Op) else ""
+    if name.startswith(("tl.", "tirx.ptx_", "tirx.tvm_warp_")) and name not in _LOWERED_BY_GENERATOR:
+        raise NotImplementedError(
+            f"target c: blocks have one thread, without GPU instructions; got {name}; use tile operators (T.copy, T.gemm, "
+            "T.reduce_*) and T.Parallel"
+        )
 
 
 def _compare(self, op):
@@ -150,7 +178,7 @@ class _Carry(PyStmtExprMutator):
     def code(self, expr):
         dtype = str(expr.dtype)
         if isinstance(expr, tirx.BufferLoad):
-            return tirx.BufferLoad(self._buffer(expr.buffer), [self.visit_expr(index) for index in expr.indices])
+            return self._load(expr)
         if isinstance(expr, tirx.FloatImm):
             return self._encode(dtype, self._as_float(tirx.FloatImm("float64", expr.value)))
         if isinstance(expr, tirx.Cast):
@@ -162,16 +190,15 @@ class _Carry(PyStmtExprMutator):
         if isinstance(expr, tirx.Call):
             name = expr.op.name if isinstance(expr.op, Op) else ""
             if name == "tirx.reinterpret":
-                return self._bits(expr.args[0])
+                return self._bit_cast(expr.args[0], storage_dtype(dtype))
             if name == "tirx.if_then_else":
                 condition, *cases = expr.args
                 return tirx.Call(storage_dtype(dtype), expr.op, [self.visit_expr(condition), *map(self.code, cases)])
+            _check_one_thread(expr)
             return self._encode(dtype, tirx.Call("float32", expr.op, [self.value(argument) for argument in expr.args]))
         if isinstance(expr, (tirx.Var, *_EXACT)):
             return self._encode(dtype, self.value(expr))
-        raise NotImplementedError(
-            f"target c: {dtype} has +, -, *, /, min, max, casts and functions of one value; got {expr}; cast to float32"
-        )
+        raise _refusal(expr)
 
     def _as_float(self, source):
         """A float32 that rounds to any carried dtype as `source` does."""
@@ -187,8 +214,12 @@ class _Carry(PyStmtExprMutator):
         wide = source if str(source.dtype) == "float64" else tirx.Cast("float64", source)
         return call("round_to_odd", "float32", wide)
 
-    def _bits(self, expr):
-        return self.code(expr) if is_carried(expr.dtype) else self.visit_expr(expr)
+    def _bit_cast(self, source, dtype):
+        bits = self.code(source) if is_carried(source.dtype) else self.visit_expr(source)
+        return bits if str(bits.dtype) == dtype else call(f"bit_cast_{dtype}", dtype, bits)
+
+    def _load(self, op):
+        return tirx.BufferLoad(self._buffer(op.buffer), [self.visit_expr(index) for index in op.indices])
 
     def _decode(self, dtype, code):
         self.dtypes.add(str(dtype))
@@ -203,22 +234,30 @@ class _Carry(PyStmtExprMutator):
     visit_eq_ = visit_ne_ = visit_lt_ = visit_le_ = visit_gt_ = visit_ge_ = _compare
 
     def visit_cast_(self, op):
+        if _element(op.dtype) in _FORMATS:
+            raise _refusal(op)
         if is_carried(op.value.dtype):
             value = self.value(op.value)
             return value if str(op.dtype) == "float32" else tirx.Cast(op.dtype, value)
         return tirx.Cast(op.dtype, self.visit_expr(op.value))
 
     def visit_call_(self, op):
-        args = op.args
-        if isinstance(op.op, Op) and op.op.name == "tirx.reinterpret" and is_carried(args[0].dtype):
-            bits = self.code(args[0])
-            return bits if bits.dtype == op.dtype else tirx.Call(op.dtype, op.op, [bits])
-        return tirx.Call(op.dtype, op.op, [self.value(arg) if isinstance(arg, tirx.PrimExpr) else arg for arg in args])
+        _check_one_thread(op)
+        name = op.op.name if isinstance(op.op, Op) else ""
+        if name == "tirx.reinterpret":
+            return self._bit_cast(op.args[0], str(op.dtype))
+        if name == "tirx.address_of":
+            return tirx.Call(op.dtype, op.op, [self._load(op.args[0])])
+        return tirx.Call(op.dtype, op.op, [self.value(arg) if isinstance(arg, tirx.PrimExpr) else arg for arg in op.args])
 
     def visit_buffer_load_(self, op):
-        return tirx.BufferLoad(self._buffer(op.buffer), [self.visit_expr(index) for index in op.indices])
+        if is_carried(op.buffer.dtype):  # a vector: one element is taken by `value` and `code`
+            raise _refusal(op)
+        return self._load(op)
 
     def visit_buffer_store_(self, op):
+        if is_carried(op.buffer.dtype) and not is_carried(op.value.dtype):  # a vector
+            raise _refusal(op.value)
         value = self.code(op.value) if is_carried(op.buffer.dtype) else self.visit_expr(op.value)
         return tirx.BufferStore(self._buffer(op.buffer), value, [self.visit_expr(index) for index in op.indices])
 
@@ -236,10 +275,10 @@ class _Carry(PyStmtExprMutator):
         printed = float(f"{op.value:.6e}")
         if str(op.dtype) == "float32" and math.isfinite(op.value) and _single(printed) != _single(op.value):
             (bits,) = struct.unpack("<I", struct.pack("<f", op.value))
-            return call("float_of_bits", "float32", tirx.IntImm("uint32", bits))
+            return call("bit_cast_float32", "float32", tirx.IntImm("uint32", bits))
         if str(op.dtype) == "float64" and math.isfinite(op.value) and printed != op.value:
             (bits,) = struct.unpack("<Q", struct.pack("<d", abs(op.value)))
-            magnitude = call("double_of_bits", "float64", tirx.IntImm("uint64", bits))
+            magnitude = call("bit_cast_float64", "float64", tirx.IntImm("uint64", bits))
             return magnitude if op.value > 0 else tirx.FloatImm("float64", 0.0) - magnitude
         return op
 

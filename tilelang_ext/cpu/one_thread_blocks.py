@@ -18,6 +18,9 @@ from tvm.tirx.transform import prim_func_pass
 from tilelang_ext.cpu.narrow_floats import is_carried
 
 _TILES = ("shared", "shared.dyn", "local.fragment")
+_TILE_OPERATORS = ("copy", "async_copy", "fill", "gemm", "reduce", "transpose", "atomicadd", "atomicmax", "atomicmin")
+# Fast functions are less exact versions of these.
+_EXACT = {f"tl.__{name}": Op.get(f"tirx.{name}") for name in ("exp", "exp10", "log", "log2", "log10", "sin", "cos", "tan")}
 
 
 def needs_one_thread_blocks(func: tirx.PrimFunc) -> bool:
@@ -48,13 +51,28 @@ def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     local: dict[tirx.Var, tirx.Var] = {}
 
     def collect(node):
+        if isinstance(node, tirx.Call) and isinstance(node.op, Op):
+            operator = node.op.name.removeprefix("tl.tileop.")
+            if operator != node.op.name and operator not in _TILE_OPERATORS:
+                raise NotImplementedError(
+                    f"target c: tile operators must be {', '.join(_TILE_OPERATORS)}; got {operator}; "
+                    "write it with these and T.Parallel or T.serial"
+                )
         if isinstance(node, tirx.SBlock):
             for buffer in node.alloc_buffers:
                 if buffer.scope() in _TILES:
                     element = buffer.data.type_annotation.element_type
                     local[buffer.data] = tirx.Var(buffer.data.name, PointerType(element, "local"))
 
-    def drop_layouts(node):
+    def adapt(node):
+        if isinstance(node, tirx.Call):
+            name = node.op.name if isinstance(node.op, Op) else ""
+            if name in _EXACT:
+                return tirx.Call(node.dtype, _EXACT[name], node.args)
+            if name == "tl.tileop.reduce" and "batch" in node.annotations:  # how many values a barrier serves
+                annotations = {key: value for key, value in node.annotations.items() if key != "batch"}
+                return tirx.Call(node.dtype, node.op, node.args, annotations)
+            return None
         if "layout_map" not in node.annotations:
             return None
         annotations = {key: value for key, value in node.annotations.items() if key != "layout_map"}
@@ -64,7 +82,7 @@ def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
         )  # fmt: skip
 
     tirx.stmt_functor.post_order_visit(func.body, collect)
-    body = tirx.stmt_functor.ir_transform(func.body, None, drop_layouts, ["tirx.SBlock"])
+    body = tirx.stmt_functor.ir_transform(func.body, None, adapt, ["tirx.SBlock", "tirx.Call"])
     return func.with_body(tirx.stmt_functor.substitute(body, local))
 
 
