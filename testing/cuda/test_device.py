@@ -1,4 +1,4 @@
-"""T.fp8_scaled_matmul on a Hopper GPU: operands of either major, and kernels for GPUs without fp8 units, which run there too."""
+"""T.fp8_scaled_matmul on a Hopper GPU: operands of either major, and the texts for GPUs without fp8 units, run there."""
 
 import pytest
 import torch

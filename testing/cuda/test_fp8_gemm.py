@@ -20,7 +20,8 @@ REFUSED = [
     ("native, a tile too low for WGMMA", "sm_90a", {"require_native": True, "block_M": 32}, NotImplementedError,
      r"got sm_90a, whose fp8 mma\.sync is made of half products; compile for .*tiles of M % 64 == 0"),
     ("native, mma.sync", "sm_100a", {"require_native": True}, NotImplementedError, r"got sm_100a, whose fp8 mma\.sync"),
-    ("K of an instruction", "sm_89", {"K": 48}, ValueError, r"K of an fp8 tile must be a multiple of 32; got K = 48; round"),
+    ("K of an instruction", "sm_89", {"K": 48, "A_scope": "fragment"}, ValueError,
+     r"K of an fp8 tile must be a multiple of 32; got K = 48; round"),
 ]  # fmt: skip
 
 

@@ -40,7 +40,7 @@ DECODED = ("kFloat16, tl::DataType::kFloat16", "__byte_perm")
 DECODED_CASES = {
     "both transposed": {"trans_A": True, "trans_B": False, "b": E5M2},
     "e8m0": {"layouts": LAYOUTS["e8m0"], "a": E5M2},
-    "blocks": {"layouts": LAYOUTS["block"], "trans_B": False, "block_M": 32, "block_N": 32},
+    "blocks, K below an instruction's": {"layouts": LAYOUTS["block"], "K": 20, "trans_B": False, "block_M": 32, "block_N": 32},
     "A in registers": {"A_scope": "fragment", "K": 64, "M": 32, "block_M": 32, "block_N": 48},
 }
 TRANSPOSED = ("tl::wgmma_", "__byte_perm", "tl::fence_proxy_async();\n    __syncthreads();")

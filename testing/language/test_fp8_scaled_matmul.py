@@ -216,6 +216,15 @@ def test_float16_scales():
     check(whole(M, N, K, scale="float16"), (A, SA, B, SB), torch.full((M, N), torch.nan), expected)
 
 
+@pytest.mark.parametrize("K", [1, 20, 100])
+def test_k_below_an_instructions(K):
+    """The staged tile is rounded up to what matrix instructions take, and filled with zeros."""
+    M, N = 32, 64
+    (A, SA), (B, SB) = operand(M, K, L.per_row(), seed=6), operand(N, K, L.per_row(), seed=7)
+    C = torch.full((M, N), torch.nan)
+    check(whole(M, N, K), (A, SA, B, SB), C, reference.scaled_matmul(A, SA, B, SB, *ROW))
+
+
 def test_mx_scales_shared_by_all_rows():
     M, N, K = 32, 64, 128
     A, SA = operand(M, K, L.e8m0_k32(), seed=6)
@@ -320,6 +329,77 @@ ERRORS = [
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=r"T\.fp8_scaled_matmul: " + message):
         trace(**arguments)
+
+
+def regions(case):
+    """Programs that a table of shapes cannot say: regions, leading axes, scopes, symbolic extents."""
+    rows = T.dynamic("rows")
+    shapes = {
+        "symbolic M": ((rows, 64), (64, 64), (rows, 64)),
+        "region along K": ((64, 300), (64, 200), (64, 64)),
+        "leading axis": ((2, 64, 64), (64, 64), (64, 64)),
+    }
+    A_shape, B_shape, C_shape = shapes.get(case, ((64, 256), (64, 256), (64, 64)))
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor(A_shape, F8),
+        SA: T.Tensor((64,), "float32"),
+        B: T.Tensor(B_shape, F8),
+        SB: T.Tensor((64,), "float32"),
+        SB_blocks: T.Tensor((2, 4), "float32"),
+        C: T.Tensor(C_shape, "float32"),
+        K: T.int32,
+    ):
+        with T.Kernel(1, threads=128) as _:
+            if case == "region along K":
+                T.fp8_scaled_matmul(A[0:64, 0:200], SA, B, SB, C, transpose_B=True)
+            elif case == "B in registers":
+                B_f = T.alloc_fragment((64, 256), F8)
+                T.fp8_scaled_matmul(A, SA, B_f, SB, C, transpose_B=True)
+            elif case == "A in registers, K beyond a group":
+                A_f = T.alloc_fragment((64, 256), F8)
+                T.fp8_scaled_matmul(A_f, SA, B, SB, C, transpose_B=True)
+            elif case == "shared tile of symbolic K":
+                A_s = T.alloc_shared((64, 256), F8)
+                T.fp8_scaled_matmul(A_s[0:64, 0:K], SA, B[0:64, 0:K], SB, C, transpose_B=True)
+            elif case == "groups":
+                layouts = (L.per_row(), L.block(32, 96))
+                T.fp8_scaled_matmul(A, SA, B, SB_blocks[0:2, 0:3], C, transpose_B=True, scale_layout=layouts)
+            else:
+                T.fp8_scaled_matmul(A, SA, B, SB, C, transpose_B=True)
+
+    return kernel
+
+
+REGION_ERRORS = {
+    "symbolic M": (ValueError, r"M must be a constant; got rows; tile it"),
+    "region along K": (
+        ValueError,
+        r"K of a region must be a multiple of 128 or reach the end of its buffer; got A with K = 200",
+    ),
+    "leading axis": (ValueError, r"leading dimensions of A must be fixed; got .*; index them"),
+    "B in registers": (TypeError, r"B must be shared, global; got B_f in scope fragment; copy it to shared"),
+    "A in registers, K beyond a group": (
+        NotImplementedError,
+        r"A in a fragment is used whole, .*got K = 256 with groups of 128",
+    ),
+    "shared tile of symbolic K": (ValueError, r"K of a tile in shared memory or a fragment must be a constant; got K"),
+    "groups": (ValueError, r"scale groups along K must divide one another; got \[96\] and a K tile of 128; use 32 or 128"),
+}
+
+
+@pytest.mark.parametrize("case", REGION_ERRORS)
+def test_errors_of_regions(case):
+    error, message = REGION_ERRORS[case]
+    with pytest.raises(error, match=r"T\.fp8_scaled_matmul: " + message):
+        regions(case)
+
+
+def test_a_native_product_is_refused_on_metal():
+    message = r"T\.gemm: require_native_fp8 needs a matrix unit that takes fp8; got Metal, which decodes to half; drop"
+    with pytest.raises(NotImplementedError, match=message):
+        metal.lower(trace(require_native=True))
 
 
 def test_scales_whose_shape_proves_nothing():

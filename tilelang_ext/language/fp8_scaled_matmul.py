@@ -31,6 +31,7 @@ _OPERAND_DTYPES = tuple(format.dtype for format in FP8_OPERANDS)
 _ACCUMULATOR_DTYPES = ("float32", "float16", "bfloat16")
 _SCALE_DTYPES = {False: ("float32", "float16", "bfloat16"), True: ("uint8", E8M0.dtype)}  # by "is a byte of E8M0"
 _STAGING_BYTES = 16 * 1024  # for staged tiles of global operands: half of what the smallest target has
+_MATRIX_K = 32  # what matrix units take at most in one instruction
 _PROMOTE_K = 128  # K elements summed in the matrix unit before the sum moves on in float32
 
 
@@ -119,6 +120,8 @@ def fp8_scaled_matmul(
     )
 
     step = min(_PROMOTE_K, K) if isinstance(K, int) else _PROMOTE_K
+    if a.scope == b.scope == "global" and _reaches_end(a, transpose_A, K) and _reaches_end(b, not transpose_B, K):
+        step = -(-step // _MATRIX_K) * _MATRIX_K
     groups = [k for scale in scales if (k := scale.layout.k) is not None]
     group = min([step, *groups])
     if any(k % group for k in groups) or step % group:
@@ -143,9 +146,7 @@ def fp8_scaled_matmul(
     @T.macro
     def add_product(total, A_k, B_k, factor):
         if once:
-            T.gemm(
-                A_k, B_k, total, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True, annotations=annotations
-            )
+            T.gemm(A_k, B_k, total, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True, annotations=annotations)
             if factor is not None:
                 for i, j in T.Parallel(M, N):
                     total[i, j] *= factor(i, j)
@@ -252,12 +253,17 @@ def _check_types(a: _Tile, b: _Tile, c: _Tile) -> None:
 
 def _check_tail(tile: _Tile, k_is_first: bool, K, step: int) -> None:
     """A copy of a whole step past K is masked by the end of the buffer only."""
-    begin, extent = (tile.row, tile.buffer.shape[-2]) if k_is_first else (tile.col, tile.buffer.shape[-1])
-    if tile.scope == "global" and not _equal(K % step, 0) and not _equal(begin + K, extent):
+    if tile.scope == "global" and not _equal(K % step, 0) and not _reaches_end(tile, k_is_first, K):
         raise ValueError(
             f"{_NAME}: K of a region must be a multiple of {step} or reach the end of its buffer; got {tile.name} with "
             f"K = {K}; pass a K that does, or the whole buffer"
         )
+
+
+def _reaches_end(tile: _Tile, k_is_first: bool, K) -> bool:
+    """Whether nothing follows the tile along K: a copy past its end then reads zeros."""
+    begin, extent = (tile.row, tile.buffer.shape[-2]) if k_is_first else (tile.col, tile.buffer.shape[-1])
+    return _equal(begin + K, extent)
 
 
 def _scale(name: str, operand, rows, K, layout, origin, full) -> _Scale:
