@@ -114,7 +114,7 @@ MFMA_16 = {
 }
 MFMA_32 = {
     "float16": MatrixInstruction("mfma_f32_16x16x32_f16", 32, 4, MFMA, _vector("_Float16", 8), _MFMA_ARGUMENTS),
-    "bfloat16": MatrixInstruction("mfma_f32_16x16x32_bf16", 32, 4, MFMA, _vector("__bf16", 8), _MFMA_ARGUMENTS),
+    "bfloat16": MatrixInstruction("mfma_f32_16x16x32_bf16", 32, 4, MFMA, _vector("short", 8), _MFMA_ARGUMENTS),
 }
 WMMA_11 = {"float16": MatrixInstruction("wmma_f32_16x16x16_f16_w32", 16, 1, WMMA_GFX11, _vector("_Float16", 16))}
 WMMA_12 = {"float16": MatrixInstruction("wmma_f32_16x16x16_f16_w32_gfx12", 16, 2, WMMA_GFX12, _vector("_Float16", 8))}
