@@ -313,11 +313,11 @@ def find_device(target: str) -> tuple[str, str, str | None]:
     return target, "none" if no_gpu else "cuda", no_gpu
 
 
-def sizes(arguments: argparse.Namespace, key: str) -> list[tuple[int, int, int]]:
+def sizes(arguments: argparse.Namespace, default: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """--m, --n and --k together: as many cases as the longest list; a single value serves all."""
     lists = [arguments.m, arguments.n, arguments.k]
     if not any(lists):
-        return SIZES[key]
+        return default
     lists = [given or next(other for other in lists if other) for given in lists]
     cases = max(len(given) for given in lists)
     if any(len(given) not in (1, cases) for given in lists):
@@ -351,7 +351,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     tilelang.set_log_level("WARNING")
     torch.backends.cuda.matmul.allow_tf32 = True  # as T.gemm does; see Case.max_error
     run = {"simulator": count, "none": partial(lower, reason=reason)}.get(device, measure_time)
-    cases = [Case(*size, arguments.dtype, target, device) for size in sizes(arguments, key)]
+    cases = [Case(*size, arguments.dtype, target, device) for size in sizes(arguments, SIZES[key])]
     rows = [row for case in progress(cases, "matmul") for row in run(case, providers, arguments.seed)]
 
     title = f"matmul, {arguments.dtype}, target {target}, {describe(device)}"

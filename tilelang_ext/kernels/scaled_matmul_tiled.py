@@ -48,6 +48,11 @@ def _has_byte_scales(problem: Problem) -> bool:
     return any(layout.scale_format is not None for layout in (problem.layout_a, problem.layout_b))
 
 
+def block_K_of(problem: Problem) -> int:
+    """Return how much of K a step takes; one with byte scales is whole groups, at the end of K too."""
+    return math.gcd(problem.K, BLOCK_K) if _has_byte_scales(problem) else BLOCK_K
+
+
 def scaled_matmul(problem: Problem, config: Config):
     """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one."""
     N, K, layout_a, layout_b = problem.N, problem.K, problem.layout_a, problem.layout_b
@@ -57,8 +62,7 @@ def scaled_matmul(problem: Problem, config: Config):
     scale_a_type = problem.scale(layout_a, M, "scale_a")
     scale_b_type = problem.scale(layout_b, N, "scale_b")
     out_type = T.Tensor((M, N), problem.out_dtype)
-    # A step of byte scales is whole groups, at the end of K too.
-    block_K = math.gcd(K, BLOCK_K) if _has_byte_scales(problem) else BLOCK_K
+    block_K = block_K_of(problem)
     fast = problem.fast_accum and layout_a.k is None and layout_b.k is None
 
     def of_step(scale, layout, row, rows, k):

@@ -1,0 +1,380 @@
+"""FP8 scaled matmul: `scaled_mm` of this package beside torch's, vLLM's CUTLASS kernels and DeepGEMM, or its operation counts.
+
+    python benchmark/bench_scaled_matmul.py                            # the best device here
+    python benchmark/bench_scaled_matmul.py --target cuda --recipes row block --csv scaled.csv --plot scaled.png
+    python benchmark/bench_scaled_matmul.py --target metal --m 1 64 --n 256 --k 512
+
+Every result is checked against float64 before anything is timed or counted. Without a Mac, targets metal and metal4 run in
+the simulator, which counts operations and says nothing of speed. vLLM and DeepGEMM take part where they can be imported; an
+unpacked vLLM library can be named by --library, and DeepGEMM finds CUTLASS by CPATH.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "testing")]
+
+import bench_matmul  # noqa: E402
+import tilelang  # noqa: E402
+from bench_matmul import LOWERED, METHOD, SIMULATOR_SECONDS, TIMES, describe, find_device  # noqa: E402
+from harness import (  # noqa: E402
+    Column,
+    Provider,
+    cache_bytes,
+    choose,
+    plot,
+    progress,
+    rotation,
+    show,
+    time_cuda,
+    time_mps,
+    write_csv,
+)
+from numeric import BOUNDS, assert_close  # noqa: E402
+from torch.nn.functional import ScalingType  # noqa: E402
+from tvm.target import Target  # noqa: E402
+
+from tilelang_ext import reference, simulate  # noqa: E402
+from tilelang_ext.kernels import scaled_matmul_tiled, scaled_matmul_vecmat  # noqa: E402
+from tilelang_ext.kernels.scaled_matmul import scaled_mm  # noqa: E402
+from tilelang_ext.kernels.scaled_matmul_arguments import LAYOUTS  # noqa: E402
+from tilelang_ext.kernels.scaled_matmul_problem import Problem, bucket_of  # noqa: E402
+
+TARGETS = ("auto", "metal", "metal4", "cuda")
+DTYPES = ("bfloat16", "float16", "float32")  # of the output
+RECIPES = {
+    "tensor": (ScalingType.TensorWise,) * 2,
+    "row": (ScalingType.RowWise,) * 2,
+    "block": (ScalingType.BlockWise1x128, ScalingType.BlockWise128x128),
+    "mx": (ScalingType.BlockWise1x32,) * 2,
+}
+ASSUMED_ARCH = "sm_90a"  # when only lowering
+TENSOR_CORE_ERROR = 2e-3  # of a sum in the matrix unit, promoted every 128 of K
+FAST_ERROR = 3e-2  # of one that stays there
+SIZES = {
+    "cuda": [
+        (8192,) * 3, (4096, 7168, 2048), (4096, 4096, 7168), (128, 4096, 7168), (128, 7168, 2048), (64, 2112, 7168),
+        (16, 4096, 7168), (1, 4096, 7168),
+    ],
+    "mps": [(1, 4096, 4096), (64, 4096, 4096), (2048,) * 3],
+    "simulator": [(1, 256, 2048), (4, 256, 2048), (64, 128, 256), (100, 150, 288)],
+}  # fmt: skip
+
+
+class Inputs(NamedTuple):
+    """Codes, and scales in the shapes and strides that torch documents."""
+
+    a: torch.Tensor  # (M, K)
+    b: torch.Tensor  # (N, K)
+    scale_a: torch.Tensor
+    scale_b: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product: its size, the recipe of its scales, the type of its output, the target and the device it runs on."""
+
+    M: int
+    N: int
+    K: int
+    recipe: str
+    dtype: str
+    target: str
+    device: str  # "cuda", "mps", "simulator", or "none" when the kernel is lowered only
+
+    @property
+    def name(self) -> str:
+        return f"{self.M}x{self.N}x{self.K} {self.recipe}"
+
+    @property
+    def recipes(self) -> tuple[ScalingType, ScalingType]:
+        return RECIPES[self.recipe]
+
+    @property
+    def layouts(self) -> tuple:
+        return tuple(LAYOUTS[recipe.value] for recipe in self.recipes)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.M * self.N * self.K
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of A, B and C, each once; scales are left out."""
+        return self.M * self.K + self.N * self.K + self.M * self.N * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def problem(self) -> Problem:
+        """What the kernel is compiled for where this benchmark compiles it itself."""
+        kind, arch = ("cuda", ASSUMED_ARCH) if self.target == "cuda" else ("metal", "")
+        fp8 = "float8_e4m3fn"
+        return Problem(kind, arch, bucket_of(self.M), self.N, self.K, fp8, fp8, *self.layouts, None, self.dtype)
+
+    @property
+    def kernel(self) -> tuple:
+        """The prim_func without a tuned kernel of one architecture, and its configuration."""
+        if scaled_matmul_vecmat.takes(self.problem):
+            config = scaled_matmul_vecmat.pick_config(self.problem)
+            return scaled_matmul_vecmat.vecmat(self.problem, config), config
+        config = scaled_matmul_tiled.pick_config(self.problem)
+        return scaled_matmul_tiled.scaled_matmul(self.problem, config), config
+
+    def by_blocks(self, seed: int, device: str = "cpu") -> Inputs:
+        """Random operands on `device`, scales as kernels take them: every one differs."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def operand(rows: int, layout) -> tuple[torch.Tensor, torch.Tensor]:
+            codes = torch.randn(rows, self.K, generator=generator, device=device).to(torch.float8_e4m3fn)
+            shape = layout.scale_shape(rows, self.K)
+            if layout.scale_format is not None:
+                return codes, torch.randint(125, 130, shape, generator=generator, device=device, dtype=torch.uint8)
+            return codes, torch.rand(shape, generator=generator, device=device) / 64 + 1 / 64  # float16 holds the result
+
+        (a, scale_a), (b, scale_b) = operand(self.M, self.layouts[0]), operand(self.N, self.layouts[1])
+        return Inputs(a, b, scale_a, scale_b)
+
+    def expected(self, inputs: Inputs) -> torch.Tensor:
+        """The product of `by_blocks`, float64."""
+        return reference.scaled_matmul(inputs.a, inputs.scale_a, inputs.b, inputs.scale_b, *self.layouts)
+
+    def as_torch(self, inputs: Inputs) -> Inputs:
+        """`by_blocks` with scales as torch documents them."""
+        scale_a, scale_b = inputs.scale_a, inputs.scale_b
+        if self.recipe == "row":
+            scale_b = scale_b.t()
+        elif self.recipe == "block":
+            scale_a = scale_a.t().contiguous().t()
+            scale_b = torch.nn.functional.pad(scale_b, (0, -scale_b.shape[1] % 4)).t()
+        return inputs._replace(scale_a=scale_a, scale_b=scale_b)
+
+    def output(self, device: str = "cpu") -> torch.Tensor:
+        """An output full of NaN, so that an element nobody writes is seen."""
+        return torch.full((self.M, self.N), torch.nan, dtype=self.torch_dtype, device=device)
+
+
+def make_ours(case: Case, fast_accum: bool = False):
+    def run(inputs: Inputs, out: torch.Tensor) -> None:
+        scale_a, scale_b = (inputs.scale_a, case.recipes[0]), (inputs.scale_b, case.recipes[1])
+        scaled_mm(inputs.a, inputs.b.t(), *scale_a, *scale_b, use_fast_accum=fast_accum, out=out)
+
+    return run
+
+
+def make_torch(case: Case, fast_accum: bool = False):
+    """The operator below torch.nn.functional.scaled_mm, which has an `out`."""
+    recipes = [[recipe.value] for recipe in case.recipes]
+
+    def run(inputs: Inputs, out: torch.Tensor) -> None:
+        torch.ops.aten._scaled_mm_v2.out(
+            inputs.a, inputs.b.t(), [inputs.scale_a], recipes[0], [0], [inputs.scale_b], recipes[1], [0],
+            None, case.torch_dtype, [], fast_accum, out=out,
+        )  # fmt: skip
+
+    return run
+
+
+def make_vllm(case: Case):
+    """CUTLASS: row scales as (M, 1) and (1, N); scales of 128 as (M, K/128) with stride 1 along M, and (K/128, N/128)."""
+    if not hasattr(torch.ops._C, "cutlass_scaled_mm"):
+        import vllm._custom_ops  # noqa: F401  (registers the operator)
+    groups = case.K // 128
+
+    def run(inputs: Inputs, out: torch.Tensor) -> None:
+        scale_b = inputs.scale_b[:groups] if case.recipe == "block" else inputs.scale_b
+        torch.ops._C.cutlass_scaled_mm(out, inputs.a, inputs.b.t(), inputs.scale_a, scale_b, None)
+
+    return run
+
+
+def make_deep_gemm(case: Case):
+    """Scales (M, K/128) with stride 1 along M, and (N/128, K/128)."""
+    import deep_gemm
+
+    groups = case.K // 128
+
+    def run(inputs: Inputs, out: torch.Tensor) -> None:
+        b = inputs.b, inputs.scale_b.t()[:, :groups]
+        deep_gemm.fp8_gemm_nt((inputs.a, inputs.scale_a), b, out, disable_ue8m0_cast=True)
+
+    return run
+
+
+PROVIDERS = (
+    Provider("ours", "tilelang_ext.kernels.scaled_matmul.scaled_mm", ("cuda", "mps", "simulator"), make_ours),
+    Provider("ours_fast", "the same, use_fast_accum", ("cuda",), partial(make_ours, fast_accum=True)),
+    Provider("torch", "torch's scaled_mm", ("cuda",), make_torch),
+    Provider("torch_fast", "the same, use_fast_accum", ("cuda",), partial(make_torch, fast_accum=True)),
+    Provider("vllm", "torch.ops._C.cutlass_scaled_mm", ("cuda",), make_vllm),
+    Provider("deep_gemm", "deep_gemm.fp8_gemm_nt", ("cuda",), make_deep_gemm),
+)
+TAKES = {  # recipes of each provider
+    "ours": tuple(RECIPES),
+    "ours_fast": ("tensor", "row"),
+    "torch": ("tensor", "row", "block"),  # MX needs Blackwell
+    "torch_fast": ("tensor", "row"),
+    "vllm": ("tensor", "row", "block"),
+    "deep_gemm": ("block",),
+}
+COUNTS = (
+    Column("case", "M x N x K"),
+    Column("provider", "kernel"),
+    Column("mma", "MMAs", ","),
+    Column("device_bytes_read", "device\nread, B", ","),
+    Column("device_bytes_written", "device\nwritten, B", ","),
+    Column("read_per_weight", "read / B's\nbytes", ".3f"),
+    Column("threadgroup_barriers", "barriers", ","),
+    Column("findings", "find-\nings"),
+    Column("max_error", "max\nerror", ".1e"),
+)
+
+
+def installed(provider: Provider) -> bool:
+    """Whether a provider's library is here."""
+    module = {"vllm": "vllm", "deep_gemm": "deep_gemm"}.get(provider.name)
+    loaded = provider.name == "vllm" and hasattr(torch.ops._C, "cutlass_scaled_mm")
+    return module is None or loaded or find_spec(module) is not None
+
+
+def count(case: Case, providers: list[Provider], seed: int) -> list[dict]:
+    """Run the Metal text in the simulator: counts beside the fewest that these tiles allow."""
+    kernel, _ = case.kernel
+    inputs, out = case.by_blocks(seed), case.output()
+    arguments = inputs.a, inputs.scale_a, inputs.b, inputs.scale_b, out
+    report = simulate(kernel, *arguments, target=case.target, seed=seed, timeout=SIMULATOR_SECONDS)
+    error = assert_close(out, case.expected(inputs), dtype=case.dtype)
+    for finding in report.findings:
+        print(finding, file=sys.stderr)
+    ours = {
+        "mma": report.counts.mma,
+        "device_bytes_read": report.counts.device_bytes_read,
+        "device_bytes_written": report.counts.device_bytes_written,
+        "threadgroup_barriers": report.counts.threadgroup_barriers,
+        "findings": len(report.findings),
+        "max_error": error.max,
+    }
+    rows = []
+    for name, values in (("ours", ours), ("minimum", bare_minimum(case))):
+        row = {"case": case.name, "dtype": case.dtype, "target": case.target, "provider": name, **values}
+        rows.append({**row, "read_per_weight": values["device_bytes_read"] / (case.N * case.K)})
+    return rows
+
+
+def bare_minimum(case: Case) -> dict:
+    """Whole tiles of products; A and B read once by each threadgroup that needs them, C written once; scales left out."""
+    _, config = case.kernel
+    written = case.M * case.N * case.torch_dtype.itemsize
+    if scaled_matmul_vecmat.takes(case.problem):
+        threadgroups = -(-case.N // (config.rows * config.groups))
+        read = case.N * case.K + threadgroups * case.M * case.K
+        return {"mma": 0, "device_bytes_read": read, "device_bytes_written": written}
+    rows, cols = -(-case.M // config.block_M), -(-case.N // config.block_N)
+    block_K = scaled_matmul_tiled.block_K_of(case.problem)
+    products = rows * cols * config.block_M * config.block_N * -(-case.K // block_K) * block_K
+    read = cols * case.M * case.K + rows * case.N * case.K
+    return {"mma": products // bench_matmul.MMA_MULTIPLICATIONS, "device_bytes_read": read, "device_bytes_written": written}
+
+
+def measure_time(case: Case, providers: list[Provider], seed: int) -> list[dict]:
+    """Check, then time: every provider on the same inputs, which rotate through more than the cache."""
+    sets = rotation(case.bytes, cache_bytes(case.device))
+    made = [case.by_blocks(seed + i, case.device if case.device == "cuda" else "cpu") for i in range(sets)]
+    expected = case.expected(made[0])
+    inputs = [Inputs(*(tensor.to(case.device) for tensor in case.as_torch(one))) for one in made]
+    outputs = [case.output(case.device) for _ in range(sets)]
+    rows = []
+    for provider in providers:
+        if case.recipe not in TAKES[provider.name]:
+            continue
+        run = provider.make(case)
+        outputs[0].fill_(torch.nan)
+        run(inputs[0], outputs[0])
+        sum_error = FAST_ERROR if provider.name.endswith("fast") else TENSOR_CORE_ERROR
+        error = assert_close(outputs[0], expected, dtype=case.dtype, max_error=sum_error + BOUNDS[case.dtype][0])
+        calls = [partial(run, one, out) for one, out in zip(inputs, outputs, strict=True)]
+        us = (time_cuda if case.device == "cuda" else time_mps)(calls)
+        row = {"case": case.name, "dtype": case.dtype, "target": case.target, "provider": provider.name, "us": us}
+        rows.append({**row, "tflops": case.flops / us / 1e6, "gbps": case.bytes / us / 1e3, "max_error": error.max})
+    torch_us = min((row["us"] for row in rows if row["provider"].startswith("torch")), default=None)
+    for row in rows:
+        row["speed_of_torch"] = torch_us / row["us"] if torch_us else None
+    return rows
+
+
+def lower(case: Case, providers: list[Provider], seed: int, reason: str) -> list[dict]:
+    """Lower to text without a device; nothing runs."""
+    target = Target({"kind": "cuda", "arch": ASSUMED_ARCH})
+    with target:
+        source = tilelang.lower(case.kernel[0], target=target, enable_device_compile=False).kernel_source
+    row = {"case": case.name, "dtype": case.dtype, "target": case.target, "provider": "ours"}
+    return [{**row, "lines": source.count("\n"), "status": f"lowered for {ASSUMED_ARCH}, not run: {reason}"}]
+
+
+def main(command_line: list[str] | None = None) -> list[dict]:
+    """Run the benchmark and return its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=TARGETS, default="auto", help="auto: CUDA, else a Mac, else the simulator")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the output; operands are E4M3")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["row", "block"], help="of the scales")
+    for axis in "mnk":
+        parser.add_argument(f"--{axis}", type=int, nargs="+", metavar=axis.upper(), help="one or several")
+    names = [provider.name for provider in PROVIDERS]
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help=f"among {', '.join(names)}; default: all there are here")
+    parser.add_argument("--library", nargs="+", default=[], metavar="FILE", help="operator libraries to load, as vLLM's")
+    parser.add_argument("--csv", metavar="FILE", help="write every figure")
+    parser.add_argument("--plot", metavar="FILE", help="draw a chart (png, svg or pdf)")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs, and of the simulator's order of threads")
+    arguments = parser.parse_args(command_line)
+
+    target, device, reason = find_device(arguments.target)
+    if target not in TARGETS:
+        raise SystemExit(f"--target: scaled_mm exists on {', '.join(TARGETS[1:])}; got {target}; pass one of these")
+    for library in arguments.library:
+        torch.ops.load_library(library)
+    key = {"mps": "mps", "simulator": "simulator"}.get(device, target)
+    providers, notes = choose(PROVIDERS, arguments.providers or names, key)
+    notes = notes if arguments.providers else []
+    if device == "cuda":
+        notes += [f"{p.name}: left out, not installed" for p in providers if not installed(p)]
+    providers = [provider for provider in providers if installed(provider)]
+    if not providers:
+        raise SystemExit("--providers: at least one must exist here; " + "; ".join(notes))
+    tilelang.set_log_level("WARNING")
+    run = {"simulator": count, "none": partial(lower, reason=reason)}.get(device, measure_time)
+    sizes = bench_matmul.sizes(arguments, SIZES[key])
+    cases = [Case(*size, recipe, arguments.dtype, target, device) for size in sizes for recipe in arguments.recipes]
+    rows = [row for case in progress(cases, "scaled matmul") for row in run(case, providers, arguments.seed)]
+
+    title = f"scaled matmul, e4m3 to {arguments.dtype}, target {target}, {describe(device)}"
+    if device == "simulator":
+        notes.append("Counts from executing the Metal text on the CPU; no measure of speed. MMA: 8x8x8.")
+        notes.append("minimum: what these tiles need. Each threadgroup reads its part of A and B once; C is written once.")
+        title += " (counts, no speed)"
+        columns, value, label = COUNTS, "read_per_weight", "device bytes read / B's bytes"
+    elif device == "none":
+        columns, value, label = LOWERED, None, "times"
+    else:
+        columns, value, label = TIMES, "tflops", "TFLOP/s"
+        notes += [f"{provider.name}: {provider.what}" for provider in providers]
+        notes.append(METHOD[device])
+    show(title, rows, columns, notes)
+    if arguments.csv:
+        write_csv(arguments.csv, rows)
+    if arguments.plot:
+        plot(arguments.plot, rows, case="case", series="provider", value=value, title=title, label=label)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
