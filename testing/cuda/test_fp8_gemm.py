@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 from cuda.kernels import E4M3, E5M2, lower, matmul
+from tilelang.backend.target import determine_target
+from tvm.target import Target
+
+from tilelang_ext.cuda.backend import lowering_key, normalize_target
 
 ROOT = str(Path(__file__).parents[2])
 REFUSED = [
@@ -101,3 +105,15 @@ def test_all_else_is_upstreams_text(tmp_path):
     assert all(run.returncode == 0 for run in runs)
     assert ours.count(b"__global__ void __launch_bounds__") == 6 + 2 + 3 + 1
     assert ours == upstream
+
+
+@pytest.mark.parametrize("form", [dict, Target])
+def test_kernels_of_another_version_are_not_taken_from_the_cache(form):
+    """Upstream's key of a cached kernel holds its target; CuTe DSL has another generator."""
+    config = {"kind": "cuda", "arch": "sm_90a"}
+    target = determine_target(form(config), return_object=True)
+    assert lowering_key() in target.keys
+    assert determine_target(target, return_object=True).keys == target.keys
+    assert str(target.attrs["arch"]) == "sm_90a"
+    assert normalize_target(form({**config, "keys": ["cuda", "gpu", "cutedsl"]})) is None
+    assert normalize_target("llvm") is None

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from pathlib import Path
+
 import tvm_ffi
-from tilelang.cuda.op.gemm import GEMM_INST_FMA, GEMM_INST_MMA, GEMM_INST_WGMMA, _match_fma, _match_mma, _match_wgmma
+from tilelang.backend.target import TargetLike, register_target_normalizer
+from tilelang.cuda.op.gemm import GEMM_INST_FMA, GEMM_INST_MMA, GEMM_INST_WGMMA
+from tilelang.cuda.target import normalize_cuda_target, target_is_cuda, target_is_turing, target_is_volta
 from tilelang.tileop.gemm.registry import register_gemm_impl
+from tvm.target import Target
 
 from tilelang_ext.cuda.fp8_gemm import Fp8GemmFMA, Fp8GemmMMA, Fp8GemmWGMMA
 
 
 def register() -> None:
-    """Register the GEMM implementations; idempotent. Without fp8 operands each is upstream's."""
+    """Register the GEMM implementations and the target's key; idempotent. Without fp8 operands each is upstream's."""
     # What a pass raises comes back through TVM as a RuntimeError, unless its class is registered.
     tvm_ffi.register_error("NotImplementedError", NotImplementedError)
-    register_gemm_impl("cuda.mma", GEMM_INST_MMA, _match_mma, Fp8GemmMMA)
-    register_gemm_impl("cuda.wgmma", GEMM_INST_WGMMA, _match_wgmma, Fp8GemmWGMMA)
-    register_gemm_impl("cuda.fma", GEMM_INST_FMA, _match_fma, Fp8GemmFMA)
+    register_gemm_impl("cuda.mma", GEMM_INST_MMA, _is_ampere_or_later, Fp8GemmMMA)
+    register_gemm_impl("cuda.wgmma", GEMM_INST_WGMMA, target_is_cuda, Fp8GemmWGMMA)
+    register_gemm_impl("cuda.fma", GEMM_INST_FMA, target_is_cuda, Fp8GemmFMA)
+    register_target_normalizer("cuda", normalize_target, override=True)
+
+
+def _is_ampere_or_later(target: Target) -> bool:
+    return target_is_cuda(target) and not target_is_volta(target) and not target_is_turing(target)
+
+
+@functools.cache
+def lowering_key() -> str:
+    """Return the target key that names these implementations: upstream caches a kernel under its target, and another
+    version's is none of ours."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return f"tilelang_ext-{digest.hexdigest()[:12]}"
+
+
+def normalize_target(target: TargetLike) -> Target | None:
+    """Normalise what a user gives for CUDA, as upstream does, and add the key to a target that names its architecture."""
+    given = normalize_cuda_target(target) or target
+    if isinstance(given, dict) and given.get("kind") == "cuda":
+        given = Target(given)
+    if not isinstance(given, Target) or given.kind.name != "cuda" or "cutedsl" in given.keys or "arch" not in given.attrs:
+        return None
+    return given if lowering_key() in given.keys else Target({**given.export(), "keys": [*given.keys, lowering_key()]})
