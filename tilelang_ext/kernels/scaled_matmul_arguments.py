@@ -91,19 +91,19 @@ def check(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle
         got = f"{ScalingType(recipe_a).name} and {ScalingType(recipe_b).name}"
         raise ValueError(f"scaled_mm: recipes must be {pairs}; got {got}; rescale one operand")
     check_output_dtype("out", out.dtype)
-    if tuple(out.shape) != (M, N) or not out.is_contiguous():
+    if out.shape != (M, N) or not out.is_contiguous():
         raise ValueError(
             f"scaled_mm: out must be contiguous of shape {(M, N)}; got {tuple(out.shape)} with strides {out.stride()}; "
             "pass torch.empty of that shape"
         )
     if bias is not None:
         check_output_dtype("bias", bias.dtype)
-        if tuple(bias.shape) != (N,):
+        if bias.shape != (N,):
             raise ValueError(f"scaled_mm: bias must have shape {(N,)}; got {tuple(bias.shape)}; reshape it")
-    tensors = {"mat_b": mat_b, "scale_a": scale_a, "scale_b": scale_b, "bias": bias, "out": out}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != mat_a.device:
-            raise ValueError(f"scaled_mm: {name} must be on {mat_a.device} as mat_a is; got {tensor.device}; move it")
+    device = mat_a.device
+    for name, tensor in (("mat_b", mat_b), ("scale_a", scale_a), ("scale_b", scale_b), ("bias", bias), ("out", out)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"scaled_mm: {name} must be on {device} as mat_a is; got {tensor.device}; move it")
     return (
         _by_blocks("scale_a", scale_a, recipe_a, swizzle_a, M, K),
         _by_blocks("scale_b", scale_b, recipe_b, swizzle_b, N, K),
@@ -130,9 +130,12 @@ def _by_blocks(name: str, scale: Tensor, recipe: int, swizzle: int, rows: int, K
             raise ValueError(f"scaled_mm: {name} must be one element for TensorWise; got {tuple(scale.shape)}; pass one")
         return scale.reshape(1, 1)
     if recipe == ROW:
-        column, row = (rows, 1), (1, rows)
-        _check_shape(name, scale, column, (rows,), *([row] if name == "scale_b" else []))
-        return scale.reshape(rows, 1)
+        if scale.shape == (rows, 1):
+            return scale
+        if name == "scale_b" and scale.shape == (1, rows):
+            return scale.t()
+        _check_shape(name, scale, (rows, 1), (rows,), *([(1, rows)] if name == "scale_b" else []))
+        return scale.unsqueeze(1)
     groups = -(-K // LAYOUTS[recipe].k)
     if recipe == ROW_BLOCK:
         _check_shape(name, scale, (rows, groups))
@@ -143,7 +146,7 @@ def _by_blocks(name: str, scale: Tensor, recipe: int, swizzle: int, rows: int, K
 
 
 def _check_shape(name: str, scale: Tensor, *shapes: tuple[int, ...]) -> None:
-    if tuple(scale.shape) in shapes:
+    if scale.shape in shapes:
         return
     transposed = tuple(scale.shape[::-1]) in shapes
     hint = "pass its .t()" if transposed else "check its recipe"
