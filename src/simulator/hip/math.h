@@ -4,6 +4,8 @@
 
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")
+#define HUGE_VALF __builtin_inff()
+#define HUGE_VAL __builtin_inf()
 
 #define SIM_MATH1(name)                                                            \
   inline float name##f(float x) { return __builtin_##name##f(x); }                 \

@@ -1,0 +1,175 @@
+"""HIP: tile programs and texts compute what they say on every architecture, whatever the order of their threads."""
+
+import numpy as np
+import pytest
+import torch
+from numeric import assert_close
+from rocm.kernels import LAYOUTS, scaled_matmul
+from simulator.hip_kernels import ARCHS, attention, cast, gemm, operands, row_statistics, scale_rows, target
+from simulator.hip_texts import HISTOGRAM, ROW_SUM, run, run_gemm
+
+from tilelang_ext import formats, quantize, reference, simulate
+
+FP8 = {f.dtype: f for f in formats.FP8_OPERANDS}
+FP16 = {
+    "gfx90a": "mfma_f32_16x16x16f16",
+    "gfx942": "mfma_f32_16x16x16f16",
+    "gfx950": "mfma_f32_16x16x32_f16",
+    "gfx1100": "wmma_f32_16x16x16_f16_w32",
+    "gfx1201": "wmma_f32_16x16x16_f16_w32_gfx12",
+}
+
+
+def check(kernel, arguments, arch, **options):
+    report = simulate(kernel, *arguments, target=target(arch), **options)
+    assert not report.findings, str(report)
+    return report
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gemm_fp16(arch):
+    a, b, c, expected = operands(64, 64, 96, "float16")
+    report = check(gemm(64, 64, 96, "float16"), (a, b, c), arch)
+    assert_close(c, expected, dtype="float32")
+    K = 32 if arch == "gfx950" else 16
+    assert report.instructions == {FP16[arch]: 4 * 4 * 96 // K}
+    assert report.counts.mma == 8 * 8 * 12
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gemm_bf16(arch):
+    """Several groups, stages in flight, and tiles that end outside of the matrices."""
+    a, b, c, expected = operands(80, 72, 128, "bfloat16")
+    check(gemm(80, 72, 128, "bfloat16", num_stages=2), (a, b, c), arch)
+    assert_close(c, expected, dtype="float32")
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100", "gfx1201"])
+def test_gemm_untransposed(arch):
+    a, b, c, expected = operands(64, 64, 64, "float16")
+    check(gemm(64, 64, 64, "float16", trans_B=False), (a, b.T.contiguous(), c), arch)
+    assert_close(c, expected, dtype="float32")
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_gemm_int8(arch):
+    a, b, c, expected = operands(64, 64, 64, "int8", "int32")
+    check(gemm(64, 64, 64, "int8", accum="int32"), (a, b, c), arch)
+    assert torch.equal(c.double(), expected)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [(arch, dtype) for arch in ARCHS for dtype in FP8 if dtype.endswith("fnuz") or arch != "gfx90a"],
+)
+def test_gemm_fp8(arch, dtype):
+    """Each flavour, on the unit that reads it or decoded."""
+    a, b, c, expected = operands(64, 64, 64, dtype)
+    check(gemm(64, 64, 64, dtype), (a, b, c), arch)
+    assert_close(c, expected, dtype="float32")
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1100", "gfx1201"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp8_scaled_matmul(arch, layout):
+    """Scales that differ in each row and group; K ends inside a step, rows and columns inside a tile."""
+    M, N, K = 40, 80, 160
+    layouts, generator = LAYOUTS[layout], torch.Generator().manual_seed(0)
+    dtype = "float8_e4m3fnuz" if layout == "row" else "float8_e4m3fn"
+    quantised = []
+    for rows, scale_layout in zip((M, N), layouts, strict=True):
+        values = torch.randn(rows, K, generator=generator)
+        values *= torch.exp2(torch.randint(-4, 5, (rows, 1), generator=generator).float())
+        quantised += quantize.quantize(values, FP8[dtype], scale_layout)
+    C = torch.full((M, N), torch.nan)
+    check(scaled_matmul(layout, a=dtype, b=dtype, M=M, N=N, K=K), (*quantised, C), arch)
+    assert_close(C, reference.scaled_matmul(*quantised, *layouts), dtype="float32")
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1100", "gfx1201"])
+def test_attention(arch):
+    """Chained products with reductions over rows between them."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, 64, generator=generator).half() for rows in (64, 128, 128))
+    o = torch.full((64, 64), torch.nan)
+    check(attention("float16"), (q, k, v, o), arch)
+    expected = torch.softmax(q.double() @ k.double().T, 1) @ v.double()
+    assert_close(o, expected, dtype="float16")  # its probabilities are rounded to half
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+def test_reductions_across_waves(arch):
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    total, most, least = (torch.full((4,), torch.nan) for _ in range(3))
+    report = check(row_statistics(), (x, total, most, least), arch)
+    assert_close(total, x.double().sum(1), dtype="float32")
+    assert torch.equal(most, x.amax(1))
+    assert torch.equal(least, x.amin(1))
+    assert report.counts.shuffles > 0
+
+
+@pytest.mark.parametrize(("arch", "flavour"), [("gfx942", "fnuz"), ("gfx950", "")])
+@pytest.mark.parametrize("dtype", ["float8_e4m3", "float8_e5m2"])
+def test_casts_to_fp8(arch, flavour, dtype):
+    """Every half in the format's range, to nearest even; beyond, values saturate."""
+    name = dtype + (flavour or ("fn" if "e4m3" in dtype else ""))
+    fp8 = getattr(torch, name)
+    x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    x = x[torch.isfinite(x)]
+    x = x[: x.numel() // 64 * 64].contiguous()
+    y = torch.zeros(x.numel(), dtype=torch.uint8).view(fp8)
+    tilelang_name = name if flavour or "e4m3" in dtype else "float8_e5m2"
+    check(cast(x.numel(), "float32", tilelang_name), (x, y), arch, check=False)
+    largest = torch.finfo(fp8).max
+    expected = x.clamp(-largest, largest).to(fp8)
+    assert torch.equal(y.float(), expected.float())
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+def test_symbolic_extents_and_numbers(arch):
+    for rows in (1, 5):
+        x, y = torch.randn(rows, 96), torch.full((rows, 96), torch.nan)
+        check(scale_rows(), (x, 2.5, y), arch)
+        assert torch.equal(y, 2.5 * x)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("check", [False, True])
+def test_order_of_threads_does_not_matter(seed, check):
+    report, c, expected = run_gemm(seed=seed, check=check)
+    assert_close(c, expected, dtype="float32")
+    assert report.checked == check
+    assert report.counts.mma == 512
+
+
+def test_counts():
+    report, _, _ = run_gemm()
+    counts = report.counts
+    assert report.instructions == {"mfma_f32_16x16x16f16": 4 * 4 * 4}
+    assert counts.device_bytes_read == 2 * 64 * 64 * 2
+    assert counts.device_bytes_written == 64 * 64 * 4
+    assert counts.threadgroup_bytes_written == 2 * 64 * 64 * 2
+    # each of 2 waves reads 2 tiles of A and 4 of B, of 16 x 16, for each of 4 steps of k
+    assert counts.threadgroup_bytes_read == 2 * 4 * 6 * 256 * 2
+    assert counts.threadgroup_barriers == 2 * 2
+    assert report.threadgroup_memory == 2 * 64 * 32 * 2
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
+def test_templates_across_waves(arch):
+    x, y = torch.randn(3, 256), torch.full((3,), torch.nan)
+    report = run(ROW_SUM, "row_sum", [x, y, 0.25], arch=arch, grid=3, threads=256)
+    assert report.findings == ()
+    assert_close(y, x.double().sum(1) + 0.25, dtype="float32")
+    waves, inside = (4, 6) if arch == "gfx942" else (8, 5)
+    assert report.counts.shuffles == 3 * waves * inside
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_atomics(workers):
+    x = torch.randint(0, 100, (256,), dtype=torch.int32)
+    bins, total, most = torch.zeros(16, dtype=torch.int32), torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    report = run(HISTOGRAM, "histogram", [x, bins, total, most], grid=4, workers=workers)
+    assert report.findings == ()
+    assert bins.tolist() == np.bincount(x.numpy() & 15, minlength=16).tolist()
+    assert (total.item(), most.item()) == (x.sum().item(), x.max().item())
