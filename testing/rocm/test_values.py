@@ -1,0 +1,132 @@
+"""What the emitted HIP text computes, executed for every architecture on the CPU: fp8 products against float64."""
+
+import pytest
+import torch
+from language.test_fp8_scaled_matmul import operand
+from numeric import assert_close
+from rocm.kernels import ARCHS, FP8, LAYOUTS, attention_products, gemm, scaled_matmul, shared_accumulator
+
+from tilelang_ext import formats, quantize, reference, simulate
+
+E4M3, E5M2, E4M3_FNUZ, E5M2_FNUZ = FP8
+PAIRS = [(E4M3, E4M3), (E4M3, E5M2), (E5M2_FNUZ, E4M3_FNUZ), (E5M2, E4M3_FNUZ)]
+
+
+def run(kernel, *arguments, arch):
+    report = simulate(kernel, *arguments, target={"kind": "hip", "mcpu": arch})
+    assert not report.findings, str(report)
+    return report
+
+
+def codes(rows, K, dtype, seed):
+    """Random finite codes of every magnitude, subnormals included, as the type; and their values."""
+    format = formats.format_of(dtype)
+    finite = torch.tensor([c for c, v in enumerate(format.values) if abs(v) <= 4.0], dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = finite[torch.randint(len(finite), (rows, K), generator=generator)]
+    return drawn.view(getattr(torch, format.torch_dtype)), quantize.decode(drawn, format, dtype=torch.float64)
+
+
+def nans(M, N):
+    return torch.full((M, N), torch.nan)
+
+
+def check_gemm(arch, a="float8_e4m3fn", b="float8_e4m3fn", M=64, N=64, K=128, trans_A=False, trans_B=True, **options):
+    (A, A_values), (B, B_values), C = codes(M, K, a, 0), codes(N, K, b, 1), nans(M, N)
+    A, B = (A.t().contiguous() if trans_A else A), (B if trans_B else B.t().contiguous())
+    run(gemm(a, b, M=M, N=N, K=K, trans_A=trans_A, trans_B=trans_B, **options), A, B, C, arch=arch)
+    assert_close(C, A_values @ B_values.T, dtype="float32")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_pairs_of_types(a, b, arch):
+    check_gemm(arch, a, b)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1100", "gfx1201"])
+@pytest.mark.parametrize(("trans_A", "trans_B"), [(False, False), (True, True)])
+def test_transposes(trans_A, trans_B, arch):
+    check_gemm(arch, trans_A=trans_A, trans_B=trans_B, M=32, N=96, K=32, threads=64)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1100", "gfx1201"])
+@pytest.mark.parametrize(
+    ("A_scope", "B_scope", "transposed"),
+    [("fragment", "shared", False), ("shared", "fragment", True), ("fragment", "fragment", True)],
+)
+def test_operands_in_registers(A_scope, B_scope, transposed, arch):
+    check_gemm(arch, A_scope=A_scope, B_scope=B_scope, trans_A=transposed, trans_B=not transposed)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "threads"), [(16, 16, 16, 64), (16, 128, 48, 128), (128, 32, 64, 256), (48, 16, 96, 64), (64, 64, 384, 128)]
+)
+@pytest.mark.parametrize("arch", ["gfx950", "gfx1201"])
+def test_tiles(M, N, K, threads, arch):
+    if arch.startswith("gfx1"):
+        threads //= 2  # as many waves
+    check_gemm(arch, E4M3, E5M2, M=M, N=N, K=K, threads=threads)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("A_scope", ["shared", "fragment"])
+def test_wide_products_of_16_bits(dtype, A_scope):
+    A, B = (torch.randn(64, 128, generator=torch.Generator().manual_seed(i)).to(getattr(torch, dtype)) for i in (0, 1))
+    C = nans(64, 64)
+    report = run(gemm(dtype, dtype, A_scope=A_scope), A, B, C, arch="gfx950")
+    assert_close(C, A.double() @ B.double().T, dtype="float32")
+    assert sum(report.instructions.values()) == 4 * 4 * 128 // 32
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", FP8)
+def test_every_code(dtype, arch):
+    """A row a code, times one: the code's value to the last bit, infinities and NaN included."""
+    format = formats.format_of(dtype)
+    A = torch.zeros(256, 32, dtype=torch.uint8)
+    B = torch.zeros(32, 32, dtype=torch.uint8)
+    one = format.values.index(1.0)
+    for code in range(256):
+        A[code, code % 32] = code
+    B.fill_diagonal_(one)
+    C = nans(256, 32)
+    views = (t.view(getattr(torch, format.torch_dtype)) for t in (A, B))
+    run(gemm(dtype, dtype, M=256, N=32, K=32, threads=256 if arch.startswith("gfx9") else 128), *views, C, arch=arch)
+    found = C[torch.arange(256), torch.arange(256) % 32].double()
+    expected = torch.tensor(format.values, dtype=torch.float64)
+    assert torch.equal(found.nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp8_scaled_matmul(layout, arch):
+    """K ends inside a step of 128; scales differ in every row and group."""
+    M, N, K = 40, 150, 288
+    layouts = LAYOUTS[layout]
+    (A, SA), (B, SB), C = operand(M, K, layouts[0], seed=0), operand(N, K, layouts[1], seed=1), nans(M, N)
+    SA, SB = (s.reshape(l.scale_shape(rows, K)) for s, l, rows in ((SA, layouts[0], M), (SB, layouts[1], N)))
+    run(scaled_matmul(layout, M=M, N=N, K=K), A, SA, B, SB, C, arch=arch)
+    assert_close(C, reference.scaled_matmul(A, SA, B, SB, *layouts), dtype="float32")
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1100", "gfx1201"])
+def test_products_of_both_kinds_into_one_accumulator(arch):
+    generator = torch.Generator().manual_seed(2)
+    A, B = (torch.randn(64, 64, generator=generator).half() for _ in range(2))
+    (A8, A8_values), (B8, B8_values), C = codes(64, 64, E4M3, 3), codes(64, 64, E4M3, 4), nans(64, 64)
+    run(shared_accumulator(), A, B, A8, B8, C, arch=arch)
+    assert_close(C, A.double() @ B.double().T + A8_values @ B8_values.T, dtype="float32")
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [("gfx942", E4M3_FNUZ), ("gfx950", E4M3), ("gfx950", "float16")])
+def test_result_of_a_product_is_operand_of_the_next(arch, dtype):
+    """Small whole numbers, which the cast between the products leaves as they are."""
+    generator = torch.Generator().manual_seed(5)
+    torch_dtype = getattr(torch, dtype)
+    Q, V = (torch.randint(-1, 2, (64, 64), generator=generator).float() for _ in range(2))
+    K = torch.zeros(64, 64)
+    K[torch.arange(64), torch.randperm(64, generator=generator)] = 2.0
+    O = nans(64, 64)
+    run(attention_products(dtype), *(t.to(torch_dtype) for t in (Q, K, V)), O, arch=arch)
+    assert_close(O, (Q @ K.T).double() @ V.double().T, dtype="float32")
