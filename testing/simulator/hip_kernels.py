@@ -137,10 +137,10 @@ def row_statistics(rows=4, columns=512, threads=256):
             result = T.alloc_fragment((1,), "float32")
             T.copy(x[row : row + 1, :], values)
             T.reduce_sum(values, result, dim=1)
-            total[row] = result[0]
+            T.copy(result, total[row : row + 1])
             T.reduce_max(values, result, dim=1)
-            most[row] = result[0]
+            T.copy(result, most[row : row + 1])
             T.reduce_min(values, result, dim=1)
-            least[row] = result[0]
+            T.copy(result, least[row : row + 1])
 
     return kernel
