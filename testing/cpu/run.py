@@ -1,4 +1,4 @@
-"""Run a kernel on the CPU through target `c`, never from the cache of another day."""
+"""Run a kernel on the CPU through target `c`. The passes are part of the cache's key: no stale kernel is met."""
 
 import tilelang
 from numeric import assert_close

@@ -111,7 +111,7 @@ def vector_load(x, s):
     [
         (shuffle, NotImplementedError, r"target c: blocks have one thread, .*; got tl\.warp_reduce_sum; use tile operators"),
         (scan, NotImplementedError, r"target c: tile operators must be copy, .*; got cumsum; write it with these"),
-        (thread, Exception, r"thread index `\w+`, but target `c` has no SIMT threads"),  # upstream's
+        (thread, NotImplementedError, r"target c: blocks have one thread; got thread index \w+ in .*; use tile operators"),
         (vector, NotImplementedError, r"target c: one float16 at a time can be .*; got .*; cast to float32"),
         (vector_load, NotImplementedError, r"target c: one float8_e5m2 at a time can be .*; got h\["),
     ],

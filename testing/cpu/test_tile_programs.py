@@ -1,5 +1,6 @@
 """Tile programs of a GPU on the CPU: products with epilogues, attention, reductions, arrays that no stack holds."""
 
+import threading
 import time
 
 import pytest
@@ -123,6 +124,55 @@ def test_regions_of_operands():
     check(kernel, (A, B), torch.full((32, 64), torch.nan), expected)
 
 
+@pytest.mark.parametrize("refused", ["two shared tiles", "fill of shared", "a bfloat16 value"])
+def test_what_upstream_refuses_without_fragments(refused):
+    @T.prim_func
+    def kernel(X: T.Tensor((32, 32), "float32"), Y: T.Tensor((32, 32), "float32")):
+        with T.Kernel(1, threads=32) as _:
+            x = T.alloc_shared((32, 32), "float32")
+            if refused == "fill of shared":
+                T.clear(x)
+            T.copy(X, x)
+            if refused == "two shared tiles":
+                y = T.alloc_shared((32, 32), "float32")
+                T.copy(x, y)
+                T.copy(y, Y)
+            else:
+                for i, j in T.Parallel(32, 32):
+                    Y[i, j] = T.cast(T.cast(x[i, j], "bfloat16"), "float32") if refused == "a bfloat16 value" else x[i, j]
+
+    X = torch.randn(32, 32, generator=torch.Generator().manual_seed(6))
+    Y = torch.full_like(X, torch.nan)
+    compile_c(kernel)(X, Y)
+    assert torch.equal(Y, X.bfloat16().float() if refused == "a bfloat16 value" else X)
+
+
+def test_hints_for_a_gpu_change_nothing():
+    """Barriers, batched reductions, fast functions, asynchronous copies, reductions of shared tiles."""
+
+    @T.prim_func
+    def kernel(X: T.Tensor((32, 48), "float32"), Y: T.Tensor((3, 32), "float32")):
+        with T.Kernel(1, threads=128) as _:
+            x_s = T.alloc_shared((32, 48), "float32")
+            x = T.alloc_fragment((32, 48), "float32")
+            row = T.alloc_fragment((32,), "float32")
+            T.async_copy(X, x_s)
+            T.sync_threads()
+            T.copy(x_s, x)
+            T.reduce_max(x, row, dim=1, batch=2)
+            T.copy(row, Y[0, :])
+            T.reduce_sum(x_s, row, dim=1)
+            T.copy(row, Y[1, :])
+            for i, j in T.Parallel(32, 48):
+                x[i, j] = T.__exp(x[i, j])
+            T.reduce_min(x, row, dim=1)
+            T.copy(row, Y[2, :])
+
+    X = torch.randn(32, 48, generator=torch.Generator().manual_seed(7))
+    expected = torch.stack([X.double().amax(1), X.double().sum(1), X.double().exp().amin(1)])
+    check(kernel, (X,), torch.full((3, 32), torch.nan), expected)
+
+
 def test_attention():
     """The online softmax: two products of which one feeds the other, row maxima and sums, exponentials, masks."""
     heads, length, dim, block = 2, 96, 32, 32
@@ -187,7 +237,9 @@ def test_arrays_larger_than_a_stack(columns):
     @T.prim_func
     def kernel(X: T.Tensor((64, columns), "float32"), Y: T.Tensor((64, columns), "bfloat16")):
         with T.Kernel(2, threads=128) as block:
-            x, y, z = (T.alloc_fragment((64, columns), "float32") for _ in range(3))
+            x = T.alloc_fragment((64, columns), "float32")
+            y = T.alloc_fragment((64, columns), "float32")
+            z = T.alloc_fragment((64, columns), "float32")
             row = T.alloc_fragment((64,), "float32")
             T.copy(X, x)
             T.reduce_max(x, row, dim=1)
@@ -201,7 +253,13 @@ def test_arrays_larger_than_a_stack(columns):
     assert ("tilelang_ext::workspace(" in run.get_kernel_source()) is (columns > 64)
     X = torch.randn(64, columns, generator=torch.Generator().manual_seed(5))
     Y = torch.full_like(X, torch.nan).bfloat16()
-    run(X, Y)
+    threading.stack_size(512 * 1024)
+    try:
+        thread = threading.Thread(target=run, args=(X, Y))
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(0)
     assert torch.equal(Y, ((X - X.amax(1, keepdim=True)) + X * 2 + 1).bfloat16())
 
 

@@ -71,7 +71,7 @@ inline float decode_float16(uint16_t code) {
 
 inline float decode_bfloat16(uint16_t code) { return bit_cast<float>(uint32_t(code) << 16); }
 
-// This thread's memory for the arrays of a kernel that are too large for its stack.
+// This thread's memory for the arrays of a kernel that are too large for its stack; kept until the thread ends.
 inline void* workspace(size_t bytes, size_t offset) {
   static thread_local std::vector<char> memory;
   if (memory.size() < bytes) memory.resize(bytes);

@@ -123,7 +123,6 @@ def prelude(dtypes: set[str]) -> str:
 
 # --- the pass ------------------------------------------------------------------------------------------------------------
 
-_LOWERED_BY_GENERATOR = ("tl.clamp", "tl.infinity")
 _ROUNDED = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div)
 _EXACT = (tirx.Min, tirx.Max)
 _SINGLE_FROM = ("float32", "int8", "uint8", "int16", "uint16", "bool")  # a float holds each of their values
@@ -142,7 +141,7 @@ def _refusal(expr) -> NotImplementedError:
 
 def _check_one_thread(call: tirx.Call) -> None:
     name = call.op.name if isinstance(call.op, Op) else ""
-    if name.startswith(("tl.", "tirx.ptx_", "tirx.tvm_warp_")) and name not in _LOWERED_BY_GENERATOR:
+    if name.startswith(("tl.", "tirx.ptx_", "tirx.tvm_warp_")) and name != "tl.clamp":
         raise NotImplementedError(
             f"target c: blocks have one thread, without GPU instructions; got {name}; use tile operators (T.copy, T.gemm, "
             "T.reduce_*) and T.Parallel"

@@ -11,6 +11,8 @@ and is refused.
 
 from __future__ import annotations
 
+import math
+
 from tvm import tirx
 from tvm.ir import Op, PointerType
 from tvm.tirx.transform import prim_func_pass
@@ -23,41 +25,69 @@ _TILE_OPERATORS = ("copy", "async_copy", "fill", "gemm", "reduce", "transpose", 
 _EXACT = {f"tl.__{name}": Op.get(f"tirx.{name}") for name in ("exp", "exp10", "log", "log2", "log10", "sin", "cos", "tan")}
 
 
+def _name(node) -> str:
+    """The operator's name of a call, else nothing."""
+    return node.op.name if isinstance(node, tirx.Call) and isinstance(node.op, Op) else ""
+
+
 def needs_one_thread_blocks(func: tirx.PrimFunc) -> bool:
     """Whether upstream's lowering for `c` would refuse `func`: fragments, fp8 and bfloat16, several dynamic shared buffers,
     a fill of shared memory."""
     buffers = [*func.buffer_map.values()]
-    fills = []
+    dtypes = set()
+    filled = []
 
     def visit(node):
         if isinstance(node, tirx.SBlock):
             buffers.extend(node.alloc_buffers)
-        if isinstance(node, tirx.Cast) and is_carried(node.dtype) and str(node.dtype) != "float16":
-            fills.append(True)  # a value needs no buffer to be refused
-        if isinstance(node, tirx.Call) and isinstance(node.op, Op) and node.op.name == "tl.tileop.fill":
-            fills.append(node.args[0].args[0].buffer.scope().startswith("shared"))
+        if isinstance(node, tirx.Cast):
+            dtypes.add(str(node.dtype))
+        if _name(node) == "tl.tileop.fill":
+            filled.append(node.args[0].args[0].buffer.scope())
 
     tirx.stmt_functor.post_order_visit(func.body, visit)
+    dtypes.update(str(buffer.dtype) for buffer in buffers)
     scopes = [buffer.scope() for buffer in buffers]
     return (
-        any(fills)
-        or "local.fragment" in scopes
+        "local.fragment" in scopes
         or scopes.count("shared.dyn") > 1
-        or any(is_carried(buffer.dtype) and str(buffer.dtype) != "float16" for buffer in buffers)
+        or any(scope.startswith("shared") for scope in filled)
+        or any(is_carried(dtype) and dtype != "float16" for dtype in dtypes)
     )
+
+
+def _check_thread_indices(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
+    indices = []
+
+    def visit(node):
+        if isinstance(node, tirx.For) and node.thread_binding is not None:  # 0.1.14
+            if node.thread_binding.thread_tag.startswith("threadIdx"):
+                indices.append(node.loop_var)
+        elif isinstance(node, tirx.Bind) and _name(node.value) == "tl.launch_thread_idx":
+            indices.append(node.var)
+
+    def check(node):
+        if isinstance(node, tirx.Var) and any(node.same_as(index) for index in indices):
+            raise NotImplementedError(
+                f"target c: blocks have one thread; got thread index {node.name} in T.Kernel's body (T.print uses it too); use "
+                "tile operators and T.Parallel"
+            )
+
+    tirx.stmt_functor.post_order_visit(func.body, visit)
+    tirx.stmt_functor.post_order_visit(func.body, check)
+    return func
 
 
 def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     local: dict[tirx.Var, tirx.Var] = {}
 
     def collect(node):
-        if isinstance(node, tirx.Call) and isinstance(node.op, Op):
-            operator = node.op.name.removeprefix("tl.tileop.")
-            if operator != node.op.name and operator not in _TILE_OPERATORS:
-                raise NotImplementedError(
-                    f"target c: tile operators must be {', '.join(_TILE_OPERATORS)}; got {operator}; "
-                    "write it with these and T.Parallel or T.serial"
-                )
+        namespace, _, operator = _name(node).rpartition(".")
+        if namespace == "tl.tileop" and operator not in _TILE_OPERATORS:
+            raise NotImplementedError(
+                f"target c: tile operators must be {', '.join(_TILE_OPERATORS)}; got {operator}; "
+                "write it with these and T.Parallel or T.serial"
+            )
         if isinstance(node, tirx.SBlock):
             for buffer in node.alloc_buffers:
                 if buffer.scope() in _TILES:
@@ -66,7 +96,9 @@ def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
 
     def adapt(node):
         if isinstance(node, tirx.Call):
-            name = node.op.name if isinstance(node.op, Op) else ""
+            name = _name(node)
+            if name == "tl.infinity":  # which 0.1.14 does not lower for C
+                return tirx.FloatImm(node.dtype, math.inf)
             if name in _EXACT:
                 return tirx.Call(node.dtype, _EXACT[name], node.args)
             if name == "tl.tileop.reduce" and "batch" in node.annotations:  # how many values a barrier serves
@@ -86,4 +118,6 @@ def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     return func.with_body(tirx.stmt_functor.substitute(body, local))
 
 
+# Runs first, where thread indices still have names.
+RefuseThreadIndices = prim_func_pass(_check_thread_indices, opt_level=0, name="tilelang_ext.RefuseThreadIndices")
 OneThreadBlocks = prim_func_pass(_serialize, opt_level=0, name="tilelang_ext.OneThreadBlocks")

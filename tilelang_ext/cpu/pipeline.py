@@ -10,7 +10,7 @@ from tvm import IRModule, s_tir, tirx
 from tvm.target import Target
 
 from tilelang_ext.cpu.narrow_floats import CarryNarrowFloats
-from tilelang_ext.cpu.one_thread_blocks import OneThreadBlocks
+from tilelang_ext.cpu.one_thread_blocks import OneThreadBlocks, RefuseThreadIndices
 from tilelang_ext.cpu.workspace import PlaceLargeArrays
 
 
@@ -25,6 +25,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to a C function that runs the grid as loops, without vectors or threads."""
     transform = tilelang.transform
     mod = tirx.transform.BindTarget(target)(mod)
+    mod = RefuseThreadIndices(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = OneThreadBlocks(mod)
     if should_force_let_inline():
