@@ -45,6 +45,13 @@ def test_native_products_are_not_refused(arch, trans_B):
     ) + "tl::DataType::kFloat8_e4m3, tl::DataType::kFloat8_e5m2" in text
 
 
+@pytest.mark.parametrize("trans_B", [True, False])
+def test_a_tile_too_low_for_wgmma_stays_with_a_warps_product(trans_B):
+    text = lower(matmul(64, 64, 64, block_M=32, trans_B=trans_B), "sm_90a")
+    assert "tl::mma_sync<" in text
+    assert "wgmma" not in text
+
+
 def test_volta_and_turing_multiply_scalars():
     for arch in ("sm_70", "sm_75"):
         text = lower(matmul(64, 64, 64, b=E5M2), arch)

@@ -7,6 +7,7 @@ from cuda.kernels import E4M3, E5M2, LAYOUTS, ROW, lower, matmul
 from language.test_fp8_scaled_matmul import operand
 from numeric import assert_close
 
+from tilelang_ext import language as T
 from tilelang_ext import reference
 
 pytestmark = needs_compiler
@@ -60,6 +61,26 @@ def test_decoded_to_half(options):
 @pytest.mark.parametrize("options", TRANSPOSED_CASES.values(), ids=TRANSPOSED_CASES)
 def test_transposed_for_wgmma(options):
     check("sm_90a", expects=TRANSPOSED, **options)
+
+
+def test_both_operands_in_registers():
+    """Upstream's T.gemm takes B in registers too."""
+    M, N, K = 32, 48, 64
+    A, B = (torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)) for rows in (M, N))
+    tensors = {"A": A.to(torch.float8_e4m3fn), "B": B.to(torch.float8_e5m2), "C": torch.full((M, N), torch.nan)}
+
+    @T.prim_func
+    def kernel(A: T.Tensor((M, K), E4M3), B: T.Tensor((N, K), E5M2), C: T.Tensor((M, N), "float32")):
+        with T.Kernel(1, threads=128) as _:
+            A_f, B_f = T.alloc_fragment((M, K), E4M3), T.alloc_fragment((N, K), E5M2)
+            C_f = T.alloc_fragment((M, N), "float32")
+            T.copy(A, A_f)
+            T.copy(B, B_f)
+            T.gemm(A_f, B_f, C_f, transpose_B=True, clear_accum=True)
+            T.copy(C_f, C)
+
+    execute(lower(kernel, "sm_80"), (1, 1), tensors)
+    assert_close(tensors["C"], tensors["A"].double() @ tensors["B"].double().T, dtype="float32")
 
 
 def test_k_major_operands_of_wgmma_are_left_alone():
