@@ -58,7 +58,8 @@ inline int count_votes(bool vote, const Site* site) {
 
 }  // namespace sim
 
-// Widths divide the wave into groups that do not see each other; a source outside of the group is the lane itself.
+// Widths divide the wave into parts; a source past the end of a lane's part (before its start, for __shfl_up) is the lane
+// itself, as in HIP's own amd_warp_functions.h.
 template <class T>
 inline T __shfl(T value, int source, int width = warpSize, SIM_SITE) {
   const int lane = sim::lane();
