@@ -13,19 +13,20 @@ from tilelang_ext import language as T
 from tilelang_ext.cpu.workspace import STACK_BYTES
 
 
-def matmul(M, N, K, dtype, out, accumulator="float32", trans_A=False, trans_B=False, stages=2):
-    """C = max(A B + bias, 0), by tiles of 32x32x32 in a pipelined loop, with edges."""
+def matmul(M, N, K, dtype, out, accumulator="float32", trans_A=False, trans_B=False, stages=2, dtype_B=None):
+    """C = max(A B + bias, 0), by tiles of 32x32x32 in a pipelined loop, with edges; B has the dtype of A if not given."""
+    dtype_B = dtype_B or dtype
 
     @T.prim_func
     def kernel(
         A: T.Tensor((K, M) if trans_A else (M, K), dtype),
-        B: T.Tensor((N, K) if trans_B else (K, N), dtype),
+        B: T.Tensor((N, K) if trans_B else (K, N), dtype_B),
         bias: T.Tensor((N,), "float32"),
         C: T.Tensor((M, N), out),
     ):
         with T.Kernel(T.ceildiv(N, 32), T.ceildiv(M, 32), threads=128) as (bx, by):
             A_s = T.alloc_shared((32, 32), dtype)
-            B_s = T.alloc_shared((32, 32), dtype)
+            B_s = T.alloc_shared((32, 32), dtype_B)
             C_f = T.alloc_fragment((32, 32), accumulator)
             T.use_swizzle(8)
             T.annotate_layout({A_s: T.Layout((32, 32), lambda i, j: (j, i))})
@@ -49,24 +50,26 @@ def matmul(M, N, K, dtype, out, accumulator="float32", trans_A=False, trans_B=Fa
 
 
 @pytest.mark.parametrize(
-    ("dtype", "out", "trans_A", "trans_B"),
+    ("dtype", "dtype_B", "out", "trans_A", "trans_B", "stages"),
     [
-        ("float16", "float16", False, False),
-        ("bfloat16", "float32", False, True),
-        ("bfloat16", "bfloat16", True, False),
-        ("float32", "float32", True, True),
-        ("float8_e5m2", "float16", False, True),
+        ("float16", "float16", "float16", False, False, 0),
+        ("bfloat16", "bfloat16", "float32", False, True, 1),
+        ("bfloat16", "bfloat16", "bfloat16", True, False, 2),
+        ("float32", "float32", "float32", True, True, 3),
+        ("float16", "float8_e5m2", "float16", False, True, 2),
     ],
 )
-def test_matmul_with_epilogue(dtype, out, trans_A, trans_B):
+def test_matmul_with_epilogue(dtype, dtype_B, out, trans_A, trans_B, stages):
     M, N, K = 40, 70, 100
     generator = torch.Generator().manual_seed(0)
-    A, B = (torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for shape in ((M, K), (K, N)))
+    A = torch.randn(M, K, generator=generator).to(getattr(torch, dtype))
+    B = torch.randn(K, N, generator=generator).to(getattr(torch, dtype_B))
     bias = torch.randn(N, generator=generator)
     expected = (A.double() @ B.double() + bias.double()).clamp(min=0)
     given = (A.T.contiguous() if trans_A else A, B.T.contiguous() if trans_B else B, bias)
     C = torch.full((M, N), torch.nan).to(getattr(torch, out))
-    check(matmul(M, N, K, dtype, out, trans_A=trans_A, trans_B=trans_B), given, C, expected, out)
+    kernel = matmul(M, N, K, dtype, out, trans_A=trans_A, trans_B=trans_B, stages=stages, dtype_B=dtype_B)
+    check(kernel, given, C, expected, out)
 
 
 def test_integers():
