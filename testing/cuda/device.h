@@ -1,6 +1,7 @@
 // What the CUDA text of these kernels calls, on a CPU: a thread of the block is a thread here. Lane layouts of matrix
-// instructions, swizzles and descriptors are those of the PTX ISA (9.7.15 mma, 9.7.16 wgmma), written from it, not from the
-// generator. Instructions of a warp meet at a barrier, so a kernel needs as many of them in each lane as it would on a GPU.
+// instructions, swizzles and descriptors are those of the PTX ISA (9.7.15 mma, 9.7.16 wgmma), written from it, not from
+// the generator. Instructions of a warp meet at a barrier, so a kernel needs as many of them in each lane as it would
+// on a GPU.
 #include <algorithm>
 #include <barrier>
 #include <cmath>
@@ -47,9 +48,9 @@ struct fp8_e8_t {
 struct fp8_e5_t {
   uint8_t code;
 };
-#define FP8_VECTOR(name, element, n)       \
+#define FP8_VECTOR(name, element, n)        \
   struct __attribute__((aligned(n))) name { \
-    element codes[n];                      \
+    element codes[n];                       \
   }
 FP8_VECTOR(fp8_e4_2_t, fp8_e4_t, 2);
 FP8_VECTOR(fp8_e4_4_t, fp8_e4_t, 4);
@@ -144,7 +145,8 @@ void ldmatrix(const void* row, void* to) {
   w.pointer[lane()] = row;
   w.meet.arrive_and_wait();
   for (int i = 0; i < N; ++i)
-    std::memcpy(static_cast<char*>(to) + 4 * i, static_cast<const char*>(w.pointer[8 * i + lane() / 4]) + lane() % 4 * 4, 4);
+    std::memcpy(static_cast<char*>(to) + 4 * i,
+                static_cast<const char*>(w.pointer[8 * i + lane() / 4]) + lane() % 4 * 4, 4);
   w.meet.arrive_and_wait();
 }
 inline void ptx_ldmatrix_x4(const void* row, void* to) { ldmatrix<4>(row, to); }
@@ -183,9 +185,11 @@ struct GmmaDescriptor {
 template <int Swizzle, int Leading, int Stride>
 void initialize_wgmma_descriptor(GmmaDescriptor& descriptor, const void* start) {
   const uint64_t address = static_cast<const uint8_t*>(start) - shared_memory;
-  descriptor.bits = (address >> 4 & 0x3fff) | uint64_t(Leading) << 16 | uint64_t(Stride) << 32 | uint64_t(Swizzle) << 62;
+  descriptor.bits =
+      (address >> 4 & 0x3fff) | uint64_t(Leading) << 16 | uint64_t(Stride) << 32 | uint64_t(Swizzle) << 62;
 }
-// One code of a K-major operand: rows of 128, 64 or 32 bytes, whose 16-byte parts are permuted by address bits 7 and up.
+// One code of a K-major operand: rows of 128, 64 or 32 bytes, whose 16-byte parts are permuted by address bits 7 and
+// up.
 inline uint8_t element(uint64_t descriptor, int row, int k) {
   const int swizzle = descriptor >> 62, width = 256 >> swizzle, stride = (descriptor >> 32 & 0x3fff) << 4;
   uint64_t address = ((descriptor & 0x3fff) << 4) + row / 8 * stride + row % 8 * width + k;
