@@ -94,9 +94,9 @@ def test_vecmat_instructions(M):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_120a"])
 def test_lowers_elsewhere(arch):
-    """Lowering guards of partial tiles takes seconds, hence whole ones."""
+    """Lowering takes seconds there, more with guards of partial tiles: hence one recipe and whole tiles."""
     for M in (1, 4096):
-        assert all("__global__" in source for source in texts(M, 2048, 1536, arch, ["row", "block"]).values())
+        assert "__global__" in texts(M, 2048, 1536, arch, ["row"])["row"]
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------

@@ -61,8 +61,6 @@ def vecmat(problem: Problem, config: Config):
     codes = _codes_a_load(problem)
     decoded = min(_DECODED, codes)
     loads, warps = K // codes, threads // _WARP
-    # Rows of b that a thread has at a time share a scale where blocks of rows hold all of them.
-    row_scales = rows if layout_b.k is not None and layout_b.rows % rows else 1
     a_type, b_type = T.Tensor((M, K), problem.a_dtype), T.Tensor((N, K), problem.b_dtype)
     scale_a_type = problem.scale(layout_a, M, "scale_a")
     scale_b_type = problem.scale(layout_b, N, "scale_b")
@@ -93,13 +91,13 @@ def vecmat(problem: Problem, config: Config):
         b_f = T.alloc_local((decoded,), "float32")
         partial = T.alloc_local((M * rows,), "float32")
         a_scales = T.alloc_local((M,), "float32")
-        b_scales = T.alloc_local((row_scales,), "float32")
+        b_scales = T.alloc_local((rows,), "float32")
         for round in T.unroll(rounds):
             place = first_load + round * threads
             if place < loads:
                 for m in T.unroll(M):
                     a_scales[m] = factor(scale_a, layout_a, m, place * codes, False)
-                for row in T.unroll(row_scales):
+                for row in T.unroll(rows):
                     b_scales[row] = factor(scale_b, layout_b, T.min(first_row + row, N - 1), place * codes, False)
                 for i in T.unroll(M * rows):
                     partial[i] = 0
@@ -115,7 +113,7 @@ def vecmat(problem: Problem, config: Config):
                                 partial[m * rows + row] += a_f[m * decoded + v] * b_f[v]
                 for m in T.unroll(M):
                     for row in T.unroll(rows):
-                        sums[m * rows + row] += partial[m * rows + row] * a_scales[m] * b_scales[row % row_scales]
+                        sums[m * rows + row] += partial[m * rows + row] * a_scales[m] * b_scales[row]
 
     @T.macro
     def matmul(a, scale_a, b, scale_b, bias, out):
