@@ -121,6 +121,35 @@ def test_errors(write, error, message):
         compile_c(refused(write))
 
 
+def test_a_narrow_scalar_is_refused():
+    @T.prim_func
+    def kernel(x: T.bfloat16, A: T.Tensor((32,), "bfloat16")):
+        with T.Kernel(1, threads=32) as _:
+            for i in T.Parallel(32):
+                A[i] = x
+
+    with pytest.raises(
+        NotImplementedError, match=r"target c: scalar arguments must be float32, .*; got x of bfloat16; pass it as"
+    ):
+        compile_c(kernel)
+
+
+def test_a_symbolic_tile_is_refused():
+    n = T.dynamic("n")
+
+    @T.prim_func
+    def kernel(A: T.Tensor((n,), "float32")):
+        with T.Kernel(1, threads=32) as _:
+            x = T.alloc_fragment((n,), "float32")
+            for i in T.serial(n):
+                x[i] = A[i]
+            for i in T.serial(n):
+                A[i] = x[i]
+
+    with pytest.raises(ValueError, match=r"target c: sizes of tiles must be known .*; got shape \[n\] for x; use a constant"):
+        compile_c(kernel)
+
+
 def test_a_tensor_of_another_dtype_is_refused():
     """The user passes the dtype of the signature: codes stay out of sight."""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tvm_ffi
 from tvm import IRModule, tirx
-from tvm.ir import Op, PointerType, PrimType, register_op_attr
+from tvm.ir import CallingConv, Op, PointerType, PrimType, register_op_attr
 from tvm.tirx import PyStmtExprMutator
 from tvm.tirx.functor import mutator
 
@@ -318,19 +318,22 @@ def _pointer_to_codes(pointer: tirx.Var) -> tirx.Var:
     return tirx.Var(pointer.name, PointerType(PrimType(dtype), pointer.type_annotation.storage_scope))
 
 
+def is_device(func: tirx.PrimFunc) -> bool:
+    """Whether `func` is a kernel for target `c`, and not the host's function that calls one."""
+    attrs = func.attrs
+    return attrs["target"].kind.name == "c" and attrs.get("calling_conv") != CallingConv.C_PACKED_FUNC
+
+
 def CarryNarrowFloats(mod: IRModule) -> IRModule:
     """Rewrite the device functions of `mod`; see above."""
-    functions = {}
-    for name, func in mod.functions_items():
-        functions[name] = _carry(func) if "target" in func.attrs and func.attrs["target"].kind.name == "c" else func
+    functions = {name: _carry(func) if is_device(func) else func for name, func in mod.functions_items()}
     return IRModule(functions, attrs=mod.attrs)
 
 
 def _carry(func: tirx.PrimFunc) -> tirx.PrimFunc:
     renamed = {}
     for param in func.params:
-        annotation = param.type_annotation
-        element = getattr(getattr(annotation, "element_type", None), "dtype", None)
+        element = getattr(getattr(param.type_annotation, "element_type", None), "dtype", None)
         # A half parameter stays one: upstream's call passes a pointer to its half, and codes are read through a cast.
         if element is not None and is_carried(element) and str(element) != "float16":
             renamed[param] = _pointer_to_codes(param)

@@ -79,6 +79,12 @@ def _check_thread_indices(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
 
 
 def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
+    for param in func.params:
+        if is_carried(param.dtype):
+            raise NotImplementedError(
+                f"target c: scalar arguments must be float32, float64 or integers; got {param.name} of {param.dtype}; "
+                "pass it as float32"
+            )
     local: dict[tirx.Var, tirx.Var] = {}
 
     def collect(node):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from tvm import DataType, IRModule, tirx
 
-from tilelang_ext.cpu.narrow_floats import call
+from tilelang_ext.cpu.narrow_floats import call, is_device
 
 STACK_BYTES = 256 * 1024  # of a kernel's arrays together; some threads have a stack of 512 KiB
 _ALIGNMENT = 64
@@ -17,10 +17,7 @@ _ALIGNMENT = 64
 
 def PlaceLargeArrays(mod: IRModule) -> IRModule:
     """Place the arrays of each device function whose arrays exceed `STACK_BYTES`; see above."""
-    functions = {}
-    for name, func in mod.functions_items():
-        is_device = "target" in func.attrs and func.attrs["target"].kind.name == "c"
-        functions[name] = _place(func) if is_device else func
+    functions = {name: _place(func) if is_device(func) else func for name, func in mod.functions_items()}
     return IRModule(functions, attrs=mod.attrs)
 
 
