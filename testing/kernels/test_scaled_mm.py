@@ -146,6 +146,12 @@ def test_opcheck(operator, monkeypatch):
     torch.library.opcheck(getattr(torch.ops.tilelang_ext, operator), (*arguments, last))
 
 
+@pytest.mark.parametrize("operator", ["scaled_mm", "scaled_mm_out"])
+def test_compilers_keep_strides(operator):
+    """A compiler that laid mat_b out anew, which it may without the tag, would make it row-major."""
+    assert torch.Tag.needs_exact_strides in getattr(torch.ops.tilelang_ext, operator).default.tags
+
+
 def test_meta_tensors_have_the_result_and_the_errors():
     a, b = (
         torch.empty(5, 32, dtype=torch.float8_e4m3fn, device="meta"),

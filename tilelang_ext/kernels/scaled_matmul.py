@@ -101,8 +101,9 @@ _ARGUMENTS = (
     "Tensor mat_a, Tensor mat_b, Tensor scale_a, int recipe_a, int swizzle_a, Tensor scale_b, int recipe_b, int swizzle_b, "
     "Tensor? bias, bool use_fast_accum"
 )
-torch.library.define("tilelang_ext::scaled_mm", f"({_ARGUMENTS}, ScalarType output_dtype) -> Tensor")
-torch.library.define("tilelang_ext::scaled_mm_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()")
+_TAGS = (torch.Tag.needs_exact_strides,)  # a compiler must not turn mat_b round
+torch.library.define("tilelang_ext::scaled_mm", f"({_ARGUMENTS}, ScalarType output_dtype) -> Tensor", tags=_TAGS)
+torch.library.define("tilelang_ext::scaled_mm_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=_TAGS)
 
 
 def _scaled_mm_out(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, use_fast_accum, out):
