@@ -97,7 +97,7 @@ def thread(x, s):
 @T.macro
 def vector(x, s):
     h = T.alloc_fragment((32,), "float16")
-    h[T.Ramp(0, 1, 4)] = T.Broadcast(T.float16(1), 4)
+    h[T.Ramp(0, 1, 4)] = T.cast(x[0, T.Ramp(0, 1, 4)], "float16x4")
 
 
 @T.macro
