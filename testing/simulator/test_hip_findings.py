@@ -142,10 +142,21 @@ def test_loads_to_lds_in_flight():
     x, y = torch.arange(128, dtype=torch.int32), torch.full((128,), -1, dtype=torch.int32)
     assert run(ASYNC, "copy", [x, y], threads=128).findings == ()
     assert torch.equal(y, (torch.arange(128) ^ 64).int())
-    for old, new in (("tl::cp_async_wait<0>();", ""), ("tl::cp_async_wait<0>", "tl::cp_async_wait<1>")):
+    for old, new in (("_wait<0>();", "_commit();"), ("_wait<0>();", "_commit(); __syncthreads();"), ("_wait<0>", "_wait<1>")):
         source = plant(ASYNC, old, new)
         report = run(source, "copy", [x, y], threads=128)
         assert kinds_at(report, line_of(source, "y[threadIdx.x] =")) == {"uninitialised"}
+
+
+def test_loads_to_lds_past_the_range_of_their_resource_are_zero():
+    source = plant(
+        ASYNC,
+        "tl::cp_async_gs<4>(box + threadIdx.x / 64 * 64 + threadIdx.x % 64, x + threadIdx.x);",
+        "tl::async_buffer_load_dword_v(box + threadIdx.x / 64 * 64, tl::make_wave_buffer_resource(x, 400), threadIdx.x * 4);",
+    ).replace("tl::make_wave", "make_wave")
+    x, y = torch.arange(1, 129, dtype=torch.int32), torch.full((128,), -1, dtype=torch.int32)
+    assert run(source, "copy", [x, y], threads=128).findings == ()
+    assert torch.equal(y, torch.where(x <= 100, x, 0)[torch.arange(128) ^ 64].int())
 
 
 def test_fault_in_a_template_is_one_of_the_line_that_uses_it():

@@ -252,6 +252,18 @@ def test_upper_half_must_repeat_on_gfx1100():
     assert finding.thread == (20, 0, 0)
 
 
+def test_ends_of_the_scale():
+    """Code 0 is 2^-127, a subnormal float; with 2^127 the product is as with scales of 1."""
+    results = []
+    for codes in ((0, 254), (127, 127)):
+        case = Case("mfma_scale_f32_16x16x128_f8f6f4:fp8*fp8", "gfx950", np.random.default_rng(0))
+        case.registers[2] = 0
+        case.scales[0], case.scales[1] = codes
+        results += run([case], "gfx950")[1]
+    assert np.array_equal(*results)
+    assert np.abs(results[0]).min() > 0
+
+
 def test_scale_of_nan():
     case = Case("mfma_scale_f32_16x16x128_f8f6f4:fp8*fp8", "gfx950", np.random.default_rng(0))
     case.scales[0, 3, case.op_sel[0]] = 255  # row 3, k below 32

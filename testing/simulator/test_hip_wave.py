@@ -144,13 +144,13 @@ def test_one_template_called_at_two_lines():
     """Lanes at different lines do not meet, though both stand at the same line of the template."""
     report, r = results(
         """
-  r[0] = 0;
-  if (lane < 32)
-    r[0] = tl::warp_reduce_sum(1);
-  r[0] += tl::warp_reduce_sum(100);
+  if (lane % 2 == 0)
+    r[0] = tl::shfl_xor(lane, 2);
+  r[0] += 1000 * tl::shfl_xor(lane + 7, 1);
 """,
         "gfx942",
         1,
     )
     assert report.findings == ()
-    assert np.array_equal(r[0], np.where(lane_of[64] < 32, 3232, 3200))
+    lane = lane_of[64]
+    assert np.array_equal(r[0], np.where(lane % 2, 0, lane ^ 2) + 1000 * ((lane ^ 1) + 7))

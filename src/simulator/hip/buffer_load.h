@@ -6,8 +6,9 @@
 
 namespace sim {
 
-// Loads from device memory straight to LDS are in flight until the wave waits for them (`s_waitcnt vmcnt(n)`, or
-// __syncthreads, which waits for all): what they bring is in LDS only then.
+// Loads from device memory straight to LDS are in flight until the wave waits for them: what they bring is in LDS only
+// then. A barrier does not wait for them (LLVM's "User Guide for AMDGPU Backend", memory model: release at work-group
+// scope).
 struct InFlight {
   static constexpr int kMost = 63;  // vmcnt has six bits
   struct Load {
@@ -65,11 +66,6 @@ inline void asm_s_mov_b32_buffer_load_dwordx4(unsigned long lds_base, unsigned o
 }
 
 }  // namespace sim
-
-inline void __syncthreads(SIM_SITE) {
-  sim::in_flight[sim::current->index].land_all_but(0);
-  sim::threadgroup_barrier(sim::kDevice | sim::kThreadgroup, site);
-}
 
 // gfx950's transposing reads of LDS.
 template <class P>

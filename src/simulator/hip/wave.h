@@ -58,8 +58,8 @@ inline int count_votes(bool vote, const Site* site) {
 
 }  // namespace sim
 
-// Widths divide the wave into parts; a source past the end of a lane's part (before its start, for __shfl_up) is the lane
-// itself, as in HIP's own amd_warp_functions.h.
+// Widths divide the wave into parts; a source past the end of a lane's part (before its start, for __shfl_up) is the
+// lane itself, as in HIP's own amd_warp_functions.h.
 template <class T>
 inline T __shfl(T value, int source, int width = warpSize, SIM_SITE) {
   const int lane = sim::lane();
@@ -114,6 +114,7 @@ inline int __builtin_amdgcn_mbcnt_hi(unsigned mask, unsigned base) {
   return base + (lane < 32 ? 0 : __builtin_popcount(mask & ((1u << (lane - 32)) - 1)));
 }
 
+inline void __syncthreads(SIM_SITE) { sim::threadgroup_barrier(sim::kDevice | sim::kThreadgroup, site); }
 inline void __builtin_amdgcn_s_barrier(SIM_SITE) { sim::threadgroup_barrier(sim::kDevice | sim::kThreadgroup, site); }
 inline void __builtin_amdgcn_wave_barrier(SIM_SITE) { sim::simdgroup_barrier(sim::kDevice | sim::kThreadgroup, site); }
 inline int __syncthreads_count(int vote, SIM_SITE) { return sim::count_votes(vote, site); }
