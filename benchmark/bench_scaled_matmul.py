@@ -178,7 +178,7 @@ def make_torch(case: Case, fast_accum: bool = False):
 
     def run(inputs: Inputs, out: torch.Tensor) -> None:
         torch.ops.aten._scaled_mm_v2.out(
-            inputs.a, inputs.b.t(), [inputs.scale_a], recipes[0], [0], [inputs.scale_b], recipes[1], [0],
+            inputs.a, inputs.b.t(), [inputs.scale_a], recipes[0], [], [inputs.scale_b], recipes[1], [],
             None, case.torch_dtype, [], fast_accum, out=out,
         )  # fmt: skip
 
