@@ -148,6 +148,17 @@ def test_loads_to_lds_in_flight():
         assert kinds_at(report, line_of(source, "y[threadIdx.x] =")) == {"uninitialised"}
 
 
+def test_wait_leaves_the_newest_loads_in_flight():
+    load = "tl::cp_async_gs<4>(box + threadIdx.x / 64 * 64 + threadIdx.x % 64, x + threadIdx.x);"
+    x, y = torch.arange(128, dtype=torch.int32), torch.full((128,), -1, dtype=torch.int32)
+    for first, wait, kinds in ((True, 1, set()), (True, 2, {"uninitialised"}), (False, 1, {"uninitialised"})):
+        source = plant(ASYNC, "int box[128];", "int box[128], other[128];")
+        loads = [load, load.replace("box", "other")]
+        source = plant(source, load, " ".join(loads if first else loads[::-1]))
+        report = run(plant(source, "_wait<0>", f"_wait<{wait}>"), "copy", [x, y], threads=128)
+        assert {f.kind for f in report.findings} == kinds, (first, wait)
+
+
 def test_loads_to_lds_past_the_range_of_their_resource_are_zero():
     source = plant(
         ASYNC,
