@@ -92,6 +92,37 @@ extern "C" __global__ void row_sum(const float* x, float* y, float bias) {
 """
 )
 
+# C's registers of each thread, and a running sum, by templates alone.
+TEMPLATE_GEMM = (
+    HEADER
+    + """
+#include <tl_templates/hip/gemm.h>
+#include <tl_templates/hip/scan.h>
+#include <tl_templates/hip/hip_fp8.h>
+#include <tl_templates/hip/hip_fp4.h>
+#include <tl_templates/hip/debug.h>
+using Compute = tl::GemmTensorOp<64, 64, 32, 2, 1, false, true, false, 1, half_t, half_t, float>;
+extern "C" __global__ void gemm(const half_t* A, const half_t* B, float* C, float* sums) {
+  __shared__ half_t a_s[64 * 32], b_s[64 * 32];
+  __shared__ float ones[128], scanned[128];
+  for (int i = threadIdx.x; i < 64 * 32; i += 128) {
+    const int place = Compute::make_swizzle_layout<32, 2>(i / 32, i % 32);
+    a_s[place] = A[i];
+    b_s[place] = B[i];
+  }
+  ones[threadIdx.x] = 1;
+  __syncthreads();
+  float c[32] = {};
+  tl::gemm_ss<64, 64, 32, 2, 1, false, true, false, 1>(a_s, b_s, c);
+  for (int i = 0; i < 32; ++i) C[threadIdx.x * 32 + i] = c[i];
+  tl::CumSum1D<128>::run<float>(ones, scanned, 128);
+  __syncthreads();
+  sums[threadIdx.x] = scanned[threadIdx.x];
+  debug_print_var("sum", scanned[0]);
+}
+"""
+)
+
 # Histogram of x into 16 bins through LDS atomics, and its sum and maximum through device atomics.
 HISTOGRAM = (
     HEADER

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numeric import assert_close
 from simulator.hip_kernels import ARCHS, attention, cast, gemm, operands, row_statistics, scale_rows, target
-from simulator.hip_texts import HISTOGRAM, ROW_SUM, run, run_gemm
+from simulator.hip_texts import HISTOGRAM, ROW_SUM, TEMPLATE_GEMM, run, run_gemm
 
 from tilelang_ext import simulate
 
@@ -153,6 +153,19 @@ def test_templates_across_waves(arch):
     assert_close(y, x.double().sum(1) + 0.25, dtype="float32")
     waves, inside = (4, 6) if arch == "gfx942" else (8, 5)
     assert report.counts.shuffles == 3 * waves * inside
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx950"])
+def test_templates_of_products_and_scans(arch):
+    a, b = (torch.randn(64, 32).half() for _ in range(2))
+    registers, sums = torch.full((2, 64, 2, 4, 4), torch.nan), torch.full((128,), torch.nan)
+    report = run(TEMPLATE_GEMM, "gemm", [a, b, registers, sums], arch=arch, threads=128)
+    assert report.findings == ()
+    assert report.instructions == {"mfma_f32_16x16x16f16": 32}
+    # wave, lane / 16, lane % 16, tile of rows and columns, element -> rows by wave, tile, lane % 16
+    c = registers.reshape(2, 4, 16, 2, 4, 4).permute(0, 3, 2, 4, 1, 5).reshape(64, 64)
+    assert_close(c, a.double() @ b.double().T, dtype="float32")
+    assert torch.equal(sums, torch.arange(1.0, 129.0))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
