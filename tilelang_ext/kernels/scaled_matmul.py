@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
 from tilelang_ext import reference
-from tilelang_ext.kernels import scaled_matmul_tiled, scaled_matmul_vecmat
+from tilelang_ext.kernels import scaled_matmul_sm90, scaled_matmul_sm90_thin, scaled_matmul_tiled, scaled_matmul_vecmat
 from tilelang_ext.kernels.scaled_matmul_arguments import (
     FNUZ,
     LAYOUTS,
@@ -29,7 +29,7 @@ from tilelang_ext.kernels.scaled_matmul_arguments import (
 )
 from tilelang_ext.kernels.scaled_matmul_problem import Problem, bucket_of
 
-KERNELS = (scaled_matmul_vecmat, scaled_matmul_tiled)  # the first that takes a problem compiles it
+KERNELS = (scaled_matmul_vecmat, scaled_matmul_sm90_thin, scaled_matmul_sm90, scaled_matmul_tiled)  # the first that takes it
 ALIGNMENT = 16  # bytes: of bulk copies and of the widest loads
 _CONTRACTIONS = ((), (1, 0), (-1, -2), (-1, 0), (1, -2))
 

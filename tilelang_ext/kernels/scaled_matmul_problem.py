@@ -81,8 +81,8 @@ def run_of(problem: Problem, kernel: Callable) -> Callable:
     return run
 
 
-def compile_prim_func(problem: Problem, prim_func) -> Callable:
+def compile_prim_func(problem: Problem, prim_func, pass_configs: dict | None = None) -> Callable:
     """Compile a prim_func (a, scale_a, b, scale_b, bias where there is one, out) for the problem's target."""
     if problem.kind == "metal":
         return run_of(problem, metal.to_torch(metal.lower(prim_func)))
-    return run_of(problem, tilelang.compile(prim_func, target=problem.target))
+    return run_of(problem, tilelang.compile(prim_func, target=problem.target, pass_configs=pass_configs))

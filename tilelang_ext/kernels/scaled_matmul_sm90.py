@@ -1,0 +1,374 @@
+"""Scaled matmul on Hopper for more than 128 rows: a persistent kernel of two computing warpgroups and a loading one.
+
+out[i, j] = sum over groups g of scale_a[i, g] * scale_b[j, g] * (a[i, g] . b[j, g]) + bias[j]
+
+One block a processor walks over the tiles, eight rows of tiles at a time, which keeps what neighbours read in the L2 cache. The
+loading warpgroup fills a ring of stages by bulk copies and does not stop between tiles, so that one tile's stores run under the
+next one's products. The scale groups of K are 128: a warpgroup adds a product of 64 rows to its float32 sums while the other
+one's runs. With `fast_accum` the sums stay in the matrix unit, and one product is in flight while the next is issued.
+
+Scales that cover all of K, or 1x128 beside 128x128. Floors on an H200: 2 M N K / 1.98e15 s; see docs/performance.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from tilelang.layout import make_swizzled_layout
+
+from tilelang_ext import language as T
+from tilelang_ext.formats import FP8_BLOCK, BlockScaledLayout
+from tilelang_ext.kernels.scaled_matmul_problem import Problem, compile_prim_func
+
+ARCH = "sm_90a"
+BLOCK_K = FP8_BLOCK  # bytes of a swizzled row of shared memory, and a float32 block of scales
+WARPGROUP = 128  # threads
+BAND = 64  # rows of one product of a warpgroup
+BLOCKS = (BlockScaledLayout.block(1, FP8_BLOCK), BlockScaledLayout.block(FP8_BLOCK, FP8_BLOCK))
+# Bulk copies clip what lies past the end, and the rest is clamped here.
+PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_safe_memory_legalize": True}
+
+_COMPUTING = 2  # warpgroups
+_LOADER_REGISTERS, _COMPUTER_REGISTERS = 40, 232  # a thread: 128 x 40 + 256 x 232 of the processor's 65,536
+_TILES_OF_ROWS = 8  # that are walked over together
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tile of a block, the stages of its ring; columns stored at once, and how many such stores run; number of blocks."""
+
+    block_M: int
+    block_N: int
+    num_stages: int
+    store_N: int
+    num_stores: int
+    num_blocks: int
+
+
+def pick_config(problem: Problem) -> Config:
+    """Return the largest tile of which every processor has one."""
+    num_blocks = num_processors()
+    table = [
+        # (whether the sums stay in the matrix unit, block_M, block_N, num_stages, bytes of a row stored at once, stores)
+        (True, 128, 256, 4, 128, 2),  # 128 registers of sums; reads least from the L2 cache
+        (True, 128, 128, 6, 128, 2),
+        (False, 256, 128, 4, 64, 2),  # 192 registers: the product of one band beside the sums of two; room for the factors
+        (False, 128, 128, 5, 64, 2),
+    ]
+    rows = [row for row in table if row[0] is _sums_stay(problem)]
+    for _, block_M, block_N, num_stages, store_bytes, num_stores in rows:  # noqa: B007 -- the last one serves what fits none
+        if -(-problem.max_M // block_M) * -(-problem.N // block_N) >= num_blocks:
+            break
+    steps = -(-problem.K // BLOCK_K)
+    num_stages = 4 if steps % num_stages and steps % 4 == 0 else min(num_stages, steps)  # constant stages run 7% faster
+    store_N = store_bytes * 8 // T.dtype(problem.out_dtype).bits
+    return Config(block_M, block_N, num_stages, store_N, num_stores, num_blocks)
+
+
+def num_processors() -> int:
+    """Of the current GPU; of an H200 where there is none, as for tests of the machine code."""
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
+
+
+def _sums_stay(problem: Problem) -> bool:
+    return problem.fast_accum and problem.layout_a.k is None
+
+
+def scaled_matmul(problem: Problem, config: Config):
+    """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one."""
+    N, K, out_dtype = problem.N, problem.K, problem.out_dtype
+    block_M, block_N, num_stages, num_blocks = config.block_M, config.block_N, config.num_stages, config.num_blocks
+    store_N, num_stores = config.store_N, config.num_stores
+    M = T.dynamic("M")
+    a_type, b_type = T.Tensor((M, K), problem.a_dtype), T.Tensor((N, K), problem.b_dtype)
+    scale_a_type = scale_type(problem, problem.layout_a, M, "scale_a")
+    scale_b_type = scale_type(problem, problem.layout_b, N, "scale_b")
+    out_type = T.Tensor((M, N), out_dtype)
+    fast, grouped = _sums_stay(problem), problem.layout_a.k is not None
+    steps, columns = -(-K // BLOCK_K), -(-N // block_N)  # of K, of tiles
+    bands = block_M // (BAND * _COMPUTING)  # of a warpgroup
+    fetched = block_M // WARPGROUP  # rows whose scales a loading thread fetches
+    unrolled = num_stages if steps % num_stages == 0 else 1  # steps a turn of the loop; then a stage is a constant
+
+    # Numbers that shape a tile reach macros as closures: a macro turns its arguments into variables.
+
+    @T.macro
+    def place(tile, tiles_of_rows, place_M, place_N):
+        """Write a tile's place among the tiles: down the rows of a group of them, then to the next column."""
+        group = tile // (_TILES_OF_ROWS * columns)
+        size = T.min(T.int32(_TILES_OF_ROWS), tiles_of_rows - group * _TILES_OF_ROWS)
+        place_M[0] = group * _TILES_OF_ROWS + tile % (_TILES_OF_ROWS * columns) % size
+        place_N[0] = tile % (_TILES_OF_ROWS * columns) // size
+
+    def fetch(scale_a, scale_b, scales, row, column, k):
+        """Load the scales of a step: of each row that the thread fetches, then b's."""
+
+        @T.macro
+        def emit():
+            for r in T.unroll(fetched):
+                scales[r] = scale_a[T.min(row + r * WARPGROUP, M - 1), T.min(k, steps - 1)]
+            scales[fetched] = scale_b[column // FP8_BLOCK, T.min(k, steps - 1)]
+
+        if grouped:
+            emit()
+
+    def load_step(a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, scales, row0, column0, k, step, tx):
+        """Begin the copies of a step, store its factors, and fetch the scales of the step that follows by one turn."""
+        stage = step % num_stages
+
+        @T.macro
+        def emit():
+            T.barrier_wait(empty[stage], ((step // num_stages) & 1) ^ 1)
+            T.tma_copy(a[row0 : row0 + block_M, k * BLOCK_K : (k + 1) * BLOCK_K], A_s[stage, :, :], barrier=full[stage])
+            T.tma_copy(b[column0 : column0 + block_N, k * BLOCK_K : (k + 1) * BLOCK_K], B_s[stage, :, :], barrier=full[stage])
+            if grouped:
+                for r in T.unroll(fetched):
+                    factors_s[stage, r * WARPGROUP + tx] = scales[r] * scales[fetched]
+            T.barrier_arrive(full[stage])
+            fetch(scale_a, scale_b, scales, row0 + tx, column0, k + unrolled)
+
+        emit()
+
+    def fetch_first(scale_a, scale_b, scales, row, column):
+        for n in range(unrolled):
+            fetch(scale_a, scale_b, scales[n], row, column, n)
+
+    def load_turn(a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, scales, row0, column0, k, step, tx):
+        for n in range(unrolled):
+            load_step(a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, scales[n], row0, column0, k + n, step + n, tx)
+
+    @T.macro
+    def load(a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, block, tiles_of_rows, tx):
+        """Fill the ring for every tile of the block. A factor is a's scale times b's; they are fetched a turn ahead."""
+        T.dec_max_nreg(_LOADER_REGISTERS)
+        step = T.alloc_var("int32", init=0)
+        place_M, place_N = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
+        scales = [T.alloc_local((fetched + 1,), "float32") for _ in range(unrolled)]
+        for turn in T.serial(T.ceildiv(tiles_of_rows * columns - block, num_blocks)):
+            place(turn * num_blocks + block, tiles_of_rows, place_M, place_N)
+            row0, column0 = place_M[0] * block_M, place_N[0] * block_N
+            fetch_first(scale_a, scale_b, scales, row0 + tx, column0)
+            for k in T.serial(steps // unrolled):
+                load_turn(
+                    a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, scales, row0, column0, k * unrolled, step, tx
+                )
+                step = step + unrolled
+
+    @T.macro
+    def release(empty, stage, tx):
+        if tx % 32 == 0:
+            T.mbarrier_arrive(empty[stage])
+
+    def multiply(A_s, B_s, C_f, stage, row, clear):
+        A_k = A_s[stage, row : row + BAND, :]
+        return T.wgmma_gemm(A_k, B_s[stage, :, :], C_f, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=clear)
+
+    def computer(warpgroup: int):
+        """The work of a computing warpgroup, as a macro."""
+        first = warpgroup * bands * BAND  # row of the tile
+
+        def step_in_unit(A_s, B_s, factors_s, full, empty, sums, partial, factors, k, n, step, tx):
+            """Issue the product of a step, then wait for the one before and give its stage back."""
+            stage = n if unrolled > 1 else step % num_stages
+            before = (n - 1) % num_stages if unrolled > 1 else (step - 1) % num_stages
+
+            @T.macro
+            def emit():
+                T.barrier_wait(full[stage], (step // num_stages) & 1)
+                multiply(A_s, B_s, sums[0], stage, first, (k == 0) if n == 0 else False)
+                if n > 0 or k > 0:
+                    T.wait_wgmma(1)
+                    release(empty, before, tx)
+
+            emit()
+
+        def step_in_float32(A_s, B_s, factors_s, full, empty, sums, partial, factors, k, n, step, tx):
+            """Add the products of a step to the sums, band by band."""
+            stage = n if unrolled > 1 else step % num_stages
+
+            @T.macro
+            def begin():
+                T.barrier_wait(full[stage], (step // num_stages) & 1)
+
+            def read(band):
+                @T.macro
+                def emit():
+                    for i in T.Parallel(BAND):
+                        factors[band][i] = factors_s[stage, first + band * BAND + i]
+                    # The compiler would else read them between the products, and stall those.
+                    T.warpgroup_fence_operand(factors[band], num_regs=2)
+
+                emit()
+
+            def add(band):
+                @T.macro
+                def emit():
+                    multiply(A_s, B_s, partial, stage, first + band * BAND, True)
+                    T.wait_wgmma(0)
+                    if band == bands - 1:
+                        release(empty, stage, tx)
+                    for i, j in T.Parallel(BAND, block_N):
+                        sums[band][i, j] += partial[i, j] * factors[band][i] if grouped else partial[i, j]
+
+                emit()
+
+            begin()
+            for band in range(bands if grouped else 0):
+                read(band)
+            for band in range(bands):
+                add(band)
+
+        def clear(sums):
+            for sum in sums:
+
+                @T.macro
+                def emit():
+                    T.clear(sum)
+
+                emit()
+
+        def each_step(*arguments):
+            *arguments, step, tx = arguments
+            for n in range(unrolled):
+                (step_in_unit if fast else step_in_float32)(*arguments, n, step + n, tx)
+
+        def store(scale_a, scale_b, bias, out, sums, out_s, factors, row0, column0):
+            """Scale the sums, add the bias and write the tile; its last copies run on into the next tile."""
+            for band in range(bands):
+                for part in range(block_N // store_N):
+                    place_in_ring = (band * (block_N // store_N) + part) % num_stores
+                    row, column = row0 + first + band * BAND, column0 + part * store_N
+
+                    @T.macro
+                    def emit():
+                        out_f = T.alloc_fragment((BAND, store_N), out_dtype)
+                        if part == 0 and not grouped:
+                            for i in T.Parallel(BAND):
+                                factors[band][i] = scale_a[of_row(problem.layout_a, T.min(row + i, M - 1)), 0]
+                        for i, j in T.Parallel(BAND, store_N):
+                            out_f[i, j] = T.cast(
+                                finished(sums[band][i, part * store_N + j], factors[band][i], scale_b, bias, column + j),
+                                out_dtype,
+                            )
+                        T.tma_store_wait(num_stores - 1)
+                        T.copy(out_f, out_s[place_in_ring, :, :])
+                        T.fence_proxy_async()
+                        T.sync_threads(barrier_id=1 + warpgroup, arrive_count=WARPGROUP)
+                        T.tma_copy(out_s[place_in_ring, :, :], out[row : row + BAND, column : column + store_N])
+
+                    emit()
+
+        def of_row(layout, row):
+            return 0 if layout.rows is None else row
+
+        def finished(sum, factor, scale_b, bias, column):
+            """A sum times what scales all of K, plus the bias; columns past the end are not stored."""
+            column = T.min(column, N - 1) if N % block_N else column
+            if not grouped:
+                sum = sum * (factor * scale_b[of_row(problem.layout_b, column), 0])
+            return sum if bias is None else sum + T.cast(bias[column], "float32")
+
+        @T.macro
+        def compute(
+            scale_a, scale_b, bias, out, A_s, B_s, factors_s, out_s, full, empty, sums, partial, block, tiles_of_rows, tx
+        ):
+            T.inc_max_nreg(_COMPUTER_REGISTERS)
+            step = T.alloc_var("int32", init=0)
+            place_M, place_N = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
+            factors = [T.alloc_fragment((BAND,), "float32") for _ in range(bands)]
+            for turn in T.serial(T.ceildiv(tiles_of_rows * columns - block, num_blocks)):
+                place(turn * num_blocks + block, tiles_of_rows, place_M, place_N)
+                if not fast:
+                    clear(sums)
+                for k in T.serial(steps // unrolled):
+                    each_step(A_s, B_s, factors_s, full, empty, sums, partial, factors, k, step, tx)
+                    step = step + unrolled
+                if fast:
+                    T.wait_wgmma(0)
+                    release(empty, (step - 1) % num_stages, tx)
+                    T.warpgroup_fence_operand(sums[0], num_regs=BAND * block_N // WARPGROUP)
+                store(scale_a, scale_b, bias, out, sums, out_s, factors, place_M[0] * block_M, place_N[0] * block_N)
+            T.tma_store_wait(0)
+
+        return compute
+
+    computers = [computer(warpgroup) for warpgroup in range(_COMPUTING)]
+
+    @T.macro
+    def matmul(a, scale_a, b, scale_b, bias, out):
+        with T.Kernel(num_blocks, threads=WARPGROUP * (1 + _COMPUTING)) as block:
+            A_s = T.alloc_shared((num_stages, block_M, BLOCK_K), problem.a_dtype)
+            B_s = T.alloc_shared((num_stages, block_N, BLOCK_K), problem.b_dtype)
+            factors_s = T.alloc_shared((num_stages, block_M), "float32")
+            outs = [T.alloc_shared((num_stores, BAND, store_N), out_dtype) for _ in range(_COMPUTING)]
+            sums = [[T.alloc_fragment((BAND, block_N), "float32") for _ in range(bands)] for _ in range(_COMPUTING)]
+            partials = [T.alloc_fragment((BAND, block_N), "float32") for _ in range(_COMPUTING)]
+            T.annotate_layout({tile: make_swizzled_layout(tile) for tile in (A_s, B_s, *outs)})
+            full = T.alloc_barrier([WARPGROUP] * num_stages)
+            empty = T.alloc_barrier([_COMPUTING * WARPGROUP // 32] * num_stages)  # a warp each
+            tiles_of_rows = T.ceildiv(M, block_M)
+            tx = T.get_thread_binding()
+            if tx < WARPGROUP:
+                load(a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, block, tiles_of_rows, tx)
+            elif tx < 2 * WARPGROUP:
+                computers[0](
+                    scale_a, scale_b, bias, out, A_s, B_s, factors_s, outs[0], full, empty, sums[0], partials[0], block,
+                    tiles_of_rows, tx,
+                )  # fmt: skip
+            else:
+                computers[1](
+                    scale_a, scale_b, bias, out, A_s, B_s, factors_s, outs[1], full, empty, sums[1], partials[1], block,
+                    tiles_of_rows, tx,
+                )  # fmt: skip
+
+    if problem.bias_dtype is None:
+
+        @T.prim_func
+        def scaled_matmul(a: a_type, scale_a: scale_a_type, b: b_type, scale_b: scale_b_type, out: out_type):
+            matmul(a, scale_a, b, scale_b, None, out)
+    else:
+        bias_type = T.Tensor((N,), problem.bias_dtype)
+
+        @T.prim_func
+        def scaled_matmul(a: a_type, scale_a: scale_a_type, b: b_type, scale_b: scale_b_type, bias: bias_type, out: out_type):
+            matmul(a, scale_a, b, scale_b, bias, out)
+
+    return scaled_matmul
+
+
+def scale_type(problem: Problem, layout: BlockScaledLayout, rows, name: str):
+    """Return the type of a scale parameter; scales of all of K are contiguous, so that neighbours load as one."""
+    if layout.k is not None:
+        return problem.scale(layout, rows, name)
+    return T.Tensor((1 if layout.rows is None else rows, 1), "float32")
+
+
+def compile_hopper(problem: Problem, prim_func) -> Callable:
+    """Compile a kernel that has `scale_type`s; `run` makes scales of all of K contiguous."""
+    run = compile_prim_func(problem, prim_func, PASS_CONFIGS)
+    if problem.layout_a.k is not None:
+        return run
+    return lambda a, scale_a, b, scale_b, bias, out: run(a, scale_a.contiguous(), b, scale_b.contiguous(), bias, out)
+
+
+def fits_hopper(problem: Problem) -> bool:
+    """Whether bulk copies and the scales' layouts allow one of the kernels for Hopper."""
+    whole_k = problem.layout_a.k is None and problem.layout_b.k is None
+    aligned = problem.K % 16 == 0 and problem.N * T.dtype(problem.out_dtype).bits % 128 == 0  # bytes of rows
+    return problem.arch == ARCH and aligned and (whole_k or (problem.layout_a, problem.layout_b) == BLOCKS)
+
+
+def takes(problem: Problem) -> bool:
+    """Scales of all of K, or 1x128 beside 128x128, on Hopper; rows of a, b and out of a multiple of 16 bytes."""
+    return fits_hopper(problem)
+
+
+def compile_kernel(problem: Problem) -> Callable:
+    """Return run(a, scale_a, b, scale_b, bias, out); sizes of M that share a tile share a kernel."""
+    return _compile(replace(problem, max_M=0), pick_config(problem))
+
+
+@cache
+def _compile(problem: Problem, config: Config) -> Callable:
+    return compile_hopper(problem, scaled_matmul(problem, config))
