@@ -89,7 +89,7 @@ def scaled_matmul(problem: Problem, config: Config):
     steps, columns = -(-K // BLOCK_K), -(-N // block_N)  # of K, of tiles
     bands = block_M // (BAND * _COMPUTING)  # of a warpgroup
     fetched = block_M // WARPGROUP  # rows whose scales a loading thread fetches
-    unrolled = num_stages if steps % num_stages == 0 else 1  # steps a turn of the loop; then a stage is a constant
+    unrolled = num_stages if steps % num_stages == 0 and not fast else 1  # steps a turn of the loop; then a stage is a constant
 
     # Numbers that shape a tile reach macros as closures: a macro turns its arguments into variables.
 
