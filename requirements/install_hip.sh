@@ -1,6 +1,6 @@
 #!/bin/sh
 # install_hip.sh PYTHON: what compiles for AMD GPUs where ROCm is not installed: Debian's clang 22 with its linker, and HIP's
-# headers and device libraries, which the triton wheel holds. Does nothing that is done already.
+# headers and device libraries out of the triton wheel. Does nothing that is done already.
 set -eu
 python=$1
 cd "$(dirname "$0")"
@@ -16,9 +16,7 @@ has_clang() {
 if command -v hipcc >/dev/null || [ -x /opt/rocm/bin/hipcc ]; then
   exit
 fi
-# With a CUDA build of torch comes a triton of its own choice.
-"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' ||
-  "$python" -m pip install --quiet --disable-pip-version-check -r hip.txt
+"$python" unpack_hip.py
 has_clang && exit
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   apt-get update -qq

@@ -11,12 +11,12 @@ from tilelang_ext.rocm import CompilerMissingError, toolchain
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with no compiler, to which `add` puts commands and `triton` the wheel's folder."""
+    """A machine with no compiler, to which `add` puts commands; AMD's folder is `amd`."""
     commands = tmp_path / "bin"
     commands.mkdir()
     monkeypatch.setenv("PATH", str(commands))
     monkeypatch.setattr(toolchain, "_ROCM_HIPCC", str(tmp_path / "opt" / "rocm" / "bin" / "hipcc"))
-    monkeypatch.setattr(toolchain, "_triton_amd", lambda: tmp_path / "amd")
+    monkeypatch.setattr(toolchain, "_amd_directory", lambda: tmp_path / "amd")
     toolchain.find_compiler.cache_clear()
 
     def add(name, version, linker=None):
@@ -67,19 +67,44 @@ def test_no_compiler_says_what_is_there_and_how_to_get_one(machine, version, lin
     assert str(error.value).endswith("; `apt-get install clang-22 lld-22` (Debian) and `pip install triton`, or install ROCm")
 
 
-def test_no_triton(monkeypatch):
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CompilerMissingError, match=r"device libraries of the triton wheel; got no triton; .pip install"):
-        toolchain._triton_amd()
+def unpack(folder, *, without=None):
+    for part in ("lib/ocml.bc", "lib/ockl.bc", "include/hip/hip_runtime.h"):
+        if part != without:
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+            (folder / part).touch()
+    return folder
 
 
-def test_triton_without_amd(tmp_path, monkeypatch):
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """An environment with a triton, whose folder is returned."""
+
     class Spec:
-        origin = str(tmp_path / "__init__.py")
+        origin = str(tmp_path / "triton" / "__init__.py")
 
+    monkeypatch.setattr(toolchain.sys, "prefix", str(tmp_path / "venv"))
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: Spec)
-    with pytest.raises(CompilerMissingError, match=r"got none in .*backends/amd"):
-        toolchain._triton_amd()
+    return tmp_path / "triton" / "backends" / "amd"
+
+
+def test_an_installed_triton_comes_first(environment, tmp_path):
+    unpack(tmp_path / "venv/share/tilelang_ext/amd")
+    unpack(environment)
+    assert toolchain._amd_directory() == environment
+
+
+@pytest.mark.parametrize("part", ["lib/ocml.bc", "lib/ockl.bc", "include/hip/hip_runtime.h"])
+def test_what_make_hip_unpacked_is_found_beside_half_a_triton(part, environment, tmp_path):
+    unpack(environment, without=part)
+    unpacked = unpack(tmp_path / "venv/share/tilelang_ext/amd")
+    assert toolchain._amd_directory() == unpacked
+
+
+def test_no_triton(environment, monkeypatch):
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    message = r"device libraries of the triton wheel; got none in .*/venv/share/tilelang_ext/amd; .pip install triton., or"
+    with pytest.raises(CompilerMissingError, match=message):
+        toolchain._amd_directory()
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942 -o /tmp/x", "-gfx942", "gfx942:xnack+", ""])

@@ -1,4 +1,4 @@
-"""The HIP compiler: ROCm's hipcc, else a clang with AMD's headers and device libraries from the triton wheel.
+"""The HIP compiler: ROCm's hipcc, else a clang with the headers and device libraries of AMD's that the triton wheel has.
 
 Standard library only: `tilelang-ext doctor` loads this file by itself.
 """
@@ -10,6 +10,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def include_directory() -> Path:
     for folder in (here / "include", here.parents[1] / "src" / "rocm" / "include"):
         if (folder / "hip" / "hip_fp16.h").is_file():
             return folder
-    raise FileNotFoundError(f"tilelang_ext.rocm: its headers must be installed; got none in {here / 'include'}; reinstall")
+    raise CompilerMissingError(f"tilelang_ext.rocm: its headers must be installed; got none in {here / 'include'}; reinstall")
 
 
 @functools.cache
@@ -51,7 +52,7 @@ def find_compiler() -> Compiler:
         if match := re.search(r"HIP version.*", version):
             return Compiler((hipcc,), match[0])
     clang, version = _find_clang()
-    amd = _triton_amd()
+    amd = _amd_directory()
     device_libraries = [
         argument
         for name in ("ocml.bc", "ockl.bc")
@@ -84,17 +85,18 @@ def _find_clang() -> tuple[str, str]:
     )
 
 
-def _triton_amd() -> Path:
-    """Return the AMD folder of the triton wheel, which is located without importing it."""
+def _amd_directory() -> Path:
+    """Return the AMD folder of the triton wheel: of an installed one, which is not imported, or what `make hip` unpacked."""
     spec = importlib.util.find_spec("triton")
-    folder = Path(spec.origin).parent / "backends" / "amd" if spec and spec.origin else None
-    if folder is None or not (folder / "lib" / "ocml.bc").is_file() or not (folder / "include" / "hip").is_dir():
-        found = "no triton" if folder is None else f"none in {folder}"
-        raise CompilerMissingError(
-            f"rocm.find_compiler: clang needs the HIP headers and device libraries of the triton wheel; got {found}; "
-            "`pip install triton`"
-        )
-    return folder
+    unpacked = Path(sys.prefix) / "share" / "tilelang_ext" / "amd"
+    folders = ([Path(spec.origin).parent / "backends" / "amd"] if spec and spec.origin else []) + [unpacked]
+    for folder in folders:
+        if all((folder / part).exists() for part in ("lib/ocml.bc", "lib/ockl.bc", "include/hip/hip_runtime.h")):
+            return folder
+    raise CompilerMissingError(
+        "rocm.find_compiler: clang needs the HIP headers and device libraries of the triton wheel; got none in "
+        f"{' or '.join(map(str, folders))}; `pip install triton`, or `make hip` in a checkout"
+    )
 
 
 def _output(*command: str) -> str:
