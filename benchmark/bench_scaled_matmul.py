@@ -280,7 +280,7 @@ def bare_minimum(case: Case) -> dict:
         read = case.N * case.K + threadgroups * case.M * case.K
         return {"mma": 0, "device_bytes_read": read, "device_bytes_written": written}
     rows, cols = -(-case.M // config.block_M), -(-case.N // config.block_N)
-    block_K = scaled_matmul_tiled.block_K_of(case.problem)
+    block_K = scaled_matmul_tiled.BLOCK_K
     products = rows * cols * config.block_M * config.block_N * -(-case.K // block_K) * block_K
     read = cols * case.M * case.K + rows * case.N * case.K
     return {"mma": products // bench_matmul.MMA_MULTIPLICATIONS, "device_bytes_read": read, "device_bytes_written": written}

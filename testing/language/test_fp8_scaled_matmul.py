@@ -12,6 +12,7 @@ from tilelang_ext import formats, metal, quantize, reference, simulate
 from tilelang_ext import language as T
 
 L = T.BlockScaledLayout
+F8 = "float8_e4m3fn"
 TENSOR, ROW, E8M0 = (L.per_tensor(),) * 2, (L.per_row(),) * 2, (L.e8m0_k32(),) * 2
 BLOCK = (L.block(1, 128), L.block(128, 128))
 LAYOUTS = {"tensor": TENSOR, "row": ROW, "block": BLOCK, "e8m0": E8M0, "row and block": (L.per_row(), L.block(128, 128))}
@@ -115,6 +116,78 @@ def test_shared_tiles_in_a_users_loop(name):
                 C[j, k] = total[j, k] + T.cast(i, "float32")
 
     check(kernel, (A, SA, B, SB), torch.full((M, N), torch.nan), reference.scaled_matmul(A, SA, B, SB, *layouts))
+
+
+@pytest.mark.parametrize("operands", ["shared", "global"])
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_step_past_the_end_of_k(pipelined, operands):
+    """9 groups of scales in steps of 4: nothing past the last one is read, in a peeled last step neither."""
+    M, N, K = 64, 64, 288
+    (A, SA), (B, SB) = operand(M, K, L.e8m0_k32(), seed=2), operand(N, K, L.e8m0_k32(), seed=3)
+    SA, SB = SA.contiguous(), SB.contiguous()
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, K), F8),
+        SA: T.Tensor((M, K // 32), "uint8"),
+        B: T.Tensor((N, K), F8),
+        SB: T.Tensor((N, K // 32), "uint8"),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(1, threads=128) as _:
+            A_s, B_s = T.alloc_shared((64, 128), F8), T.alloc_shared((64, 128), F8)
+            C_f = T.alloc_fragment((64, 64), "float32")
+            T.clear(C_f)
+            for t in T.Pipelined(3, num_stages=1) if pipelined else T.serial(3):
+                if operands == "shared":
+                    T.copy(A[0, t * 128], A_s)
+                    T.copy(B[0, t * 128], B_s)
+                    T.fp8_scaled_matmul(
+                        A_s,
+                        SA[0:64, t * 4 : t * 4 + 4],
+                        B_s,
+                        SB[0:64, t * 4 : t * 4 + 4],
+                        C_f,
+                        transpose_B=True,
+                        scale_layout=E8M0,
+                    )
+                else:
+                    T.fp8_scaled_matmul(
+                        A[0:64, t * 128 : t * 128 + 128],
+                        SA,
+                        B[0:64, t * 128 : t * 128 + 128],
+                        SB,
+                        C_f,
+                        transpose_B=True,
+                        scale_layout=E8M0,
+                    )
+            T.copy(C_f, C)
+
+    check(kernel, (A, SA, B, SB), torch.full((M, N), torch.nan), reference.scaled_matmul(A, SA, B, SB, *E8M0))
+
+
+def test_infinite_scales_stay_in_their_group():
+    """Groups past the end of K add nothing, whatever the last one holds."""
+    M, N, K = 32, 64, 288
+    layouts = (L.block(1, 32), L.per_row())
+    (A, SA), (B, SB) = operand(M, K, layouts[0], seed=2), operand(N, K, layouts[1], seed=3)
+    SA[:, 8] = torch.inf
+    A[:, 256:], B[:, 256:] = torch.ones(M, 32).to(A.dtype), torch.ones(N, 32).to(B.dtype)
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, K), F8),
+        SA: T.Tensor((M, 9), "float32"),
+        B: T.Tensor((N, K), F8),
+        SB: T.Tensor((N, 1), "float32"),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(1, threads=64) as _:
+            T.fp8_scaled_matmul(A, SA, B, SB, C, transpose_B=True, scale_layout=layouts, clear_accum=True)
+
+    C = torch.full((M, N), torch.nan)
+    assert not simulate(kernel, A, SA, B, SB, C).findings
+    assert C.isposinf().all()
 
 
 @pytest.mark.parametrize("trans_A", [False, True])
@@ -305,7 +378,6 @@ def trace(*, A=((64, 64), "float8_e4m3fn"), SA=((64,), "float32"), B=((64, 64), 
     return kernel
 
 
-F8 = "float8_e4m3fn"
 ERRORS = [
     ("half operand", {"A": ((64, 64), "float16")}, TypeError, r"A must be one of float8_e4m3fn, .*; got float16; use T\.gemm"),
     ("E8M0 operand", {"B": ((64, 64), "float8_e8m0fnu")}, TypeError, r"B must be .*; got float8_e8m0fnu; E8M0 is a format"),
@@ -348,6 +420,7 @@ def regions(case):
         B: T.Tensor(B_shape, F8),
         SB: T.Tensor((64,), "float32"),
         SB_blocks: T.Tensor((2, 4), "float32"),
+        SB_square: T.Tensor((1, 2), "float32"),
         C: T.Tensor(C_shape, "float32"),
         K: T.int32,
     ):
@@ -366,6 +439,9 @@ def regions(case):
             elif case == "groups":
                 layouts = (L.per_row(), L.block(32, 96))
                 T.fp8_scaled_matmul(A, SA, B, SB_blocks[0:2, 0:3], C, transpose_B=True, scale_layout=layouts)
+            elif case == "region inside a group":
+                layouts = (L.per_row(), L.block(64, 128))
+                T.fp8_scaled_matmul(A[0:64, 64:192], SA, B[0:64, 64:192], SB_square, C, transpose_B=True, scale_layout=layouts)
             else:
                 T.fp8_scaled_matmul(A, SA, B, SB, C, transpose_B=True)
 
@@ -385,6 +461,10 @@ REGION_ERRORS = {
         r"A in a fragment is used whole, .*got K = 256 with groups of 128",
     ),
     "shared tile of symbolic K": (ValueError, r"K of a tile in shared memory or a fragment must be a constant; got K"),
+    "region inside a group": (
+        ValueError,
+        r"a region beside the scales of the whole matrix must begin at a scale group; got B from 64 of K on with groups of 128",
+    ),
     "groups": (ValueError, r"scale groups along K must divide one another; got \[96\] and a K tile of 128; use 32 or 128"),
 }
 

@@ -7,7 +7,6 @@ strides of a and b that are no multiple of 16 bytes cost it the bulk copies. Tun
 `scaled_matmul.KERNELS`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -48,11 +47,6 @@ def _has_byte_scales(problem: Problem) -> bool:
     return any(layout.scale_format is not None for layout in (problem.layout_a, problem.layout_b))
 
 
-def block_K_of(problem: Problem) -> int:
-    """Return how much of K a step takes; one with byte scales is whole groups, at the end of K too."""
-    return math.gcd(problem.K, BLOCK_K) if _has_byte_scales(problem) else BLOCK_K
-
-
 def scaled_matmul(problem: Problem, config: Config):
     """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one."""
     N, K, layout_a, layout_b = problem.N, problem.K, problem.layout_a, problem.layout_b
@@ -62,14 +56,13 @@ def scaled_matmul(problem: Problem, config: Config):
     scale_a_type = problem.scale(layout_a, M, "scale_a")
     scale_b_type = problem.scale(layout_b, N, "scale_b")
     out_type = T.Tensor((M, N), problem.out_dtype)
-    block_K = block_K_of(problem)
     fast = problem.fast_accum and layout_a.k is None and layout_b.k is None
 
     def of_step(scale, layout, row, rows, k):
         """The scales of one tile and one step of K; 1 where they cover all of K."""
         if layout.k is None:
             return T.float32(1)
-        row_block, groups = row // layout.rows, block_K // layout.k
+        row_block, groups = row // layout.rows, BLOCK_K // layout.k
         row_blocks = -(-rows // layout.rows)
         return scale[row_block : row_block + row_blocks, k * groups : (k + 1) * groups]
 
@@ -102,14 +95,14 @@ def scaled_matmul(problem: Problem, config: Config):
     @T.macro
     def matmul(a, scale_a, b, scale_b, bias, out):
         with T.Kernel(T.ceildiv(N, block_N), T.ceildiv(M, block_M), threads=threads) as (bx, by):
-            A_s = T.alloc_shared((block_M, block_K), problem.a_dtype)
-            B_s = T.alloc_shared((block_N, block_K), problem.b_dtype)
+            A_s = T.alloc_shared((block_M, BLOCK_K), problem.a_dtype)
+            B_s = T.alloc_shared((block_N, BLOCK_K), problem.b_dtype)
             C_f = T.alloc_fragment((block_M, block_N), "float32")
             T.use_swizzle(8)
             T.clear(C_f)
-            for k in T.Pipelined(T.ceildiv(K, block_K), num_stages=num_stages):
-                T.copy(a[by * block_M, k * block_K], A_s)
-                T.copy(b[bx * block_N, k * block_K], B_s)
+            for k in T.Pipelined(T.ceildiv(K, BLOCK_K), num_stages=num_stages):
+                T.copy(a[by * block_M, k * BLOCK_K], A_s)
+                T.copy(b[bx * block_N, k * BLOCK_K], B_s)
                 add_step(A_s, B_s, C_f, scale_a, scale_b, by * block_M, bx * block_N, k)
             for i, j in T.Parallel(block_M, block_N):
                 # Rows and columns past the end are not stored: any scale will do for them.

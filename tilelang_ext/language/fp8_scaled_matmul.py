@@ -70,6 +70,7 @@ class _Scale:
     """The scales of one operand: `at(i, k)` is the factor of row i at element k of the tile."""
 
     layout: BlockScaledLayout
+    k0: Any  # element of K, among those that have scales, where the tile begins
     at: Callable
 
     @property
@@ -134,6 +135,12 @@ def fp8_scaled_matmul(
             f"of {group}; keep A in shared memory, or call once a group"
         )
 
+    for tile, scale in zip((a, b), scales, strict=True):
+        if scale.grouped and _differ(scale.k0 % min(scale.layout.k, step), 0):
+            raise ValueError(
+                f"{_NAME}: a region beside the scales of the whole matrix must begin at a scale group; got {tile.name} from "
+                f"{scale.k0} of K on with groups of {scale.layout.k}; begin at a multiple of {scale.layout.k}"
+            )
     _check_tail(a, transpose_A, K, step)
     _check_tail(b, not transpose_B, K, step)
     staged = a.scope == "global" or b.scope == "global"
@@ -270,7 +277,7 @@ def _scale(name: str, operand, rows, K, layout, origin, full) -> _Scale:
     """Read one operand of scales; `origin` and `full` place the tile (row, k) in its own buffer."""
     if isinstance(operand, tirx.PrimExpr) and not isinstance(operand, tirx.BufferLoad):
         _check_scale_dtype(name, str(operand.dtype), BlockScaledLayout.per_tensor())
-        return _Scale(BlockScaledLayout.per_tensor(), lambda i, k: T.cast(operand, "float32"))
+        return _Scale(BlockScaledLayout.per_tensor(), 0, lambda i, k: T.cast(operand, "float32"))
     region = to_buffer_region(operand)
     buffer, extents = region.buffer, [axis.extent for axis in region.region]
     dtype = str(buffer.dtype)
@@ -301,20 +308,22 @@ def _scale(name: str, operand, rows, K, layout, origin, full) -> _Scale:
         )
     reading, (row0, k0) = next(iter(found.items()))
     _check_scale_dtype(name, dtype, reading)
-    mins = [axis.min for axis in region.region]
+    begins = [axis.min for axis in region.region]
+    ends = [T.min(begin + extent, size) for begin, extent, size in zip(begins, extents, buffer.shape, strict=True)]
 
-    # Rows and groups past the end belong to elements that the copies filled with zeros: any scale will do.
+    # Past the end lie elements that the copies filled with zeros. A scale read there is another row's, or nobody's.
     def at(i, k):
-        row = 0 if reading.rows is None else T.min((row0 + i) // reading.rows, extents[-2 if len(extents) > 1 else 0] - 1)
-        group = 0 if reading.k is None else T.min((k0 + k) // reading.k, extents[-1] - 1)
-        if len(mins) == 1:
-            index = [mins[0] + (group if reading.k is not None else row)]
-        else:
-            index = [*mins[:-2], mins[-2] + row, mins[-1] + group]
-        value = buffer[tuple(index)]
-        return e8m0_to_float(value) if reading.scale_format is E8M0 else T.cast(value, "float32")
+        indices = [0 if reading.rows is None else (row0 + i) // reading.rows, 0 if reading.k is None else (k0 + k) // reading.k]
+        if len(begins) == 1:
+            indices = indices[:1] if reading.k is None else indices[1:]
+        lead, axes = begins[: -len(indices)], range(-len(indices), 0)
+        index = [begins[axis] + indices[axis] for axis in axes]
+        inside = tirx.all(*(at < ends[axis] for at, axis in zip(index, axes, strict=True)))
+        value = buffer[(*lead, *index)]
+        value = e8m0_to_float(value) if reading.scale_format is E8M0 else T.cast(value, "float32")
+        return T.if_then_else(inside, value, T.float32(0))
 
-    return _Scale(reading, at)
+    return _Scale(reading, k0, at)
 
 
 def _layouts_of(dtype: str) -> list[BlockScaledLayout]:
