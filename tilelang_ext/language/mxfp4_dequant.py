@@ -1,0 +1,113 @@
+"""`T.mxfp4_dequant`: MXFP4 weights as numbers.
+
+    out[j, k] = decode(W[j, k]) * 2^(scale[j, k // 32] - 127)
+
+| operand | shape | dtype | scope |
+| --- | --- | --- | --- |
+| W_packed | (N, K / 2), low nibble = even k | uint8 | any |
+| scale | (N, K / 32), or None for 1 | uint8 or e8m0 | any |
+| out | (N, K) | bfloat16, float16, float8_e4m3fn, float32 | fragment, shared, global |
+
+Each may be a buffer or a region of one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import tilelang.language as T
+from tvm import tirx
+
+from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E4M3, E8M0, MX_GROUP
+from tilelang_ext.language.narrow_floats import INF, bits_of, encode
+from tilelang_ext.language.tile import Tile, tile
+
+_NAME = "T.mxfp4_dequant"
+_OUT_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float32")
+SCALE_DTYPES = ("uint8", E8M0.dtype)
+
+
+def mxfp4_dequant(W_packed, scale, out) -> None:
+    """Write the values of packed MXFP4 weights to `out`.
+
+    Exact in float32 and bfloat16 to the ends of their range: built from bits, subnormals included, past the largest number
+    Inf, scale byte 255 NaN. float16 is that value rounded to nearest even (exact for scale bytes 104 to 140), and
+    float8_e4m3fn rounded so and saturated at 448 (exact for scale bytes 119 to 133: what
+    `quantize.fold_mxfp4_to_e4m3` brings weights into). Without scales every value is exact in each.
+
+    Raises TypeError for dtypes and scopes, ValueError for shapes. Format: OCP Microscaling Formats (MX) 1.0.
+    """
+    w, o = tile(_NAME, "W_packed", W_packed), tile(_NAME, "out", out)
+    w.check_dtype("uint8", hint="pack two codes a byte, low nibble first")
+    o.check_dtype(*_OUT_DTYPES, hint="cast what one of these gives")
+    o.check_scope("fragment", "shared", "global")
+    o.check_constant()
+    N, K = o.shape
+    if K % MX_GROUP and scale is not None or K % CODES_PER_BYTE:
+        raise ValueError(f"{_NAME}: K must be a multiple of {MX_GROUP}, which share a scale; got {K}; pad K with zeros")
+    w.check_shape(N, K // CODES_PER_BYTE, hint="slice the weights as out is, two codes a byte")
+    s = None if scale is None else scale_tile(_NAME, "scale", scale, N, K)
+
+    @T.macro
+    def dequant():
+        w_read, s_read = readable(w), None if s is None else readable(s)
+        for j, k in T.Parallel(N, K):
+            o.buffer[o.index(j, k)] = mxfp4_value(w_read, s_read, j, k, o.dtype)
+
+    dequant()
+
+
+def scale_tile(intrinsic: str, name: str, scale, rows: int, K) -> Tile:
+    """Read E8M0 scales of an operand of (rows, K), one a row and 32 of K."""
+    s = tile(intrinsic, name, scale)
+    s.check_dtype(*SCALE_DTYPES, hint="MX scales are bytes of E8M0")
+    s.check_shape(rows, K // MX_GROUP, hint="slice the scales as the operand is sliced, one a row and 32 of K")
+    return s
+
+
+def readable(source: Tile) -> Tile:
+    """Return the tile, or a copy in shared memory of one in a fragment, whose elements only their own thread can read."""
+    if source.scope != "fragment":
+        return source
+    staged = T.alloc_shared(source.shape, source.dtype)
+
+    @T.macro
+    def stage():
+        T.copy(source.columns(0, source.shape[1]), staged)
+
+    stage()
+    return tile(source.intrinsic, source.name, staged)
+
+
+def mxfp4_value(w: Tile, s: Tile | None, j, k, dtype: str) -> tirx.PrimExpr:
+    """Return element (j, k) of packed weights times its scale (None: 1) as an expression of `dtype`."""
+    byte = T.cast(w[j, k // CODES_PER_BYTE], "int32")
+    nibble = (byte >> (k % CODES_PER_BYTE * E2M1.bits)) & 0xF
+    scale = T.int32(E8M0.bias) if s is None else scale_byte(s[j, k // MX_GROUP])
+    magnitude, negative = _float32_bits(nibble, scale), nibble >> 3
+    if dtype == E4M3.dtype:
+        return T.reinterpret(T.cast(encode(magnitude, negative, E4M3), "uint8"), dtype)
+    bits = T.cast(magnitude, "uint32") | (T.cast(negative, "uint32") << T.uint32(31))
+    if dtype == "bfloat16":
+        return T.reinterpret(T.cast(bits >> T.uint32(16), "uint16"), dtype)
+    return T.cast(T.reinterpret(bits, "float32"), dtype)
+
+
+def scale_byte(value: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Return the byte of an E8M0 scale as int32."""
+    return T.cast(value if str(value.dtype) == "uint8" else T.reinterpret(value, "uint8"), "int32")
+
+
+def _float32_bits(nibble: tirx.PrimExpr, scale: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Return the magnitude of one value as the bits of a float32, int32; in integers, since a device may flush subnormals.
+
+    `field` counts exponent and first mantissa bit of the result, two steps a binade: 2 * scale + code - 2 but at code 1 (0.5).
+    Below 2 the result is subnormal. Bits are then in units of 2^21, and three numbers occur: 1 (2^-128), 2 (2^-127) and
+    3 (1.5 * 2^-127).
+    """
+    code = nibble & 7
+    field = scale * 2 + code - T.Select(code == 1, 3, 2)
+    units = T.max(T.max(field * 2, field + 2), 1)
+    units = T.Select(code == 0, 0, T.min(units, INF >> 21))
+    units = T.Select(scale == E8M0.nan_codes[0], bits_of(math.nan) >> 21, units)
+    return units << 21

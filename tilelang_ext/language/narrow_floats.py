@@ -1,0 +1,40 @@
+"""Codes of narrow floats from the bits of float32, in integers: a target's own casts differ in flavour and saturation."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import tilelang.language as T
+from tvm import tirx
+
+from tilelang_ext.formats import FloatFormat
+
+MANTISSA_BITS = 23  # of float32
+BIAS = 127
+INF = 0xFF << MANTISSA_BITS
+
+
+def bits_of(value: float) -> int:
+    """Return the bits of a number as float32."""
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+def encode(magnitude: tirx.PrimExpr, negative: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
+    """Return the code nearest to a float32, as int32: ties to even, saturating, NaN the format's NaN where it has one.
+
+    `magnitude` is the int32 of the float's bits without its sign, `negative` int32 0 or 1. Of a format with a negative zero
+    and subnormals: E4M3, E5M2, E2M1.
+    """
+    dropped = MANTISSA_BITS - format.mantissa_bits
+    finite = T.min(magnitude, INF)
+    rounded = finite + ((1 << (dropped - 1)) - 1) + ((finite >> dropped) & 1)
+    normal = (rounded >> dropped) - ((BIAS - format.bias) << format.mantissa_bits)
+    # The unit of this sum's last place is the format's smallest subnormal: the addition rounds, the low bits are the code.
+    unit = math.ldexp(1.0, MANTISSA_BITS + 1 - format.bias - format.mantissa_bits)
+    subnormal = T.reinterpret(T.reinterpret(finite, "float32") + T.float32(unit), "int32") - bits_of(unit)
+    code = T.Select(finite < bits_of(math.ldexp(1.0, 1 - format.bias)), subnormal, normal)
+    code = T.min(code, format.values.index(format.max))
+    if format.nan_codes:
+        code = T.Select(magnitude > INF, format.nan_codes[0], code)
+    return code | (negative * format.sign_mask)

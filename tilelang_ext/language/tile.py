@@ -1,0 +1,113 @@
+"""What an operand of an intrinsic is: the last dimensions of a buffer, or of a region whose leading indices are fixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tilelang.utils.language import to_buffer_region
+from tvm import arith, tirx
+
+_SCOPES = {"local.fragment": "fragment", "shared.dyn": "shared", "": "global"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A buffer, the leading indices that are fixed, and where the tile's own axes begin and how long they are."""
+
+    intrinsic: str  # for messages
+    name: str
+    buffer: tirx.Buffer
+    lead: tuple
+    begin: tuple  # an int or an expression an axis, as `shape`
+    shape: tuple
+
+    @property
+    def dtype(self) -> str:
+        return str(self.buffer.dtype)
+
+    @property
+    def scope(self) -> str:
+        return _SCOPES.get(self.buffer.scope(), self.buffer.scope())
+
+    def index(self, *at) -> tuple:
+        """Return the buffer's indices of the element `at` of the tile."""
+        return (*self.lead, *(first + i for first, i in zip(self.begin, at, strict=True)))
+
+    def __getitem__(self, at) -> tirx.PrimExpr:
+        return self.buffer[self.index(*at)]
+
+    def columns(self, first, count) -> tirx.BufferRegion | tirx.Buffer:
+        """Return `count` columns of a matrix from `first` on, as an operand of T.copy or T.gemm; a whole buffer as itself."""
+        rows, _ = self.shape
+        if not self.lead and equal(count, self.buffer.shape[1]) and equal(rows, self.buffer.shape[0]):
+            return self.buffer
+        row, col = self.begin[0], self.begin[1] + first
+        return self.buffer[(*(slice(at, at + 1) for at in self.lead), slice(row, row + rows), slice(col, col + count))]
+
+    def check_dtype(self, *allowed: str, hint: str) -> None:
+        """Raise TypeError for a dtype that is not one of `allowed`."""
+        if self.dtype not in allowed:
+            raise TypeError(f"{self.intrinsic}: {self.name} must be {', '.join(allowed)}; got {self.dtype}; {hint}")
+
+    def check_scope(self, *allowed: str, hint: str = "copy it with T.copy") -> None:
+        """Raise TypeError for a scope that is not one of `allowed`."""
+        if self.scope not in allowed:
+            raise TypeError(
+                f"{self.intrinsic}: {self.name} must be {', '.join(allowed)}; got {self.buffer.name} in scope {self.scope}; {hint}"
+            )
+
+    def check_shape(self, *wanted, hint: str) -> None:
+        """Raise ValueError unless every extent is provably the one wanted."""
+        if not all(equal(got, want) for got, want in zip(self.shape, wanted, strict=True)):
+            raise ValueError(f"{self.intrinsic}: {self.name} must have shape {_text(wanted)}; got {_text(self.shape)}; {hint}")
+
+    def check_constant(self) -> None:
+        """Raise ValueError for an extent that is not a number."""
+        if not all(isinstance(extent, int) for extent in self.shape):
+            raise ValueError(
+                f"{self.intrinsic}: {self.name} must have constant extents; got {_text(self.shape)}; tile it, pass a region"
+            )
+
+
+def tile(intrinsic: str, name: str, operand, ndim: int = 2) -> Tile:
+    """Read an operand as a tile of `ndim` dimensions."""
+    try:
+        region = to_buffer_region(operand)
+    except (ValueError, AttributeError):
+        raise TypeError(
+            f"{intrinsic}: {name} must be a buffer or a region of one; got {type(operand).__name__}; pass a tile"
+        ) from None
+    axes = list(region.region)
+    if len(axes) < ndim:
+        raise ValueError(
+            f"{intrinsic}: {name} must have at least {ndim} dimensions; got {len(axes)} ({region.buffer.name}); reshape it"
+        )
+    lead, own = axes[: len(axes) - ndim], axes[len(axes) - ndim :]
+    if any(not equal(axis.extent, 1) for axis in lead):
+        raise ValueError(
+            f"{intrinsic}: leading dimensions of {name} must be fixed; got {region}; index them, as in {name}[stage, :, :]"
+        )
+    return Tile(
+        intrinsic,
+        name,
+        region.buffer,
+        tuple(axis.min for axis in lead),
+        tuple(_integer(axis.min) for axis in own),
+        tuple(_integer(axis.extent) for axis in own),
+    )
+
+
+def equal(first, second) -> bool:
+    """Whether two extents are provably equal."""
+    if isinstance(first, int) and isinstance(second, int):
+        return first == second
+    return arith.Analyzer().can_prove_equal(tirx.convert(first), tirx.convert(second))
+
+
+def _integer(extent) -> Any:
+    return int(extent) if isinstance(extent, (int, tirx.IntImm)) else extent
+
+
+def _text(shape) -> str:
+    return f"({', '.join(map(str, shape))})"
