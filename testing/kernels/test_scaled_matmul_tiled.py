@@ -26,12 +26,22 @@ def run(M, N, K, recipes, *, format_a=E4M3, format_b=E4M3, bias=None, out="float
     report = simulate(kernel, *arguments, *extra, result, timeout=300)
     assert not report.findings, str(report)
     assert_close(result, expected, dtype=out)
+    return report.counts, [*arguments, *extra]
 
 
 @pytest.mark.parametrize("recipes", PAIRS, ids=lambda pair: "-".join(recipe.name for recipe in pair))
 def test_recipes(recipes):
     """Two tiles of rows and two of columns, none of them full; the last step of K is not full either."""
     run(70, 150, 288, recipes, bias="bfloat16")
+
+
+@pytest.mark.parametrize("recipes", [(ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK), (MX, MX), (TENSOR, TENSOR)], ids=str)
+def test_device_bytes(recipes):
+    """Two tiles of columns: each reads all of A, its half of B, and the scales and the bias of its rows and columns once."""
+    counts, (a, scale_a, b, scale_b, bias) = run(64, 128, 512, recipes, bias="float32")
+    shared_b = 2 if scale_b.shape[0] == 1 else 1  # a block of scales that both tiles of columns need
+    least = 2 * a.nbytes + b.nbytes + 2 * scale_a.nbytes + shared_b * scale_b.nbytes + bias.nbytes
+    assert least <= counts.device_bytes_read <= 1.02 * least
 
 
 @pytest.mark.parametrize(("out", "bias"), [("float16", "float32"), ("bfloat16", None)])

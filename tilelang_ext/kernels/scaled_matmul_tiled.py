@@ -14,6 +14,7 @@ from functools import cache
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_matmul_problem import Problem, compile_prim_func
+from tilelang_ext.language.fp8_scaled_matmul import READ_ONCE
 
 BLOCK_K = FP8_BLOCK  # of K in a step: a float32 block of scales, and the most for one accumulator of the matrix unit
 
@@ -104,12 +105,11 @@ def scaled_matmul(problem: Problem, config: Config):
                 T.copy(a[by * block_M, k * BLOCK_K], A_s)
                 T.copy(b[bx * block_N, k * BLOCK_K], B_s)
                 add_step(A_s, B_s, C_f, scale_a, scale_b, by * block_M, bx * block_N, k)
-            for i, j in T.Parallel(block_M, block_N):
+            for i, j in T.Parallel(block_M, block_N, annotations={READ_ONCE: 1}):
                 # Rows and columns past the end are not stored: any scale will do for them.
-                row, column = T.min(by * block_M + i, M - 1), T.min(bx * block_N + j, N - 1)
-                C_f[i, j] = C_f[i, j] * of_row(scale_a, layout_a, row) * of_row(scale_b, layout_b, column) + of_column(
-                    bias, column
-                )
+                C_f[i, j] = C_f[i, j] * of_row(scale_a, layout_a, T.min(by * block_M + i, M - 1)) * of_row(
+                    scale_b, layout_b, T.min(bx * block_N + j, N - 1)
+                ) + of_column(bias, T.min(bx * block_N + j, N - 1))
             T.copy(C_f, out[by * block_M, bx * block_N])
 
     if problem.bias_dtype is None:

@@ -26,6 +26,7 @@ from tvm import arith, tirx
 from tilelang_ext.formats import E8M0, FP8_BLOCK, FP8_OPERANDS, BlockScaledLayout
 from tilelang_ext.language.e8m0 import e8m0_to_float
 
+READ_ONCE = "read_once"  # T.Parallel's annotation where scales are read: Metal stages them, see metal.staged_reads
 _NAME = "T.fp8_scaled_matmul"
 _OPERAND_DTYPES = tuple(format.dtype for format in FP8_OPERANDS)
 _ACCUMULATOR_DTYPES = ("float32", "float16", "bfloat16")
@@ -155,14 +156,14 @@ def fp8_scaled_matmul(
         if once:
             T.gemm(A_k, B_k, total, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True, annotations=annotations)
             if factor is not None:
-                for i, j in T.Parallel(M, N):
+                for i, j in T.Parallel(M, N, annotations={READ_ONCE: 1}):
                     total[i, j] *= factor(i, j)
         else:
             partial = T.alloc_fragment((M, N), "float32")
             T.gemm(
                 A_k, B_k, partial, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True, annotations=annotations
             )
-            for i, j in T.Parallel(M, N):
+            for i, j in T.Parallel(M, N, annotations={READ_ONCE: 1}):
                 total[i, j] += partial[i, j] if factor is None else partial[i, j] * factor(i, j)
 
     def add_products(total, A_s: _Tile, B_s: _Tile, size: int, k) -> None:
@@ -191,7 +192,7 @@ def fp8_scaled_matmul(
                 add_products(total, A_t, B_t, step, t * step)
         else:
             add_products(total, a, b, K, 0)
-        for i, j in T.Parallel(M, N):
+        for i, j in T.Parallel(M, N, annotations={READ_ONCE: 1}):
             value = total[i, j] if factor_of_rows is None else total[i, j] * factor_of_rows(i, j)
             if clear_accum:
                 c.buffer[c.index(i, j)] = T.cast(value, c.dtype)

@@ -18,6 +18,7 @@ from tvm.target import Target
 
 from tilelang_ext.metal.one_instruction import OneInstruction
 from tilelang_ext.metal.parameter_order import order_parameters
+from tilelang_ext.metal.staged_reads import StageReads
 from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
 
 
@@ -60,6 +61,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.PipelinePlanning()(mod)
     mod = transform.InjectSoftwarePipeline()(mod)
     mod = transform.Simplify()(mod)
+    mod = StageReads(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.metal.fragment_to_simdgroup.
     mod = transform.LayoutInference()(mod)
