@@ -32,8 +32,9 @@ struct Block {
   std::barrier<> meet;
   std::vector<Warp> warps;
 };
-inline Block* block;
-alignas(1024) inline uint8_t shared_memory[227 * 1024];
+inline thread_local Block* block;
+inline thread_local uint8_t* shared_memory;
+constexpr int kSharedBytes = 227 * 1024;
 inline void __syncthreads() { block->meet.arrive_and_wait(); }
 inline Warp& warp() { return block->warps[threadIdx.x / 32]; }
 inline int lane() { return threadIdx.x % 32; }
@@ -156,7 +157,13 @@ enum class DataType { kFloat16, kFloat8_e4m3, kFloat8_e5m2, kFloat32 };
 template <DataType T>
 float value(uint bits) {
   if (T == DataType::kFloat16) return half_value(bits);
-  return T == DataType::kFloat8_e4m3 ? decode(bits & 0xff, 4, 3, true) : decode(bits & 0xff, 5, 2);
+  static const std::vector<float> values = [] {
+    std::vector<float> table(256);
+    for (int code = 0; code < 256; ++code)
+      table[code] = T == DataType::kFloat8_e4m3 ? decode(code, 4, 3, true) : decode(code, 5, 2);
+    return table;
+  }();
+  return values[bits & 0xff];
 }
 template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool, bool>
 void mma_sync(float* c, const unsigned* a, const unsigned* b) {
@@ -223,10 +230,12 @@ void wgmma_rs(const uint32_t* a, uint64_t b, uint32_t* c, int accumulate) {
 }
 template <typename T>
 void warpgroup_fence_operand(T*, int) {}
-inline void warpgroup_arrive() {}
+inline void warpgroup_arrive() { warp().meet.arrive_and_wait(); }  // .sync.aligned: the lanes of a warp meet
 inline void warpgroup_commit_batch() {}
 template <int>
-void warpgroup_wait() {}
+void warpgroup_wait() {
+  warp().meet.arrive_and_wait();
+}
 }  // namespace tl
 
 // --- launches ---
@@ -234,12 +243,14 @@ template <typename Kernel>
 void launch(int grid_x, int grid_y, int threads, Kernel kernel) {
   for (int y = 0; y < grid_y; ++y)
     for (int x = 0; x < grid_x; ++x) {
-      std::memset(shared_memory, 0xff, sizeof(shared_memory));  // NaN in every format
+      alignas(1024) static uint8_t memory[kSharedBytes];
+      std::memset(memory, 0xff, kSharedBytes);  // NaN in every format
       Block own(threads);
-      block = &own;
       std::vector<std::thread> running;
       for (int t = 0; t < threads; ++t)
-        running.emplace_back([=] {
+        running.emplace_back([=, &own] {
+          block = &own;
+          shared_memory = memory;
           threadIdx.x = t;
           blockIdx.x = x;
           blockIdx.y = y;

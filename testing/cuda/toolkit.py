@@ -48,6 +48,7 @@ def compile_texts(texts: dict[str, str], arch: str) -> dict[str, Compiled]:
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
+        assert "instructions are serialized" not in done.stderr, done.stderr  # warpgroup products one after another
         listing = subprocess.run(
             [_nvdisasm(), "-c", str(binary)], capture_output=True, text=True, timeout=60, check=True
         ).stdout

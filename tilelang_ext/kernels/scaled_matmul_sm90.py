@@ -236,21 +236,26 @@ def scaled_matmul(problem: Problem, config: Config):
         def store(scale_a, scale_b, bias, out, sums, out_s, factors, row0, column0):
             """Scale the sums, add the bias and write the tile; its last copies run on into the next tile."""
             for band in range(bands):
+                row = row0 + first + band * BAND
+
+                @T.macro
+                def finish():
+                    if not grouped:
+                        for i in T.Parallel(BAND):
+                            factors[band][i] = scale_a[of_row(problem.layout_a, T.min(row + i, M - 1)), 0]
+                    # All of them before the first store, which would else wait for its loads, and the next one for its own.
+                    for i, j in T.Parallel(BAND, block_N):
+                        sums[band][i, j] = finished(sums[band][i, j], factors[band][i], scale_b, bias, column0 + j)
+
+                finish()
                 for part in range(block_N // store_N):
                     place_in_ring = (band * (block_N // store_N) + part) % num_stores
-                    row, column = row0 + first + band * BAND, column0 + part * store_N
+                    column = column0 + part * store_N
 
                     @T.macro
                     def emit():
                         out_f = T.alloc_fragment((BAND, store_N), out_dtype)
-                        if part == 0 and not grouped:
-                            for i in T.Parallel(BAND):
-                                factors[band][i] = scale_a[of_row(problem.layout_a, T.min(row + i, M - 1)), 0]
-                        for i, j in T.Parallel(BAND, store_N):
-                            out_f[i, j] = T.cast(
-                                finished(sums[band][i, part * store_N + j], factors[band][i], scale_b, bias, column + j),
-                                out_dtype,
-                            )
+                        T.copy(sums[band][:, part * store_N : (part + 1) * store_N], out_f)
                         T.tma_store_wait(num_stores - 1)
                         T.copy(out_f, out_s[place_in_ring, :, :])
                         T.fence_proxy_async()

@@ -59,10 +59,14 @@ def pick_config(problem: Problem) -> Config | None:
         tiles, warpgroups = -(-problem.N // block_N), few if block_M <= BAND else many
         if tiles <= num_blocks and warpgroups is not None:
             num_splits = 2 if 2 * tiles <= num_blocks and steps > 1 else 1
+            steps_of_block = -(-steps // num_splits)
+            warpgroups = min(warpgroups, 1 << (steps_of_block.bit_length() - 1))
             config = Config(block_M, block_N, num_splits, warpgroups, 0)
             fitting = (_SHARED_BYTES - _fixed_bytes(problem, config)) // ((block_M + block_N) * BLOCK_K)
-            wanted = min(fitting, -(-steps // num_splits), _MAX_STAGES)
-            return replace(config, num_stages=1 << (wanted.bit_length() - 1))  # a power of two: k % num_stages is cheap
+            # Powers of two: k % num_stages is cheap, and a stage is one warpgroup's, or is used once. Were it another's before,
+            # a warpgroup could take the phase before its own for its own.
+            needed = 1 << (steps_of_block - 1).bit_length()
+            return replace(config, num_stages=min(needed, 1 << (fitting.bit_length() - 1), _MAX_STAGES))
     return None
 
 
@@ -103,6 +107,7 @@ def scaled_matmul(problem: Problem, config: Config):
 
     def computer(warpgroup: int):
         """The work of a computing warpgroup, as a macro: its steps of K, then its sums to shared memory."""
+        turns = -(-(steps - warpgroup) // warpgroups)
 
         def keep(sums, sums_s):
             for split in range(num_splits):
@@ -119,26 +124,28 @@ def scaled_matmul(problem: Problem, config: Config):
         def compute(A_s, B_s, factors_s, sums_s, full, empty, count, tx, sums, partial):
             factors_f = T.alloc_fragment((band_M,), "float32")
             T.clear(sums)
-            for turn in T.serial(T.ceildiv(count - warpgroup, warpgroups)):
+            # Not a loop to T.ceildiv(count - warpgroup, warpgroups): of one turn at most, upstream runs it always.
+            for turn in T.serial(turns):
                 k = turn * warpgroups + warpgroup
-                stage = k % num_stages
-                T.barrier_wait(full[stage], (k // num_stages) & 1)
-                T.wgmma_gemm(
-                    A_s[stage * block_M : stage * block_M + band_M, :],
-                    B_s[stage, :, :],
-                    partial,
-                    transpose_B=True,
-                    policy=T.GemmWarpPolicy.FullRow,
-                    clear_accum=True,
-                )
-                if grouped:
-                    for i in T.Parallel(band_M):
-                        factors_f[i] = factors_s[k, T.min(i, block_M - 1)]
-                T.wait_wgmma(0)
-                if tx % 32 == 0:
-                    T.mbarrier_arrive(empty[stage])
-                for i, j in T.Parallel(band_M, block_N):
-                    sums[i, j] += partial[i, j] * factors_f[i] if grouped else partial[i, j]
+                if all_steps % num_splits == 0 or k < count:
+                    stage = k % num_stages
+                    T.barrier_wait(full[stage], (k // num_stages) & 1)
+                    T.wgmma_gemm(
+                        A_s[stage * block_M : stage * block_M + band_M, :],
+                        B_s[stage, :, :],
+                        partial,
+                        transpose_B=True,
+                        policy=T.GemmWarpPolicy.FullRow,
+                        clear_accum=True,
+                    )
+                    if grouped:
+                        for i in T.Parallel(band_M):
+                            factors_f[i] = factors_s[k, T.min(i, block_M - 1)]
+                    T.wait_wgmma(0)
+                    if tx % 32 == 0:
+                        T.mbarrier_arrive(empty[stage])
+                    for i, j in T.Parallel(band_M, block_N):
+                        sums[i, j] += partial[i, j] * factors_f[i] if grouped else partial[i, j]
             keep(sums, sums_s)
 
         return compute

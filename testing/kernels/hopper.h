@@ -1,0 +1,186 @@
+// What the CUDA text of kernels for Hopper calls beside device.h: bulk copies and the barriers they complete, barriers
+// of some threads, clusters of blocks. A copy is done when it is issued, a product too: what is found is a wrong value
+// and a kernel that never ends, not a wait that is missing.
+#include "../cuda/device.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <map>
+#include <mutex>
+
+// An mbarrier (PTX ISA 9.7.13.15) in its 8 bytes: a phase ends when no arrival and no byte is missing.
+class Barrier {
+  struct State {
+    uint16_t count, missing;
+    int32_t bytes : 31;
+    uint32_t phase : 1;
+  };
+  static_assert(sizeof(State) == 8);
+  std::atomic<uint64_t> bits_;
+  template <typename Change>
+  void update(Change change) {
+    uint64_t old = bits_.load(), now;
+    do {
+      State state;
+      std::memcpy(&state, &old, 8);
+      change(state);
+      if (state.missing == 0 && state.bytes == 0) {
+        state.missing = state.count;
+        state.phase ^= 1;
+      }
+      std::memcpy(&now, &state, 8);
+    } while (!bits_.compare_exchange_weak(old, now));
+    bits_.notify_all();
+  }
+
+ public:
+  void init(int count) {
+    const State state{uint16_t(count), uint16_t(count), 0, 0};
+    uint64_t bits;
+    std::memcpy(&bits, &state, 8);
+    bits_.store(bits);
+  }
+  void arrive() {
+    update([](State& state) { --state.missing; });
+  }
+  void expect_transaction(int bytes) {
+    update([=](State& state) { state.bytes += bytes; });
+  }
+  void complete(int bytes) {
+    update([=](State& state) { state.bytes -= bytes; });
+  }
+  // Returns when the phase of this parity has ended.
+  void wait(int parity) {
+    while (true) {
+      uint64_t bits = bits_.load();
+      State state;
+      std::memcpy(&state, &bits, 8);
+      if (int(state.phase) != parity) return;
+      bits_.wait(bits);
+    }
+  }
+};
+
+// A matrix in global memory of which a bulk copy takes a box, and how the box lies in shared memory: rows of 128, 64 or
+// 32 bytes, swizzled by their width.
+struct CUtensorMap {
+  uint8_t* data;
+  int64_t rows, row_bytes;
+  int box_rows, box_bytes, element_bytes;
+};
+
+struct Cluster {
+  Cluster(int blocks, int threads) : meet(blocks * threads) {}
+  std::barrier<> meet;
+  std::vector<uint8_t*> memories;
+};
+struct NamedBarriers {
+  std::mutex mutex;
+  std::condition_variable all_here;
+  std::map<int, int> here, round;
+};
+inline thread_local Cluster* cluster;
+inline thread_local NamedBarriers* named_barriers;
+
+namespace tl {
+template <int threads>
+bool tl_shuffle_elect() {
+  return threads == 0 ? threadIdx.x == 0 : threadIdx.x % threads == 0;
+}
+inline void __sync_thread_partial(int id, int threads) {
+  std::unique_lock lock(named_barriers->mutex);
+  const int round = named_barriers->round[id];
+  if (++named_barriers->here[id] == threads) {
+    named_barriers->here[id] = 0;
+    ++named_barriers->round[id];
+    named_barriers->all_here.notify_all();
+  } else {
+    named_barriers->all_here.wait(lock, [&] { return named_barriers->round[id] != round; });
+  }
+}
+inline void fence_barrier_init() {}
+inline void prefetch_tma_descriptor(const CUtensorMap&) {}
+template <int>
+void warpgroup_reg_alloc() {}
+template <int>
+void warpgroup_reg_dealloc() {}
+template <int>
+void wait_wgmma() {  // .sync.aligned
+  warp().meet.arrive_and_wait();
+}
+template <typename T>
+void increase_descriptor_offset(GmmaDescriptor& descriptor, T bytes) {
+  descriptor.bits += bytes >> 4;
+}
+
+// Calls move(byte in shared memory, byte in global memory or null where the box lies outside) for every byte of a box.
+template <typename Move>
+void for_box(const CUtensorMap& map, const void* shared, int column, int row, Move move) {
+  const uint64_t start = static_cast<const uint8_t*>(shared) - shared_memory;
+  for (int r = 0; r < map.box_rows; ++r)
+    for (int b = 0; b < map.box_bytes; ++b) {
+      uint64_t address = start + r * map.box_bytes + b;
+      address ^= (address >> 7 & (map.box_bytes / 16 - 1)) << 4;
+      const int64_t at = int64_t(column) * map.element_bytes + b;
+      const bool inside = row + r < map.rows && at < map.row_bytes;
+      move(shared_memory[address], inside ? &map.data[(row + r) * map.row_bytes + at] : nullptr);
+    }
+}
+inline void tma_load(const CUtensorMap& map, Barrier& barrier, void* to, int column, int row) {
+  for_box(map, to, column, row, [](uint8_t& shared, const uint8_t* global) { shared = global ? *global : 0; });
+  barrier.complete(map.box_rows * map.box_bytes);
+}
+inline void tma_store(const CUtensorMap& map, const void* from, int column, int row) {
+  for_box(map, from, column, row, [](uint8_t& shared, uint8_t* global) {
+    if (global) *global = shared;
+  });
+}
+inline void tma_store_arrive() {}
+template <int, bool>
+void tma_store_wait() {}
+
+inline void cluster_sync() { cluster->meet.arrive_and_wait(); }
+inline void tma_store_cluster(void* to, const void* from, int block_of_cluster, uint32_t bytes, Barrier& barrier) {
+  auto there = [=](void* here) {
+    return cluster->memories[block_of_cluster] + (static_cast<uint8_t*>(here) - shared_memory);
+  };
+  auto& arrived = *reinterpret_cast<Barrier*>(there(&barrier));
+  arrived.expect_transaction(bytes);
+  arrived.arrive();
+  std::memcpy(there(to), from, bytes);
+  arrived.complete(bytes);
+}
+}  // namespace tl
+
+// Runs the blocks of a cluster, neighbours along x, at the same time.
+template <typename Kernel>
+void launch_clusters(int grid_x, int grid_y, int blocks, int threads, Kernel kernel) {
+  constexpr int bytes = kSharedBytes + 1024;  // barriers last
+  auto* memory = static_cast<uint8_t*>(std::aligned_alloc(1024, blocks * bytes));
+  for (int y = 0; y < grid_y; ++y)
+    for (int x = 0; x < grid_x; x += blocks) {
+      std::memset(memory, 0xff, blocks * bytes);  // NaN in every format
+      Cluster own(blocks, threads);
+      std::vector<std::unique_ptr<Block>> own_blocks;
+      std::vector<NamedBarriers> own_barriers(blocks);
+      for (int b = 0; b < blocks; ++b) {
+        own.memories.push_back(memory + b * bytes);
+        own_blocks.push_back(std::make_unique<Block>(threads));
+      }
+      std::vector<std::thread> running;
+      for (int t = 0; t < blocks * threads; ++t)
+        running.emplace_back([&, t] {
+          const int b = t / threads;
+          cluster = &own;
+          block = own_blocks[b].get();
+          named_barriers = &own_barriers[b];
+          shared_memory = own.memories[b];
+          threadIdx.x = t % threads;
+          blockIdx.x = x + b;
+          blockIdx.y = y;
+          kernel();
+        });
+      for (std::thread& thread : running) thread.join();
+    }
+  std::free(memory);
+}

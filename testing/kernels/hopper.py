@@ -1,0 +1,90 @@
+"""Run the CUDA text of a kernel for Hopper on the CPU: hopper.h gives its calls their meaning, tensors go through files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from cuda.execute import COMPILER
+
+_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+), 1\) (\w+)\((.*?)\) \{')
+
+
+class Box(NamedTuple):
+    """What a bulk copy moves of a matrix: rows, and columns of at most 128 bytes."""
+
+    rows: int
+    columns: int
+
+
+def execute(
+    text: str,
+    grid: tuple[int, int],
+    tensors: dict[str, torch.Tensor],
+    boxes: dict[str, Box],
+    scalars: dict[str, int],
+    cluster: int = 1,
+) -> None:
+    """Run the one kernel of `text`, and write what it left in its tensors, by their names, back into them."""
+    match = _SIGNATURE.search(text)
+    threads, name, parameters = match.groups()
+    device = _SIGNATURE.sub(rf"void {name}(\3) {{", text[match.start() :]).replace("__grid_constant__ ", "")
+    device = re.sub(r"extern __shared__ __align__\(1024\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", device)
+    barriers = iter(range(0, 1024, 256))  # places of up to 32 barriers each
+    device = re.sub(
+        r"__shared__ __align__\(16\) uint64_t (\w+)\[\d+\];",
+        lambda found: f"uint64_t* {found[1]} = (uint64_t*)(shared_memory + kSharedBytes + {next(barriers)});",
+        device,
+    )
+    assert "__shared__" not in device
+    arguments = []
+    for parameter in parameters.split(", "):
+        kind, parameter_name = parameter.rsplit(" ", 1)
+        if kind.endswith("CUtensorMap"):
+            matrix = parameter_name.removesuffix("_desc")
+            (rows, columns), size, box = tensors[matrix].shape, tensors[matrix].itemsize, boxes[matrix]
+            arguments.append(
+                f"CUtensorMap{{(uint8_t*){matrix}.data(), {rows}, {columns * size}, {box.rows}, {box.columns * size}, {size}}}"
+            )
+        elif "*" in kind:
+            arguments.append(f"({kind.split('*')[0].removeprefix('const ')}*){parameter_name}.data()")
+        else:
+            arguments.append(str(scalars[parameter_name]))
+    reads = "\n".join(f'  std::vector<char> {tensor} = read("{tensor}", {value.nbytes});' for tensor, value in tensors.items())
+    writes = "\n".join(f'  write("{tensor}", {tensor});' for tensor in tensors)
+    program = f"""#include "{Path(__file__).with_name("hopper.h")}"
+{device}
+std::vector<char> read(const char* name, size_t size) {{
+  std::vector<char> bytes(size);
+  FILE* file = std::fopen(name, "rb");
+  if (!file || std::fread(bytes.data(), 1, size, file) != size) std::abort();
+  std::fclose(file);
+  return bytes;
+}}
+void write(const char* name, const std::vector<char>& bytes) {{
+  FILE* file = std::fopen(name, "wb");
+  if (!file || std::fwrite(bytes.data(), 1, bytes.size(), file) != bytes.size()) std::abort();
+  std::fclose(file);
+}}
+int main() {{
+{reads}
+  launch_clusters({grid[0]}, {grid[1]}, {cluster}, {threads}, [&] {{ {name}({", ".join(arguments)}); }});
+{writes}
+}}
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "kernel.cc").write_text(program)
+        command = [COMPILER, "-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-pthread", "kernel.cc", "-o", "kernel"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        for tensor, value in tensors.items():
+            Path(folder, tensor).write_bytes(value.contiguous().view(torch.uint8).numpy().tobytes())
+        done = subprocess.run(["./kernel"], cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        for tensor, value in tensors.items():
+            written = torch.frombuffer(bytearray(Path(folder, tensor).read_bytes()), dtype=value.dtype)
+            value.copy_(written.reshape(value.shape))

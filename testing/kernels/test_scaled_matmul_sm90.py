@@ -1,0 +1,192 @@
+"""The kernels for Hopper: values by running their CUDA text on the CPU, the machine code, which one a problem gets."""
+
+import pytest
+import torch
+from cuda.execute import needs_compiler
+from cuda.toolkit import compile_texts, needs_nvcc
+from kernels.hopper import Box, execute
+from kernels.operands import E4M3, E5M2, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, operands, problem
+from numeric import assert_close
+from tilelang import tvm
+from tilelang.engine.lower import lower
+from tvm.target import Target
+
+from tilelang_ext.kernels import scaled_matmul, scaled_matmul_sm90, scaled_matmul_sm90_thin, scaled_matmul_tiled
+from tilelang_ext.kernels.scaled_matmul_sm90 import ARCH, BLOCK_K, PASS_CONFIGS
+
+TENSORS, ROWS, BLOCKS = (TENSOR, TENSOR), (ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK)
+Config, Thin = scaled_matmul_sm90.Config, scaled_matmul_sm90_thin.Config
+
+
+def text_of(module, kernel_problem, config, name="scaled_matmul"):
+    target = Target({"kind": "cuda", "arch": ARCH})
+    with tvm.transform.PassContext(config=PASS_CONFIGS), target:
+        kernel = module.scaled_matmul(kernel_problem, config).with_attr("global_symbol", name)
+        return lower(kernel, target=target, enable_device_compile=False).kernel_source
+
+
+def hopper_problem(M, N, K, recipes, **options):
+    return problem(M, N, K, recipes, kind="cuda", arch=ARCH, **options)
+
+
+def run(module, config, M, N, K, recipes, *, grid, boxes, cluster=1, bias=False, fast_accum=False, formats=(E4M3, E4M3)):
+    """Check one launch, of float32 output, against float64; every other byte of memory is a NaN."""
+    (a, scale_a, b, scale_b), expected = operands(M, N, K, recipes, *formats)
+    kernel_problem = hopper_problem(
+        M, N, K, recipes, a=formats[0], b=formats[1], bias="float32" if bias else None, fast_accum=fast_accum
+    )
+    tensors = {"a": a, "scale_a": scale_a, "b": b, "scale_b": scale_b, "out": torch.full((M, N), torch.nan)}
+    if bias:
+        tensors["bias"] = torch.randn(N, generator=torch.Generator().manual_seed(3))
+        expected = expected + tensors["bias"].double()
+    scalars = {"M": M}
+    for name, scale in (("scale_a", scale_a), ("scale_b", scale_b)):
+        scalars |= {f"{name}_stride_{i}": stride for i, stride in enumerate(scale.stride())}
+    execute(text_of(module, kernel_problem, config), grid, tensors, boxes, scalars, cluster)
+    assert_close(tensors["out"], expected, dtype="float32", max_error=1e-5, rms_error=1e-5)
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("recipes", "config", "K", "fast"),
+    [
+        (TENSORS, Config(128, 256, 3, 32, 2, 2), 528, True),  # sums in the unit; K ends inside a step
+        (ROWS, Config(128, 128, 2, 16, 2, 2), 384, False),  # stages that do not divide the steps
+        (BLOCKS, Config(256, 128, 4, 16, 2, 2), 512, False),  # two bands, constant stages
+        (BLOCKS, Config(128, 128, 1, 16, 2, 3), 128, False),  # one step
+    ],
+)
+def test_tiles(recipes, config, K, fast):
+    """Two rows and two columns of tiles, neither full; more blocks than one, so that each walks over several tiles."""
+    M, N = config.block_M + 40, config.block_N + 8
+    boxes = {
+        "a": Box(config.block_M, BLOCK_K),
+        "b": Box(config.block_N, BLOCK_K),
+        "out": Box(scaled_matmul_sm90.BAND, config.store_N),
+    }
+    run(
+        scaled_matmul_sm90, config, M, N, K, recipes,
+        grid=(config.num_blocks, 1), boxes=boxes, bias=True, fast_accum=fast,
+    )  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("M", "recipes", "config", "K"),
+    [
+        (7, ROWS, Thin(16, 32, 1, 4, 4), 1040),  # rows below a's are the next stages'
+        (40, BLOCKS, Thin(64, 32, 1, 2, 2), 640),
+        (100, ROWS, Thin(128, 32, 1, 2, 2), 256),  # two bands of a
+        (7, BLOCKS, Thin(16, 32, 2, 4, 4), 896),  # two blocks share K, one has fewer steps
+        (40, TENSORS, Thin(64, 32, 2, 1, 1), 256),
+        (16, ROWS, Thin(16, 64, 1, 2, 4), 384),  # one warpgroup has a step less
+    ],
+)
+def test_few_rows(M, recipes, config, K):
+    """Two tiles of columns, the second not full."""
+    N = config.block_N + 8
+    boxes = {"a": Box(config.block_M, BLOCK_K), "b": Box(config.block_N, BLOCK_K)}
+    run(
+        scaled_matmul_sm90_thin, config, M, N, K, recipes,
+        grid=(config.num_splits, 2), boxes=boxes, cluster=config.num_splits, bias=True,
+    )  # fmt: skip
+
+
+@needs_compiler
+def test_mixed_operands():
+    config = Thin(16, 32, 1, 2, 2)
+    boxes = {"a": Box(16, BLOCK_K), "b": Box(32, BLOCK_K)}
+    run(scaled_matmul_sm90_thin, config, 9, 32, 256, ROWS, grid=(1, 1), boxes=boxes, formats=(E5M2, E4M3))
+
+
+# --- machine code ----------------------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+def test_instructions():
+    """Warpgroup products that are not serialized, fed by bulk copies; no register spilled."""
+    cases = {
+        "fast": (scaled_matmul_sm90, 4096, ROWS, True),
+        "rows": (scaled_matmul_sm90, 4096, ROWS, False),
+        "blocks": (scaled_matmul_sm90, 4096, BLOCKS, False),
+        "few_rows": (scaled_matmul_sm90_thin, 16, ROWS, False),
+        "few_blocks": (scaled_matmul_sm90_thin, 128, BLOCKS, False),
+    }
+    texts = {}
+    for name, (module, M, recipes, fast) in cases.items():
+        kernel_problem = hopper_problem(M, 4096, 7168, recipes, out="bfloat16", bias="bfloat16", fast_accum=fast)
+        texts[name] = text_of(module, kernel_problem, module.pick_config(kernel_problem), name)
+    for name, kernel in compile_texts(texts, ARCH).items():
+        assert kernel.count("QGMMA"), name
+        assert kernel.count("UTMALDG"), name
+        assert not kernel.count("QMMA"), name
+        assert kernel.spilled == 0, name
+
+
+# --- choices ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    for module in (scaled_matmul_sm90, scaled_matmul_sm90_thin):
+        monkeypatch.setattr(module, "num_processors", lambda: 132)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "recipes", "fast", "config"),
+    [
+        (4096, 4096, 7168, ROWS, True, Config(128, 256, 4, 64, 2, 132)),
+        (4096, 4096, 7168, ROWS, False, Config(256, 128, 4, 32, 2, 132)),
+        (4096, 4096, 7168, BLOCKS, True, Config(256, 128, 4, 32, 2, 132)),  # blocks are never summed in the unit
+        (512, 4096, 7168, ROWS, False, Config(128, 128, 4, 32, 2, 132)),  # too few tiles of 256: 4 of its 5 stages divide 56
+        (256, 64, 384, ROWS, True, Config(128, 128, 3, 64, 2, 132)),
+    ],
+)
+def test_pick_config(h200, M, N, K, recipes, fast, config):
+    kernel_problem = hopper_problem(M, N, K, recipes, out="bfloat16", fast_accum=fast)
+    assert scaled_matmul_sm90.pick_config(kernel_problem) == config
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "config"),
+    [
+        (16, 4096, 7168, Thin(16, 32, 1, 4, 32)),
+        (64, 2112, 7168, Thin(64, 32, 2, 4, 8)),  # 66 tiles: two blocks each
+        (128, 4096, 7168, Thin(128, 32, 1, 2, 8)),
+        (128, 7168, 2048, Thin(128, 64, 1, 2, 4)),
+        (16, 4096, 384, Thin(16, 32, 1, 2, 4)),  # three steps: stages that two warpgroups share would race
+        (16, 64, 256, Thin(16, 32, 2, 1, 1)),
+    ],
+)
+def test_pick_thin_config(h200, M, N, K, config):
+    assert scaled_matmul_sm90_thin.pick_config(hopper_problem(M, N, K, ROWS)) == config
+
+
+@pytest.mark.parametrize("recipes", [ROWS, BLOCKS], ids=["rows", "blocks"])
+def test_thin_configs_fit(h200, recipes):
+    """Every stage is one warpgroup's or used once, and the memory of a block suffices."""
+    for M in (16, 32, 64, 128):
+        for N in (8, 64, 2112, 4096, 7168, 16896):
+            for K in (16, 128, 256, 384, 1536, 2880, 7168, 16384):
+                kernel_problem = hopper_problem(M, N, K, recipes)
+                config = scaled_matmul_sm90_thin.pick_config(kernel_problem)
+                if config is None:
+                    continue
+                steps = -(-K // (BLOCK_K * config.num_splits))
+                assert config.num_stages % config.warpgroups == 0 or config.num_stages >= steps, (M, N, K)
+                ring = config.num_stages * (config.block_M + config.block_N) * BLOCK_K
+                assert ring + scaled_matmul_sm90_thin._fixed_bytes(kernel_problem, config) <= 225 * 1024, (M, N, K)
+
+
+def test_first_kernel_that_takes_a_problem(h200):
+    def kernel_of(M, N=4096, K=4096, recipes=ROWS, **options):
+        return next(file for file in scaled_matmul.KERNELS if file.takes(hopper_problem(M, N, K, recipes, **options)))
+
+    assert kernel_of(5) is kernel_of(128) is scaled_matmul_sm90_thin
+    assert kernel_of(129) is kernel_of(4096, recipes=BLOCKS) is scaled_matmul_sm90
+    assert kernel_of(128, N=32768) is scaled_matmul_sm90  # more tiles than processors
+    for problem_of_others in ({"recipes": (MX, MX)}, {"recipes": (ROW_BLOCK, ROW_BLOCK)}, {"K": 72}, {"N": 33}):
+        assert kernel_of(4096, **problem_of_others) is scaled_matmul_tiled
