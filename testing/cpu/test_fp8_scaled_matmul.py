@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cpu.run import check, compile_c
-from language.test_fp8_scaled_matmul import E8M0, LAYOUTS, ROW, L, dtype_of, operand, whole
+from language.test_fp8_scaled_matmul import E8M0, LAYOUTS, ROW, L, dtype_of, operand, trace, whole
 from numeric import assert_close
 
 from tilelang_ext import language as T
@@ -200,3 +200,9 @@ def test_dynamic_shapes():
         C = nan(m, n)
         run(A, SA.reshape(-1), B, SB.reshape(-1), C)
         assert_close(C, reference.scaled_matmul(A, SA, B, SB, *ROW), dtype="float32")
+
+
+def test_a_native_product_is_refused():
+    message = r"T\.gemm: require_native_fp8 needs a matrix unit that takes fp8; got target c, which decodes to float32; drop"
+    with pytest.raises(NotImplementedError, match=message):
+        compile_c(trace(require_native=True))

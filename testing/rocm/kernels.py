@@ -71,7 +71,17 @@ def gemm(
 
 
 def scaled_matmul(
-    layout: str, *, a="float8_e4m3fn", b="float8_e4m3fn", M=64, N=128, K=288, block_M=32, block_N=64, threads=128
+    layout: str,
+    *,
+    a="float8_e4m3fn",
+    b="float8_e4m3fn",
+    M=64,
+    N=128,
+    K=288,
+    block_M=32,
+    block_N=64,
+    threads=128,
+    require_native=False,
 ):
     """T.fp8_scaled_matmul on operands in global memory; K ends inside a step of 128."""
     layouts = LAYOUTS[layout]
@@ -96,6 +106,7 @@ def scaled_matmul(
                 transpose_B=True,
                 scale_layout=layouts,
                 clear_accum=True,
+                require_native=require_native,
             )
             T.copy(C_f, C[by * block_M, bx * block_N])
 

@@ -5,7 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from rocm.kernels import ARCHS, FP8, attention_products, gemm, lower, shared_accumulator
+from rocm.kernels import ARCHS, FP8, attention_products, gemm, lower, scaled_matmul, shared_accumulator
 from tilelang.rocm.op.gemm.gemm_mfma import GEMM_INST_MFMA, GemmMFMA
 from tilelang.rocm.op.gemm.gemm_wmma import GEMM_INST_WMMA, GemmWMMA
 from tilelang.rocm.target import target_is_hip
@@ -113,7 +113,8 @@ def test_other_products_stay_upstreams(arch, upstream):
         narrow = gemm("float16", "float16", accum="float16")  # and the sum in float32
         kernels = [narrow, gemm("float16", "float16", K=48), gemm("float32", "float32", K=32)]
     elif UNITS[arch].half[0]["float16"].accumulator is MFMA:
-        kernels += [gemm("float32", "float32", K=32), gemm("int8", "int8", accum="int32")]
+        kernels += [gemm("float32", "float32", K=32)]
+        kernels += [gemm("int8", "int8", accum="int32")] if arch != "gfx90a" else []
     for kernel in kernels:
         text = lower(kernel, arch).text
         assert "tilelang_ext" not in text
@@ -203,11 +204,48 @@ def test_accumulator_layout_splits_the_tile_over_waves(arch, places):
         ),
         (lambda: gemm(E4M3, E4M3, threads=96), "gfx942", ValueError, "must be a multiple of 64, .*; got 96; use threads=64"),
         (lambda: gemm(E4M3, E4M3), "gfx908", NotImplementedError, "fp8 operands are for gfx90a, .*; got gfx908"),
+        (
+            lambda: gemm("int8", "int8", accum="int32"),
+            "gfx90a",
+            NotImplementedError,
+            "int8 operands need an instruction with K = 32, .*; got gfx90a, which has K = 16 alone; convert",
+        ),
     ],
 )
 def test_errors(kernel, arch, error, message):
     with pytest.raises(error, match=message):
         lower(kernel(), arch)
+
+
+@pytest.mark.parametrize(
+    ("arch", "a", "b", "decoded"),
+    [
+        ("gfx90a", E4M3, E4M3, "bfloat16"),
+        ("gfx942", E4M3, E4M3, "float16"),
+        ("gfx942", E4M3_FNUZ, E5M2, "float16"),
+        ("gfx950", E5M2_FNUZ, E5M2_FNUZ, "float16"),
+        ("gfx1100", E4M3, E5M2, "float16"),
+        ("gfx1201", E4M3_FNUZ, E4M3_FNUZ, "float16"),
+    ],
+)
+def test_a_native_product_is_refused_where_it_would_be_decoded(arch, a, b, decoded):
+    message = (
+        rf"T\.gemm: require_native_fp8 needs an instruction for {a} and {b}; got {arch}, where they are decoded to {decoded};"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        lower(scaled_matmul("row", a=a, b=b, K=256, require_native=True), arch)
+
+
+@pytest.mark.parametrize(
+    ("arch", "a", "b", "builtin"),
+    [
+        ("gfx942", E4M3_FNUZ, E5M2_FNUZ, "mfma_f32_16x16x32_bf8_fp8"),
+        ("gfx950", E4M3, E4M3, "mfma_scale_f32_16x16x128_f8f6f4"),
+        ("gfx1201", E4M3, E4M3, "wmma_f32_16x16x16_fp8_fp8_w32_gfx12"),
+    ],
+)
+def test_a_native_product_is_what_it_was(arch, a, b, builtin):
+    assert builtins(scaled_matmul("row", a=a, b=b, K=256, require_native=True), arch) == {builtin}
 
 
 def test_a_kernel_cached_by_upstream_is_not_taken_for_ours():

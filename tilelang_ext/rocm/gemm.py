@@ -174,9 +174,15 @@ class MatrixUnitGemm:
 
     def _plan(self, target, threads: int) -> _Plan | None:
         a_dtype, b_dtype = str(self.A.dtype), str(self.B.dtype)
-        product = select_product(target_get_mcpu(target) or "", a_dtype, b_dtype, self.K)
+        arch = target_get_mcpu(target) or ""
+        product = select_product(arch, a_dtype, b_dtype, self.K)
         if product is None:
             return None
+        if product.register is not None and a_dtype in FP8_DTYPES and "require_native_fp8" in self.gemm_node.annotations:
+            raise NotImplementedError(
+                f"T.gemm: require_native_fp8 needs an instruction for {a_dtype} and {b_dtype}; got {arch}, where they are "
+                f"decoded to {product.register}; compile for one that has it (docs/amd.md), or drop the requirement"
+            )
         if a_dtype not in FP8_DTYPES and not self._fits():
             return None
         self._check()
