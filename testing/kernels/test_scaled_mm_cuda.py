@@ -3,20 +3,18 @@
 Kernels are compiled in parallel first: N and K are constants of a kernel, M is not.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels.compile_on_gpu import compile_all
 from kernels.operands import MX, PAIRS, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, as_torch
 
 from tilelang_ext import reference
 from tilelang_ext.kernels import scaled_matmul
 from tilelang_ext.kernels.scaled_matmul import scaled_mm
 from tilelang_ext.kernels.scaled_matmul_arguments import LAYOUTS
-from tilelang_ext.kernels.scaled_matmul_problem import bucket_of
 
 pytestmark = pytest.mark.cuda
 
@@ -61,23 +59,10 @@ def check(M, N, K, recipes, dtype=torch.float32, **options):
     assert error(out, expected) <= TENSOR_CORE_ERROR + ROUNDING[dtype], (M, N, K)
 
 
-def compile_first(shapes, recipes):
-    """Compile what the shapes need, as many at a time as there are cores; a launch on zeros does it."""
-
-    def compile_one(M, N, K):
-        (a, scale_a), (b, scale_b) = operand(M, K, recipes[0], 1), operand(N, K, recipes[1], 2)
-        scales = as_torch(scale_a, recipes[0], "a"), as_torch(scale_b, recipes[1], "b")
-        scaled_mm(a, b.t(), scales[0], recipes[0], scales[1], recipes[1], output_dtype=torch.float32)
-
-    needed = {(bucket_of(M), N, K) for M, N, K in shapes}
-    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
-        list(pool.map(lambda shape: compile_one(*shape), sorted(needed)))
-
-
 @pytest.mark.parametrize("recipes", [(ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK)], **IDS)
 def test_every_shape(recipes):
     shapes = list(product(MS, NS, KS))
-    compile_first(shapes, recipes)
+    compile_all(shapes, recipes)
     for shape in shapes:
         check(*shape, recipes)
 
@@ -85,7 +70,7 @@ def test_every_shape(recipes):
 @pytest.mark.parametrize("recipes", PAIRS, **IDS)
 def test_every_recipe(recipes):
     shapes = [(M, N, K) for M, (N, K) in product((2, 3, 4, *MS), FEW)]
-    compile_first(shapes, recipes)
+    compile_all(shapes, recipes)
     for shape in shapes:
         check(*shape, recipes)
 

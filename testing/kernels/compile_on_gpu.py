@@ -1,0 +1,48 @@
+"""Compile kernels of `scaled_mm` on a GPU, many at a time: lowering holds Python's lock, so each in a process of its own.
+
+What they compile is found in TileLang's cache on disk afterwards.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import torch
+from torch.nn.functional import ScalingType
+
+from tilelang_ext.kernels.scaled_matmul_arguments import LAYOUTS
+from tilelang_ext.kernels.scaled_matmul_problem import bucket_of
+
+
+def compile_all(shapes, recipes) -> None:
+    """Compile what `scaled_mm` needs for (M, N, K) `shapes` with float32 output."""
+    needed = sorted({(bucket_of(M), N, K) for M, N, K in shapes})
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(16, os.cpu_count(), len(needed)), mp_context=context) as pool:
+        list(pool.map(partial(_compile, recipes=tuple(recipe.value for recipe in recipes)), needed))
+
+
+def _compile(shape: tuple[int, int, int], recipes: tuple[int, int]) -> None:
+    from kernels.operands import as_torch
+
+    from tilelang_ext.kernels.scaled_matmul import scaled_mm
+
+    M, N, K = shape
+    scales = []
+    for side, rows, recipe in (("a", M, recipes[0]), ("b", N, recipes[1])):
+        layout = LAYOUTS[recipe]
+        dtype = torch.float32 if layout.scale_format is None else torch.uint8
+        scale = torch.ones(layout.scale_shape(rows, K), dtype=dtype, device="cuda")
+        scales.append(as_torch(scale, ScalingType(recipe), side))
+    a, b = (torch.zeros(rows, K, device="cuda").to(torch.float8_e4m3fn) for rows in (M, N))
+    scaled_mm(
+        a,
+        b.t(),
+        scales[0],
+        ScalingType(recipes[0]),
+        scales[1],
+        ScalingType(recipes[1]),
+        output_dtype=torch.float32,
+    )
+    torch.cuda.synchronize()
