@@ -19,8 +19,8 @@ import tilelang.language as T
 from tvm import tirx
 
 from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E4M3, E8M0, MX_GROUP
-from tilelang_ext.language.narrow_floats import INF, bits_of, encode
-from tilelang_ext.language.tile import Tile, tile
+from tilelang_ext.language.narrow_floats import INF, bits_of, encode, mask
+from tilelang_ext.language.tile import Tile, readable, tile
 
 _NAME = "T.mxfp4_dequant"
 _OUT_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float32")
@@ -43,7 +43,7 @@ def mxfp4_dequant(W_packed, scale, out) -> None:
     o.check_scope("fragment", "shared", "global")
     o.check_constant()
     N, K = o.shape
-    if K % MX_GROUP and scale is not None or K % CODES_PER_BYTE:
+    if (K % MX_GROUP and scale is not None) or K % CODES_PER_BYTE:
         raise ValueError(f"{_NAME}: K must be a multiple of {MX_GROUP}, which share a scale; got {K}; pad K with zeros")
     w.check_shape(N, K // CODES_PER_BYTE, hint="slice the weights as out is, two codes a byte")
     s = None if scale is None else scale_tile(_NAME, "scale", scale, N, K)
@@ -63,20 +63,6 @@ def scale_tile(intrinsic: str, name: str, scale, rows: int, K) -> Tile:
     s.check_dtype(*SCALE_DTYPES, hint="MX scales are bytes of E8M0")
     s.check_shape(rows, K // MX_GROUP, hint="slice the scales as the operand is sliced, one a row and 32 of K")
     return s
-
-
-def readable(source: Tile) -> Tile:
-    """Return the tile, or a copy in shared memory of one in a fragment, whose elements only their own thread can read."""
-    if source.scope != "fragment":
-        return source
-    staged = T.alloc_shared(source.shape, source.dtype)
-
-    @T.macro
-    def stage():
-        T.copy(source.columns(0, source.shape[1]), staged)
-
-    stage()
-    return tile(source.intrinsic, source.name, staged)
 
 
 def mxfp4_value(w: Tile, s: Tile | None, j, k, dtype: str) -> tirx.PrimExpr:
@@ -106,8 +92,7 @@ def _float32_bits(nibble: tirx.PrimExpr, scale: tirx.PrimExpr) -> tirx.PrimExpr:
     3 (1.5 * 2^-127).
     """
     code = nibble & 7
-    field = scale * 2 + code - T.Select(code == 1, 3, 2)
-    units = T.max(T.max(field * 2, field + 2), 1)
-    units = T.Select(code == 0, 0, T.min(units, INF >> 21))
-    units = T.Select(scale == E8M0.nan_codes[0], bits_of(math.nan) >> 21, units)
-    return units << 21
+    field = scale * 2 + code - 2 + mask((code ^ 1) - 1)
+    units = T.min(T.max(T.max(field * 2, field + 2), 1), INF >> 21) & ~mask(code - 1)
+    is_nan = (scale + 1) >> 8  # 1 at byte 255
+    return (units | (is_nan * (bits_of(math.nan) >> 21))) << 21

@@ -4,7 +4,7 @@
 
 | operand | shape | dtype | scope |
 | --- | --- | --- | --- |
-| A | (M, K); packed (M, K / 2) | bfloat16, float16 (a16w4); an fp8 type (a8w4); packed uint8 (a4w4) | shared, global, fragment |
+| A | (M, K); packed (M, K / 2) | bfloat16, float16 (a16w4); fp8 (a8w4); packed uint8 (a4w4) | shared, global, fragment |
 | scale_a | None of a16w4; of fp8 (M,), (M, 1) or (M, K / 32); of a4w4 (M, K / 32) | float32 a row; uint8 or e8m0 per 32 | any |
 | W_packed | (N, K / 2), low nibble = even k | uint8 | any |
 | scale_w | (N, K / 32) | uint8 or e8m0 | any |
@@ -26,8 +26,8 @@ from tvm import tirx
 
 from tilelang_ext.formats import CODES_PER_BYTE, FP8_OPERANDS, MX_GROUP
 from tilelang_ext.language.e8m0 import e8m0_to_float
-from tilelang_ext.language.mxfp4_dequant import SCALE_DTYPES, mxfp4_value, readable, scale_tile
-from tilelang_ext.language.tile import Tile, equal, tile
+from tilelang_ext.language.mxfp4_dequant import SCALE_DTYPES, mxfp4_value, scale_tile
+from tilelang_ext.language.tile import Tile, equal, readable, tile
 
 _NAME = "T.mxfp4_scaled_matmul"
 _WIDE = ("bfloat16", "float16")

@@ -1,4 +1,7 @@
-"""Codes of narrow floats from the bits of float32, in integers: a target's own casts differ in flavour and saturation."""
+"""Codes of narrow floats from the bits of float32, in integers: a target's own casts differ in flavour and saturation.
+
+Without conditions: the simplifier takes minutes for a few nested ones. `mask(x)` selects by the sign instead.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,11 @@ def bits_of(value: float) -> int:
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
+def mask(x: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Return -1, all bits, where the int32 `x` is negative and 0 elsewhere."""
+    return x >> 31
+
+
 def encode(magnitude: tirx.PrimExpr, negative: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
     """Return the code nearest to a float32, as int32: ties to even, saturating, NaN the format's NaN where it has one.
 
@@ -27,14 +35,16 @@ def encode(magnitude: tirx.PrimExpr, negative: tirx.PrimExpr, format: FloatForma
     and subnormals: E4M3, E5M2, E2M1.
     """
     dropped = MANTISSA_BITS - format.mantissa_bits
+    smallest_normal = bits_of(math.ldexp(1.0, 1 - format.bias))
     finite = T.min(magnitude, INF)
     rounded = finite + ((1 << (dropped - 1)) - 1) + ((finite >> dropped) & 1)
     normal = (rounded >> dropped) - ((BIAS - format.bias) << format.mantissa_bits)
     # The unit of this sum's last place is the format's smallest subnormal: the addition rounds, the low bits are the code.
     unit = math.ldexp(1.0, MANTISSA_BITS + 1 - format.bias - format.mantissa_bits)
-    subnormal = T.reinterpret(T.reinterpret(finite, "float32") + T.float32(unit), "int32") - bits_of(unit)
-    code = T.Select(finite < bits_of(math.ldexp(1.0, 1 - format.bias)), subnormal, normal)
-    code = T.min(code, format.values.index(format.max))
+    small = T.reinterpret(T.min(finite, smallest_normal), "float32")
+    subnormal = T.reinterpret(small + T.float32(unit), "int32") - bits_of(unit)
+    # Codes of normals grow as the logarithm, which lies below its tangent: under the smallest normal the other one is larger.
+    code = T.min(T.max(normal, subnormal), format.values.index(format.max))
     if format.nan_codes:
-        code = T.Select(magnitude > INF, format.nan_codes[0], code)
+        code = code | (mask(INF - magnitude) & format.nan_codes[0])
     return code | (negative * format.sign_mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import tilelang.language as T
 from tilelang.utils.language import to_buffer_region
 from tvm import arith, tirx
 
@@ -54,7 +55,8 @@ class Tile:
         """Raise TypeError for a scope that is not one of `allowed`."""
         if self.scope not in allowed:
             raise TypeError(
-                f"{self.intrinsic}: {self.name} must be {', '.join(allowed)}; got {self.buffer.name} in scope {self.scope}; {hint}"
+                f"{self.intrinsic}: {self.name} must be {', '.join(allowed)}; got {self.buffer.name} in scope {self.scope}; "
+                f"{hint}"
             )
 
     def check_shape(self, *wanted, hint: str) -> None:
@@ -96,6 +98,20 @@ def tile(intrinsic: str, name: str, operand, ndim: int = 2) -> Tile:
         tuple(_integer(axis.min) for axis in own),
         tuple(_integer(axis.extent) for axis in own),
     )
+
+
+def readable(source: Tile) -> Tile:
+    """Return the tile, or a copy in shared memory of one in a fragment, whose elements only their own thread can read."""
+    if source.scope != "fragment":
+        return source
+    staged = T.alloc_shared(source.shape, source.dtype)
+
+    @T.macro
+    def stage():
+        T.copy(source.columns(0, source.shape[1]), staged)
+
+    stage()
+    return tile(source.intrinsic, source.name, staged)
 
 
 def equal(first, second) -> bool:

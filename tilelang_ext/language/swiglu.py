@@ -1,0 +1,67 @@
+"""`T.swiglu` and `T.silu_mul`: the activations between the two products of an expert.
+
+    swiglu:   out = g * sigmoid(alpha * g) * (u + 1),  g = min(gate, limit),  u = clamp(up, -limit, limit)
+    silu_mul: out = gate * sigmoid(gate) * up
+
+| operand | shape | dtype | scope |
+| --- | --- | --- | --- |
+| gate_up | (M, 2 I): columns 2 i and 2 i + 1 (interleaved), or i and I + i (separated) | float32, float16, bfloat16 | any |
+| out | (M, I) | float32, float16, bfloat16 | fragment, shared, global |
+
+Each may be a buffer or a region of one. Computed in float32, rounded once. A gate_up in a fragment goes through shared
+memory (M * 2 I elements of it), since its columns lie in other threads than those of out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tilelang.language as T
+from tvm import tirx
+
+from tilelang_ext.language.tile import readable, tile
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def swiglu(gate_up, out, alpha: float = 1.702, limit: float = 7.0, gate: str = "interleaved") -> None:
+    """Write gpt-oss's activation of `gate_up` to `out`; TypeError for dtypes and scopes, ValueError for shapes and `gate`."""
+
+    def activation(g: tirx.PrimExpr, u: tirx.PrimExpr) -> tirx.PrimExpr:
+        g, u = T.min(g, T.float32(limit)), T.max(T.min(u, T.float32(limit)), T.float32(-limit))
+        return g * _sigmoid(g * T.float32(alpha)) * (u + T.float32(1))
+
+    _activate("T.swiglu", gate_up, out, gate, activation)
+
+
+def silu_mul(gate_up, out, gate: str = "separated") -> None:
+    """Write silu(gate) * up of `gate_up` to `out`; errors as those of `T.swiglu`."""
+    _activate("T.silu_mul", gate_up, out, gate, lambda g, u: g * _sigmoid(g) * u)
+
+
+def _sigmoid(x: tirx.PrimExpr) -> tirx.PrimExpr:
+    return T.float32(1) / (T.float32(1) + T.exp(-x))
+
+
+def _activate(name: str, gate_up, out, gate: str, activation: Callable) -> None:
+    if gate not in ("interleaved", "separated"):
+        raise ValueError(f"{name}: gate must be 'interleaved' or 'separated'; got {gate!r}; gpt-oss is interleaved")
+    x, o = tile(name, "gate_up", gate_up), tile(name, "out", out)
+    for each in (x, o):
+        each.check_dtype(*_DTYPES, hint="cast it")
+    o.check_scope("fragment", "shared", "global")
+    o.check_constant()
+    M, I = o.shape
+    x.check_shape(M, 2 * I, hint="gate and up together have twice the columns of out")
+
+    def columns(i) -> tuple:
+        return (2 * i, 2 * i + 1) if gate == "interleaved" else (i, I + i)
+
+    @T.macro
+    def activate():
+        source = readable(x)
+        for m, i in T.Parallel(M, I):
+            g, u = (T.cast(source[m, at], "float32") for at in columns(i))
+            o.buffer[o.index(m, i)] = T.cast(activation(g, u), o.dtype)
+
+    activate()
