@@ -1,0 +1,21 @@
+"""Run MoE kernels without a GPU: on target c, and from their Metal and HIP texts in the simulator."""
+
+import tilelang
+
+from tilelang_ext import metal, simulate
+from tilelang_ext.rocm import program as rocm
+
+TARGETS = ("c", "metal", "hip -mcpu=gfx942")
+
+
+def runner(prim_func, target):
+    """Compile once; the result runs on CPU tensors, and fails on what the simulator finds."""
+    if target == "c":
+        return tilelang.compile(prim_func, target="c")
+    program = metal.lower(prim_func) if target == "metal" else rocm.lower(prim_func, target)
+
+    def run(*arguments):
+        report = simulate(program, *arguments, target=target, timeout=300)
+        assert not report.findings, str(report)
+
+    return run

@@ -1,0 +1,87 @@
+"""Sorting tokens by expert on the device, against reference.moe_sort: the same rows for each expert, in any order."""
+
+import functools
+
+import pytest
+import torch
+from kernels.moe_targets import TARGETS, runner
+
+from tilelang_ext import reference
+from tilelang_ext.kernels.mxfp4_moe_sort import THREADS, TOKEN_BITS, capacity_of, moe_sort
+
+BLOCK_M, MAX_EXPERTS = 4, 16
+
+
+@functools.cache
+def sort_of(target, ids_dtype):
+    return runner(moe_sort(BLOCK_M, MAX_EXPERTS, ids_dtype), target)
+
+
+def routing(tokens, top_k, num_experts, seed=0):
+    """Distinct experts for each token, never the last but one, which stays empty."""
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(tokens, num_experts, generator=generator)
+    score[:, max(num_experts - 2, 0)] = -1
+    return score.topk(top_k).indices, torch.rand(tokens, top_k, generator=generator)
+
+
+def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torch.int32):
+    """Sort into poisoned outputs and compare what each expert got, its padding, and the blocks behind."""
+    tokens, top_k = topk_ids.shape
+    capacity = capacity_of(tokens, top_k, num_experts, BLOCK_M)
+    token_ids = torch.full((capacity,), -7, dtype=torch.int32)
+    weights = torch.full((capacity,), torch.nan)
+    expert_ids = torch.full((capacity // BLOCK_M,), -7, dtype=torch.int32)
+    num_valid = torch.full((1,), -7, dtype=torch.int32)
+    kernel_mask = torch.ones(num_experts, dtype=torch.int32) if mask is None else mask.int()
+    run = sort_of(target, str(ids_dtype).removeprefix("torch."))
+    run(topk_ids.to(ids_dtype), topk_weights, kernel_mask, token_ids, weights, expert_ids, num_valid)
+
+    want = reference.moe_sort(topk_ids, topk_weights, num_experts, BLOCK_M, mask)
+    assert token_ids.shape == want.token_ids.shape
+    assert num_valid.item() == want.num_valid.item()
+    assert torch.equal(expert_ids, want.expert_ids)
+    for expert in range(-1, num_experts):
+        rows = (expert_ids == expert).repeat_interleave(BLOCK_M)
+        got_order, want_order = token_ids[rows].argsort(), want.token_ids[rows].argsort()
+        assert torch.equal(token_ids[rows][got_order], want.token_ids[rows][want_order])
+        assert torch.equal(weights[rows][got_order], want.weights[rows][want_order])
+        used = token_ids[rows] != top_k << TOKEN_BITS | tokens
+        assert torch.equal(used, want.token_ids[rows] != top_k << TOKEN_BITS | tokens), "padding lies behind the rows in use"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "num_experts"),
+    [
+        (0, 2, 4),
+        (1, 1, 2),
+        (1, 4, 16),  # one row in a block
+        (37, 3, 7),
+        (THREADS // 2 + 3, 2, MAX_EXPERTS),  # a second round of entries
+    ],
+)
+def test_sets(target, tokens, top_k, num_experts):
+    check(target, *routing(tokens, top_k, num_experts), num_experts)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_all_tokens_to_one_expert(target):
+    check(target, torch.full((9, 1), 2), torch.rand(9, 1), 5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_experts_elsewhere_and_out_of_range(target):
+    topk_ids, topk_weights = routing(20, 3, 8)
+    topk_ids[3, 1], topk_ids[4, 0], topk_ids[5, 2] = 8, -1, 2**31 - 1
+    check(target, topk_ids, topk_weights, 8)
+    mask = torch.tensor([True, False, True, True, False, False, True, True])
+    check(target, topk_ids, topk_weights, 8, mask)
+    check(target, topk_ids, topk_weights, 8, torch.zeros(8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("target", ["c", "metal"])
+def test_int64_ids(target):
+    topk_ids, topk_weights = routing(5, 2, 4)
+    topk_ids[0, 0] = 2**32 + 1  # is no expert 1
+    check(target, topk_ids, topk_weights, 4, ids_dtype=torch.int64)
