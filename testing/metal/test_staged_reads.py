@@ -115,6 +115,12 @@ def test_what_all_elements_share_is_one_element():
     torch.testing.assert_close(C[1, 2], row[3, 0] * column[5] + 3, rtol=0, atol=0)
 
 
+def test_factors_of_different_variables_are_staged_apart():
+    counts, C, row, column = staged(lambda row, column, i, j: row[i] * column[5] + T.cast(j, "float32"))
+    assert counts.device_bytes_read == (64 + 1) * 4
+    torch.testing.assert_close(C[4, 2], row[4, 0] * column[5] + 2, rtol=0, atol=0)
+
+
 def test_reads_that_a_condition_guards_stay_there():
     """Read anyway, the index would leave the tensor: a condition on both variables cannot move with it."""
     counts, C, row, column = staged(

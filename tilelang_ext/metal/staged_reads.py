@@ -5,9 +5,9 @@
             parallel(j): scale_b_s[j] = scale_b[column + j]
             parallel(i, j): C_f[i, j] *= scale_a_s[i] * scale_b_s[j]
 
-A `T.Parallel` asks for it by its annotation. Staged are the largest expressions that read device memory alone, that use some
-of the loop's variables but not all, and that are evaluated unconditionally; conditions inside them move with them. Buffers
-that the kernel writes are left alone. Other targets have caches, and ignore the annotation.
+A `T.Parallel` asks for it by its annotation. Staged are the largest expressions that read device memory alone, each element
+once, that use some of the loop's variables but not all, and that are evaluated unconditionally; conditions inside move along.
+Buffers that the kernel writes are left alone. Other targets have caches, and ignore the annotation.
 """
 
 from __future__ import annotations
@@ -83,14 +83,17 @@ def _stage_reads(loop: tirx.For, written: set) -> tuple[list, tirx.For]:
             return node
         if not isinstance(node, tirx.PrimExpr):
             return None
-        used, buffers = _uses(node)
-        if not buffers:
+        used, loads = _uses(node)
+        if not loads:
             return node
         own = [var for var in extents if var in used]
+        buffers = [load.buffer for load in loads]
         shared = all(buffer.scope() in ("", "global") and buffer.data not in written for buffer in buffers)
-        if shared and len(own) < len(extents) and not used & inner:
-            return _staged(node, own, extents, buffers[0].name, fills)
         branches = isinstance(node, _CONDITIONAL) or (isinstance(node, tirx.Call) and node.op.same_as(_IF_THEN_ELSE))
+        # Of row[i] * scale[0] the factors are staged, each once: the product would read scale[0] for every i.
+        once = all(_uses(load)[0].issuperset(own) for load in loads)
+        if shared and len(own) < len(extents) and not used & inner and (once or branches):
+            return _staged(node, own, extents, buffers[0].name, fills)
         return node if branches else None
 
     annotations = {key: value for key, value in loop.annotations.items() if key != READ_ONCE}
@@ -99,17 +102,17 @@ def _stage_reads(loop: tirx.For, written: set) -> tuple[list, tirx.For]:
 
 
 def _uses(expression: tirx.PrimExpr) -> tuple[set, list]:
-    """Return the variables and the buffers that an expression reads."""
-    used, buffers = set(), []
+    """Return the variables that an expression has, and its loads."""
+    used, loads = set(), []
 
     def collect(node):
         if isinstance(node, tirx.Var):
             used.add(node)
         elif isinstance(node, tirx.BufferLoad):
-            buffers.append(node.buffer)
+            loads.append(node)
 
     post_order_visit(expression, collect)
-    return used, buffers
+    return used, loads
 
 
 def _staged(expression, own: list, extents: dict, name: str, fills: list) -> tirx.BufferLoad:
