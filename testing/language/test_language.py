@@ -19,11 +19,14 @@ def test_import_changes_nothing_but_what_it_registers():
 import tilelang, tilelang.language as L
 from tilelang.backend import module
 from tilelang.tileop.gemm import registry
-language, backends, impls = dict(vars(L)), dict(module._BACKENDS), list(registry._GEMM_IMPLS)
+language, backends, impls = dict(vars(L)), dict(module._BACKENDS), {impl.name: impl for impl in registry._GEMM_IMPLS}
 import tilelang_ext
 assert {k for k in vars(L) if vars(L)[k] is not language.get(k)} <= {"__warningregistry__"}, "upstream's language patched"
-assert {n for n in backends if module._BACKENDS[n] is not backends[n]} == {"metal"}, "other backends replaced"
-changed = {a.name for a, b in zip(registry._GEMM_IMPLS, impls, strict=True) if a is not b}
+assert {n for n in backends if module._BACKENDS[n] is not backends[n]} == {"cpu", "metal"}, "other backends replaced"
+now = {impl.name: impl for impl in registry._GEMM_IMPLS}
+assert len(now) == len(registry._GEMM_IMPLS), "a name registered twice"
+assert now.keys() - impls.keys() == {"tilelang_ext.cpu"} and not impls.keys() - now.keys(), now.keys() ^ impls.keys()
+changed = {name for name in impls if now[name] is not impls[name]}
 metal, rocm = {"metal.simdgroup", "metal.cooperative_tensor"}, {"rocm.mfma", "rocm.wmma"}
 assert changed == {*metal, *rocm, "cuda.mma", "cuda.wgmma", "cuda.fma"}, changed
 """
