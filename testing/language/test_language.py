@@ -28,7 +28,7 @@ assert len(now) == len(registry._GEMM_IMPLS), "a name registered twice"
 assert now.keys() - impls.keys() == {"tilelang_ext.cpu"} and not impls.keys() - now.keys(), now.keys() ^ impls.keys()
 changed = {name for name in impls if now[name] is not impls[name]}
 metal, rocm = {"metal.simdgroup", "metal.cooperative_tensor"}, {"rocm.mfma", "rocm.wmma"}
-assert changed == {*metal, *rocm, "cuda.mma", "cuda.wgmma", "cuda.fma"}, changed
+assert changed == {*metal, *rocm, "cuda.mma", "cuda.wgmma", "cuda.fma", "cpu.scalar"}, changed
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
