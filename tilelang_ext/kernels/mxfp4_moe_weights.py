@@ -1,0 +1,98 @@
+"""Expert weights in MXFP4 as the kernels read them, from the layouts of checkpoints.
+
+    w13: gate rows above up rows, (E, 2I, H)        w2: (E, H, I)
+
+One layout for every target: codes and scales row by row, as `quantize` describes them, gate and up apart. A target that wants
+another order of bytes gets it here, once, when weights are loaded.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilelang_ext import quantize
+from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
+
+
+class MXFP4Weights(NamedTuple):
+    """Weights of E experts, made by `prepare_mxfp4_weights`. What lies past `rows` and `k` is never computed with."""
+
+    codes: Tensor  # uint8 (E, stored rows, stored K / 2), low nibble = even k
+    scale: Tensor  # uint8 E8M0 (E, stored rows, stored K / 32)
+    bias: Tensor  # float32 (E, stored rows)
+    rows: int  # of w13 2I: I gate rows from row 0 on, I up rows from the middle on; of w2 H
+    k: int  # of w13 H, of w2 I: a multiple of 32
+
+
+_SOURCES = ("gpt_oss", "mlx", "plain")
+
+
+def prepare_mxfp4_weights(
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    source: str = "plain",
+    gate: str | None = None,
+    rows: int | None = None,
+    k: int | None = None,
+) -> MXFP4Weights:
+    """Return expert weights as `mxfp4_moe` takes them.
+
+    | source | weight | scale |
+    | --- | --- | --- |
+    | gpt_oss | uint8 (E, N, K / 32, 16): `*_blocks` of HF checkpoints | uint8 (E, N, K / 32) |
+    | mlx | uint32 (E, N, K / 8), mode mxfp4 | uint8 (E, N, K / 32) |
+    | plain | uint8 or float4_e2m1fn_x2 (E, N, K / 2), low nibble = even k | uint8 or float8_e8m0fnu (E, N, K / 32) |
+
+    `bias` (E, N) of any float dtype; none is zeros. `gate` of w13: "interleaved" (gpt-oss: gate rows ::2, up rows 1::2) or
+    "separated" (gate rows in the first half); of w2 None. `rows` and `k` are the sizes that count where N and K are padded, of
+    w13 both halves together; padding may hold anything, NaN too. Copies what must be reordered; else these are views.
+
+    Raises TypeError for dtypes, ValueError for shapes.
+    """
+    if source not in _SOURCES:
+        raise ValueError(
+            f"prepare_mxfp4_weights: source must be one of {', '.join(_SOURCES)}; got {source!r}; convert it to plain"
+        )
+    if source == "gpt_oss":
+        codes, scale = quantize.from_gpt_oss(weight, scale)
+    elif source == "mlx":
+        codes, scale = quantize.from_mlx(weight, scale, "mxfp4")
+    else:
+        codes, scale = quantize.from_deepseek_mxfp4(weight, scale)
+    if codes.ndim != 3:
+        raise ValueError(
+            f"prepare_mxfp4_weights: weight must be of (experts, N, K); got shape {tuple(weight.shape)}; stack the experts"
+        )
+    stored_rows, stored_k = codes.shape[1], codes.shape[2] * CODES_PER_BYTE
+    if bias is None:
+        bias = torch.zeros(codes.shape[:2], device=codes.device)
+    elif bias.shape != codes.shape[:2]:
+        raise ValueError(
+            f"prepare_mxfp4_weights: bias must have shape {tuple(codes.shape[:2])}; got {tuple(bias.shape)}; pass its own"
+        )
+    elif not bias.dtype.is_floating_point:
+        raise TypeError(f"prepare_mxfp4_weights: bias must be a float tensor; got {bias.dtype}; convert it")
+    if gate not in (None, "interleaved", "separated"):
+        raise ValueError(
+            f"prepare_mxfp4_weights: gate must be 'interleaved', 'separated' or None; got {gate!r}; gpt-oss is interleaved"
+        )
+    if gate is not None and stored_rows % 2:
+        raise ValueError(f"prepare_mxfp4_weights: N of gate and up must be even; got {stored_rows}; pass both")
+    if gate == "interleaved":
+        codes, scale = (torch.cat(quantize.split_gate_up(each), 1) for each in (codes, scale))
+        bias = torch.cat(quantize.split_gate_up(bias, -1), 1)
+    rows, k = stored_rows if rows is None else rows, stored_k if k is None else k
+    if not 0 < rows <= stored_rows or (gate is not None and rows % 2):
+        raise ValueError(
+            f"prepare_mxfp4_weights: rows must be in [1, {stored_rows}], even with a gate; got {rows}; leave it out"
+        )
+    if not 0 < k <= stored_k or k % MX_GROUP:
+        raise ValueError(
+            f"prepare_mxfp4_weights: k must be a multiple of {MX_GROUP} up to {stored_k}; got {k}; leave it out if K is exact"
+        )
+    return MXFP4Weights(codes.contiguous(), scale.contiguous(), bias.float().contiguous(), rows, k)
