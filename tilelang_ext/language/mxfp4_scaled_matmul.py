@@ -24,9 +24,10 @@ import tilelang.language as T
 from tilelang.utils.language import to_buffer_region
 from tvm import tirx
 
-from tilelang_ext.formats import CODES_PER_BYTE, FP8_OPERANDS, MX_GROUP
+from tilelang_ext.formats import CODES_PER_BYTE, FP8_OPERANDS, MX_GROUP, format_of
 from tilelang_ext.language.e8m0 import e8m0_to_float
 from tilelang_ext.language.mxfp4_dequant import SCALE_DTYPES, mxfp4_value, scale_tile
+from tilelang_ext.language.narrow_floats import decode
 from tilelang_ext.language.tile import Tile, equal, readable, tile
 
 _NAME = "T.mxfp4_scaled_matmul"
@@ -106,9 +107,10 @@ def _activation(a: Tile, s: Tile | None, i, k, dtype: str) -> tirx.PrimExpr:
     """Return element (i, k) of A, times its scale per 32 where it has one, as an expression of `dtype`."""
     if a.dtype == "uint8":
         return mxfp4_value(a, s, i, k, dtype)
-    if s is None:
-        return T.cast(a[i, k], dtype)
-    return T.cast(T.cast(a[i, k], "float32") * e8m0_to_float(s[i, k // MX_GROUP]), dtype)
+    if a.dtype in _WIDE:
+        return a[i, k]
+    value = decode(T.reinterpret(a[i, k], "uint8"), format_of(a.dtype))
+    return T.cast(value if s is None else value * e8m0_to_float(s[i, k // MX_GROUP]), dtype)
 
 
 def _activation_scale(scale_a, a: Tile, M: int, K) -> tuple[Tile | None, Callable | None]:

@@ -1,4 +1,4 @@
-"""Codes of narrow floats from the bits of float32, in integers: a target's own casts differ in flavour and saturation.
+"""Codes of narrow floats from the bits of float32 and back, in integers: a target's own casts differ in flavour and saturation.
 
 Without conditions: the simplifier takes minutes for a few nested ones. `mask(x)` selects by the sign instead.
 """
@@ -48,3 +48,18 @@ def encode(magnitude: tirx.PrimExpr, negative: tirx.PrimExpr, format: FloatForma
     if format.nan_codes:
         code = code | (mask(INF - magnitude) & format.nan_codes[0])
     return code | (negative * format.sign_mask)
+
+
+def decode(code: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
+    """Return the value of an fp8 code (uint8) as float32, exact; on AMD a cast reads OCP bytes as FNUZ or not at all."""
+    byte = T.cast(code, "int32")
+    magnitude = byte & (format.sign_mask - 1)
+    is_subnormal = mask(magnitude - (1 << format.mantissa_bits))
+    smallest = T.reinterpret(T.cast(magnitude, "float32") * T.float32(format.smallest), "int32")
+    normal = (magnitude << (MANTISSA_BITS - format.mantissa_bits)) + ((BIAS - format.bias) << MANTISSA_BITS)
+    bits = (smallest & is_subnormal) | (normal & ~is_subnormal)
+    if format.has_negative_zero:
+        bits = bits | (mask(format.values.index(format.max) - magnitude) & INF)  # NaN, or Inf where the mantissa is 0
+    else:
+        bits = bits | (mask((byte ^ format.nan_codes[0]) - 1) & bits_of(math.nan))
+    return T.reinterpret(T.cast(bits, "uint32") | (T.cast(byte >> 7, "uint32") << T.uint32(31)), "float32")
