@@ -1,4 +1,4 @@
-"""`scaled_mm`: torch.nn.functional.scaled_mm for fp8 on CUDA, the CPU and Metal, from kernels of this package.
+"""`scaled_mm`: torch.nn.functional.scaled_mm for fp8 on CUDA, ROCm, the CPU and Metal, from kernels of this package.
 
 out[i, j] = sum over k of (scale_a mat_a)[i, k] * (scale_b mat_b)[k, j] + bias[j]
 
@@ -159,21 +159,23 @@ _launchers: dict[tuple, Callable] = {}
 def _compile(key: tuple, use_fast_accum: bool) -> Callable:
     """Compile the kernel of a new key and keep it."""
     device, max_M, N, K, a_dtype, b_dtype, recipe_a, recipe_b, bias_dtype, out_dtype = key
-    if device.type == "cuda" and torch.version.hip is None:
+    if device.type == "cuda" and torch.version.hip is not None:
+        kind, arch = "hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    elif device.type == "cuda":
+        kind = "cuda"
         arch = "sm_" + nvcc.get_target_arch("{}.{}".format(*torch.cuda.get_device_capability(device)))
     elif device.type == "mps":
-        arch = ""
+        kind, arch = "metal", ""
     else:
-        kind = "hip" if device.type == "cuda" else device.type
-        raise NotImplementedError(f"scaled_mm: tensors must be on cuda (NVIDIA), mps or cpu; got {kind}; move them")
+        raise NotImplementedError(f"scaled_mm: tensors must be on cuda, mps or cpu; got {device.type}; move them")
     for name, dtype in (("mat_a", a_dtype), ("mat_b", b_dtype)):
-        if dtype in FNUZ:
+        if dtype in FNUZ and kind != "hip":
             raise NotImplementedError(
                 f"scaled_mm: {name} must be float8_e4m3fn or float8_e5m2 on {device.type}; got {_name(dtype)}; convert it with "
                 "quantize.fnuz_to_ocp, or move the tensors to the CPU"
             )
     problem = Problem(
-        kind="metal" if device.type == "mps" else "cuda",
+        kind=kind,
         arch=arch,
         max_M=max_M,
         N=N,
@@ -206,9 +208,9 @@ def _launch(run: Callable, a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tenso
             )
     if bias is not None:
         bias = bias.contiguous()
-    if a.device.type == "mps":
-        run(a, scale_a.contiguous(), b, scale_b.contiguous(), bias, out)
-    elif a.device.index == torch.cuda.current_device():
+    if a.device.type == "mps" or torch.version.hip is not None:
+        scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
+    if a.device.type == "mps" or a.device.index == torch.cuda.current_device():
         run(a, scale_a, b, scale_b, bias, out)
     else:
         with torch.cuda.device(a.device):

@@ -8,7 +8,7 @@ need not check:
 | --- | --- | --- |
 | a | (M, K), 0 < M <= max_M | contiguous, first byte at a multiple of 16 |
 | b | (N, K) | the same |
-| scale_a, scale_b | (blocks of rows, groups of K), see `Problem.scale` | any strides on CUDA, contiguous on Metal |
+| scale_a, scale_b | (blocks of rows, groups of K), see `Problem.scale` | any strides on CUDA, contiguous elsewhere |
 | bias | (N,), or None where bias_dtype is None | contiguous |
 | out | (M, N) | contiguous |
 
@@ -35,8 +35,8 @@ VECMAT_MAX_M = 4  # rows up to which a matrix unit is the wrong tool
 class Problem:
     """Everything that a kernel may depend on; dtypes by TileLang's names."""
 
-    kind: str  # "cuda" or "metal"
-    arch: str  # of CUDA, as "sm_90a"; "" on Metal
+    kind: str  # "cuda", "hip" or "metal"
+    arch: str  # as "sm_90a" or "gfx942"; "" on Metal
     max_M: int  # exactly M up to VECMAT_MAX_M, else a power of two; see `bucket_of`
     N: int
     K: int
@@ -51,7 +51,9 @@ class Problem:
     @property
     def target(self) -> dict | str:
         """As tilelang.compile takes it."""
-        return {"kind": "cuda", "arch": self.arch} if self.kind == "cuda" else self.kind
+        if self.kind == "metal":
+            return self.kind
+        return {"kind": self.kind, "arch" if self.kind == "cuda" else "mcpu": self.arch}
 
     def scale(self, layout: BlockScaledLayout, rows, name: str):
         """Return the type of a scale parameter: (1, 1), (rows, 1), (rows, K/128), (rows/128, K/128) or (rows, K/32), rounded
@@ -60,7 +62,7 @@ class Problem:
         dtype = "float32" if layout.scale_format is None else "uint8"
         row_blocks = 1 if layout.rows is None else T.ceildiv(rows, layout.rows)
         shape = (row_blocks, 1 if layout.k is None else -(-self.K // layout.k))
-        if self.kind == "metal":
+        if self.kind != "cuda":
             return T.Tensor(shape, dtype)
         return T.StridedTensor(shape, (T.dynamic(f"{name}_stride_0"), T.dynamic(f"{name}_stride_1")), dtype)
 

@@ -36,6 +36,12 @@ def pick_config(problem: Problem) -> Config:
     table = [
         # (fits, config)
         (problem.kind == "metal", Config(64, 64, 1, 128)),  # two tiles take 18 KB of the 32 KB of threadgroup memory
+        # AMD: the 64 KB of LDS that every chip has hold two blocks of these. No chip has timed them. With scales of 4 groups a
+        # step, more for each wave spills: RDNA 3, which also decodes the codes, has the fewest registers to spare.
+        (problem.kind == "hip" and _has_byte_scales(problem) and problem.arch.startswith("gfx11"), Config(32, 64, 1, 256)),
+        (problem.kind == "hip" and _has_byte_scales(problem), Config(64, 64, 1, 256)),
+        (problem.kind == "hip" and problem.max_M <= 64, Config(64, 64, 2, 128)),
+        (problem.kind == "hip", Config(128, 128, 1, 256)),
         (_has_byte_scales(problem), Config(64, 64, 4, 128)),  # scales of 4 groups a step: larger tiles spill
         (problem.max_M <= 64, Config(64, 128, 4, 128)),  # no rows to fill a larger tile; 96 KB of stages fit everywhere
         (problem.arch in _LARGE_SHARED_MEMORY, Config(128, 128, 4, 256)),  # 128 KB of stages, a warpgroup for each 64 rows

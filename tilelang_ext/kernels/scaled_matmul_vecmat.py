@@ -5,7 +5,7 @@ out[m, n] = sum over groups g of scale_a[m, g] * scale_b[n, g] * (a[m, g] . b[n,
 A block owns some rows of b, and its threads share K: each loads 16 codes of every row and of a, so that no byte of a or b
 is loaded twice by a block and nothing is staged. Threads are summed by `T.warp_reduce_sum` (simd_sum, shuffles), warps through
 shared memory. The time is that of the bytes: 6.9 us for 1x4096x7168 at 4.25 TB/s (H200), which takes some 32 KB in flight on
-each of its processors; hence a thread's loads all come before its arithmetic. Source and target are one for CUDA and Metal.
+each of its processors; hence a thread's loads all come before its arithmetic. The source is one for CUDA, HIP and Metal.
 """
 
 import math
@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilelang_ext import language as T
-from tilelang_ext.formats import BlockScaledLayout
+from tilelang_ext.formats import OCP_OF_FNUZ, BlockScaledLayout, format_of
 from tilelang_ext.kernels.scaled_matmul_problem import VECMAT_MAX_M, Problem, compile_prim_func
 
 _LOAD_BYTES = 16  # the widest load of a thread
-_WARP = 32
+_WARP = 32  # of T.warp_reduce_sum: on AMD's waves of 64, each half by itself
 _DECODED = 4  # codes decoded at a time
 _MAX_THREADS = 256
 _MAX_ROUNDS = 2  # loads in flight a thread and row
@@ -38,11 +38,12 @@ def pick_config(problem: Problem) -> Config:
     """Return how threads share K, and how many rows of b a block has."""
     loads = problem.K // _codes_a_load(problem)  # along K
     rounds_in_all = -(-loads // _MAX_THREADS)
-    rounds = min(_MAX_ROUNDS, rounds_in_all)
+    rounds = min(1 if problem.arch.startswith("gfx1") else _MAX_ROUNDS, rounds_in_all)  # more would spill on RDNA
     threads = -(-loads // (rounds_in_all * _WARP)) * _WARP
     table = [
         # (kind, rows, groups)
         ("cuda", 4, 1),  # 64 bytes in flight a thread and round; many small blocks even out over 132 processors
+        ("hip", 4, 1),  # as on CUDA; no chip has timed it
         ("metal", 4, 16),  # a is read once for 64 rows: at M = 1 it adds 1/64 to the weights' bytes
     ]
     rows, groups = next((rows, groups) for kind, rows, groups in table if kind == problem.kind)
@@ -168,8 +169,11 @@ def vecmat(problem: Problem, config: Config):
 
 
 def takes(problem: Problem) -> bool:
-    """Up to VECMAT_MAX_M rows."""
-    return problem.max_M <= VECMAT_MAX_M
+    """Up to VECMAT_MAX_M rows; on AMD of the flavour that tilelang's casts read there, or values would be 4 times off."""
+    casts = problem.kind != "hip" or all(
+        (format_of(dtype) in OCP_OF_FNUZ) is (problem.arch == "gfx942") for dtype in (problem.a_dtype, problem.b_dtype)
+    )
+    return casts and problem.max_M <= VECMAT_MAX_M
 
 
 def compile_kernel(problem: Problem) -> Callable:

@@ -170,15 +170,15 @@ UNITS |= {"gfx1200": UNITS["gfx1201"]}
 def select_product(arch: str, a_dtype: str, b_dtype: str, K: int) -> Product | None:
     """Return how `arch` multiplies A and B over a tile's K, None where tilelang's own instruction is as good.
 
-    Raises NotImplementedError for fp8 on other architectures and int8 on gfx90a, TypeError for fp8 beside another type, ValueError for a K that
-    no instruction divides.
+    Raises NotImplementedError for fp8 on other architectures and int8 on gfx90a, TypeError for fp8 beside another type,
+    ValueError for a K that no instruction divides.
     """
     fp8 = [dtype in FP8_DTYPES for dtype in (a_dtype, b_dtype)]
     unit = UNITS.get(arch)
     if arch == "gfx90a" and "int8" in (a_dtype, b_dtype):
         raise NotImplementedError(
-            "T.gemm: int8 operands need an instruction with K = 32, which is all that tilelang emits; got gfx90a, which has K = 16 "
-            "alone; convert the tiles to half, or compile for gfx942 or gfx950"
+            "T.gemm: int8 operands need an instruction with K = 32, which is all that tilelang emits; got gfx90a, which has "
+            "K = 16 alone; convert the tiles to half, or compile for gfx942 or gfx950"
         )
     if not any(fp8):
         if unit is None or not unit.wide or a_dtype != b_dtype or a_dtype not in unit.half[0]:

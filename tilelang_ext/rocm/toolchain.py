@@ -59,7 +59,8 @@ def find_compiler() -> Compiler:
         for argument in ("-Xclang", "-mlink-builtin-bitcode", "-Xclang", str(amd / "lib" / name))
     ]
     command = (
-        clang, "-fuse-ld=lld", "-nogpulib", "-nogpuinc", "-include", "__clang_hip_runtime_wrapper.h", "-D__HIP_PLATFORM_AMD__",
+        clang, "-fuse-ld=lld", "-nogpulib", "-nogpuinc", "-mcode-object-version=6", "-include", "__clang_hip_runtime_wrapper.h",
+        "-include", "oclc_controls.h", "-D__HIP_PLATFORM_AMD__",
         f"-I{include_directory()}", f"-I{amd / 'include'}", *device_libraries,
     )  # fmt: skip
     return Compiler(command, version)

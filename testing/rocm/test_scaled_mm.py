@@ -1,0 +1,141 @@
+"""The kernels of scaled_mm on AMD: compiled for every architecture, executed from their text, and the door of ROCm's torch."""
+
+import pytest
+import torch
+from kernels.operands import E4M3, E5M2, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, operands, problem
+from kernels.test_scaled_mm_launch import kernels, key  # noqa: F401  (a fixture)
+from numeric import assert_close
+from rocm.kernels import ARCHS
+from rocm.test_compile import SCALED, check
+
+from tilelang_ext import formats, simulate
+from tilelang_ext.kernels import scaled_matmul, scaled_matmul_tiled, scaled_matmul_vecmat
+
+RECIPES = {"tensor": (TENSOR, TENSOR), "row": (ROW, ROW), "block": (ROW_BLOCK, SQUARE_BLOCK), "e8m0": (MX, MX)}
+
+
+def kernel_of(made):
+    """The prim_func that a problem gets on AMD."""
+    if scaled_matmul_vecmat.takes(made):
+        return scaled_matmul_vecmat.vecmat(made, scaled_matmul_vecmat.pick_config(made))
+    return scaled_matmul_tiled.scaled_matmul(made, scaled_matmul_tiled.pick_config(made))
+
+
+def hip(M, N, K, recipes, arch, **options):
+    return problem(M, N, K, recipes, kind="hip", arch=arch, **options)
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.hip
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["row", "block", "e8m0"])
+def test_tiled_kernel_compiles(name, arch):
+    """No spills; the matrix instruction of the operands, on every 16x16 tile of a wave the same number of times."""
+    made = hip(4096, 4096, 1536, RECIPES[name], arch, out="bfloat16", bias="bfloat16")
+    config = scaled_matmul_tiled.pick_config(made)
+    wave = 64 if arch.startswith("gfx9") else 32
+    tiles = config.block_M // 16 * config.block_N // 16 // (config.threads // wave)
+    check(kernel_of(made), arch, SCALED[name][arch], tiles=tiles)
+
+
+@pytest.mark.hip
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "gfx942"])
+@pytest.mark.parametrize("name", ["row", "e8m0"])
+def test_vecmat_kernel_compiles(name, arch):
+    check(kernel_of(hip(4, 4096, 7168, RECIPES[name], arch, out="bfloat16", bias="bfloat16")), arch, None, tiles=1)
+
+
+# --- executed --------------------------------------------------------------------------------------------------------
+
+
+def run(arch, M, N, K, recipes, *, format_a=E4M3, format_b=E4M3, bias=None, out="float32"):
+    """Check one launch in the simulator against float64; rows, columns and K past the last whole tile, result poisoned."""
+    arguments, expected = operands(M, N, K, recipes, format_a, format_b)
+    made = hip(M, N, K, recipes, arch, a=format_a, b=format_b, bias=bias, out=out)
+    extra = []
+    if bias is not None:
+        extra = [torch.randn(N, generator=torch.Generator().manual_seed(3)).to(getattr(torch, bias))]
+        expected = expected + extra[0].double()
+    result = torch.full((M, N), torch.nan, dtype=getattr(torch, out))
+    report = simulate(kernel_of(made), *arguments, *extra, result, target=made.target)
+    assert not report.findings, str(report)
+    assert_close(result, expected, dtype=out)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_tiled_kernel(name, arch):
+    run(arch, 70, 150, 288, RECIPES[name], bias="bfloat16")
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "gfx942"])
+@pytest.mark.parametrize("name", ["block", "e8m0"])
+def test_vecmat_kernel(name, arch):
+    run(arch, 3, 33, 4096 + 32, RECIPES[name], bias="float16", out="bfloat16")
+
+
+FNUZ = {"format_a": formats.E5M2_FNUZ, "format_b": formats.E4M3_FNUZ}
+
+
+def test_vecmat_kernel_on_mi300():
+    run("gfx942", 3, 33, 4096 + 32, (ROW, ROW), **FNUZ)
+
+
+@pytest.mark.parametrize(("arch", "format_b"), [("gfx942", E4M3), ("gfx950", E5M2)])
+def test_mixed_flavours(arch, format_b):
+    run(arch, 2, 66, 256, (ROW, ROW), format_a=formats.E4M3_FNUZ, format_b=format_b)
+
+
+# --- the door --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rocm(kernels, monkeypatch):  # noqa: F811
+    """A ROCm build of torch on a machine with an MI300."""
+
+    class Properties:
+        gcnArchName = "gfx942:sramecc+:xnack-"
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    return kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2fnuz])
+def test_problem_of_a_launch(rocm, dtype):
+    """The architecture without its modes; every flavour."""
+    scaled_matmul._compile(key(a=dtype), False)
+    (made,) = rocm.problems
+    assert (made.kind, made.arch, made.a_dtype) == ("hip", "gfx942", str(dtype).removeprefix("torch."))
+    assert made.target == {"kind": "hip", "mcpu": "gfx942"}
+
+
+def test_launch_makes_scales_contiguous(rocm, monkeypatch):
+    """Kernels of AMD take no strides of scales."""
+    (a, scale, b, _), _ = operands(5, 5, 256, (ROW_BLOCK, ROW_BLOCK))
+    transposed = scale.t().contiguous().t()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    scaled_matmul._launch(rocm.compile_kernel(None), a, transposed, b, transposed, None, torch.empty(5, 5))
+    given = rocm.launches[-1]
+    assert given[1].is_contiguous()
+    assert given[3].is_contiguous()
+    assert torch.equal(given[1], scale)
+
+
+def test_first_kernel_that_takes_a_problem():
+    def taken(M):
+        return next(file for file in scaled_matmul.KERNELS if file.takes(hip(M, 64, 64, (ROW, ROW), "gfx950")))
+
+    assert taken(4) is scaled_matmul_vecmat
+    assert taken(5) is scaled_matmul_tiled
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "taken"),
+    [("gfx942", {}, False), ("gfx942", {"a": formats.E5M2_FNUZ, "b": formats.E4M3_FNUZ}, True), ("gfx1201", {}, True),
+     ("gfx950", {"b": formats.E4M3_FNUZ}, False)],
+)  # fmt: skip
+def test_a_flavour_that_casts_read_wrongly_goes_to_the_matrix_unit(arch, options, taken):
+    assert scaled_matmul_vecmat.takes(hip(1, 64, 64, (ROW, ROW), arch, **options)) is taken
