@@ -17,8 +17,8 @@ class OneThreadGemm(GemmBase):
         """Take any two dtypes: each element is converted by itself."""
         if "require_native_fp8" in self.gemm_node.annotations:
             raise NotImplementedError(
-                "T.gemm: require_native_fp8 needs a matrix unit that takes fp8; got target c, which decodes to float32; drop the "
-                "requirement, or compile for sm_89, sm_90, sm_120, gfx950 or gfx1201"
+                "T.gemm: require_native_fp8 needs a matrix unit that takes fp8; got target c, which decodes to float32; drop "
+                "the requirement, or compile for sm_89, sm_90, sm_120, gfx950 or gfx1201"
             )
 
     def infer_layout(self, target, thread_nums):

@@ -137,7 +137,7 @@ def fp8_scaled_matmul(
         )
 
     for tile, scale in zip((a, b), scales, strict=True):
-        if scale.grouped and _differ(scale.k0 % min(scale.layout.k, step), 0):
+        if scale.layout.k is not None and _differ(scale.k0 % min(scale.layout.k, step), 0):
             raise ValueError(
                 f"{_NAME}: a region beside the scales of the whole matrix must begin at a scale group; got {tile.name} from "
                 f"{scale.k0} of K on with groups of {scale.layout.k}; begin at a multiple of {scale.layout.k}"
@@ -320,7 +320,8 @@ def _scale(name: str, operand, rows, K, layout, origin, full) -> _Scale:
         lead, axes = begins[: -len(indices)], range(-len(indices), 0)
         index = [begins[axis] + indices[axis] for axis in axes]
         inside = tirx.all(*(at < ends[axis] for at, axis in zip(index, axes, strict=True)))
-        value = buffer[(*lead, *index)]
+        place = *lead, *index
+        value = buffer[place]
         value = e8m0_to_float(value) if reading.scale_format is E8M0 else T.cast(value, "float32")
         return T.if_then_else(inside, value, T.float32(0))
 

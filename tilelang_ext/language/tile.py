@@ -44,7 +44,8 @@ class Tile:
         if not self.lead and equal(count, self.buffer.shape[1]) and equal(rows, self.buffer.shape[0]):
             return self.buffer
         row, col = self.begin[0], self.begin[1] + first
-        return self.buffer[(*(slice(at, at + 1) for at in self.lead), slice(row, row + rows), slice(col, col + count))]
+        axes = *(slice(at, at + 1) for at in self.lead), slice(row, row + rows), slice(col, col + count)
+        return self.buffer[axes]
 
     def check_dtype(self, *allowed: str, hint: str) -> None:
         """Raise TypeError for a dtype that is not one of `allowed`."""
