@@ -152,3 +152,23 @@ def test_buffers_that_the_kernel_writes_are_read_where_they_are():
                 scale[i] = T.float32(0)
 
     assert "scale_s" not in metal.lower(kernel).source
+
+
+def test_what_every_element_has_for_itself_is_read_where_it_is():
+    @T.prim_func
+    def kernel(R: T.Tensor((64, 64), "float32"), row: T.Tensor((64,), "float32"), C: T.Tensor((64, 64), "float32")):
+        with T.Kernel(1, threads=128) as _:
+            C_f = T.alloc_fragment((64, 64), "float32")
+            for i, j in T.Parallel(64, 64, annotations={READ_ONCE: 1}):
+                C_f[i, j] = R[i, j] + row[i]
+            T.copy(C_f, C)
+
+    source = metal.lower(kernel).source
+    assert "row_s" in source
+    assert "R_s" not in source
+
+
+def test_a_condition_on_another_variable_than_the_read():
+    counts, C, row, _ = staged(lambda row, column, i, j: T.if_then_else(j < 60, row[3], T.float32(0)))
+    assert counts.device_bytes_read == 60 * 4
+    assert (C[5, 59], C[5, 60]) == (row[3, 0], 0)
