@@ -1,0 +1,242 @@
+"""The two products of an MXFP4 mixture of experts, by tiles, on every target; activations in 16 bits.
+
+    hidden[row, j] = act(x[token(row)] . w13[e, j] + bias13[e, j], x[token(row)] . w13[e, I + j] + bias13[e, I + j])
+    y[token, h] = sum over slots of weight * (hidden[row] . w2[e, h] + bias2[e, h])
+
+Rows come sorted by expert (`mxfp4_moe_sort`), a block of rows has one expert, and blocks past `num_valid` end at once. Tokens,
+top_k, experts and sizes are run-time values. Weights may be stored wider than they are: tiles stop where the sizes of
+x, hidden and y say, and what is past them is never multiplied. One correct kernel for all targets; tuned ones go before it.
+"""
+
+from dataclasses import dataclass
+
+from tilelang_ext import language as T
+from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
+from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS
+
+_TOKEN = (1 << TOKEN_BITS) - 1
+_SUM_COLUMNS = 256  # of y that a block of `sum_slots` adds
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What lies between the products, of gate g and up u.
+
+    silu: g * sigmoid(g) * u
+    swiglu, of gpt-oss: g * sigmoid(alpha * g) * (u + 1) with g = min(g, limit), u = clamp(u, -limit, limit)
+    """
+
+    name: str = "swiglu"  # or "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __call__(self, g, u):
+        """The expression for float32 g and u."""
+        if self.name == "silu":
+            return g * _sigmoid(g) * u
+        g, u = T.min(g, self.limit), T.max(T.min(u, self.limit), -self.limit)
+        return g * _sigmoid(g * self.alpha) * (u + 1.0)
+
+
+def _sigmoid(x):
+    return 1.0 / (1.0 + T.exp(-x))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and threads; block_N counts columns of hidden, and of y."""
+
+    block_M: int
+    block_N: int = 64
+    block_K: int = 64
+    threads: int = 128
+
+
+def pick_config(tokens: int, top_k: int, num_experts: int, kind: str) -> Config:
+    """Return the tile: block_M by the rows that an expert has when all are equally busy."""
+    rows = -(-tokens * top_k // num_experts)
+    table = [
+        # (rows up to, config)
+        (16, Config(16)),  # the least that a matrix unit takes
+        (32, Config(32)),
+        (64, Config(64)),
+        (None, Config(64 if kind == "metal" else 128)),  # two tiles of weights and one of 64 rows: 27 of 32 KB on Metal
+    ]
+    return next(config for most, config in table if most is None or rows <= most)
+
+
+def _weight_loader(config: Config):
+    """The macro that decodes one tile of weights, rows from `row` on of one expert, with zeros from K on."""
+    block_N, block_K = config.block_N, config.block_K
+    bytes_K, groups_K = block_K // CODES_PER_BYTE, block_K // MX_GROUP
+
+    @T.macro
+    def load(w, scale, expert, row, k, K, W_s):
+        # Decoding reads a byte many times: from a tile that needs no checks of its bounds.
+        packed_s = T.alloc_shared((block_N, bytes_K), "uint8")
+        scale_s = T.alloc_shared((block_N, groups_K), "uint8")
+        for i, j in T.Parallel(block_N, bytes_K):
+            packed_s[i, j] = w[expert, row + i, k * bytes_K + j]
+        for i, j in T.Parallel(block_N, groups_K):
+            scale_s[i, j] = scale[expert, row + i, k * groups_K + j]
+        T.mxfp4_dequant(packed_s, scale_s, W_s)
+        # Stored weights may go on behind K, with anything in them, NaN too.
+        if (k + 1) * block_K > K:
+            for i, j in T.Parallel(block_N, block_K):
+                if k * block_K + j >= K:
+                    W_s[i, j] = 0
+
+    return load
+
+
+def gate_up(config: Config, activation: Activation, dtype: str):
+    """The prim_func of stage 1: (x, token_ids, expert_ids, num_valid, w13, scale13, bias13, hidden).
+
+    | parameter | shape | dtype |
+    | --- | --- | --- |
+    | x | (tokens, H) | `dtype`: bfloat16 or float16 |
+    | token_ids, expert_ids, num_valid | of `moe_sort`, with block_M | int32 |
+    | w13 | (E, 2 * stored I, stored H / 2), gate above up | uint8 |
+    | scale13 | (E, 2 * stored I, stored H / 32) | uint8 |
+    | bias13 | (E, 2 * stored I) | float32 |
+    | hidden | (blocks * block_M, I), in sorted order; rows that are padding, and past num_valid, are undefined | `dtype` |
+    """
+    tokens, H, I = T.dynamic("tokens"), T.dynamic("H"), T.dynamic("I")
+    blocks, experts, rows, groups = T.dynamic("blocks"), T.dynamic("experts"), T.dynamic("rows"), T.dynamic("groups")
+    block_M, block_N, block_K, threads = config.block_M, config.block_N, config.block_K, config.threads
+    load = _weight_loader(config)
+    stored_I = rows // 2
+
+    @T.prim_func
+    def gate_up(
+        x: T.Tensor((tokens, H), dtype),
+        token_ids: T.Tensor((blocks * block_M,), "int32"),
+        expert_ids: T.Tensor((blocks,), "int32"),
+        num_valid: T.Tensor((1,), "int32"),
+        w13: T.Tensor((experts, rows, groups * (MX_GROUP // CODES_PER_BYTE)), "uint8"),
+        scale13: T.Tensor((experts, rows, groups), "uint8"),
+        bias13: T.Tensor((experts, rows), "float32"),
+        hidden: T.Tensor((blocks * block_M, I), dtype),
+    ):
+        with T.Kernel(T.ceildiv(I, block_N), blocks, threads=threads) as (bx, by):
+            A_s = T.alloc_shared((block_M, block_K), dtype)
+            gate_s = T.alloc_shared((block_N, block_K), dtype)
+            up_s = T.alloc_shared((block_N, block_K), dtype)
+            gate_f = T.alloc_fragment((block_M, block_N), "float32")
+            up_f = T.alloc_fragment((block_M, block_N), "float32")
+            if by * block_M < num_valid[0]:
+                expert = expert_ids[by]
+                T.clear(gate_f)
+                T.clear(up_f)
+                for k in T.serial(T.ceildiv(H, block_K)):
+                    for i, j in T.Parallel(block_M, block_K):
+                        token = token_ids[by * block_M + i] & _TOKEN
+                        A_s[i, j] = T.if_then_else(
+                            token < tokens and k * block_K + j < H,
+                            x[T.min(token, tokens - 1), T.min(k * block_K + j, H - 1)],
+                            0,
+                        )
+                    load(w13, scale13, expert, bx * block_N, k, H, gate_s)
+                    load(w13, scale13, expert, stored_I + bx * block_N, k, H, up_s)
+                    T.gemm(A_s, gate_s, gate_f, transpose_B=True)
+                    T.gemm(A_s, up_s, up_f, transpose_B=True)
+                for i, j in T.Parallel(block_M, block_N):
+                    gate_f[i, j] += bias13[expert, bx * block_N + j]
+                    up_f[i, j] += bias13[expert, stored_I + bx * block_N + j]
+                for i, j in T.Parallel(block_M, block_N):
+                    gate_f[i, j] = activation(gate_f[i, j], up_f[i, j])
+                T.copy(gate_f, hidden[by * block_M, bx * block_N])
+
+    return gate_up
+
+
+def down(config: Config, dtype: str, epilogue: str):
+    """The prim_func of stage 2: (hidden, token_ids, weights, expert_ids, num_valid, w2, scale2, bias2, y).
+
+    | parameter | shape | dtype |
+    | --- | --- | --- |
+    | hidden | (blocks * block_M, I), of `gate_up` | `dtype` |
+    | token_ids, weights, expert_ids, num_valid | of `moe_sort`, with block_M | int32; weights float32 |
+    | w2 | (E, stored H, stored I / 2) | uint8 |
+    | scale2 | (E, stored H, stored I / 32) | uint8 |
+    | bias2 | (E, stored H) | float32 |
+    | y | `reduce`: (tokens, top_k, H), each slot by itself; `atomic`: (tokens, H), zeros, to which slots are added | float32 |
+
+    Slots without a local expert are not written.
+    """
+    tokens, top_k, H, I = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("H"), T.dynamic("I")
+    blocks, experts, stored_H, groups = T.dynamic("blocks"), T.dynamic("experts"), T.dynamic("stored_H"), T.dynamic("groups")
+    block_M, block_N, block_K, threads = config.block_M, config.block_N, config.block_K, config.threads
+    load = _weight_loader(config)
+    y_type = T.Tensor((tokens, top_k, H) if epilogue == "reduce" else (tokens, H), "float32")
+
+    @T.macro
+    def store(y, token, slot, column, value):
+        if epilogue == "reduce":
+            y[token, slot, column] = value
+        else:
+            T.atomic_add(y[token, column], value)
+
+    @T.prim_func
+    def down(
+        hidden: T.Tensor((blocks * block_M, I), dtype),
+        token_ids: T.Tensor((blocks * block_M,), "int32"),
+        weights: T.Tensor((blocks * block_M,), "float32"),
+        expert_ids: T.Tensor((blocks,), "int32"),
+        num_valid: T.Tensor((1,), "int32"),
+        w2: T.Tensor((experts, stored_H, groups * (MX_GROUP // CODES_PER_BYTE)), "uint8"),
+        scale2: T.Tensor((experts, stored_H, groups), "uint8"),
+        bias2: T.Tensor((experts, stored_H), "float32"),
+        y: y_type,
+    ):
+        with T.Kernel(T.ceildiv(H, block_N), blocks, threads=threads) as (bx, by):
+            A_s = T.alloc_shared((block_M, block_K), dtype)
+            W_s = T.alloc_shared((block_N, block_K), dtype)
+            C_f = T.alloc_fragment((block_M, block_N), "float32")
+            if by * block_M < num_valid[0]:
+                expert = expert_ids[by]
+                T.clear(C_f)
+                for k in T.serial(T.ceildiv(I, block_K)):
+                    T.copy(hidden[by * block_M, k * block_K], A_s)
+                    load(w2, scale2, expert, bx * block_N, k, I, W_s)
+                    T.gemm(A_s, W_s, C_f, transpose_B=True)
+                for i, j in T.Parallel(block_M, block_N):
+                    row, column = by * block_M + i, bx * block_N + j
+                    token = token_ids[row] & _TOKEN
+                    if token < tokens and column < H:
+                        store(
+                            y, token, token_ids[row] >> TOKEN_BITS, column, weights[row] * (C_f[i, j] + bias2[expert, column])
+                        )
+
+    return down
+
+
+def sum_slots(out_dtype: str, ids_dtype: str = "int32"):
+    """The prim_func after a `reduce`: (partial, topk_ids, expert_mask, out), out[t, h] = sum over slots of partial[t, s, h].
+
+    partial (tokens, top_k, H) float32; topk_ids, expert_mask as `moe_sort` has them: slots without a local expert are left out,
+    whatever partial holds there; out (tokens, H). Slots are added in order, so the result is the same each time.
+    """
+    tokens, top_k, H, num_experts = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("H"), T.dynamic("num_experts")
+
+    @T.prim_func
+    def sum_slots(
+        partial: T.Tensor((tokens, top_k, H), "float32"),
+        topk_ids: T.Tensor((tokens, top_k), ids_dtype),
+        expert_mask: T.Tensor((num_experts,), "int32"),
+        out: T.Tensor((tokens, H), out_dtype),
+    ):
+        with T.Kernel(T.ceildiv(H, _SUM_COLUMNS), tokens, threads=128) as (bx, by):
+            total_f = T.alloc_fragment((_SUM_COLUMNS,), "float32")
+            T.clear(total_f)
+            for slot in T.serial(top_k):
+                if topk_ids[by, slot] >= 0 and topk_ids[by, slot] < num_experts:  # noqa: SIM102 - the mask is read for real ids
+                    if expert_mask[T.cast(topk_ids[by, slot], "int32")] != 0:
+                        for j in T.Parallel(_SUM_COLUMNS):
+                            if bx * _SUM_COLUMNS + j < H:
+                                total_f[j] += partial[by, slot, bx * _SUM_COLUMNS + j]
+            for j in T.Parallel(_SUM_COLUMNS):
+                if bx * _SUM_COLUMNS + j < H:
+                    out[by, bx * _SUM_COLUMNS + j] = T.cast(total_f[j], out_dtype)
+
+    return sum_slots
