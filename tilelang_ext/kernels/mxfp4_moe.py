@@ -1,0 +1,234 @@
+"""`mxfp4_moe`: a mixture of experts with MXFP4 weights, as a torch operator.
+
+y[t] = sum over slots s of topk_weights[t, s] * (w2[e] . act(w13[e] . x[t] + bias13[e]) + bias2[e]),  e = topk_ids[t, s]
+
+On CUDA four launches: sort, gate and up with the activation, down, sum of the slots. Their sizes depend on shapes alone, so
+they can be captured in a graph. The CPU computes by `reference.moe`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import tilelang
+import torch
+from tilelang.contrib import nvcc
+from torch import Tensor
+
+from tilelang_ext import metal, reference
+from tilelang_ext.formats import E2M1, BlockScaledLayout
+from tilelang_ext.kernels import mxfp4_moe_stages as stages
+from tilelang_ext.kernels.mxfp4_moe_sort import MAX_TOP_K, TOKEN_BITS, capacity_of, moe_sort
+from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_EPILOGUES = ("reduce", "atomic")
+
+
+def mxfp4_moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: MXFP4Weights,
+    w2: MXFP4Weights,
+    *,
+    activation: stages.Activation,
+    a_dtype: torch.dtype | None = None,
+    epilogue: str = "reduce",
+    expert_mask: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Compute the experts of every token and add them, weighted.
+
+    | argument | shape | dtype |
+    | --- | --- | --- |
+    | x | (tokens, H), tokens < 2^24 | bfloat16 or float16 |
+    | topk_ids | (tokens, top_k), distinct in a row, top_k <= 127 | int32 or int64 |
+    | topk_weights | (tokens, top_k) | float32, float16 or bfloat16 |
+    | w13, w2 | of `prepare_mxfp4_weights`, E experts each; w13 with gate and up | |
+    | expert_mask | (num_experts,), with E of them true: where expert parallelism keeps them here; None: all are | bool |
+    | out | (tokens, H), contiguous | as x |
+
+    Ids out of range and experts elsewhere add nothing. `a_dtype` is what the products take activations in: x's dtype (None).
+    `reduce` gives the same result each time; `atomic` adds in any order, without memory for each slot.
+
+    Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for other activations' dtypes.
+    """
+    if a_dtype not in (None, x.dtype):
+        raise NotImplementedError(f"mxfp4_moe: a_dtype must be {x.dtype}, that of x, or None; got {a_dtype}; leave it out")
+    if not isinstance(activation, stages.Activation):
+        raise TypeError(f"mxfp4_moe: activation must be an Activation; got {type(activation).__name__}; pass one")
+    inner = (activation.name, activation.alpha, activation.limit)
+    arguments = (x, topk_ids, topk_weights, *w13, *w2, *inner, epilogue, expert_mask)
+    if out is None:
+        return torch.ops.tilelang_ext.mxfp4_moe(*arguments)
+    torch.ops.tilelang_ext.mxfp4_moe_out(*arguments, out)
+    return out
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+_ARGUMENTS = (
+    "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor scale13, Tensor bias13, int rows13, int k13, "
+    "Tensor w2, Tensor scale2, Tensor bias2, int rows2, int k2, str activation, float alpha, float limit, str epilogue, "
+    "Tensor? expert_mask"
+)
+torch.library.define("tilelang_ext::mxfp4_moe", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define("tilelang_ext::mxfp4_moe_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()")
+
+
+def _check(x, topk_ids, topk_weights, w13: MXFP4Weights, w2: MXFP4Weights, activation, epilogue, expert_mask, out) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"mxfp4_moe: x must be bfloat16 or float16; got {x.dtype}; convert it")
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"mxfp4_moe: topk_ids must be int32 or int64; got {topk_ids.dtype}; convert it")
+    if topk_weights.dtype not in (torch.float32, *_DTYPES):
+        raise TypeError(f"mxfp4_moe: topk_weights must be float32, float16 or bfloat16; got {topk_weights.dtype}; convert it")
+    if x.ndim != 2 or x.shape[1] != w13.k or x.shape[1] != w2.rows or w13.rows != 2 * w2.k:
+        raise ValueError(
+            "mxfp4_moe: x must be (tokens, H), w13 (E, 2I, H), w2 (E, H, I); got "
+            f"{tuple(x.shape)}, (.., {w13.rows}, {w13.k}) and (.., {w2.rows}, {w2.k}); check the pair of weights"
+        )
+    if w13.codes.shape[0] != w2.codes.shape[0]:
+        raise ValueError(
+            f"mxfp4_moe: w13 and w2 must have equal experts; got {w13.codes.shape[0]} and {w2.codes.shape[0]}; check the pair"
+        )
+    if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"mxfp4_moe: topk_ids and topk_weights must be ({x.shape[0]}, top_k); got {tuple(topk_ids.shape)} and "
+            f"{tuple(topk_weights.shape)}; one row a token"
+        )
+    num_experts = w13.codes.shape[0] if expert_mask is None else expert_mask.numel()
+    if x.shape[0] >= 1 << TOKEN_BITS or topk_ids.shape[1] > min(MAX_TOP_K, num_experts):
+        raise ValueError(
+            f"mxfp4_moe: there must be fewer than 2^{TOKEN_BITS} tokens and at most {min(MAX_TOP_K, num_experts)} slots; got "
+            f"{tuple(topk_ids.shape)}; split the batch"
+        )
+    if expert_mask is not None and (expert_mask.dtype != torch.bool or expert_mask.ndim != 1):
+        raise TypeError(f"mxfp4_moe: expert_mask must be bool (num_experts,); got {expert_mask.dtype}; convert it")
+    if activation not in ("swiglu", "silu"):
+        raise ValueError(f"mxfp4_moe: activation must be 'swiglu' or 'silu'; got {activation!r}; pick one")
+    if epilogue not in _EPILOGUES:
+        raise ValueError(f"mxfp4_moe: epilogue must be one of {', '.join(_EPILOGUES)}; got {epilogue!r}; use the default")
+    if out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"mxfp4_moe: out must be contiguous {x.dtype} of shape {tuple(x.shape)}; got {out.dtype} {tuple(out.shape)}; "
+            "pass torch.empty_like(x)"
+        )
+    tensors = {"topk_ids": topk_ids, "topk_weights": topk_weights, "w13": w13.codes, "w2": w2.codes, "expert_mask": expert_mask}
+    for name, tensor in (tensors | {"out": out}).items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"mxfp4_moe: {name} must be on {x.device} as x is; got {tensor.device}; move it")
+
+
+def _mxfp4_moe_out(x, topk_ids, topk_weights, *rest) -> None:
+    w13, w2 = MXFP4Weights(*rest[:5]), MXFP4Weights(*rest[5:10])
+    activation, alpha, limit, epilogue, expert_mask, out = rest[10:]
+    _check(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert_mask, out)
+    if not topk_ids.numel():
+        out.zero_()
+        return
+    inner = stages.Activation(activation, alpha, limit)
+    run = _by_reference if x.device.type == "cpu" else _by_kernels
+    run(x, topk_ids, topk_weights, w13, w2, inner, epilogue, expert_mask, out)
+
+
+def _mxfp4_moe(x, *rest) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _mxfp4_moe_out(x, *rest, out)
+    return out
+
+
+def _fake_out(x, topk_ids, topk_weights, *rest) -> None:
+    activation, _, _, epilogue, expert_mask, out = rest[10:]
+    w13, w2 = MXFP4Weights(*rest[:5]), MXFP4Weights(*rest[5:10])
+    _check(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert_mask, out)
+
+
+def _fake(x, *rest) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _fake_out(x, *rest, out)
+    return out
+
+
+for _name, _implementation, _shape_of in (("mxfp4_moe", _mxfp4_moe, _fake), ("mxfp4_moe_out", _mxfp4_moe_out, _fake_out)):
+    torch.library.impl(f"tilelang_ext::{_name}", "CompositeExplicitAutograd", _implementation)
+    torch.library.register_fake(f"tilelang_ext::{_name}", _shape_of)
+
+
+# --- CPU -------------------------------------------------------------------------------------------------------------
+
+
+def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert_mask, out) -> None:
+    half, I = w13.codes.shape[1] // 2, w13.rows // 2
+    rows13 = torch.cat([torch.arange(I), half + torch.arange(I)])
+    mx = BlockScaledLayout.e8m0_k32()
+    act = {
+        "silu": functools.partial(reference.silu_mul, gate="separated"),
+        "swiglu": functools.partial(reference.swiglu, alpha=activation.alpha, limit=activation.limit, gate="separated"),
+    }[activation.name]
+    out.copy_(
+        reference.moe(
+            x,
+            topk_ids,
+            topk_weights,
+            reference.dequantize(w13.codes, w13.scale, E2M1, mx)[:, rows13, : w13.k],
+            reference.dequantize(w2.codes, w2.scale, E2M1, mx)[:, : w2.rows, : w2.k],
+            activation=act,
+            bias13=w13.bias[:, rows13],
+            bias2=w2.bias[:, : w2.rows],
+            between=str(x.dtype).removeprefix("torch."),
+            expert_mask=expert_mask,
+        )
+    )
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _compiled(make: Callable, arguments: tuple, device: torch.device) -> Callable:
+    prim_func = make(*arguments)
+    if device.type == "mps":
+        return metal.to_torch(metal.lower(prim_func))
+    if device.type != "cuda" or torch.version.hip is not None:
+        kind = "hip" if device.type == "cuda" else device.type
+        raise NotImplementedError(f"mxfp4_moe: tensors must be on cuda (NVIDIA), mps or cpu; got {kind}; move them")
+    arch = nvcc.get_target_arch("{}.{}".format(*torch.cuda.get_device_capability(device)))
+    return tilelang.compile(prim_func, target={"kind": "cuda", "arch": f"sm_{arch}"})
+
+
+def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert_mask, out) -> None:
+    device, dtype = x.device, str(x.dtype).removeprefix("torch.")
+    ids_dtype = str(topk_ids.dtype).removeprefix("torch.")
+    (tokens, top_k), local_experts = topk_ids.shape, w13.codes.shape[0]
+    mask = torch.ones(local_experts, dtype=torch.int32, device=device) if expert_mask is None else expert_mask.int()
+    num_experts = mask.numel()
+    kind = "metal" if device.type == "mps" else "cuda"
+    config = stages.pick_config(tokens, top_k, num_experts, kind)
+    capacity = capacity_of(tokens, top_k, num_experts, config.block_M)
+    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous()
+
+    token_ids = torch.empty(capacity, dtype=torch.int32, device=device)
+    weights = torch.empty(capacity, device=device)
+    expert_ids = torch.empty(capacity // config.block_M, dtype=torch.int32, device=device)
+    num_valid = torch.empty(1, dtype=torch.int32, device=device)
+    max_experts = max(64, 1 << (num_experts - 1).bit_length())
+    sort = _compiled(moe_sort, (config.block_M, max_experts, ids_dtype), device)
+    sort(topk_ids, topk_weights, mask, token_ids, weights, expert_ids, num_valid)
+
+    hidden = x.new_empty(capacity, w2.k)
+    gate_up = _compiled(stages.gate_up, (config, activation, dtype), device)
+    gate_up(x, token_ids, expert_ids, num_valid, *w13[:3], hidden)
+
+    down = _compiled(stages.down, (config, dtype, epilogue), device)
+    rows = (hidden, token_ids, weights, expert_ids, num_valid, *w2[:3])
+    if epilogue == "atomic":
+        total = torch.zeros(out.shape, device=device)
+        down(*rows, total)
+        out.copy_(total)
+    else:
+        partial = torch.empty((tokens, top_k, out.shape[1]), device=device)
+        down(*rows, partial)
+        _compiled(stages.sum_slots, (dtype, ids_dtype), device)(partial, topk_ids, mask, out)
