@@ -240,6 +240,6 @@ def test_fp8_of_the_wrong_flavour_breaks_numerics():
 
 def test_instruction_that_the_architecture_lacks():
     with pytest.raises(CompileError, match=r"this architecture lacks mfma_i32_16x16x32_i8(.|\n)*kernel.hip:\d+"):
-        emitted("gfx90a", "int8", accum="int32")
+        emitted("gfx90a", "int8", accum="int32", text_arch="gfx942")
     with pytest.raises(CompileError, match=r"this architecture lacks mfma_f32_16x16x16f16(.|\n)*kernel.hip:\d+"):
         emitted("gfx1100", "float16", text_arch="gfx942")
