@@ -53,10 +53,10 @@ def run(module, config, M, N, K, recipes, *, grid, boxes, cluster=1, bias=False,
 @pytest.mark.parametrize(
     ("recipes", "config", "K", "fast"),
     [
-        (TENSORS, Config(128, 256, 3, 32, 2, 2), 528, True),  # sums in the unit; K ends inside a step
-        (ROWS, Config(128, 128, 2, 16, 2, 2), 384, False),  # stages that do not divide the steps
-        (BLOCKS, Config(256, 128, 4, 16, 2, 2), 512, False),  # two bands, constant stages
-        (BLOCKS, Config(128, 128, 1, 16, 2, 3), 128, False),  # one step
+        (TENSORS, Config(128, 256, 3, 32, 2), 528, True),  # sums in the unit; K ends inside a step
+        (ROWS, Config(128, 128, 2, 16, 2), 384, False),  # stages that do not divide the steps
+        (BLOCKS, Config(256, 128, 4, 16, 2), 512, False),  # two bands, constant stages
+        (BLOCKS, Config(128, 128, 1, 16, 3), 128, False),  # one step
     ],
 )
 def test_tiles(recipes, config, K, fast):
@@ -138,11 +138,11 @@ def h200(monkeypatch):
 @pytest.mark.parametrize(
     ("M", "N", "K", "recipes", "fast", "config"),
     [
-        (4096, 4096, 7168, ROWS, True, Config(128, 256, 4, 64, 2, 132)),
-        (4096, 4096, 7168, ROWS, False, Config(256, 128, 4, 32, 2, 132)),
-        (4096, 4096, 7168, BLOCKS, True, Config(256, 128, 4, 32, 2, 132)),  # blocks are never summed in the unit
-        (512, 4096, 7168, ROWS, False, Config(128, 128, 4, 32, 2, 132)),  # too few tiles of 256: 4 of its 5 stages divide 56
-        (256, 64, 384, ROWS, True, Config(128, 128, 3, 64, 2, 132)),
+        (4096, 4096, 7168, ROWS, True, Config(128, 256, 4, 64, 132)),
+        (4096, 4096, 7168, ROWS, False, Config(256, 128, 4, 32, 132)),
+        (4096, 4096, 7168, BLOCKS, True, Config(256, 128, 4, 32, 132)),  # blocks are never summed in the unit
+        (512, 4096, 7168, ROWS, False, Config(128, 128, 4, 32, 132)),  # too few tiles of 256: 4 of its 5 stages divide 56
+        (256, 64, 384, ROWS, True, Config(128, 128, 3, 64, 132)),
     ],
 )
 def test_pick_config(h200, M, N, K, recipes, fast, config):

@@ -3,7 +3,7 @@
 y[t] = sum over slots s of topk_weights[t, s] * (w2[e] . act(w13[e] . x[t] + bias13[e]) + bias2[e]),  e = topk_ids[t, s]
 
 On CUDA four launches: sort, gate and up with the activation, down, sum of the slots. Their sizes depend on shapes alone, so
-they can be captured in a graph. The CPU computes by `reference.moe`.
+they are meant for capture in a graph; no GPU has run them yet. The CPU computes by `reference.moe`.
 """
 
 from __future__ import annotations

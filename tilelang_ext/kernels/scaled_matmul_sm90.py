@@ -32,17 +32,17 @@ PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_safe_memory_leg
 _COMPUTING = 2  # warpgroups
 _LOADER_REGISTERS, _COMPUTER_REGISTERS = 40, 232  # a thread: 128 x 40 + 256 x 232 of the processor's 65,536
 _TILES_OF_ROWS = 8  # that are walked over together
+_STORES = 2  # of a part of the tile that a warpgroup has running
 
 
 @dataclass(frozen=True)
 class Config:
-    """The tile of a block, the stages of its ring; columns stored at once, and how many such stores run; number of blocks."""
+    """The tile of a block, the stages of its ring, the columns stored at once, the number of blocks."""
 
     block_M: int
     block_N: int
     num_stages: int
     store_N: int
-    num_stores: int
     num_blocks: int
 
 
@@ -50,20 +50,20 @@ def pick_config(problem: Problem) -> Config:
     """Return the largest tile of which every processor has one."""
     num_blocks = num_processors()
     table = [
-        # (whether the sums stay in the matrix unit, block_M, block_N, num_stages, bytes of a row stored at once, stores)
-        (True, 128, 256, 4, 128, 2),  # 128 registers of sums; reads least from the L2 cache
-        (True, 128, 128, 6, 128, 2),
-        (False, 256, 128, 4, 64, 2),  # 192 registers: the product of one band beside the sums of two; room for the factors
-        (False, 128, 128, 5, 64, 2),
+        # (whether the sums stay in the matrix unit, block_M, block_N, num_stages, bytes of a row stored at once)
+        (True, 128, 256, 4, 128),  # 128 registers of sums; reads least from the L2 cache
+        (True, 128, 128, 6, 128),
+        (False, 256, 128, 4, 64),  # 192 registers: the product of one band beside the sums of two; room for the factors
+        (False, 128, 128, 5, 64),
     ]
     rows = [row for row in table if row[0] is _sums_stay(problem)]
-    for _, block_M, block_N, num_stages, store_bytes, num_stores in rows:  # noqa: B007 -- the last one serves what fits none
+    for _, block_M, block_N, num_stages, store_bytes in rows:  # noqa: B007 -- the last one serves what fits none
         if -(-problem.max_M // block_M) * -(-problem.N // block_N) >= num_blocks:
             break
     steps = -(-problem.K // BLOCK_K)
     num_stages = 4 if steps % num_stages and steps % 4 == 0 else min(num_stages, steps)  # constant stages run 7% faster
     store_N = store_bytes * 8 // T.dtype(problem.out_dtype).bits
-    return Config(block_M, block_N, num_stages, store_N, num_stores, num_blocks)
+    return Config(block_M, block_N, num_stages, store_N, num_blocks)
 
 
 def num_processors() -> int:
@@ -79,7 +79,7 @@ def scaled_matmul(problem: Problem, config: Config):
     """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one."""
     N, K, out_dtype = problem.N, problem.K, problem.out_dtype
     block_M, block_N, num_stages, num_blocks = config.block_M, config.block_N, config.num_stages, config.num_blocks
-    store_N, num_stores = config.store_N, config.num_stores
+    store_N = config.store_N
     M = T.dynamic("M")
     a_type, b_type = T.Tensor((M, K), problem.a_dtype), T.Tensor((N, K), problem.b_dtype)
     scale_a_type = scale_type(problem, problem.layout_a, M, "scale_a")
@@ -170,16 +170,15 @@ def scaled_matmul(problem: Problem, config: Config):
 
         def step_in_unit(A_s, B_s, factors_s, full, empty, sums, partial, factors, k, n, step, tx):
             """Issue the product of a step, then wait for the one before and give its stage back."""
-            stage = n if unrolled > 1 else step % num_stages
-            before = (n - 1) % num_stages if unrolled > 1 else (step - 1) % num_stages
+            stage = step % num_stages
 
             @T.macro
             def emit():
                 T.barrier_wait(full[stage], (step // num_stages) & 1)
-                multiply(A_s, B_s, sums[0], stage, first, (k == 0) if n == 0 else False)
-                if n > 0 or k > 0:
+                multiply(A_s, B_s, sums[0], stage, first, k == 0)
+                if k > 0:
                     T.wait_wgmma(1)
-                    release(empty, before, tx)
+                    release(empty, (step - 1) % num_stages, tx)
 
             emit()
 
@@ -249,14 +248,14 @@ def scaled_matmul(problem: Problem, config: Config):
 
                 finish()
                 for part in range(block_N // store_N):
-                    place_in_ring = (band * (block_N // store_N) + part) % num_stores
+                    place_in_ring = (band * (block_N // store_N) + part) % _STORES
                     column = column0 + part * store_N
 
                     @T.macro
                     def emit():
                         out_f = T.alloc_fragment((BAND, store_N), out_dtype)
                         T.copy(sums[band][:, part * store_N : (part + 1) * store_N], out_f)
-                        T.tma_store_wait(num_stores - 1)
+                        T.tma_store_wait(_STORES - 1)
                         T.copy(out_f, out_s[place_in_ring, :, :])
                         T.fence_proxy_async()
                         T.sync_threads(barrier_id=1 + warpgroup, arrive_count=WARPGROUP)
@@ -306,7 +305,7 @@ def scaled_matmul(problem: Problem, config: Config):
             A_s = T.alloc_shared((num_stages, block_M, BLOCK_K), problem.a_dtype)
             B_s = T.alloc_shared((num_stages, block_N, BLOCK_K), problem.b_dtype)
             factors_s = T.alloc_shared((num_stages, block_M), "float32")
-            outs = [T.alloc_shared((num_stores, BAND, store_N), out_dtype) for _ in range(_COMPUTING)]
+            outs = [T.alloc_shared((_STORES, BAND, store_N), out_dtype) for _ in range(_COMPUTING)]
             sums = [[T.alloc_fragment((BAND, block_N), "float32") for _ in range(bands)] for _ in range(_COMPUTING)]
             partials = [T.alloc_fragment((BAND, block_N), "float32") for _ in range(_COMPUTING)]
             T.annotate_layout({tile: make_swizzled_layout(tile) for tile in (A_s, B_s, *outs)})
