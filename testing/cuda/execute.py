@@ -24,10 +24,16 @@ def execute(text: str, grid: tuple[int, int], tensors: dict[str, torch.Tensor]) 
     device = _SIGNATURE.sub(rf"void {name}(\3) {{", device)
     device = re.sub(r"extern __shared__ __align__\(1024\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", device)
     assert "__shared__" not in device
-    reads = "\n".join(f'  std::vector<char> {tensor} = read("{tensor}", {tensors[tensor].nbytes});' for _, tensor in pointers)
     arguments = ", ".join(f"({dtype}*){tensor}.data()" for dtype, tensor in pointers)
-    writes = "\n".join(f'  write("{tensor}", {tensor});' for _, tensor in pointers)
-    program = f"""#include "{Path(__file__).with_name("device.h")}"
+    call = f"launch({grid[0]}, {grid[1]}, {threads}, [&] {{ {name}({arguments}); }});"
+    run_program("device.h", device, {tensor: tensors[tensor] for _, tensor in pointers}, call)
+
+
+def run_program(header: str, device: str, tensors: dict[str, torch.Tensor], call: str) -> None:
+    """Compile `device` under a header of this folder, run `call` on the tensors, and write back what it left in them."""
+    reads = "\n".join(f'  std::vector<char> {tensor} = read("{tensor}", {value.nbytes});' for tensor, value in tensors.items())
+    writes = "\n".join(f'  write("{tensor}", {tensor});' for tensor in tensors)
+    program = f"""#include "{Path(__file__).with_name(header)}"
 {device}
 std::vector<char> read(const char* name, size_t size) {{
   std::vector<char> bytes(size);
@@ -43,7 +49,7 @@ void write(const char* name, const std::vector<char>& bytes) {{
 }}
 int main() {{
 {reads}
-  launch({grid[0]}, {grid[1]}, {threads}, [&] {{ {name}({arguments}); }});
+  {call}
 {writes}
 }}
 """
@@ -52,10 +58,10 @@ int main() {{
         command = [COMPILER, "-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-pthread", "kernel.cc", "-o", "kernel"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        for _, tensor in pointers:
-            Path(folder, tensor).write_bytes(tensors[tensor].contiguous().view(torch.uint8).numpy().tobytes())
+        for tensor, value in tensors.items():
+            Path(folder, tensor).write_bytes(value.contiguous().view(torch.uint8).numpy().tobytes())
         done = subprocess.run(["./kernel"], cwd=folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        for _, tensor in pointers:
-            written = torch.frombuffer(bytearray(Path(folder, tensor).read_bytes()), dtype=tensors[tensor].dtype)
-            tensors[tensor].copy_(written.reshape(tensors[tensor].shape))
+        for tensor, value in tensors.items():
+            written = torch.frombuffer(bytearray(Path(folder, tensor).read_bytes()), dtype=value.dtype)
+            value.copy_(written.reshape(value.shape))

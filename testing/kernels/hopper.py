@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cuda.execute import COMPILER
+from cuda.execute import run_program
 
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+), 1\) (\w+)\((.*?)\) \{')
 
@@ -54,37 +51,5 @@ def execute(
             arguments.append(f"({kind.split('*')[0].removeprefix('const ')}*){parameter_name}.data()")
         else:
             arguments.append(str(scalars[parameter_name]))
-    reads = "\n".join(f'  std::vector<char> {tensor} = read("{tensor}", {value.nbytes});' for tensor, value in tensors.items())
-    writes = "\n".join(f'  write("{tensor}", {tensor});' for tensor in tensors)
-    program = f"""#include "{Path(__file__).with_name("hopper.h")}"
-{device}
-std::vector<char> read(const char* name, size_t size) {{
-  std::vector<char> bytes(size);
-  FILE* file = std::fopen(name, "rb");
-  if (!file || std::fread(bytes.data(), 1, size, file) != size) std::abort();
-  std::fclose(file);
-  return bytes;
-}}
-void write(const char* name, const std::vector<char>& bytes) {{
-  FILE* file = std::fopen(name, "wb");
-  if (!file || std::fwrite(bytes.data(), 1, bytes.size(), file) != bytes.size()) std::abort();
-  std::fclose(file);
-}}
-int main() {{
-{reads}
-  launch_clusters({grid[0]}, {grid[1]}, {cluster}, {threads}, [&] {{ {name}({", ".join(arguments)}); }});
-{writes}
-}}
-"""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "kernel.cc").write_text(program)
-        command = [COMPILER, "-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-pthread", "kernel.cc", "-o", "kernel"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        for tensor, value in tensors.items():
-            Path(folder, tensor).write_bytes(value.contiguous().view(torch.uint8).numpy().tobytes())
-        done = subprocess.run(["./kernel"], cwd=folder, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        for tensor, value in tensors.items():
-            written = torch.frombuffer(bytearray(Path(folder, tensor).read_bytes()), dtype=value.dtype)
-            value.copy_(written.reshape(value.shape))
+    call = f"launch_clusters({grid[0]}, {grid[1]}, {cluster}, {threads}, [&] {{ {name}({', '.join(arguments)}); }});"
+    run_program("hopper.h", device, tensors, call)

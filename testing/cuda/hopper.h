@@ -1,7 +1,7 @@
 // What the CUDA text of kernels for Hopper calls beside device.h: bulk copies and the barriers they complete, barriers
 // of some threads, clusters of blocks. A copy is done when it is issued, a product too: what is found is a wrong value
 // and a kernel that never ends, not a wait that is missing.
-#include "../cuda/device.h"
+#include "device.h"
 
 #include <atomic>
 #include <condition_variable>
