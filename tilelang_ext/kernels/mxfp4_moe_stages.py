@@ -60,7 +60,8 @@ def pick_config(tokens: int, top_k: int, num_experts: int, kind: str) -> Config:
         (16, Config(16)),  # the least that a matrix unit takes
         (32, Config(32)),
         (64, Config(64)),
-        (None, Config(64 if kind == "metal" else 128)),  # two tiles of weights and one of 64 rows: 27 of 32 KB on Metal
+        # Two tiles of weights and one of 64 rows: 27 of 32 KB on Metal. Elsewhere two sums of 128 rows: 64 registers a thread.
+        (None, Config(64) if kind == "metal" else Config(128, threads=256)),
     ]
     return next(config for most, config in table if most is None or rows <= most)
 
