@@ -232,3 +232,12 @@ def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert
         partial = torch.empty((tokens, top_k, out.shape[1]), device=device)
         down(*rows, partial)
         _compiled(stages.sum_slots, (dtype, ids_dtype), device)(partial, topk_ids, mask, out)
+
+
+def __getattr__(name: str):
+    # Its module imports this one.
+    if name == "MXFP4Experts":
+        from tilelang_ext.kernels.mxfp4_experts import MXFP4Experts
+
+        return MXFP4Experts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
