@@ -82,7 +82,35 @@ struct NamedBarriers {
 inline thread_local Cluster* cluster;
 inline thread_local NamedBarriers* named_barriers;
 
+// --- bfloat16 ---
+struct bfloat16_t {
+  uint16_t bits;
+};
+struct __nv_bfloat162 {
+  bfloat16_t x, y;
+};
+struct alignas(8) uint2 {
+  uint x, y;
+};
+inline bfloat16_t rounded(float value) {  // to nearest, ties to even
+  uint bits;
+  std::memcpy(&bits, &value, 4);
+  return {uint16_t(std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline __nv_bfloat162 __float22bfloat162_rn(float2 value) { return {rounded(value.x), rounded(value.y)}; }
+inline int __pack_half2(bfloat16_t low, bfloat16_t high) { return low.bits | high.bits << 16; }
+
 namespace tl {
+// Lane 8 i + r points to row r of matrix i; a lane's word is elements 2 (lane % 4) and the next of row lane / 4.
+inline void ptx_stmatrix_m8n8_x4(void* row, int word0, int word1, int word2, int word3) {
+  Warp& w = warp();
+  w.pointer[lane()] = row;
+  w.meet.arrive_and_wait();
+  const int words[4] = {word0, word1, word2, word3};
+  for (int i = 0; i < 4; ++i)
+    std::memcpy(static_cast<char*>(const_cast<void*>(w.pointer[8 * i + lane() / 4])) + lane() % 4 * 4, &words[i], 4);
+  w.meet.arrive_and_wait();
+}
 template <int threads>
 bool tl_shuffle_elect() {
   return threads == 0 ? threadIdx.x == 0 : threadIdx.x % threads == 0;

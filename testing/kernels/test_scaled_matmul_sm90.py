@@ -29,13 +29,13 @@ def hopper_problem(M, N, K, recipes, **options):
     return problem(M, N, K, recipes, kind="cuda", arch=ARCH, **options)
 
 
-def run(module, config, M, N, K, recipes, *, grid, boxes, cluster=1, bias=False, fast_accum=False, formats=(E4M3, E4M3)):
-    """Check one launch, of float32 output, against float64; every other byte of memory is a NaN."""
+def run(module, config, M, N, K, recipes, *, grid, boxes, cluster=1, bias=False, out="float32", fast_accum=False, formats=(E4M3, E4M3)):
+    """Check one launch against float64; every other byte of memory is a NaN."""
     (a, scale_a, b, scale_b), expected = operands(M, N, K, recipes, *formats)
     kernel_problem = hopper_problem(
-        M, N, K, recipes, a=formats[0], b=formats[1], bias="float32" if bias else None, fast_accum=fast_accum
+        M, N, K, recipes, a=formats[0], b=formats[1], bias="float32" if bias else None, out=out, fast_accum=fast_accum
     )
-    tensors = {"a": a, "scale_a": scale_a, "b": b, "scale_b": scale_b, "out": torch.full((M, N), torch.nan)}
+    tensors = {"a": a, "scale_a": scale_a, "b": b, "scale_b": scale_b, "out": torch.full((M, N), torch.nan, dtype=getattr(torch, out))}
     if bias:
         tensors["bias"] = torch.randn(N, generator=torch.Generator().manual_seed(3))
         expected = expected + tensors["bias"].double()
@@ -43,7 +43,8 @@ def run(module, config, M, N, K, recipes, *, grid, boxes, cluster=1, bias=False,
     for name, scale in (("scale_a", scale_a), ("scale_b", scale_b)):
         scalars |= {f"{name}_stride_{i}": stride for i, stride in enumerate(scale.stride())}
     execute(text_of(module, kernel_problem, config), grid, tensors, boxes, scalars, cluster)
-    assert_close(tensors["out"], expected, dtype="float32", max_error=1e-5, rms_error=1e-5)
+    bounds = {"max_error": 1e-5, "rms_error": 1e-5} if out == "float32" else {}
+    assert_close(tensors["out"], expected, dtype=out, **bounds)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -51,15 +52,18 @@ def run(module, config, M, N, K, recipes, *, grid, boxes, cluster=1, bias=False,
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("recipes", "config", "K", "fast"),
+    ("recipes", "config", "K", "fast", "out"),
     [
-        (TENSORS, Config(128, 256, 3, 32, 2), 528, True),  # sums in the unit; K ends inside a step
-        (ROWS, Config(128, 128, 2, 16, 2), 384, False),  # stages that do not divide the steps
-        (BLOCKS, Config(256, 128, 4, 16, 2), 512, False),  # two bands, constant stages
-        (BLOCKS, Config(128, 128, 1, 16, 3), 128, False),  # one step
+        (TENSORS, Config(128, 256, 3, 32, 2), 528, True, "float32"),  # sums in the unit; K ends inside a step
+        (ROWS, Config(128, 256, 2, 64, 2), 384, True, "bfloat16"),  # stores by matrix instructions; scales by the loader
+        (ROWS, Config(128, 256, 2, 32, 2), 256, True, "float32"),  # as many stages as steps: scales by the computers
+        (ROWS, Config(128, 128, 2, 16, 2), 384, False, "float32"),  # stages that do not divide the steps
+        (ROWS, Config(128, 128, 2, 64, 2), 512, False, "bfloat16"),  # constant stages and scales by the loader
+        (BLOCKS, Config(256, 128, 4, 32, 2), 512, False, "bfloat16"),  # two bands, constant stages
+        (BLOCKS, Config(128, 128, 1, 16, 3), 128, False, "float32"),  # one step
     ],
 )
-def test_tiles(recipes, config, K, fast):
+def test_tiles(recipes, config, K, fast, out):
     """Two rows and two columns of tiles, neither full; more blocks than one, so that each walks over several tiles."""
     M, N = config.block_M + 40, config.block_N + 8
     boxes = {
@@ -69,7 +73,7 @@ def test_tiles(recipes, config, K, fast):
     }
     run(
         scaled_matmul_sm90, config, M, N, K, recipes,
-        grid=(config.num_blocks, 1), boxes=boxes, bias=True, fast_accum=fast,
+        grid=(config.num_blocks, 1), boxes=boxes, bias=True, out=out, fast_accum=fast,
     )  # fmt: skip
 
 

@@ -88,8 +88,10 @@ def scaled_matmul(problem: Problem, config: Config):
     fast, grouped = _sums_stay(problem), problem.layout_a.k is not None
     steps, columns = -(-K // BLOCK_K), -(-N // block_N)  # of K, of tiles
     bands = block_M // (BAND * _COMPUTING)  # of a warpgroup
-    fetched = block_M // WARPGROUP  # rows whose scales a loading thread fetches
+    fetched, fetched_b = block_M // WARPGROUP, block_N // WARPGROUP  # rows and columns whose scales a loading thread fetches
     unrolled = num_stages if steps % num_stages == 0 and not fast else 1  # steps a turn of the loop; then a stage is a constant
+    # Scales of all of K come with the stage that is filled for the second time in a tile: then the tile before is stored.
+    staged = not grouped and steps > num_stages
 
     # Numbers that shape a tile reach macros as closures: a macro turns its arguments into variables.
 
@@ -113,8 +115,31 @@ def scaled_matmul(problem: Problem, config: Config):
         if grouped:
             emit()
 
-    def load_step(a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, scales, row0, column0, k, step, tx):
-        """Begin the copies of a step, store its factors, and fetch the scales of the step that follows by one turn."""
+    def of_product(i, j):
+        """The thread of a warpgroup and its register that hold an element of a product, as the instruction defines them."""
+        return i // 16 * 32 + i % 8 * 4 + j % 8 // 2, j // 8 * 4 + i % 16 // 8 * 2 + j % 2
+
+    def stage_scales(scale_a, scale_b, scales_s, scales, row, column, k, tx):
+        """Load the scales of all of K in a tile's first step, and store them in the one that `staged` speaks of."""
+
+        @T.macro
+        def emit():
+            if k == 0:
+                for r in T.unroll(fetched):
+                    scales[r] = scale_a[of_row(problem.layout_a, T.min(row + r * WARPGROUP, M - 1)), 0]
+                for c in T.unroll(fetched_b):
+                    scales[fetched + c] = scale_b[of_row(problem.layout_b, T.min(column + c * WARPGROUP, N - 1)), 0]
+            if k == num_stages:
+                for n in T.unroll(fetched + fetched_b):
+                    scales_s[n * WARPGROUP + tx] = scales[n]
+
+        emit()
+
+    def of_row(layout, row):
+        return 0 if layout.rows is None else row
+
+    def load_step(a, scale_a, b, scale_b, A_s, B_s, scales_s, full, empty, scales, row0, column0, k, step, tx, first):
+        """Begin the copies of a step, the `first` of a turn or not; store its factors, and fetch those of the next turn."""
         stage = step % num_stages
 
         @T.macro
@@ -124,7 +149,9 @@ def scaled_matmul(problem: Problem, config: Config):
             T.tma_copy(b[column0 : column0 + block_N, k * BLOCK_K : (k + 1) * BLOCK_K], B_s[stage, :, :], barrier=full[stage])
             if grouped:
                 for r in T.unroll(fetched):
-                    factors_s[stage, r * WARPGROUP + tx] = scales[r] * scales[fetched]
+                    scales_s[stage, r * WARPGROUP + tx] = scales[r] * scales[fetched]
+            if staged and first:
+                stage_scales(scale_a, scale_b, scales_s, scales, row0 + tx, column0 + tx, k, tx)
             T.barrier_arrive(full[stage])
             fetch(scale_a, scale_b, scales, row0 + tx, column0, k + unrolled)
 
@@ -134,24 +161,26 @@ def scaled_matmul(problem: Problem, config: Config):
         for n in range(unrolled):
             fetch(scale_a, scale_b, scales[n], row, column, n)
 
-    def load_turn(a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, scales, row0, column0, k, step, tx):
+    def load_turn(a, scale_a, b, scale_b, A_s, B_s, scales_s, full, empty, scales, row0, column0, k, step, tx):
         for n in range(unrolled):
-            load_step(a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, scales[n], row0, column0, k + n, step + n, tx)
+            load_step(
+                a, scale_a, b, scale_b, A_s, B_s, scales_s, full, empty, scales[n], row0, column0, k + n, step + n, tx, n == 0
+            )
 
     @T.macro
-    def load(a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, block, tiles_of_rows, tx):
+    def load(a, scale_a, b, scale_b, A_s, B_s, scales_s, full, empty, block, tiles_of_rows, tx):
         """Fill the ring for every tile of the block. A factor is a's scale times b's; they are fetched a turn ahead."""
         T.dec_max_nreg(_LOADER_REGISTERS)
         step = T.alloc_var("int32", init=0)
         place_M, place_N = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
-        scales = [T.alloc_local((fetched + 1,), "float32") for _ in range(unrolled)]
+        scales = [T.alloc_local((fetched + (1 if grouped else fetched_b),), "float32") for _ in range(unrolled)]
         for turn in T.serial(T.ceildiv(tiles_of_rows * columns - block, num_blocks)):
             place(turn * num_blocks + block, tiles_of_rows, place_M, place_N)
             row0, column0 = place_M[0] * block_M, place_N[0] * block_N
             fetch_first(scale_a, scale_b, scales, row0 + tx, column0)
             for k in T.serial(steps // unrolled):
                 load_turn(
-                    a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, scales, row0, column0, k * unrolled, step, tx
+                    a, scale_a, b, scale_b, A_s, B_s, scales_s, full, empty, scales, row0, column0, k * unrolled, step, tx
                 )
                 step = step + unrolled
 
@@ -168,7 +197,7 @@ def scaled_matmul(problem: Problem, config: Config):
         """The work of a computing warpgroup, as a macro."""
         first = warpgroup * bands * BAND  # row of the tile
 
-        def step_in_unit(A_s, B_s, factors_s, full, empty, sums, partial, factors, k, n, step, tx):
+        def step_in_unit(A_s, B_s, scales_s, full, empty, sums, partial, factors, k, n, step, tx):
             """Issue the product of a step, then wait for the one before and give its stage back."""
             stage = step % num_stages
 
@@ -182,7 +211,7 @@ def scaled_matmul(problem: Problem, config: Config):
 
             emit()
 
-        def step_in_float32(A_s, B_s, factors_s, full, empty, sums, partial, factors, k, n, step, tx):
+        def step_in_float32(A_s, B_s, scales_s, full, empty, sums, partial, factors, k, n, step, tx):
             """Add the products of a step to the sums, band by band."""
             stage = n if unrolled > 1 else step % num_stages
 
@@ -194,7 +223,7 @@ def scaled_matmul(problem: Problem, config: Config):
                 @T.macro
                 def emit():
                     for i in T.Parallel(BAND):
-                        factors[band][i] = factors_s[stage, first + band * BAND + i]
+                        factors[band][i] = scales_s[stage, first + band * BAND + i]
                     # The compiler would else read them between the products, and stall those.
                     T.warpgroup_fence_operand(factors[band], num_regs=2)
 
@@ -232,19 +261,21 @@ def scaled_matmul(problem: Problem, config: Config):
             for n in range(unrolled):
                 (step_in_unit if fast else step_in_float32)(*arguments, n, step + n, tx)
 
-        def store(scale_a, scale_b, bias, out, sums, out_s, factors, row0, column0):
+        def store(scale_a, scale_b, scales_s, bias, out, sums, out_s, factors, row0, column0):
             """Scale the sums, add the bias and write the tile; its last copies run on into the next tile."""
             for band in range(bands):
                 row = row0 + first + band * BAND
 
                 @T.macro
                 def finish():
-                    if not grouped:
-                        for i in T.Parallel(BAND):
+                    for i in T.Parallel(BAND):
+                        if staged:
+                            factors[band][i] = scales_s[first + band * BAND + i]
+                        elif not grouped:
                             factors[band][i] = scale_a[of_row(problem.layout_a, T.min(row + i, M - 1)), 0]
                     # All of them before the first store, which would else wait for its loads, and the next one for its own.
                     for i, j in T.Parallel(BAND, block_N):
-                        sums[band][i, j] = finished(sums[band][i, j], factors[band][i], scale_b, bias, column0 + j)
+                        sums[band][i, j] = finished(sums[band][i, j], factors[band][i], scale_b, scales_s, bias, column0, j)
 
                 finish()
                 for part in range(block_N // store_N):
@@ -254,28 +285,28 @@ def scaled_matmul(problem: Problem, config: Config):
                     @T.macro
                     def emit():
                         out_f = T.alloc_fragment((BAND, store_N), out_dtype)
-                        T.copy(sums[band][:, part * store_N : (part + 1) * store_N], out_f)
+                        for i, j in T.Parallel(BAND, store_N, loop_layout=T.Fragment((BAND, store_N), forward_fn=of_product)):
+                            out_f[i, j] = T.cast(sums[band][i, part * store_N + j], out_dtype)
                         T.tma_store_wait(_STORES - 1)
-                        T.copy(out_f, out_s[place_in_ring, :, :])
+                        T.copy(out_f, out_s[place_in_ring])
                         T.fence_proxy_async()
                         T.sync_threads(barrier_id=1 + warpgroup, arrive_count=WARPGROUP)
-                        T.tma_copy(out_s[place_in_ring, :, :], out[row : row + BAND, column : column + store_N])
+                        T.tma_copy(out_s[place_in_ring], out[row : row + BAND, column : column + store_N])
 
                     emit()
 
-        def of_row(layout, row):
-            return 0 if layout.rows is None else row
-
-        def finished(sum, factor, scale_b, bias, column):
+        def finished(sum, factor, scale_b, scales_s, bias, column0, j):
             """A sum times what scales all of K, plus the bias; columns past the end are not stored."""
-            column = T.min(column, N - 1) if N % block_N else column
-            if not grouped:
+            column = T.min(column0 + j, N - 1) if N % block_N else column0 + j
+            if staged:
+                sum = sum * (factor * scales_s[block_M + j])
+            elif not grouped:
                 sum = sum * (factor * scale_b[of_row(problem.layout_b, column), 0])
             return sum if bias is None else sum + T.cast(bias[column], "float32")
 
         @T.macro
         def compute(
-            scale_a, scale_b, bias, out, A_s, B_s, factors_s, out_s, full, empty, sums, partial, block, tiles_of_rows, tx
+            scale_a, scale_b, bias, out, A_s, B_s, scales_s, out_s, full, empty, sums, partial, block, tiles_of_rows, tx
         ):
             T.inc_max_nreg(_COMPUTER_REGISTERS)
             step = T.alloc_var("int32", init=0)
@@ -286,13 +317,13 @@ def scaled_matmul(problem: Problem, config: Config):
                 if not fast:
                     clear(sums)
                 for k in T.serial(steps // unrolled):
-                    each_step(A_s, B_s, factors_s, full, empty, sums, partial, factors, k, step, tx)
+                    each_step(A_s, B_s, scales_s, full, empty, sums, partial, factors, k, step, tx)
                     step = step + unrolled
                 if fast:
                     T.wait_wgmma(0)
                     release(empty, (step - 1) % num_stages, tx)
                     T.warpgroup_fence_operand(sums[0], num_regs=BAND * block_N // WARPGROUP)
-                store(scale_a, scale_b, bias, out, sums, out_s, factors, place_M[0] * block_M, place_N[0] * block_N)
+                store(scale_a, scale_b, scales_s, bias, out, sums, out_s, factors, place_M[0] * block_M, place_N[0] * block_N)
             T.tma_store_wait(0)
 
         return compute
@@ -304,25 +335,26 @@ def scaled_matmul(problem: Problem, config: Config):
         with T.Kernel(num_blocks, threads=WARPGROUP * (1 + _COMPUTING)) as block:
             A_s = T.alloc_shared((num_stages, block_M, BLOCK_K), problem.a_dtype)
             B_s = T.alloc_shared((num_stages, block_N, BLOCK_K), problem.b_dtype)
-            factors_s = T.alloc_shared((num_stages, block_M), "float32")
-            outs = [T.alloc_shared((_STORES, BAND, store_N), out_dtype) for _ in range(_COMPUTING)]
+            scales_s = T.alloc_shared((num_stages, block_M) if grouped else (block_M + block_N,), "float32")
+            # A buffer a store: upstream writes fragments by matrix instructions only where they fill a whole one.
+            outs = [[T.alloc_shared((BAND, store_N), out_dtype) for _ in range(_STORES)] for _ in range(_COMPUTING)]
             sums = [[T.alloc_fragment((BAND, block_N), "float32") for _ in range(bands)] for _ in range(_COMPUTING)]
             partials = [T.alloc_fragment((BAND, block_N), "float32") for _ in range(_COMPUTING)]
-            T.annotate_layout({tile: make_swizzled_layout(tile) for tile in (A_s, B_s, *outs)})
+            T.annotate_layout({tile: make_swizzled_layout(tile) for tile in (A_s, B_s, *outs[0], *outs[1])})
             full = T.alloc_barrier([WARPGROUP] * num_stages)
             empty = T.alloc_barrier([_COMPUTING * WARPGROUP // 32] * num_stages)  # a warp each
             tiles_of_rows = T.ceildiv(M, block_M)
             tx = T.get_thread_binding()
             if tx < WARPGROUP:
-                load(a, scale_a, b, scale_b, A_s, B_s, factors_s, full, empty, block, tiles_of_rows, tx)
+                load(a, scale_a, b, scale_b, A_s, B_s, scales_s, full, empty, block, tiles_of_rows, tx)
             elif tx < 2 * WARPGROUP:
                 computers[0](
-                    scale_a, scale_b, bias, out, A_s, B_s, factors_s, outs[0], full, empty, sums[0], partials[0], block,
+                    scale_a, scale_b, bias, out, A_s, B_s, scales_s, outs[0], full, empty, sums[0], partials[0], block,
                     tiles_of_rows, tx,
                 )  # fmt: skip
             else:
                 computers[1](
-                    scale_a, scale_b, bias, out, A_s, B_s, factors_s, outs[1], full, empty, sums[1], partials[1], block,
+                    scale_a, scale_b, bias, out, A_s, B_s, scales_s, outs[1], full, empty, sums[1], partials[1], block,
                     tiles_of_rows, tx,
                 )  # fmt: skip
 
