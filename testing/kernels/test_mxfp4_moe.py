@@ -17,17 +17,23 @@ from tilelang_ext.kernels.mxfp4_moe_weights import prepare_mxfp4_weights
 SWIGLU = Activation()
 
 
-def arguments(activation=SWIGLU, mask=None):
-    """Operands whose padding is NaN, as mxfp4_moe takes them, and the float64 result."""
+def arguments(activation=SWIGLU, mask=None, kind="bfloat16"):
+    """Operands whose padding is NaN, as mxfp4_moe takes them, and the float64 result with activations rounded to `kind`."""
     x, topk_weights, w13, w2, d13, d2, (bias13, bias2) = case()
     weights = (
         prepare_mxfp4_weights(*w13, gate="separated", rows=d13.shape[1], k=d13.shape[2]),
         prepare_mxfp4_weights(*w2, rows=d2.shape[1], k=d2.shape[2]),
     )
     act = reference.silu_mul if activation.name == "silu" else reference.swiglu
-    options = {"bias13": bias13, "bias2": bias2, "between": "bfloat16", "expert_mask": mask}
-    act = functools.partial(act, gate="separated")
-    return (x, TOPK_IDS, topk_weights, *weights), reference.moe(x, TOPK_IDS, topk_weights, d13, d2, activation=act, **options)
+    options = {
+        "activation": functools.partial(act, gate="separated"),
+        "bias13": bias13,
+        "bias2": bias2,
+        "between": "mxfp8" if kind == "fp8" else kind,
+        "expert_mask": mask,
+    }
+    expected = reference.moe(reference.requantize(x, kind), TOPK_IDS, topk_weights, d13, d2, **options)
+    return (x, TOPK_IDS, topk_weights, *weights), expected
 
 
 @pytest.mark.parametrize("activation", [SWIGLU, Activation("silu")], ids=lambda a: a.name)
@@ -39,13 +45,29 @@ def test_cpu(activation):
     assert_close(mxfp4_moe(*operands, activation=activation, epilogue="atomic"), expected, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("epilogue", ["reduce", "atomic"])
-def test_kernels(epilogue, monkeypatch):
+A_DTYPES = {
+    "bfloat16": (None, torch.bfloat16),
+    "fp8": ("fp8", torch.float8_e4m3fn),
+    "mxfp8": ("mxfp8",),
+    "mxfp4": ("mxfp4", torch.float4_e2m1fn_x2),
+}
+
+
+@pytest.mark.parametrize("kind", A_DTYPES)
+def test_cpu_activations(kind):
+    operands, expected = arguments(kind=kind)
+    for a_dtype in A_DTYPES[kind]:
+        assert_close(mxfp4_moe(*operands, activation=SWIGLU, a_dtype=a_dtype), expected, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("kind", "epilogue"), [*((kind, "reduce") for kind in A_DTYPES), ("bfloat16", "atomic")])
+def test_kernels(kind, epilogue, monkeypatch):
     """The launches that a GPU gets, on target c."""
     monkeypatch.setattr(door, "_compiled", lambda make, options, device: tilelang.compile(make(*options), target="c"))
     monkeypatch.setattr(door, "_by_reference", door._by_kernels)
-    operands, expected = arguments()
-    assert_close(mxfp4_moe(*operands, activation=SWIGLU, epilogue=epilogue), expected, dtype="bfloat16")
+    operands, expected = arguments(kind=kind)
+    result = mxfp4_moe(*operands, activation=SWIGLU, a_dtype=A_DTYPES[kind][0], epilogue=epilogue)
+    assert_close(result, expected, dtype="bfloat16")
 
 
 def test_no_tokens():
@@ -72,5 +94,5 @@ def test_errors(index, value, error, message):
         mxfp4_moe(*operands, activation=SWIGLU)
     with pytest.raises(ValueError, match="epilogue must be"):
         mxfp4_moe(*arguments()[0], activation=SWIGLU, epilogue="sum")
-    with pytest.raises(NotImplementedError, match="a_dtype must be"):
-        mxfp4_moe(*arguments()[0], activation=SWIGLU, a_dtype=torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match="a_dtype must be"):
+        mxfp4_moe(*arguments()[0], activation=SWIGLU, a_dtype=torch.float8_e5m2)

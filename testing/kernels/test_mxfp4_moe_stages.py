@@ -54,8 +54,9 @@ def case():
 def test_values(target):
     x, topk_weights, w13, w2, d13, d2, (bias13, bias2) = case()
     rows = reference.moe_sort(TOPK_IDS, topk_weights, E, CONFIG.block_M)
-    hidden = torch.full((len(rows.token_ids), I), torch.nan).bfloat16()
-    kernel("gate_up", target)(x, rows.token_ids, rows.expert_ids, rows.num_valid, *w13, hidden)
+    hidden = torch.full((len(rows.token_ids), I // 32, 32), torch.nan).bfloat16()
+    w13, w2 = ((codes.unflatten(-1, (-1, 16)), *rest) for codes, *rest in (w13, w2))
+    kernel("gate_up", target)(x.view(TOKENS, -1, 32), rows.token_ids, rows.expert_ids, rows.num_valid, *w13, hidden)
     activation = functools.partial(reference.swiglu, gate="separated")
     options = {"activation": activation, "bias13": bias13, "bias2": bias2, "between": "bfloat16"}
     expected = reference.moe(x, TOPK_IDS, topk_weights, d13, d2, **options)

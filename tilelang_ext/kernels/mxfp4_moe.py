@@ -2,8 +2,8 @@
 
 y[t] = sum over slots s of topk_weights[t, s] * (w2[e] . act(w13[e] . x[t] + bias13[e]) + bias2[e]),  e = topk_ids[t, s]
 
-On CUDA four launches: sort, gate and up with the activation, down, sum of the slots. Their sizes depend on shapes alone, so
-they are meant for capture in a graph; no GPU has run them yet. The CPU computes by `reference.moe`.
+On a GPU at most five launches: quantisation of x, sort, gate and up with the activation, down, sum of the slots. Their sizes
+depend on shapes alone, so they can be captured in a graph. The CPU computes by `reference.moe`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from tilelang.contrib import nvcc
 from torch import Tensor
 
 from tilelang_ext import metal, reference
-from tilelang_ext.formats import E2M1, BlockScaledLayout
+from tilelang_ext.formats import E2M1, MX_GROUP, BlockScaledLayout
+from tilelang_ext.kernels import mxfp4_moe_activations as activations
 from tilelang_ext.kernels import mxfp4_moe_stages as stages
 from tilelang_ext.kernels.mxfp4_moe_sort import MAX_TOP_K, TOKEN_BITS, capacity_of, moe_sort
 from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _EPILOGUES = ("reduce", "atomic")
+_KINDS = {torch.float8_e4m3fn: "fp8", torch.float4_e2m1fn_x2: "mxfp4", **{kind: kind for kind in ("fp8", "mxfp8", "mxfp4")}}
 
 
 def mxfp4_moe(
@@ -34,7 +36,7 @@ def mxfp4_moe(
     w2: MXFP4Weights,
     *,
     activation: stages.Activation,
-    a_dtype: torch.dtype | None = None,
+    a_dtype: torch.dtype | str | None = None,
     epilogue: str = "reduce",
     expert_mask: Tensor | None = None,
     out: Tensor | None = None,
@@ -50,29 +52,59 @@ def mxfp4_moe(
     | expert_mask | (num_experts,), with E of them true: where expert parallelism keeps them here; None: all are | bool |
     | out | (tokens, H), contiguous | as x |
 
-    Ids out of range and experts elsewhere add nothing. `a_dtype` is what the products take activations in: x's dtype (None).
-    `reduce` gives the same result each time; `atomic` adds in any order, without memory for each slot.
+    `a_dtype` is what the products take activations in; x is quantised on the device, and between the products what they hand
+    over, rounded to nearest with the scales of `quantize.quantize`:
 
-    Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for other activations' dtypes.
+    | a_dtype | x | between the products |
+    | --- | --- | --- |
+    | None or x's dtype (a16w4) | as it is | x's dtype |
+    | torch.float8_e4m3fn or "fp8" (a8w4) | E4M3, a float32 scale a row | E4M3, an E8M0 scale per 32 |
+    | "mxfp8" (a8w4) | E4M3, an E8M0 scale per 32 | the same |
+    | torch.float4_e2m1fn_x2 or "mxfp4" (a4w4) | E2M1, an E8M0 scale per 32 | the same |
+
+    Ids out of range and experts elsewhere add nothing (`check_topk_ids` finds such ids). `reduce` gives the same result each
+    time; `atomic` adds in any order, without memory for each slot. Beside float16 activations weights are rounded to float16:
+    exact for scale bytes 104 to 140.
+
+    Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError on AMD.
     """
-    if a_dtype not in (None, x.dtype):
-        raise NotImplementedError(f"mxfp4_moe: a_dtype must be {x.dtype}, that of x, or None; got {a_dtype}; leave it out")
+    if a_dtype not in (None, x.dtype, *_KINDS):
+        raise TypeError(
+            f"mxfp4_moe: a_dtype must be {x.dtype}, torch.float8_e4m3fn, 'mxfp8' or 'mxfp4'; got {a_dtype}; leave it out"
+        )
     if not isinstance(activation, stages.Activation):
         raise TypeError(f"mxfp4_moe: activation must be an Activation; got {type(activation).__name__}; pass one")
     inner = (activation.name, activation.alpha, activation.limit)
-    arguments = (x, topk_ids, topk_weights, *w13, *w2, *inner, epilogue, expert_mask)
+    kind = _KINDS.get(a_dtype, str(x.dtype).removeprefix("torch."))
+    arguments = (x, topk_ids, topk_weights, *w13, *w2, *inner, kind, epilogue, expert_mask)
     if out is None:
         return torch.ops.tilelang_ext.mxfp4_moe(*arguments)
     torch.ops.tilelang_ext.mxfp4_moe_out(*arguments, out)
     return out
 
 
+def check_topk_ids(topk_ids: Tensor, num_experts: int) -> None:
+    """Raise ValueError unless every id is in [0, num_experts) and no row names an expert twice: for debugging, it waits for the
+    device. `mxfp4_moe` itself leaves out ids that are not in range."""
+    outside = ((topk_ids < 0) | (topk_ids >= num_experts)).nonzero()
+    if len(outside):
+        at = tuple(outside[0].tolist())
+        raise ValueError(f"topk_ids: must be in [0, {num_experts}); got {topk_ids[at].item()} at {at}; check the router")
+    ordered = topk_ids.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]).nonzero()
+    if len(twice):
+        token, slot = twice[0].tolist()
+        raise ValueError(
+            f"topk_ids: must be distinct in a row; got {ordered[token, slot].item()} twice for token {token}; check the router"
+        )
+
+
 # --- operators -------------------------------------------------------------------------------------------------------
 
 _ARGUMENTS = (
     "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor scale13, Tensor bias13, int rows13, int k13, "
-    "Tensor w2, Tensor scale2, Tensor bias2, int rows2, int k2, str activation, float alpha, float limit, str epilogue, "
-    "Tensor? expert_mask"
+    "Tensor w2, Tensor scale2, Tensor bias2, int rows2, int k2, str activation, float alpha, float limit, str a_kind, "
+    "str epilogue, Tensor? expert_mask"
 )
 torch.library.define("tilelang_ext::mxfp4_moe", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define("tilelang_ext::mxfp4_moe_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()")
@@ -124,14 +156,14 @@ def _check(x, topk_ids, topk_weights, w13: MXFP4Weights, w2: MXFP4Weights, activ
 
 def _mxfp4_moe_out(x, topk_ids, topk_weights, *rest) -> None:
     w13, w2 = MXFP4Weights(*rest[:5]), MXFP4Weights(*rest[5:10])
-    activation, alpha, limit, epilogue, expert_mask, out = rest[10:]
+    activation, alpha, limit, kind, epilogue, expert_mask, out = rest[10:]
     _check(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert_mask, out)
     if not topk_ids.numel():
         out.zero_()
         return
     inner = stages.Activation(activation, alpha, limit)
     run = _by_reference if x.device.type == "cpu" else _by_kernels
-    run(x, topk_ids, topk_weights, w13, w2, inner, epilogue, expert_mask, out)
+    run(x, topk_ids, topk_weights, w13, w2, inner, kind, epilogue, expert_mask, out)
 
 
 def _mxfp4_moe(x, *rest) -> Tensor:
@@ -141,7 +173,7 @@ def _mxfp4_moe(x, *rest) -> Tensor:
 
 
 def _fake_out(x, topk_ids, topk_weights, *rest) -> None:
-    activation, _, _, epilogue, expert_mask, out = rest[10:]
+    activation, _, _, _, epilogue, expert_mask, out = rest[10:]
     w13, w2 = MXFP4Weights(*rest[:5]), MXFP4Weights(*rest[5:10])
     _check(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert_mask, out)
 
@@ -160,7 +192,8 @@ for _name, _implementation, _shape_of in (("mxfp4_moe", _mxfp4_moe, _fake), ("mx
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert_mask, out) -> None:
+def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, expert_mask, out) -> None:
+    mask = torch.ones(w13.codes.shape[0], dtype=torch.bool) if expert_mask is None else expert_mask
     half, I = w13.codes.shape[1] // 2, w13.rows // 2
     rows13 = torch.cat([torch.arange(I), half + torch.arange(I)])
     mx = BlockScaledLayout.e8m0_k32()
@@ -168,20 +201,26 @@ def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expe
         "silu": functools.partial(reference.silu_mul, gate="separated"),
         "swiglu": functools.partial(reference.swiglu, alpha=activation.alpha, limit=activation.limit, gate="separated"),
     }[activation.name]
-    out.copy_(
-        reference.moe(
+    if kind not in activations.WIDE:
+        x = reference.requantize(x, kind)
+    y = torch.zeros(out.shape, dtype=torch.float64)
+    # One expert at a time: dequantised, all of a model's would take 16 times their memory.
+    for local, expert in enumerate(mask.nonzero().flatten().tolist()):
+        if not (topk_ids == expert).any():
+            continue
+        y += reference.moe(
             x,
             topk_ids,
             topk_weights,
-            reference.dequantize(w13.codes, w13.scale, E2M1, mx)[:, rows13, : w13.k],
-            reference.dequantize(w2.codes, w2.scale, E2M1, mx)[:, : w2.rows, : w2.k],
+            reference.dequantize(w13.codes[local, rows13], w13.scale[local, rows13], E2M1, mx)[None, :, : w13.k],
+            reference.dequantize(w2.codes[local, : w2.rows], w2.scale[local, : w2.rows], E2M1, mx)[None, :, : w2.k],
             activation=act,
-            bias13=w13.bias[:, rows13],
-            bias2=w2.bias[:, : w2.rows],
-            between=str(x.dtype).removeprefix("torch."),
-            expert_mask=expert_mask,
+            bias13=w13.bias[local, rows13][None],
+            bias2=w2.bias[local, : w2.rows][None],
+            between=activations.between(kind),
+            expert_mask=torch.arange(len(mask)) == expert,
         )
-    )
+    out.copy_(y)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -199,16 +238,16 @@ def _compiled(make: Callable, arguments: tuple, device: torch.device) -> Callabl
     return tilelang.compile(prim_func, target={"kind": "cuda", "arch": f"sm_{arch}"})
 
 
-def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert_mask, out) -> None:
+def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, expert_mask, out) -> None:
     device, dtype = x.device, str(x.dtype).removeprefix("torch.")
     ids_dtype = str(topk_ids.dtype).removeprefix("torch.")
     (tokens, top_k), local_experts = topk_ids.shape, w13.codes.shape[0]
     mask = torch.ones(local_experts, dtype=torch.int32, device=device) if expert_mask is None else expert_mask.int()
     num_experts = mask.numel()
-    kind = "metal" if device.type == "mps" else "cuda"
-    config = stages.pick_config(tokens, top_k, num_experts, kind)
+    config = stages.pick_config(tokens, top_k, num_experts, "metal" if device.type == "mps" else "cuda")
     capacity = capacity_of(tokens, top_k, num_experts, config.block_M)
-    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous()
+    topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.float().contiguous()
+    hidden_kind = activations.between(kind)
 
     token_ids = torch.empty(capacity, dtype=torch.int32, device=device)
     weights = torch.empty(capacity, device=device)
@@ -218,26 +257,50 @@ def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert
     sort = _compiled(moe_sort, (config.block_M, max_experts, ids_dtype), device)
     sort(topk_ids, topk_weights, mask, token_ids, weights, expert_ids, num_valid)
 
-    hidden = x.new_empty(capacity, w2.k)
-    gate_up = _compiled(stages.gate_up, (config, activation, dtype), device)
-    gate_up(x, token_ids, expert_ids, num_valid, *w13[:3], hidden)
+    rows = _quantized(x, kind)
+    hidden = _empty(hidden_kind, capacity, w2.k, device)
+    gate_up = _compiled(stages.gate_up, (config, activation, kind), device)
+    gate_up(*rows, token_ids, expert_ids, num_valid, *_by_groups(w13), *hidden)
 
-    down = _compiled(stages.down, (config, dtype, epilogue), device)
-    rows = (hidden, token_ids, weights, expert_ids, num_valid, *w2[:3])
+    down = _compiled(stages.down, (config, hidden_kind, epilogue), device)
+    arguments = (*hidden, token_ids, weights, expert_ids, num_valid, *_by_groups(w2))
     if epilogue == "atomic":
         total = torch.zeros(out.shape, device=device)
-        down(*rows, total)
+        down(*arguments, total)
         out.copy_(total)
     else:
         partial = torch.empty((tokens, top_k, out.shape[1]), device=device)
-        down(*rows, partial)
+        down(*arguments, partial)
         _compiled(stages.sum_slots, (dtype, ids_dtype), device)(partial, topk_ids, mask, out)
 
 
-def __getattr__(name: str):
-    # Its module imports this one.
-    if name == "MXFP4Experts":
-        from tilelang_ext.kernels.mxfp4_experts import MXFP4Experts
+def _quantized(x: Tensor, kind: str) -> tuple[Tensor, ...]:
+    """Return x as `kind`: codes and scales, or itself alone."""
+    x = x.contiguous().unflatten(1, (-1, MX_GROUP))
+    if kind in activations.WIDE:
+        return (x,)
+    dtype = str(x.dtype).removeprefix("torch.")
+    codes, scale = _empty(kind, x.shape[0], x.shape[1] * MX_GROUP, x.device)
+    if kind == "fp8":
+        _compiled(activations.quantize_rows, (dtype,), x.device)(x, codes, scale)
+    else:
+        quantize = _compiled(activations.quantize_groups, (kind, dtype), x.device)
+        quantize(x.flatten(0, 1), codes.flatten(0, 1), scale.view(-1, 1))
+    return codes, scale
 
-        return MXFP4Experts
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def _empty(kind: str, rows: int, k: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Return tensors for (rows, k) as `kind`."""
+    groups = k // MX_GROUP
+    dtype = getattr(torch, activations.codes_dtype(kind))
+    codes = torch.empty(rows, groups, activations.group_bytes(kind), dtype=dtype, device=device)
+    if kind in activations.WIDE:
+        return (codes,)
+    return codes, (
+        torch.empty(rows, device=device) if kind == "fp8" else torch.empty(rows, groups, dtype=torch.uint8, device=device)
+    )
+
+
+def _by_groups(weights: MXFP4Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes (E, rows, K / 32, 16), scales and biases as the kernels take them."""
+    return weights.codes.unflatten(2, (weights.scale.shape[2], -1)), weights.scale, weights.bias

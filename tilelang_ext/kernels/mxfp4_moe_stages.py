@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
+from tilelang_ext.kernels.mxfp4_moe_activations import WIDE, between, store_tile, tensors, tile_dtype, tile_loader
 from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS
 
+_GROUP_BYTES = MX_GROUP // CODES_PER_BYTE  # of weights that share a scale
 _TOKEN = (1 << TOKEN_BITS) - 1
 _SUM_COLUMNS = 256  # of y that a block of `sum_slots` adds
 
@@ -67,59 +69,54 @@ def pick_config(tokens: int, top_k: int, num_experts: int, kind: str) -> Config:
 
 
 def _weight_loader(config: Config):
-    """The macro that decodes one tile of weights, rows from `row` on of one expert, with zeros from K on."""
-    block_N, block_K = config.block_N, config.block_K
-    bytes_K, groups_K = block_K // CODES_PER_BYTE, block_K // MX_GROUP
+    """The macro that decodes K tile k of one expert's weights, rows from `row` on; zeros from group `num_groups` on."""
+    block_N, groups_K = config.block_N, config.block_K // MX_GROUP
 
     @T.macro
-    def load(w, scale, expert, row, k, K, W_s):
+    def load(w, scale, expert, row, k, num_groups, W_s):
         # Decoding reads a byte many times: from a tile that needs no checks of its bounds.
-        packed_s = T.alloc_shared((block_N, bytes_K), "uint8")
+        packed_s = T.alloc_shared((block_N, groups_K * _GROUP_BYTES), "uint8")
         scale_s = T.alloc_shared((block_N, groups_K), "uint8")
-        for i, j in T.Parallel(block_N, bytes_K):
-            packed_s[i, j] = w[expert, row + i, k * bytes_K + j]
+        # Stored weights may go on behind K, with anything in them, NaN too: it is not read.
+        for i, j in T.Parallel(block_N, groups_K * _GROUP_BYTES):
+            group = k * groups_K + j // _GROUP_BYTES
+            packed_s[i, j] = T.if_then_else(group < num_groups, w[expert, row + i, group, j % _GROUP_BYTES], T.uint8(0))
         for i, j in T.Parallel(block_N, groups_K):
-            scale_s[i, j] = scale[expert, row + i, k * groups_K + j]
+            group = k * groups_K + j
+            scale_s[i, j] = T.if_then_else(group < num_groups, scale[expert, row + i, group], T.uint8(0))
         T.mxfp4_dequant(packed_s, scale_s, W_s)
-        # Stored weights may go on behind K, with anything in them, NaN too.
-        if (k + 1) * block_K > K:
-            for i, j in T.Parallel(block_N, block_K):
-                if k * block_K + j >= K:
-                    W_s[i, j] = 0
 
     return load
 
 
-def gate_up(config: Config, activation: Activation, dtype: str):
-    """The prim_func of stage 1: (x, token_ids, expert_ids, num_valid, w13, scale13, bias13, hidden).
+def gate_up(config: Config, activation: Activation, kind: str):
+    """The prim_func of stage 1: (x, [scale_x,] token_ids, expert_ids, num_valid, w13, scale13, bias13, hidden[, scale_hidden]).
 
     | parameter | shape | dtype |
     | --- | --- | --- |
-    | x | (tokens, H) | `dtype`: bfloat16 or float16 |
+    | x, scale_x | (tokens, H) as `kind` of mxfp4_moe_activations; scale_x not of 16 bits | of `kind` |
     | token_ids, expert_ids, num_valid | of `moe_sort`, with block_M | int32 |
-    | w13 | (E, 2 * stored I, stored H / 2), gate above up | uint8 |
+    | w13 | (E, 2 * stored I, stored H / 32, 16), gate above up | uint8 |
     | scale13 | (E, 2 * stored I, stored H / 32) | uint8 |
     | bias13 | (E, 2 * stored I) | float32 |
-    | hidden | (blocks * block_M, I), in sorted order; rows that are padding, and past num_valid, are undefined | `dtype` |
+    | hidden, scale_hidden | (blocks * block_M, I) as `between(kind)`, in sorted order; undefined past num_valid | |
     """
-    tokens, H, I = T.dynamic("tokens"), T.dynamic("H"), T.dynamic("I")
+    tokens, groups_H, groups_I = T.dynamic("tokens"), T.dynamic("groups_H"), T.dynamic("groups_I")
     blocks, experts, rows, groups = T.dynamic("blocks"), T.dynamic("experts"), T.dynamic("rows"), T.dynamic("groups")
     block_M, block_N, block_K, threads = config.block_M, config.block_N, config.block_K, config.threads
-    load = _weight_loader(config)
+    dtype, kind_hidden = tile_dtype(kind), between(kind)
+    load_x, load_w = tile_loader(kind, block_M, block_K), _weight_loader(config)
     stored_I = rows // 2
+    x_type, scale_x_type = tensors(kind, tokens, groups_H)
+    hidden_type, scale_hidden_type = tensors(kind_hidden, blocks * block_M, groups_I)
+    ids_type, expert_ids_type = T.Tensor((blocks * block_M,), "int32"), T.Tensor((blocks,), "int32")
+    num_valid_type = T.Tensor((1,), "int32")
+    w_type, scale_w_type, bias_type = _weight_types(experts, rows, groups)
 
-    @T.prim_func
-    def gate_up(
-        x: T.Tensor((tokens, H), dtype),
-        token_ids: T.Tensor((blocks * block_M,), "int32"),
-        expert_ids: T.Tensor((blocks,), "int32"),
-        num_valid: T.Tensor((1,), "int32"),
-        w13: T.Tensor((experts, rows, groups * (MX_GROUP // CODES_PER_BYTE)), "uint8"),
-        scale13: T.Tensor((experts, rows, groups), "uint8"),
-        bias13: T.Tensor((experts, rows), "float32"),
-        hidden: T.Tensor((blocks * block_M, I), dtype),
-    ):
-        with T.Kernel(T.ceildiv(I, block_N), blocks, threads=threads) as (bx, by):
+    @T.macro
+    def run(x, scale_x, token_ids, expert_ids, num_valid, w13, scale13, bias13, hidden, scale_hidden):
+        with T.Kernel(T.ceildiv(groups_I * MX_GROUP, block_N), blocks, threads=threads) as (bx, by):
+            token_s = T.alloc_shared((block_M,), "int32")
             A_s = T.alloc_shared((block_M, block_K), dtype)
             gate_s = T.alloc_shared((block_N, block_K), dtype)
             up_s = T.alloc_shared((block_N, block_K), dtype)
@@ -127,48 +124,84 @@ def gate_up(config: Config, activation: Activation, dtype: str):
             up_f = T.alloc_fragment((block_M, block_N), "float32")
             if by * block_M < num_valid[0]:
                 expert = expert_ids[by]
+                for i in T.Parallel(block_M):
+                    token_s[i] = token_ids[by * block_M + i] & _TOKEN
                 T.clear(gate_f)
                 T.clear(up_f)
-                for k in T.serial(T.ceildiv(H, block_K)):
-                    for i, j in T.Parallel(block_M, block_K):
-                        token = token_ids[by * block_M + i] & _TOKEN
-                        A_s[i, j] = T.if_then_else(
-                            token < tokens and k * block_K + j < H,
-                            x[T.min(token, tokens - 1), T.min(k * block_K + j, H - 1)],
-                            0,
-                        )
-                    load(w13, scale13, expert, bx * block_N, k, H, gate_s)
-                    load(w13, scale13, expert, stored_I + bx * block_N, k, H, up_s)
+                for k in T.serial(T.ceildiv(groups_H * MX_GROUP, block_K)):
+                    load_x(x, scale_x, token_s, k, A_s)
+                    load_w(w13, scale13, expert, bx * block_N, k, groups_H, gate_s)
+                    load_w(w13, scale13, expert, stored_I + bx * block_N, k, groups_H, up_s)
                     T.gemm(A_s, gate_s, gate_f, transpose_B=True)
                     T.gemm(A_s, up_s, up_f, transpose_B=True)
+                if kind == "fp8":
+                    for i, j in T.Parallel(block_M, block_N):
+                        gate_f[i, j] *= scale_x[token_s[i]]
+                        up_f[i, j] *= scale_x[token_s[i]]
                 for i, j in T.Parallel(block_M, block_N):
                     gate_f[i, j] += bias13[expert, bx * block_N + j]
                     up_f[i, j] += bias13[expert, stored_I + bx * block_N + j]
                 for i, j in T.Parallel(block_M, block_N):
                     gate_f[i, j] = activation(gate_f[i, j], up_f[i, j])
-                T.copy(gate_f, hidden[by * block_M, bx * block_N])
+                store_tile(kind_hidden, block_M, block_N)(gate_f, hidden, scale_hidden, by * block_M, bx)
+
+    if kind in WIDE:
+
+        @T.prim_func
+        def gate_up(
+            x: x_type,
+            token_ids: ids_type,
+            expert_ids: expert_ids_type,
+            num_valid: num_valid_type,
+            w13: w_type,
+            scale13: scale_w_type,
+            bias13: bias_type,
+            hidden: hidden_type,
+        ):
+            run(x, None, token_ids, expert_ids, num_valid, w13, scale13, bias13, hidden, None)
+    else:
+
+        @T.prim_func
+        def gate_up(
+            x: x_type,
+            scale_x: scale_x_type,
+            token_ids: ids_type,
+            expert_ids: expert_ids_type,
+            num_valid: num_valid_type,
+            w13: w_type,
+            scale13: scale_w_type,
+            bias13: bias_type,
+            hidden: hidden_type,
+            scale_hidden: scale_hidden_type,
+        ):
+            run(x, scale_x, token_ids, expert_ids, num_valid, w13, scale13, bias13, hidden, scale_hidden)
 
     return gate_up
 
 
-def down(config: Config, dtype: str, epilogue: str):
-    """The prim_func of stage 2: (hidden, token_ids, weights, expert_ids, num_valid, w2, scale2, bias2, y).
+def down(config: Config, kind: str, epilogue: str):
+    """The prim_func of stage 2: (hidden, [scale_hidden,] token_ids, weights, expert_ids, num_valid, w2, scale2, bias2, y).
 
     | parameter | shape | dtype |
     | --- | --- | --- |
-    | hidden | (blocks * block_M, I), of `gate_up` | `dtype` |
+    | hidden, scale_hidden | (blocks * block_M, I) as `kind`, of `gate_up`; scale_hidden not of 16 bits | of `kind` |
     | token_ids, weights, expert_ids, num_valid | of `moe_sort`, with block_M | int32; weights float32 |
-    | w2 | (E, stored H, stored I / 2) | uint8 |
+    | w2 | (E, stored H, stored I / 32, 16) | uint8 |
     | scale2 | (E, stored H, stored I / 32) | uint8 |
     | bias2 | (E, stored H) | float32 |
     | y | `reduce`: (tokens, top_k, H), each slot by itself; `atomic`: (tokens, H), zeros, to which slots are added | float32 |
 
     Slots without a local expert are not written.
     """
-    tokens, top_k, H, I = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("H"), T.dynamic("I")
+    tokens, top_k, H, groups_I = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("H"), T.dynamic("groups_I")
     blocks, experts, stored_H, groups = T.dynamic("blocks"), T.dynamic("experts"), T.dynamic("stored_H"), T.dynamic("groups")
     block_M, block_N, block_K, threads = config.block_M, config.block_N, config.block_K, config.threads
-    load = _weight_loader(config)
+    dtype = tile_dtype(kind)
+    load_hidden, load_w = tile_loader(kind, block_M, block_K), _weight_loader(config)
+    hidden_type, scale_hidden_type = tensors(kind, blocks * block_M, groups_I)
+    ids_type, weights_type = T.Tensor((blocks * block_M,), "int32"), T.Tensor((blocks * block_M,), "float32")
+    expert_ids_type, num_valid_type = T.Tensor((blocks,), "int32"), T.Tensor((1,), "int32")
+    w_type, scale_w_type, bias_type = _weight_types(experts, stored_H, groups)
     y_type = T.Tensor((tokens, top_k, H) if epilogue == "reduce" else (tokens, H), "float32")
 
     @T.macro
@@ -178,28 +211,21 @@ def down(config: Config, dtype: str, epilogue: str):
         else:
             T.atomic_add(y[token, column], value)
 
-    @T.prim_func
-    def down(
-        hidden: T.Tensor((blocks * block_M, I), dtype),
-        token_ids: T.Tensor((blocks * block_M,), "int32"),
-        weights: T.Tensor((blocks * block_M,), "float32"),
-        expert_ids: T.Tensor((blocks,), "int32"),
-        num_valid: T.Tensor((1,), "int32"),
-        w2: T.Tensor((experts, stored_H, groups * (MX_GROUP // CODES_PER_BYTE)), "uint8"),
-        scale2: T.Tensor((experts, stored_H, groups), "uint8"),
-        bias2: T.Tensor((experts, stored_H), "float32"),
-        y: y_type,
-    ):
+    @T.macro
+    def run(hidden, scale_hidden, token_ids, weights, expert_ids, num_valid, w2, scale2, bias2, y):
         with T.Kernel(T.ceildiv(H, block_N), blocks, threads=threads) as (bx, by):
+            row_s = T.alloc_shared((block_M,), "int32")
             A_s = T.alloc_shared((block_M, block_K), dtype)
             W_s = T.alloc_shared((block_N, block_K), dtype)
             C_f = T.alloc_fragment((block_M, block_N), "float32")
             if by * block_M < num_valid[0]:
                 expert = expert_ids[by]
+                for i in T.Parallel(block_M):
+                    row_s[i] = by * block_M + i
                 T.clear(C_f)
-                for k in T.serial(T.ceildiv(I, block_K)):
-                    T.copy(hidden[by * block_M, k * block_K], A_s)
-                    load(w2, scale2, expert, bx * block_N, k, I, W_s)
+                for k in T.serial(T.ceildiv(groups_I * MX_GROUP, block_K)):
+                    load_hidden(hidden, scale_hidden, row_s, k, A_s)
+                    load_w(w2, scale2, expert, bx * block_N, k, groups_I, W_s)
                     T.gemm(A_s, W_s, C_f, transpose_B=True)
                 for i, j in T.Parallel(block_M, block_N):
                     row, column = by * block_M + i, bx * block_N + j
@@ -209,7 +235,47 @@ def down(config: Config, dtype: str, epilogue: str):
                             y, token, token_ids[row] >> TOKEN_BITS, column, weights[row] * (C_f[i, j] + bias2[expert, column])
                         )
 
+    if kind in WIDE:
+
+        @T.prim_func
+        def down(
+            hidden: hidden_type,
+            token_ids: ids_type,
+            weights: weights_type,
+            expert_ids: expert_ids_type,
+            num_valid: num_valid_type,
+            w2: w_type,
+            scale2: scale_w_type,
+            bias2: bias_type,
+            y: y_type,
+        ):
+            run(hidden, None, token_ids, weights, expert_ids, num_valid, w2, scale2, bias2, y)
+    else:
+
+        @T.prim_func
+        def down(
+            hidden: hidden_type,
+            scale_hidden: scale_hidden_type,
+            token_ids: ids_type,
+            weights: weights_type,
+            expert_ids: expert_ids_type,
+            num_valid: num_valid_type,
+            w2: w_type,
+            scale2: scale_w_type,
+            bias2: bias_type,
+            y: y_type,
+        ):
+            run(hidden, scale_hidden, token_ids, weights, expert_ids, num_valid, w2, scale2, bias2, y)
+
     return down
+
+
+def _weight_types(experts, rows, groups) -> tuple:
+    return (
+        T.Tensor((experts, rows, groups, _GROUP_BYTES), "uint8"),
+        T.Tensor((experts, rows, groups), "uint8"),
+        T.Tensor((experts, rows), "float32"),
+    )
 
 
 def sum_slots(out_dtype: str, ids_dtype: str = "int32"):
