@@ -304,3 +304,12 @@ def _empty(kind: str, rows: int, k: int, device: torch.device) -> tuple[Tensor, 
 def _by_groups(weights: MXFP4Weights) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes (E, rows, K / 32, 16), scales and biases as the kernels take them."""
     return weights.codes.unflatten(2, (weights.scale.shape[2], -1)), weights.scale, weights.bias
+
+
+def __getattr__(name: str):
+    # A module that imports this one.
+    if name == "MXFP4Experts":
+        from tilelang_ext.kernels.mxfp4_experts import MXFP4Experts
+
+        return MXFP4Experts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
