@@ -1,5 +1,9 @@
 """`MXFP4Experts` against the experts of HF transformers, its names in checkpoints, and its errors by message."""
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from numeric import assert_close
@@ -11,6 +15,10 @@ from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
 from tilelang_ext.kernels import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_experts import NAMES, MXFP4Experts
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "examples")]
+
+import gpt_oss_moe  # noqa: E402
 
 E, H, I, TOP_K, TOKENS = 5, 96, 64, 2, 7  # the last expert has no token
 PREFIX = "model.layers.3.mlp.experts."
@@ -175,3 +183,22 @@ def test_found_beside_the_operator():
     assert mxfp4_moe.MXFP4Experts is MXFP4Experts
     with pytest.raises(ImportError, match="cannot import name 'Experts'"):
         from tilelang_ext.kernels.mxfp4_moe import Experts  # noqa: F401
+
+
+def example_cosine(capsys, *arguments):
+    gpt_oss_moe.main([str(argument) for argument in arguments])
+    return float(re.search(r"at least ([\d.]+)", capsys.readouterr().out).group(1))
+
+
+@pytest.mark.parametrize(("a_dtype", "least"), [("bfloat16", 0.9999), ("fp8", 0.998), ("mxfp4", 0.95)])
+def test_example(capsys, a_dtype, least):
+    cosine = example_cosine(capsys, "--a-dtype", a_dtype, "--tokens", 5, "--device", "cpu")
+    assert least < cosine < (1.00001 if a_dtype == "bfloat16" else 0.9995)
+
+
+def test_example_reads_checkpoints(capsys, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file(checkpoint(prefix=PREFIX), file)
+    assert example_cosine(capsys, "--checkpoint", file, "--layer", 3, "--top-k", 2, "--device", "cpu") > 0.9999
+    with pytest.raises(KeyError, match=r"pass a prefix such as 'model.layers.3.mlp.experts.'"):
+        gpt_oss_moe.main(["--checkpoint", str(file)])

@@ -52,7 +52,7 @@ class MXFP4Experts(nn.Module):
         intermediate_size: int,
         *,
         activation: Activation = _GPT_OSS,
-        a_dtype: torch.dtype | None = None,
+        a_dtype: torch.dtype | str | None = None,
         epilogue: str = "reduce",
         device: torch.device | str | None = None,
     ) -> None:
@@ -80,7 +80,7 @@ class MXFP4Experts(nn.Module):
         prefix: str = "",
         *,
         activation: Activation = _GPT_OSS,
-        a_dtype: torch.dtype | None = None,
+        a_dtype: torch.dtype | str | None = None,
         epilogue: str = "reduce",
         device: torch.device | str = "cpu",
     ) -> MXFP4Experts:
