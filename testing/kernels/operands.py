@@ -26,14 +26,14 @@ def operand(rows, K, recipe, format=E4M3, seed=0):
 
 def as_torch(scale, recipe, side):
     """Scales by blocks in the orientation and strides that torch documents for a recipe."""
-    if recipe is ROW:
+    if recipe == ROW:
         return scale if side == "a" else scale.t()
-    if recipe is ROW_BLOCK:
+    if recipe == ROW_BLOCK:
         return scale.t().contiguous().t()
-    if recipe is SQUARE_BLOCK:
+    if recipe == SQUARE_BLOCK:
         groups = scale.shape[1]
         return F.pad(scale, (0, -groups % 4), value=torch.nan).t()
-    return scale.view(torch.float8_e8m0fnu) if recipe is MX else scale
+    return scale.view(torch.float8_e8m0fnu) if recipe == MX else scale
 
 
 def operands(M, N, K, recipes, format_a=E4M3, format_b=E4M3):

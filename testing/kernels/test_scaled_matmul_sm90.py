@@ -29,13 +29,29 @@ def hopper_problem(M, N, K, recipes, **options):
     return problem(M, N, K, recipes, kind="cuda", arch=ARCH, **options)
 
 
-def run(module, config, M, N, K, recipes, *, grid, boxes, cluster=1, bias=False, out="float32", fast_accum=False, formats=(E4M3, E4M3)):
+def run(
+    module,
+    config,
+    M,
+    N,
+    K,
+    recipes,
+    *,
+    grid,
+    boxes,
+    cluster=1,
+    bias=False,
+    out="float32",
+    fast_accum=False,
+    formats=(E4M3, E4M3),
+):
     """Check one launch against float64; every other byte of memory is a NaN."""
     (a, scale_a, b, scale_b), expected = operands(M, N, K, recipes, *formats)
     kernel_problem = hopper_problem(
         M, N, K, recipes, a=formats[0], b=formats[1], bias="float32" if bias else None, out=out, fast_accum=fast_accum
     )
-    tensors = {"a": a, "scale_a": scale_a, "b": b, "scale_b": scale_b, "out": torch.full((M, N), torch.nan, dtype=getattr(torch, out))}
+    tensors = {"a": a, "scale_a": scale_a, "b": b, "scale_b": scale_b}
+    tensors["out"] = torch.full((M, N), torch.nan, dtype=getattr(torch, out))
     if bias:
         tensors["bias"] = torch.randn(N, generator=torch.Generator().manual_seed(3))
         expected = expected + tensors["bias"].double()
@@ -60,15 +76,16 @@ def run(module, config, M, N, K, recipes, *, grid, boxes, cluster=1, bias=False,
         (ROWS, Config(128, 128, 2, 16, 2), 384, False, "float32"),  # stages that do not divide the steps
         (ROWS, Config(128, 128, 2, 64, 2), 512, False, "bfloat16"),  # constant stages and scales by the loader
         (BLOCKS, Config(256, 128, 4, 32, 2), 512, False, "bfloat16"),  # two bands, constant stages
-        (BLOCKS, Config(128, 128, 1, 16, 3), 128, False, "float32"),  # one step
+        (BLOCKS, Config(128, 128, 1, 16, 3), 128, False, "float32"),  # one step, in two products
     ],
 )
 def test_tiles(recipes, config, K, fast, out):
     """Two rows and two columns of tiles, neither full; more blocks than one, so that each walks over several tiles."""
     M, N = config.block_M + 40, config.block_N + 8
+    columns = min(BLOCK_K, K // 2)  # the products of a single step are of half of it
     boxes = {
-        "a": Box(config.block_M, BLOCK_K),
-        "b": Box(config.block_N, BLOCK_K),
+        "a": Box(config.block_M, columns),
+        "b": Box(config.block_N, columns),
         "out": Box(scaled_matmul_sm90.BAND, config.store_N),
     }
     run(

@@ -92,6 +92,7 @@ def scaled_matmul(problem: Problem, config: Config):
     unrolled = num_stages if steps % num_stages == 0 and not fast else 1  # steps a turn of the loop; then a stage is a constant
     # Scales of all of K come with the stage that is filled for the second time in a tile: then the tile before is stored.
     staged = not grouped and steps > num_stages
+    part_K = BLOCK_K if steps > 1 else BLOCK_K // 2  # of a product that float32 adds; errors of a single one do not average out
 
     # Numbers that shape a tile reach macros as closures: a macro turns its arguments into variables.
 
@@ -189,9 +190,9 @@ def scaled_matmul(problem: Problem, config: Config):
         if tx % 32 == 0:
             T.mbarrier_arrive(empty[stage])
 
-    def multiply(A_s, B_s, C_f, stage, row, clear):
-        A_k = A_s[stage, row : row + BAND, :]
-        return T.wgmma_gemm(A_k, B_s[stage, :, :], C_f, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=clear)
+    def multiply(A_s, B_s, C_f, stage, row, clear, part=slice(0, BLOCK_K)):
+        A_k, B_k = A_s[stage, row : row + BAND, part], B_s[stage, :, part]
+        return T.wgmma_gemm(A_k, B_k, C_f, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=clear)
 
     def computer(warpgroup: int):
         """The work of a computing warpgroup, as a macro."""
@@ -229,12 +230,12 @@ def scaled_matmul(problem: Problem, config: Config):
 
                 emit()
 
-            def add(band):
+            def add(band, part):
                 @T.macro
                 def emit():
-                    multiply(A_s, B_s, partial, stage, first + band * BAND, True)
+                    multiply(A_s, B_s, partial, stage, first + band * BAND, True, slice(part, part + part_K))
                     T.wait_wgmma(0)
-                    if band == bands - 1:
+                    if band == bands - 1 and part + part_K == BLOCK_K:
                         release(empty, stage, tx)
                     for i, j in T.Parallel(BAND, block_N):
                         sums[band][i, j] += partial[i, j] * factors[band][i] if grouped else partial[i, j]
@@ -245,7 +246,8 @@ def scaled_matmul(problem: Problem, config: Config):
             for band in range(bands if grouped else 0):
                 read(band)
             for band in range(bands):
-                add(band)
+                for part in range(0, BLOCK_K, part_K):
+                    add(band, part)
 
         def clear(sums):
             for sum in sums:
