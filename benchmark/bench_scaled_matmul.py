@@ -34,7 +34,7 @@ from harness import (  # noqa: E402
     progress,
     rotation,
     show,
-    time_cuda,
+    time_cuda_in_turn,
     time_mps,
     write_csv,
 )
@@ -293,19 +293,20 @@ def measure_time(case: Case, providers: list[Provider], seed: int) -> list[dict]
     expected = case.expected(made[0])
     inputs = [Inputs(*(tensor.to(case.device) for tensor in case.as_torch(one))) for one in made]
     outputs = [case.output(case.device) for _ in range(sets)]
-    rows = []
-    for provider in providers:
-        if case.recipe not in TAKES[provider.name]:
-            continue
+    rows, chains = [], []
+    for provider in (provider for provider in providers if case.recipe in TAKES[provider.name]):
         run = provider.make(case)
         outputs[0].fill_(torch.nan)
         run(inputs[0], outputs[0])
-        sum_error = FAST_ERROR if provider.name.endswith("fast") else TENSOR_CORE_ERROR
+        fast = provider.name.endswith("fast") or (provider.name == "vllm" and case.recipe != "block")
+        sum_error = FAST_ERROR if fast else TENSOR_CORE_ERROR
         error = assert_close(outputs[0], expected, dtype=case.dtype, max_error=sum_error + BOUNDS[case.dtype][0])
-        calls = [partial(run, one, out) for one, out in zip(inputs, outputs, strict=True)]
-        us = (time_cuda if case.device == "cuda" else time_mps)(calls)
-        row = {"case": case.name, "dtype": case.dtype, "target": case.target, "provider": provider.name, "us": us}
-        rows.append({**row, "tflops": case.flops / us / 1e6, "gbps": case.bytes / us / 1e3, "max_error": error.max})
+        chains.append([partial(run, one, out) for one, out in zip(inputs, outputs, strict=True)])
+        row = {"case": case.name, "dtype": case.dtype, "target": case.target, "provider": provider.name}
+        rows.append({**row, "max_error": error.max})
+    times = time_cuda_in_turn(chains) if case.device == "cuda" else [time_mps(calls) for calls in chains]
+    for row, us in zip(rows, times, strict=True):
+        row |= {"us": us, "tflops": case.flops / us / 1e6, "gbps": case.bytes / us / 1e3}
     torch_us = min((row["us"] for row in rows if row["provider"].startswith("torch")), default=None)
     for row in rows:
         row["speed_of_torch"] = torch_us / row["us"] if torch_us else None
@@ -367,7 +368,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     else:
         columns, value, label = TIMES, "tflops", "TFLOP/s"
         notes += [f"{provider.name}: {provider.what}" for provider in providers]
-        notes.append(METHOD[device])
+        notes.append(METHOD[device] + (" Providers replay in turn." if device == "cuda" else ""))
     show(title, rows, columns, notes)
     if arguments.csv:
         write_csv(arguments.csv, rows)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "testing"))
 L2_CACHES = 3  # inputs rotate through this many times the L2 cache
 MAX_ROTATION = 64
 REPLAYS = 20
+WARM_UP = 3  # replays before them
 MAC_CACHE_BYTES = 64 * 2**20  # more than the system-level cache of any Apple chip up to M4 Max
 
 
@@ -153,6 +154,26 @@ def cache_bytes(device: str) -> int:
 
 def time_cuda(calls: Sequence[Callable[[], None]], replays: int = REPLAYS) -> float:
     """Microseconds of one call: all `calls` chained in one CUDA graph, median replay over their number."""
+    return time_cuda_in_turn([calls], replays)[0]
+
+
+def time_cuda_in_turn(providers: Sequence[Sequence[Callable[[], None]]], replays: int = REPLAYS) -> list[float]:
+    """`time_cuda` of several, one replay of each in turn, so that a GPU that slows down as it warms does so for all alike."""
+    graphs = [_graph(calls) for calls in providers]
+    times: list[list[float]] = [[] for _ in graphs]
+    for replay in range(WARM_UP + replays):
+        order = range(len(graphs)) if replay % 2 else range(len(graphs) - 1, -1, -1)
+        for provider in order:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graphs[provider].replay()
+            end.record()
+            end.synchronize()
+            times[provider].append(start.elapsed_time(end) * 1e3)
+    return [statistics.median(own[WARM_UP:]) / len(calls) for own, calls in zip(times, providers, strict=True)]
+
+
+def _graph(calls: Sequence[Callable[[], None]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, allocates workspaces and warms up outside the graph
@@ -164,17 +185,7 @@ def time_cuda(calls: Sequence[Callable[[], None]], replays: int = REPLAYS) -> fl
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times) / len(calls)
+    return graph
 
 
 def time_wall(calls: Sequence[Callable[[], object]], wait: Callable[[list], None], repeats: int = REPLAYS) -> float:
