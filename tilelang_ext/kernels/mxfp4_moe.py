@@ -194,6 +194,10 @@ for _name, _implementation, _shape_of in (("mxfp4_moe", _mxfp4_moe, _fake), ("mx
 
 def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, expert_mask, out) -> None:
     mask = torch.ones(w13.codes.shape[0], dtype=torch.bool) if expert_mask is None else expert_mask
+    if mask.sum() != w13.codes.shape[0]:  # a GPU is not waited for: its kernels take no expert past the last
+        raise ValueError(
+            f"mxfp4_moe: expert_mask must be true for the {w13.codes.shape[0]} experts of w13; got {int(mask.sum())}; check it"
+        )
     half, I = w13.codes.shape[1] // 2, w13.rows // 2
     rows13 = torch.cat([torch.arange(I), half + torch.arange(I)])
     mx = BlockScaledLayout.e8m0_k32()
