@@ -142,6 +142,39 @@ def plot(path: str, rows: Sequence[dict], *, case: str, series: str, value: str,
     pyplot.close(figure)
 
 
+def plot_lines(path: str, rows: Sequence[dict], *, panel: str, x: str, series: str, value: str, title: str, label: str) -> None:
+    """Draw lines over a logarithmic `x`: one panel a `panel`, one line a `series`; the file's ending says its format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row.get(value) is not None]
+    if not rows:
+        raise SystemExit(f"--plot: needs rows with {label}; got none; leave it out for this target")
+    panels = list(dict.fromkeys(row[panel] for row in rows))
+    names = list(dict.fromkeys(row[series] for row in rows))
+    figure, plots = pyplot.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 4.4), layout="constrained", squeeze=False)
+    for axes, place in zip(plots[0], panels, strict=True):
+        here = [row for row in rows if row[panel] == place]
+        for i, name in enumerate(names):
+            points = sorted((row[x], row[value]) for row in here if row[series] == name)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1.2, color=f"C{i}", label=name, zorder=2)
+        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=label)
+        ticks = sorted({row[x] for row in here})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(place, loc="left", fontsize=10)
+        axes.grid(color="0.9", zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = {text: line for axes in plots[0] for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, ncols=len(names), loc="outside lower left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def rotation(bytes_of_one: int, cache_bytes: int) -> int:
     """How many inputs it takes until they have gone round L2_CACHES caches."""
     return max(2, min(MAX_ROTATION, math.ceil(L2_CACHES * cache_bytes / bytes_of_one)))

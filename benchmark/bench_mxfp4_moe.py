@@ -1,0 +1,404 @@
+"""Mixture of experts with MXFP4 weights: `mxfp4_moe` beside triton_kernels and humming, or its operation counts.
+
+    python benchmark/bench_mxfp4_moe.py                                # the best device here
+    python benchmark/bench_mxfp4_moe.py --target cuda --a-dtype bf16 fp8 --path site --csv moe.csv --plot moe.png
+    python benchmark/bench_mxfp4_moe.py --target metal --tokens 1 16
+
+A figure is the whole layer behind its router: both products, biases, gpt-oss's SwiGLU and the weighted sum over the slots.
+Ours also quantises x and sorts tokens by expert; peers are given sorted tokens. Every result is checked against float64 before
+anything is timed or counted. Without a Mac, targets metal and metal4 run in the simulator, which counts operations and says
+nothing of speed. Peers take part where they can be imported, also from the folders of --path: triton_kernels is in vLLM's
+third_party, humming on PyPI as humming-kernels.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "testing")]
+
+import mxfp4_moe_peers as peers  # noqa: E402
+import tilelang  # noqa: E402
+from bench_matmul import METHOD, SIMULATOR_SECONDS, describe, find_device  # noqa: E402
+from harness import (  # noqa: E402
+    L2_CACHES,
+    MAX_ROTATION,
+    Column,
+    Provider,
+    cache_bytes,
+    choose,
+    plot_lines,
+    progress,
+    rotation,
+    show,
+    time_cuda,
+    time_mps,
+    write_csv,
+)
+from numeric import measure  # noqa: E402
+from tvm.target import Target  # noqa: E402
+
+from tilelang_ext import metal, reference, simulate  # noqa: E402
+from tilelang_ext.formats import E2M1, BlockScaledLayout  # noqa: E402
+from tilelang_ext.kernels import mxfp4_moe as moe  # noqa: E402
+from tilelang_ext.kernels.mxfp4_moe_stages import Activation  # noqa: E402
+from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, prepare_mxfp4_weights  # noqa: E402
+
+TARGETS = ("auto", "metal", "metal4", "cuda")
+ASSUMED_ARCH = "sm_90a"  # when only lowering
+A_DTYPES = {"bf16": None, "fp8": "fp8", "mxfp8": "mxfp8", "mxfp4": "mxfp4"}  # as mxfp4_moe takes them
+LEAST_COSINE = {"bf16": 0.9999, "fp8": 0.995, "mxfp8": 0.995, "mxfp4": 0.95}  # of any row, against nothing quantised
+MAX_ERROR = {"bf16": 3e-2}  # likewise; beside quantised activations the cosine says more
+
+
+class Model(NamedTuple):
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+
+MODELS = {
+    "gpt-oss-120b": Model(2880, 2880, 128, 4),
+    "gpt-oss-20b": Model(2880, 2880, 32, 4),
+    "deepseek-like": Model(7168, 2048, 64, 8),
+    "small": Model(128, 96, 4, 2),
+}
+DEFAULTS = {  # models and tokens
+    "cuda": (["gpt-oss-120b", "gpt-oss-20b", "deepseek-like"], [1, 4, 16, 64, 128, 512, 2048, 8192]),
+    "mps": (["gpt-oss-20b"], [1, 4, 16, 64, 512]),
+    "simulator": (["small"], [1, 16]),
+    "none": (["gpt-oss-120b"], [1, 128, 8192]),
+}
+
+
+class Layer(NamedTuple):
+    """Weights of a layer, random in every bit of the codes; gate rows lie above up rows."""
+
+    w13: MXFP4Weights
+    w2: MXFP4Weights
+
+
+class Inputs(NamedTuple):
+    """Tokens of one call and where they go."""
+
+    x: torch.Tensor  # (tokens, hidden) bfloat16
+    topk_ids: torch.Tensor  # (tokens, top_k) int32
+    topk_weights: torch.Tensor  # (tokens, top_k) float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and batch size, what the products take activations in, and the target and device it runs on."""
+
+    name: str  # of the model
+    tokens: int
+    a_dtype: str
+    target: str
+    device: str  # "cuda", "mps", "simulator", or "none" when the kernels are lowered only
+
+    @property
+    def model(self) -> Model:
+        return MODELS[self.name]
+
+    @property
+    def flops(self) -> int:
+        hidden, intermediate, _, top_k = self.model
+        return 6 * self.tokens * top_k * hidden * intermediate
+
+    def bytes(self, active: int) -> int:
+        """Codes and scales of `active` experts, x and y, each once."""
+        hidden, intermediate, *_ = self.model
+        return active * 3 * hidden * intermediate * 17 // 32 + 4 * self.tokens * hidden
+
+    def layer(self, seed: int, device: str) -> Layer:
+        generator = torch.Generator(device).manual_seed(seed)
+        hidden, intermediate, experts, _ = self.model
+
+        def weights(rows: int, k: int, gate: str | None) -> MXFP4Weights:
+            codes = torch.randint(256, (experts, rows, k // 2), generator=generator, device=device, dtype=torch.uint8)
+            scale = torch.randint(118, 122, (experts, rows, k // 32), generator=generator, device=device, dtype=torch.uint8)
+            bias = torch.randn(experts, rows, generator=generator, device=device) / 8
+            return prepare_mxfp4_weights(codes, scale, bias.bfloat16(), gate=gate)
+
+        return Layer(weights(2 * intermediate, hidden, "separated"), weights(hidden, intermediate, None))
+
+    def inputs(self, seed: int, device: str) -> Inputs:
+        """Every token goes to top_k experts, each as likely as another."""
+        generator = torch.Generator(device).manual_seed(seed)
+        hidden, _, experts, top_k = self.model
+        logits = torch.randn(self.tokens, experts, generator=generator, device=device)
+        values, topk_ids = logits.topk(top_k)
+        x = torch.randn(self.tokens, hidden, generator=generator, device=device).bfloat16()
+        return Inputs(x, topk_ids.int(), values.softmax(-1))
+
+    def output(self, device: str) -> torch.Tensor:
+        """An output full of NaN, so that an element nobody writes is seen."""
+        return torch.full((self.tokens, self.model.hidden), torch.nan, dtype=torch.bfloat16, device=device)
+
+
+def expected(layer: Layer, inputs: Inputs) -> torch.Tensor:
+    """float64 with nothing quantised or rounded on the way, on the inputs' device; an expert in use at a time."""
+    y = torch.zeros(inputs.x.shape, dtype=torch.float64, device=inputs.x.device)
+    for expert in inputs.topk_ids.unique().tolist():
+        (d13, bias13), (d2, bias2) = (dequantized(weights, expert) for weights in layer)
+        ids = torch.where(inputs.topk_ids == expert, 0, -1)
+        activation = partial(reference.swiglu, gate="separated")
+        y += reference.moe(inputs.x, ids, inputs.topk_weights, d13, d2, activation=activation, bias13=bias13, bias2=bias2)
+    return y
+
+
+def dequantized(weights: MXFP4Weights, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights (1, rows, k) and biases (1, rows) of one expert."""
+    one = slice(expert, expert + 1)
+    return reference.dequantize(weights.codes[one], weights.scale[one], E2M1, BlockScaledLayout.e8m0_k32()), weights.bias[one]
+
+
+def check(case: Case, provider: str, y: torch.Tensor, want: torch.Tensor) -> dict:
+    """Return the errors, or stop."""
+    cosine = torch.nn.functional.cosine_similarity(y.double(), want, dim=-1).nan_to_num(nan=-1.0).min().item()
+    error = measure(y, want)
+    where = f"{case.name}, {case.tokens} tokens, {case.a_dtype}: {provider}"
+    if cosine < LEAST_COSINE[case.a_dtype]:
+        raise AssertionError(f"{where}: cosine of a row {cosine:.4f}, must be at least {LEAST_COSINE[case.a_dtype]}")
+    if error.max > MAX_ERROR.get(case.a_dtype, float("inf")):
+        raise AssertionError(f"{where}: max error {error.max:.3g} at {error.worst}, limit {MAX_ERROR[case.a_dtype]:.3g}")
+    return {"max_error": error.max, "least_cosine": cosine}
+
+
+# --- providers -------------------------------------------------------------------------------------------------------
+
+
+def make_ours(case: Case, layer: Layer):
+    def bind(inputs: Inputs, out: torch.Tensor):
+        options = {"activation": Activation(), "a_dtype": A_DTYPES[case.a_dtype], "out": out}
+        return partial(moe.mxfp4_moe, *inputs, *layer, **options)
+
+    return bind
+
+
+PROVIDERS = (  # make(case, layer) returns bind(inputs, out), which returns the call that is timed
+    Provider("ours", "tilelang_ext.kernels.mxfp4_moe.mxfp4_moe, sorting and quantisation included", TARGETS[1:], make_ours),
+    Provider("triton_kernels", "of vLLM: matmul_ogs with fused SwiGLU, sum over slots", ("cuda",), peers.make_triton_kernels),
+    Provider("humming", "both products, its activation kernel, a Triton kernel for the sum", ("cuda",), peers.make_humming),
+)
+TAKES = {"ours": tuple(A_DTYPES), "triton_kernels": ("bf16",), "humming": ("bf16", "fp8")}  # activations of each
+COUNTS = (
+    Column("case", "model"),
+    Column("tokens", "tokens"),
+    Column("a_dtype", "activations"),
+    Column("provider", "kernel"),
+    Column("mma", "MMAs", ","),
+    Column("device_bytes_read", "device\nread, B", ","),
+    Column("device_bytes_written", "device\nwritten, B", ","),
+    Column("read_per_weight", "read / bytes\nof weights", ".2f"),
+    Column("threadgroup_barriers", "barriers", ","),
+    Column("findings", "find-\nings"),
+    Column("max_error", "max\nerror", ".1e"),
+)
+TIMES = (
+    *COUNTS[:4],
+    Column("us", "us", ",.1f"),
+    Column("tflops", "TFLOP/s", ",.1f"),
+    Column("share_of_copy", "bytes floor /\ncopy speed", ".2f"),
+    Column("speed_of_best_peer", "speed /\nbest peer's", ".2f"),
+    Column("max_error", "max\nerror", ".1e"),
+    Column("least_cosine", "least\ncosine", ".5f"),
+)
+LOWERED = (*COUNTS[:4], Column("lines", "lines of text", ","), Column("status", "status"))
+
+
+def installed(provider: Provider) -> bool:
+    """Whether a provider's library is here."""
+    return provider.name == "ours" or find_spec(provider.name) is not None
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def launch(case: Case, layer: Layer, inputs: Inputs, out: torch.Tensor, compiled) -> None:
+    """The operator's own launches, each prim_func made runnable by `compiled(make, options, device)`."""
+    kind = A_DTYPES[case.a_dtype] or "bfloat16"
+    with mock.patch.object(moe, "_compiled", compiled):
+        moe._by_kernels(*inputs, *layer, Activation(), kind, "reduce", None, out)
+
+
+def count(case: Case, providers: list[Provider], seed: int) -> list[dict]:
+    """Run the Metal text of every launch in the simulator: counts beside the fewest bytes there are."""
+    layer, inputs, out = case.layer(seed, "cpu"), case.inputs(seed, "cpu"), case.output("cpu")
+    reports = []
+
+    def simulated(make, options, device):
+        program = metal.lower(make(*options), case.target)
+
+        def run(*tensors):
+            reports.append(simulate(program, *tensors, target=case.target, seed=seed, timeout=SIMULATOR_SECONDS))
+
+        return run
+
+    launch(case, layer, inputs, out, simulated)
+    errors = check(case, "ours", out, expected(layer, inputs))
+    for finding in [finding for report in reports for finding in report.findings]:
+        print(finding, file=sys.stderr)
+    keys = ("mma", "device_bytes_read", "device_bytes_written", "threadgroup_barriers")
+    ours = {key: sum(getattr(report.counts, key) for report in reports) for key in keys}
+    ours |= {"findings": sum(len(report.findings) for report in reports), **errors}
+    active = inputs.topk_ids.unique().numel()
+    written = out.numel() * out.element_size()
+    minimum = {"device_bytes_read": case.bytes(active) - written, "device_bytes_written": written}
+    weights = case.bytes(active) - 2 * written
+    rows = []
+    for name, values in (("ours", ours), ("minimum", minimum)):
+        rows.append({**described(case, name), **values, "read_per_weight": values["device_bytes_read"] / weights})
+    return rows
+
+
+def described(case: Case, provider: str) -> dict:
+    return {"case": case.name, "tokens": case.tokens, "a_dtype": case.a_dtype, "target": case.target, "provider": provider}
+
+
+def measure_time(case: Case, providers: list[Provider], seed: int, copy_speed: float | None) -> list[dict]:
+    """Check, then time: every provider on the same inputs, which rotate through more than the cache."""
+    device, cache = case.device, cache_bytes(case.device)
+    maker = device if device == "cuda" else "cpu"  # float64, for what is expected
+    active = case.inputs(seed, maker).topk_ids.unique().numel()
+    copies = math.ceil(L2_CACHES * cache / case.bytes(case.model.experts))  # of all experts
+    sets = max(rotation(case.bytes(active), cache), min(MAX_ROTATION, copies))
+    layers = [case.layer(seed + i, maker) for i in range(min(sets, copies))]
+    inputs = [case.inputs(seed + i, maker) for i in range(sets)]
+    outputs = [case.output(device) for _ in range(sets)]
+    floor = sum(case.bytes(one.topk_ids.unique().numel()) for one in inputs) / sets
+    want = expected(layers[0], inputs[0]).cpu()
+    layers, inputs = [moved(one, device) for one in layers], [moved(one, device) for one in inputs]
+    rows = []
+    for provider in providers:
+        if case.a_dtype not in TAKES[provider.name]:
+            continue
+        binds = [provider.make(case, layer) for layer in layers]
+        calls = [binds[i % len(binds)](one, out) for i, (one, out) in enumerate(zip(inputs, outputs, strict=True))]
+        calls[0]()
+        errors = check(case, provider.name, outputs[0].cpu(), want)
+        us = (time_cuda if device == "cuda" else time_mps)(calls)
+        row = {**described(case, provider.name), "us": us, "tflops": case.flops / us / 1e6, "floor_bytes": round(floor)}
+        rows.append({**row, "share_of_copy": floor / us / copy_speed if copy_speed else None, "calls": sets, **errors})
+    best = min((row["us"] for row in rows if row["provider"] != "ours"), default=None)
+    for row in rows:
+        row["speed_of_best_peer"] = best / row["us"] if best else None
+    return rows
+
+
+def moved(tensors: tuple, device: str):
+    """A tuple of tensors, of tuples of them and of numbers, on `device`."""
+    return type(tensors)(
+        *(t.to(device) if torch.is_tensor(t) else moved(t, device) if type(t) is not int else t for t in tensors)
+    )
+
+
+def copy_speed() -> float:
+    """Bytes a microsecond of a large copy, reads and writes."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / time_cuda([lambda: target.copy_(source)] * 2)
+
+
+def lower(case: Case, providers: list[Provider], seed: int, reason: str) -> list[dict]:
+    """Lower every launch to text without a device; nothing runs."""
+    one = replace(case, device="none")
+    # What is lowered depends on shapes alone, and of the layer's on none.
+    model, lines = Model(64, 32, case.model.experts, case.model.top_k), []
+    target = Target({"kind": "cuda", "arch": ASSUMED_ARCH})
+
+    def lowered(make, options, device):
+        with target:
+            source = tilelang.lower(make(*options), target=target, enable_device_compile=False).kernel_source
+        lines.append(source.count("\n"))
+        return lambda *tensors: None
+
+    with mock.patch.dict(MODELS, {case.name: model}):
+        launch(one, one.layer(seed, "cpu"), one.inputs(seed, "cpu"), one.output("cpu"), lowered)
+    status = f"{len(lines)} kernels lowered for {ASSUMED_ARCH}, not run: {reason}"
+    return [{**described(case, "ours"), "lines": sum(lines), "status": status}]
+
+
+def lines(rows: list[dict]) -> list[dict]:
+    """Rows of the plot: what was measured, and the time that a copy of the fewest bytes takes."""
+    drawn = [{**row, "line": f"{row['provider']}, {row['a_dtype']}"} for row in rows]
+    floors = {(row["case"], row["tokens"]): row["us"] * row["share_of_copy"] for row in rows if row.get("share_of_copy")}
+    return drawn + [{"case": case, "tokens": n, "us": us, "line": "bytes at copy speed"} for (case, n), us in floors.items()]
+
+
+def main(command_line: list[str] | None = None) -> list[dict]:
+    """Run the benchmark and return its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=TARGETS, default="auto", help="auto: CUDA, else a Mac, else the simulator")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="by their sizes; weights are random")
+    parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="of a batch, one or several")
+    parser.add_argument("--a-dtype", nargs="+", choices=A_DTYPES, default=["bf16"], help="what products take activations in")
+    names = [provider.name for provider in PROVIDERS]
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help=f"among {', '.join(names)}; default: all there are here")
+    parser.add_argument(
+        "--path", nargs="+", default=[], metavar="FOLDER", help="folders to import triton_kernels and humming from"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write every figure")
+    parser.add_argument("--plot", metavar="FILE", help="draw a chart (png, svg or pdf)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and the simulator's order of threads")
+    arguments = parser.parse_args(command_line)
+
+    target, device, reason = find_device(arguments.target)
+    if target not in TARGETS:
+        raise SystemExit(f"--target: mxfp4_moe exists on {', '.join(TARGETS[1:])}; got {target}; pass one of these")
+    sys.path[:0] = arguments.path
+    providers, notes = choose(PROVIDERS, arguments.providers or names, target)
+    notes = notes if arguments.providers else []
+    if device == "cuda":
+        notes += [f"{p.name}: left out, not installed" for p in providers if not installed(p)]
+    providers = [provider for provider in providers if installed(provider)]
+    if not providers:
+        raise SystemExit("--providers: at least one must exist here; " + "; ".join(notes))
+    if device != "cuda" and providers[0].name != "ours":
+        raise SystemExit(f"--providers: only ours exists on {describe(device)}; got {providers[0].name}; leave it out")
+    tilelang.set_log_level("WARNING")
+    run = {"simulator": count, "none": partial(lower, reason=reason)}.get(device)
+    if run is None:
+        run = partial(measure_time, copy_speed=copy_speed() if device == "cuda" else None)
+    models, tokens = DEFAULTS[device]
+    cases = [
+        Case(name, count, a_dtype, target, device)
+        for name in arguments.models or models
+        for count in arguments.tokens or tokens
+        for a_dtype in arguments.a_dtype
+    ]
+    rows = [row for case in progress(cases, "mixture of experts") for row in run(case, providers, arguments.seed)]
+
+    title = f"MXFP4 mixture of experts, target {target}, {describe(device)}"
+    if device == "simulator":
+        notes.append("Counts from executing the Metal text of every launch on the CPU; no measure of speed. MMA: 8x8x8.")
+        notes.append("minimum: codes and scales of the experts in use and x read once, y written once.")
+        title += " (counts, no speed)"
+        columns = COUNTS
+    elif device == "none":
+        columns = LOWERED
+    else:
+        columns = TIMES
+        notes += [f"{provider.name}: {provider.what}" for provider in providers]
+        notes += ["bytes floor: codes and scales of the experts in use, x and y, each once.", METHOD[device]]
+    show(title, rows, columns, notes)
+    if arguments.csv:
+        write_csv(arguments.csv, rows)
+    if arguments.plot:
+        keys = {"panel": "case", "x": "tokens", "series": "line", "value": "us"}
+        plot_lines(arguments.plot, lines(rows), **keys, title=title, label="us")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
