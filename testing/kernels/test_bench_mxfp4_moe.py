@@ -287,6 +287,13 @@ def test_wrong_results_stop_the_benchmark(monkeypatch):
         bench.check(case, "ours", off, want)
 
 
+def test_a_provider_that_writes_nothing_stops_the_benchmark(monkeypatch):
+    monkeypatch.setattr(bench, "cache_bytes", lambda device: 60_000)
+    idle = bench.Provider("humming", "", ("cuda",), lambda case, layer: lambda inputs, out: lambda: None)
+    with pytest.raises(AssertionError, match="humming: cosine of a row -1"):
+        bench.measure_time(Case("small", 3, "bf16", "cuda", "cpu"), [bench.PROVIDERS[0], idle], seed=0, copy_speed=None)
+
+
 def test_expected_is_the_reference():
     case = Case("small", 6, "bf16", "cuda", "cpu")
     layer, inputs = case.layer(0, "cpu"), case.inputs(0, "cpu")
