@@ -23,19 +23,22 @@ MODE = {"mode": "mxfp4", "group_size": 32, "bits": 4}
 
 @functools.cache
 def case():
-    """x, topk_ids, topk_weights, and (words, scale, bias) of gate, up and down as MLX has them; scales differ by block."""
+    """x, topk_ids, topk_weights, and (words, scale, bias) of gate, up and down as MLX has them.
+
+    Scales differ by block, and gate is larger than up: mistaken for one another they are far off.
+    """
     generator = torch.Generator().manual_seed(3)
 
-    def weights(rows, k):
-        spread = torch.exp2(torch.randint(-2, 2, (E, rows, k // 32), generator=generator).float()).repeat_interleave(32, -1)
-        values = torch.randn(E, rows, k, generator=generator) * spread / k**0.5
+    def weights(rows, k, size):
+        spread = torch.exp2(torch.randint(-3, 4, (E, rows, k // 32), generator=generator).float()).repeat_interleave(32, -1)
+        values = torch.randn(E, rows, k, generator=generator) * spread * size / k**0.5
         codes, scale = quantize.quantize(values, E2M1, BlockScaledLayout.e8m0_k32())
-        return *quantize.to_mlx(codes, scale, "mxfp4"), torch.randn(E, rows, generator=generator) / 8
+        return *quantize.to_mlx(codes, scale, "mxfp4"), torch.randn(E, rows, generator=generator) / 32
 
     x = torch.randn(TOKENS, H, generator=generator).bfloat16()
     topk_ids = torch.stack([torch.randperm(E - 1, generator=generator)[:TOP_K] for _ in range(TOKENS)]).int()
     topk_weights = torch.rand(TOKENS, TOP_K, generator=generator)
-    return x, topk_ids, topk_weights, weights(I, H), weights(I, H), weights(H, I)
+    return x, topk_ids, topk_weights, weights(I, H, 0.5), weights(I, H, 0.05), weights(H, I, 0.5)
 
 
 def array(tensor):
@@ -103,12 +106,7 @@ def test_the_bounds_tell_layouts_apart(monkeypatch):
         "scales": (gate, up, (words, scale.roll(1, 1), bias)),
         "gate": (up, gate, (words, scale, bias)),
     }
-    cosines = {}
     for what, layer in wrong.items():
         monkeypatch.setitem(globals(), "case", lambda layer=layer: (x, topk_ids, topk_weights, *layer))
         got = operator()
-        with pytest.raises(AssertionError, match="max error"):
-            assert_close(got, want, **BOUNDS)
-        cosines[what] = torch.nn.functional.cosine_similarity(got.double(), want, dim=-1).mean()
-    assert cosines["nibbles"] < 0.5
-    assert max(cosines.values()) < 0.7
+        assert torch.nn.functional.cosine_similarity(got.double(), want, dim=-1).mean() < 0.5, what
