@@ -1,5 +1,6 @@
 """`MXFP4Experts` against the experts of HF transformers, its names in checkpoints, and its errors by message."""
 
+import copy
 import re
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ import torch
 from numeric import assert_close
 from safetensors.torch import save_file
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssModel
 
 from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
 from tilelang_ext.kernels import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_experts import NAMES, MXFP4Experts
+from tilelang_ext.kernels.mxfp4_moe_stages import Activation
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "examples")]
 
@@ -74,6 +76,38 @@ def test_same_as_transformers():
     limited.limit = 1e9
     with torch.no_grad():
         assert (limited(inputs()[0].double(), *inputs()[1:]) - want).abs().max() > 1  # the limit counts here
+
+
+def test_in_a_model():
+    """Two layers of gpt-oss in bfloat16, loaded by name: the error against float64 is no more than that of its own experts."""
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_local_experts": E,
+        "hidden_size": H,
+        "intermediate_size": I,
+        "num_experts_per_tok": TOP_K,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 8, "vocab_size": 64}
+    config = GptOssConfig(**sizes, **heads, attn_implementation="eager", experts_implementation="eager")
+    torch.manual_seed(4)
+    model, layers = GptOssModel(config).eval(), [checkpoint(seed) for seed in range(2)]
+    for layer, tensors in zip(model.layers, layers, strict=True):
+        torch.nn.init.normal_(layer.mlp.router.weight, std=0.5)
+        layer.mlp.experts.load_state_dict(hf_experts(tensors).state_dict())
+    token_ids = torch.arange(20)[None] * 7 % 64
+
+    def states(model):
+        with torch.no_grad():
+            return model(token_ids).last_hidden_state.double()
+
+    want, theirs = states(copy.deepcopy(model).double()), states(model.bfloat16())
+    for layer in model.layers:
+        layer.mlp.experts = MXFP4Experts(E, H, I)
+    by_name = {f"layers.{i}.mlp.experts.{name}": tensor for i, layer in enumerate(layers) for name, tensor in layer.items()}
+    model.load_state_dict({**model.state_dict(), **by_name})
+    error, their_error = ((result - want).square().mean().sqrt() for result in (states(model), theirs))
+    assert error < 0.03
+    assert error < 1.2 * their_error
 
 
 @pytest.mark.cuda
@@ -183,6 +217,17 @@ def test_found_beside_the_operator():
     assert mxfp4_moe.MXFP4Experts is MXFP4Experts
     with pytest.raises(ImportError, match="cannot import name 'Experts'"):
         from tilelang_ext.kernels.mxfp4_moe import Experts  # noqa: F401
+
+
+@pytest.mark.parametrize("a_dtype", ["mxfp8", torch.float4_e2m1fn_x2])
+def test_options_reach_the_operator(a_dtype):
+    operands = inputs()
+    experts = MXFP4Experts.from_checkpoint(checkpoint(), a_dtype=a_dtype, activation=Activation("silu"))
+    want = mxfp4_moe.mxfp4_moe(*operands, experts.w13, experts.w2, activation=Activation("silu"), a_dtype=a_dtype)
+    assert torch.equal(experts(*operands), want)
+    assert not torch.equal(MXFP4Experts.from_checkpoint(checkpoint(), activation=Activation("silu"))(*operands), want)
+    with pytest.raises(ValueError, match="epilogue must be one of"):
+        MXFP4Experts.from_checkpoint(checkpoint(), epilogue="sum")(*operands)
 
 
 def example_cosine(capsys, *arguments):
