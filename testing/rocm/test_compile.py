@@ -55,9 +55,7 @@ GEMM = {
         "gfx1201": "v_wmma_f32_16x16x16_bf16",
     },
 }
-# Of T.fp8_scaled_matmul in E4M3: groups of 32 take the instruction with K = 32.
-SCALED = dict.fromkeys(LAYOUTS, GEMM[E4M3, E4M3])
-SCALED["e8m0"] = SCALED["e8m0"] | {"gfx950": "v_mfma_f32_16x16x32_fp8_fp8"}
+SCALED = dict.fromkeys(LAYOUTS, GEMM[E4M3, E4M3])  # of T.fp8_scaled_matmul in E4M3
 
 
 def check(kernel, arch, instruction, tiles):

@@ -24,6 +24,7 @@ from tilelang.utils.language import to_buffer_region
 from tvm import arith, tirx
 
 from tilelang_ext.formats import E8M0, FP8_BLOCK, FP8_OPERANDS, BlockScaledLayout
+from tilelang_ext.language.block_scaled import block_scaled
 from tilelang_ext.language.e8m0 import e8m0_to_float
 
 READ_ONCE = "read_once"  # T.Parallel's annotation where scales are read: Metal stages them, see metal.staged_reads
@@ -73,6 +74,7 @@ class _Scale:
     layout: BlockScaledLayout
     k0: Any  # element of K, among those that have scales, where the tile begins
     at: Callable
+    region: Callable | None = None  # (k, size) -> the bytes of E8M0 of all rows from element k of the tile on
 
     @property
     def grouped(self) -> bool:
@@ -148,11 +150,11 @@ def fp8_scaled_matmul(
     stages = 2 if 2 * (M + N) * step <= _STAGING_BYTES else 1
     once = not staged and group >= K  # one product: the accumulator of the matrix unit is the sum
     factor_of_rows = _factor(scales, 0, grouped=False)
-    annotations = {"require_native_fp8": 1} if require_native else None
+    annotations = {"require_native_fp8": 1} if require_native else {}
 
     # Constants reach macros as closures: a macro turns the numbers it is given into variables.
     @T.macro
-    def add_product(total, A_k, B_k, factor):
+    def add_product(total, A_k, B_k, factor, marks):
         if once:
             T.gemm(A_k, B_k, total, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True, annotations=annotations)
             if factor is not None:
@@ -161,18 +163,33 @@ def fp8_scaled_matmul(
         else:
             partial = T.alloc_fragment((M, N), "float32")
             T.gemm(
-                A_k, B_k, partial, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True, annotations=annotations
+                A_k,
+                B_k,
+                partial,
+                transpose_A=transpose_A,
+                transpose_B=transpose_B,
+                clear_accum=True,
+                annotations=annotations | marks[0],
             )
-            for i, j in T.Parallel(M, N, annotations={READ_ONCE: 1}):
+            for i, j in T.Parallel(M, N, annotations={READ_ONCE: 1} | marks[1]):
                 total[i, j] += partial[i, j] if factor is None else partial[i, j] * factor(i, j)
 
     def add_products(total, A_s: _Tile, B_s: _Tile, size: int, k) -> None:
         """Add the products of `size` elements of K, from element `k` of the operands on, one a scale group."""
-        for offset in range(0, size, group):
+        for number, offset in enumerate(range(0, size, group)):
             width = min(group, size - offset)
             A_k = _along_k(A_s, transpose_A, M, offset, width)
             B_k = _along_k(B_s, not transpose_B, N, offset, width)
-            add_product(total, A_k, B_k, _factor(scales, k + offset, grouped=True))
+            marks = [mark(total, A_s, B_s, size, k, 2 * number + i) for i in (0, 1)]
+            add_product(total, A_k, B_k, _factor(scales, k + offset, grouped=True), marks)
+
+    def mark(total, A_s: _Tile, B_s: _Tile, size: int, k, part: int) -> dict:
+        """Return the mark of one statement of `add_products` for units that take scales, {} where they could not."""
+        region_a, region_b = (scale.region for scale in scales)
+        if once or transpose_A or not transpose_B or A_s.scope == "fragment" or region_a is None or region_b is None:
+            return {}
+        A, B = _along_k(A_s, False, M, 0, size), _along_k(B_s, False, N, 0, size)
+        return block_scaled(total, A, region_a(k, size), B, region_b(k, size), K - k, part=part)
 
     @T.macro
     def scaled_matmul():
@@ -328,7 +345,17 @@ def _scale(name: str, operand, rows, K, layout, origin, full) -> _Scale:
         value = T.cast(buffer[tuple(index)], "float32")
         return value if reading.k is None else T.if_then_else(index[-1] < ends[-1], value, T.float32(0))
 
-    return _Scale(reading, k0, at)
+    def bytes_of(k, size):
+        row, group = begins[-2] + row0, begins[-1] + (k0 + k) // reading.k
+        axes = (
+            *(slice(first, first + 1) for first in begins[:-2]),
+            slice(row, row + rows),
+            slice(group, group + size // reading.k),
+        )
+        return buffer[axes]
+
+    is_bytes_a_row = reading.scale_format is E8M0 and reading.rows == 1 and len(begins) > 1
+    return _Scale(reading, k0, at, bytes_of if is_bytes_a_row else None)
 
 
 def _layouts_of(dtype: str) -> list[BlockScaledLayout]:

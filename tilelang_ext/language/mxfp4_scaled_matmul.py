@@ -25,6 +25,7 @@ from tilelang.utils.language import to_buffer_region
 from tvm import tirx
 
 from tilelang_ext.formats import CODES_PER_BYTE, FP8_OPERANDS, MX_GROUP, format_of
+from tilelang_ext.language.block_scaled import block_scaled
 from tilelang_ext.language.e8m0 import e8m0_to_float
 from tilelang_ext.language.mxfp4_dequant import SCALE_DTYPES, mxfp4_value, scale_tile
 from tilelang_ext.language.narrow_floats import decode
@@ -79,7 +80,7 @@ def mxfp4_scaled_matmul(A, scale_a, W_packed, scale_w, C, *, clear_accum: bool =
         if not as_it_is:
             A_s = T.alloc_shared((M, step), dtype)
         T.clear(total)
-        for t in T.serial(K // step):
+        for t in T.serial(K // step, annotations=_native(total, a_read, s_a_read, w_read, s_w_read, K)):
             for j, k in T.Parallel(N, step):
                 W_s[j, k] = mxfp4_value(w_read, s_w_read, j, t * step + k, dtype)
             if as_it_is:
@@ -101,6 +102,14 @@ def mxfp4_scaled_matmul(A, scale_a, W_packed, scale_w, C, *, clear_accum: bool =
 def _columns(a: Tile, t, step: int, K):
     """Return the operand of T.gemm for step t: a fragment is used whole."""
     return a.buffer if a.scope == "fragment" else a.columns(0 if equal(step, K) else t * step, step)
+
+
+def _native(total, a: Tile, s_a: Tile | None, w: Tile, s_w: Tile, K) -> dict | None:
+    """Return the mark of a product of codes, for units that take them; None where A has no codes."""
+    if a.dtype in _WIDE:
+        return None
+    A, scale_a, W, scale_w = (None if each is None else each.columns(0, each.shape[1]) for each in (a, s_a, w, s_w))
+    return block_scaled(total, A, scale_a, W, scale_w, K)
 
 
 def _activation(a: Tile, s: Tile | None, i, k, dtype: str) -> tirx.PrimExpr:

@@ -16,16 +16,21 @@ from tilelang.tileop.gemm.registry import register_gemm_impl
 from tvm.target import Target
 
 from tilelang_ext.rocm import pipeline
+from tilelang_ext.rocm.block_scaled import TAKES_SCALES
 from tilelang_ext.rocm.gemm import MfmaGemm, WmmaGemm
+from tilelang_ext.rocm.scaled_gemm import ScaledMfmaGemm
 
 
 def register() -> None:
     """Register the GEMM implementations, the pass list and the target's key for target kind `hip`; idempotent."""
-    for implementation in (MfmaGemm, WmmaGemm):
-        key = implementation.instruction_key
+    for implementation, key in ((_mfma_gemm, MfmaGemm.instruction_key), (WmmaGemm, WmmaGemm.instruction_key)):
         register_gemm_impl(key, key, target_is_hip, implementation)
     register_target_normalizer("hip", normalize_target, override=True)
     _replace_manifest()
+
+
+def _mfma_gemm(gemm_node) -> MfmaGemm:
+    return (ScaledMfmaGemm if TAKES_SCALES in gemm_node.annotations else MfmaGemm)(gemm_node)
 
 
 @functools.cache

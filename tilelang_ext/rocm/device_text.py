@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tilelang_ext.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ
-from tilelang_ext.rocm.instructions import MatrixInstruction
+from tilelang_ext.rocm.instructions import MatrixInstruction, codes_per_byte, scaled_product
 
 NAMESPACE = "tilelang_ext"
 
@@ -114,6 +114,42 @@ __device__ __forceinline__ void {name}(float* d, const void* a, const void* b) {
   __builtin_memcpy(&B, b, sizeof(B));
   __builtin_memcpy(&D, d, sizeof(D));
   D = __builtin_amdgcn_{instruction.builtin}({first}, {second}, D{instruction.arguments});
+  __builtin_memcpy(d, &D, sizeof(D));
+}}
+""",
+    )
+
+
+def scaled_product_name(a_dtype: str, b_dtype: str) -> str:
+    """Return the function of a product with scales: name(pointer to D, to A, to B, scale of A, of B), scales as E8M0 bytes."""
+    return f"{NAMESPACE}::{_scaled_product_function(a_dtype, b_dtype)}"
+
+
+def _scaled_product_function(a_dtype: str, b_dtype: str) -> str:
+    names = _NAMES | {"uint8": "e2m1"}
+    return f"{scaled_product(a_dtype, b_dtype).builtin}_{names[a_dtype]}_{names[b_dtype]}_scaled"
+
+
+def scaled_product_text(a_dtype: str, b_dtype: str) -> str:
+    """Return the definition of `scaled_product_name`."""
+    instruction = scaled_product(a_dtype, b_dtype)
+    name, accumulator = _scaled_product_function(a_dtype, b_dtype), instruction.accumulator
+    a_bytes, b_bytes = (instruction.elements // codes_per_byte(dtype) for dtype in (a_dtype, b_dtype))
+    return _guarded(
+        name,
+        f"""\
+// D += A * B on a 16x16 tile with K = {instruction.K}, by a wave of {accumulator.wave}, each 32 of K times the E8M0 scales of
+// its row and column. Pointers are to a lane's own elements; its scales are those of row, and column, lane % 16 and of the 32
+// of K at lane / 16.
+__device__ __forceinline__ void {name}(float* d, const void* a, const void* b, int scale_a, int scale_b) {{
+  typedef {instruction.operand} operand;
+  typedef __attribute__((__vector_size__({accumulator.elements} * sizeof(float)))) float accumulator;
+  operand A = {{}}, B = {{}};
+  accumulator D;
+  __builtin_memcpy(&A, a, {a_bytes});
+  __builtin_memcpy(&B, b, {b_bytes});
+  __builtin_memcpy(&D, d, sizeof(D));
+  D = __builtin_amdgcn_{instruction.builtin}(B, A, D{instruction.arguments});
   __builtin_memcpy(d, &D, sizeof(D));
 }}
 """,

@@ -83,8 +83,8 @@ class MatrixUnitGemm:
         A, B, C = self.A, self.B, self.C
         a_dtype, b_dtype = str(A.dtype), str(B.dtype)
         decode = register is not None and a_dtype in FP8_DTYPES
-        read_a = _reader(A, self.gemm_node.aRegion, self.trans_A)
-        read_b = _reader(B, self.gemm_node.bRegion, not self.trans_B)
+        read_a = reader(A, self.gemm_node.aRegion, self.trans_A)
+        read_b = reader(B, self.gemm_node.bRegion, not self.trans_B)
         # Registers are indexed by constants only; what does not lie along K in shared memory is gathered.
         over_k = T.unroll if is_fragment(A) or is_fragment(B) else T.serial
         run_of_a = T.unroll if self.trans_A and is_shared(A) else T.vectorized
@@ -260,7 +260,7 @@ class WmmaGemm(MatrixUnitGemm):
     instruction_key = GEMM_INST_WMMA
 
 
-def _reader(buffer, region, k_is_first: bool):
+def reader(buffer, region, k_is_first: bool):
     """Return a function giving one element of an operand by its row (of A) or column (of B) and its K."""
     *lead, first0, second0 = [r.min for r in region.region]
 

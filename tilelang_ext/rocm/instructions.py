@@ -22,9 +22,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tilelang_ext.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, FP8_OPERANDS
+from tilelang_ext.formats import CODES_PER_BYTE, E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, FP8_OPERANDS
 
 TILE = 16  # rows and columns of every tile
+SCALED_K = 128  # of the instruction that takes scales
 FP8_DTYPES = tuple(format.dtype for format in FP8_OPERANDS)
 
 
@@ -105,7 +106,8 @@ def _vector(element: str, count: int) -> str:
 
 _MFMA_ARGUMENTS = ", 0, 0, 0"  # cbsz, abid, blgp: no broadcast
 _F8_NAMES = {E4M3.dtype: "fp8", E5M2.dtype: "bf8", E4M3_FNUZ.dtype: "fp8", E5M2_FNUZ.dtype: "bf8"}
-_F8F6F4_FORMAT = {E4M3.dtype: 0, E5M2.dtype: 1}
+_PACKED = "uint8"  # of a product with scales: two codes of E2M1
+_F8F6F4_FORMAT = {E4M3.dtype: 0, E5M2.dtype: 1, _PACKED: 4}
 _UNIT_SCALES = "0x7f7f7f7f"  # four E8M0 bytes of 2^0
 
 MFMA_16 = {
@@ -125,10 +127,10 @@ def _mfma_f8(a: str, b: str) -> MatrixInstruction:
     return MatrixInstruction(f"mfma_f32_16x16x32_{_F8_NAMES[b]}_{_F8_NAMES[a]}", 32, 4, MFMA, "long", _MFMA_ARGUMENTS)
 
 
-def _mfma_f8f6f4(a: str, b: str) -> MatrixInstruction:
+def _mfma_f8f6f4(a: str, b: str, scale_a: str = _UNIT_SCALES, scale_b: str = _UNIT_SCALES) -> MatrixInstruction:
     # cbsz and blgp are the formats of the first and second operand; then the byte of each scale register, and the register.
-    arguments = f", {_F8F6F4_FORMAT[b]}, {_F8F6F4_FORMAT[a]}, 0, {_UNIT_SCALES}, 0, {_UNIT_SCALES}"
-    return MatrixInstruction("mfma_scale_f32_16x16x128_f8f6f4", 128, 4, MFMA, _vector("int", 8), arguments)
+    arguments = f", {_F8F6F4_FORMAT[b]}, {_F8F6F4_FORMAT[a]}, 0, {scale_b}, 0, {scale_a}"
+    return MatrixInstruction("mfma_scale_f32_16x16x128_f8f6f4", SCALED_K, 4, MFMA, _vector("int", 8), arguments)
 
 
 def _wmma_f8(a: str, b: str) -> MatrixInstruction:
@@ -149,6 +151,7 @@ class Unit:
     decoded: str
     half: tuple[dict[str, MatrixInstruction], ...]  # from the largest K down
     wide: bool = False
+    scaled: tuple[str, ...] = ()  # types that it multiplies with E8M0 scales per 32 of K, lane // 16 having those of its 32
 
 
 _OCP = (E4M3.dtype, E5M2.dtype)
@@ -158,7 +161,7 @@ UNITS = {
     # "MI200 MFMA behavior specifics"; bfloat16 has the exponents of float32.)
     "gfx90a": Unit((), (), "bfloat16", (MFMA_16,)),
     "gfx942": Unit(_FNUZ, (_mfma_f8,), "float16", (MFMA_16,)),
-    "gfx950": Unit(_OCP, (_mfma_f8f6f4, _mfma_f8), "float16", (MFMA_32, MFMA_16), wide=True),
+    "gfx950": Unit(_OCP, (_mfma_f8f6f4, _mfma_f8), "float16", (MFMA_32, MFMA_16), wide=True, scaled=(*_OCP, _PACKED)),
     "gfx1100": Unit((), (), "float16", (WMMA_11,)),
     "gfx1201": Unit(_OCP, (_wmma_f8,), "float16", (WMMA_12,)),
 }
@@ -201,3 +204,18 @@ def select_product(arch: str, a_dtype: str, b_dtype: str, K: int) -> Product | N
         if K % product.instruction.K == 0:
             return product
     raise ValueError(f"T.gemm: K of fp8 tiles must be a multiple of {TILE}; got {K}; pad K with zeros")
+
+
+def takes_scales(arch: str, a_dtype: str, b_dtype: str) -> bool:
+    """Whether `arch` multiplies A and B, fp8 types or uint8 for packed E2M1, with their E8M0 scales in the instruction."""
+    return arch in UNITS and a_dtype in UNITS[arch].scaled and b_dtype in UNITS[arch].scaled
+
+
+def scaled_product(a_dtype: str, b_dtype: str) -> MatrixInstruction:
+    """Return the product of types that `takes_scales` allows; its arguments name the registers scale_a and scale_b."""
+    return _mfma_f8f6f4(a_dtype, b_dtype, "scale_a", "scale_b")
+
+
+def codes_per_byte(dtype: str) -> int:
+    """Return how many codes an element of an operand of a product with scales holds."""
+    return CODES_PER_BYTE if str(dtype) == _PACKED else 1

@@ -1,4 +1,4 @@
-"""The pass list of target `hip`: tilelang's, and after it what its generator needs said in other words."""
+"""The pass list of target `hip`: tilelang's between what it does not know, scales, and what its generator gets wrong."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from tilelang.rocm.pipeline import ROCMPassPipelineBody
 from tvm import IRModule
 from tvm.target import Target
 
+from tilelang_ext.rocm.async_copy import CopyWords
+from tilelang_ext.rocm.block_scaled import lower_block_scaled
 from tilelang_ext.rocm.spelling import SpellEightBits
 
 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
-    return SpellEightBits(ROCMPassPipelineBody(mod, target))
+    mod = lower_block_scaled(mod, target)
+    mod = ROCMPassPipelineBody(mod, target)
+    mod = CopyWords(mod)
+    return SpellEightBits(mod)

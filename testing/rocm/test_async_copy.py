@@ -1,0 +1,58 @@
+"""Pipelined copies of 4 bytes a thread whose rows do not follow each other in memory."""
+
+# Without `from __future__ import annotations`: this file holds kernels.
+
+import pytest
+import torch
+from rocm.kernels import lower
+
+from tilelang_ext import language as T
+from tilelang_ext import simulate
+from tilelang_ext.rocm import compile_hip
+
+ROWS, STEP, STEPS, THREADS = 32, 16, 4, 128
+
+
+def narrow_tiles(dtype, masked):
+    """y[k] = columns 16 k on of x, in tiles that a pipeline brings; with `masked`, zeros below the rows of x."""
+    columns = STEP // torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    m = T.dynamic("m") if masked else ROWS
+
+    @T.prim_func
+    def kernel(x: T.Tensor((m, columns * STEPS), dtype), y: T.Tensor((STEPS, ROWS, columns), dtype)):
+        with T.Kernel(1, threads=THREADS) as _:
+            x_s = T.alloc_shared((ROWS, columns), dtype)
+            for k in T.Pipelined(STEPS, num_stages=2):
+                T.copy(x[0:ROWS, k * columns : (k + 1) * columns], x_s)
+                T.copy(x_s, y[k, :, :])
+
+    return kernel
+
+
+def run(dtype, rows, masked):
+    torch_dtype = getattr(torch, dtype)
+    columns = STEP // torch.empty(0, dtype=torch_dtype).element_size()
+    x = torch.randint(1, 100, (rows, columns * STEPS), generator=torch.Generator().manual_seed(0)).to(torch_dtype)
+    y = torch.full((STEPS, ROWS, columns), 111).to(torch_dtype)
+    kernel = narrow_tiles(dtype, masked)
+    assert "cp_async_gs" not in lower(kernel, "gfx950").text
+    assert "cp_async_wait" in lower(kernel, "gfx950").text, "the pipeline copies asynchronously"
+    report = simulate(kernel, x, y, target={"kind": "hip", "mcpu": "gfx950"})
+    assert not report.findings, str(report)
+    assert torch.equal(y[:, :rows], x.reshape(rows, STEPS, columns).transpose(0, 1))
+    assert not y[:, rows:].any()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
+def test_narrow_tiles(dtype):
+    run(dtype, ROWS, masked=False)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_rows_that_there_are_not(dtype):
+    run(dtype, ROWS - 5, masked=True)
+
+
+@pytest.mark.hip
+def test_compiles():
+    compile_hip(lower(narrow_tiles("uint8", masked=True), "gfx950").text, "gfx950")
