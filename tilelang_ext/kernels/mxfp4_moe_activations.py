@@ -18,8 +18,11 @@ import math
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import CODES_PER_BYTE, E4M3, MX_GROUP
+from tilelang_ext.language.mxfp4_dequant import mxfp4_value
 from tilelang_ext.language.narrow_floats import BIAS, INF, MANTISSA_BITS, bits_of, decode, encode, mask
+from tilelang_ext.language.tile import tile
 
+_NAME = "mxfp4_moe"
 WIDE = ("bfloat16", "float16")
 KINDS = (*WIDE, "fp8", "mxfp8", "mxfp4")
 _GROUPS = 64  # that a block of `quantize_groups` takes
@@ -153,32 +156,57 @@ def _row_code(bits, scale):
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
 
-def tile_loader(kind: str, block_M: int, block_K: int):
-    """The macro that reads K tile k of the rows named by row_s, decoded; zeros for rows and groups that there are not."""
-    groups_K, entries = block_K // MX_GROUP, group_bytes(kind)
+class Operand:
+    """The K tiles of one operand of a product: `fetch` loads codes and scales into registers, `place` decodes them into a tile.
 
-    @T.macro
-    def load(codes, scale, row_s, k, A_s):
-        if kind == "mxfp4":
-            packed_s = T.alloc_shared((block_M, groups_K * entries), "uint8")
-            scale_s = T.alloc_shared((block_M, groups_K), "uint8")
-            for i, j in T.Parallel(block_M, groups_K * entries):
-                packed_s[i, j] = codes[row_s[i], k * groups_K + j // entries, j % entries]
-            for i, j in T.Parallel(block_M, groups_K):
-                scale_s[i, j] = scale[row_s[i], k * groups_K + j]
-            T.mxfp4_dequant(packed_s, scale_s, A_s)
-        else:
-            for i, j in T.Parallel(block_M, block_K):
-                code = codes[row_s[i], k * groups_K + j // MX_GROUP, j % MX_GROUP]
-                if kind in WIDE:
-                    A_s[i, j] = code
-                elif kind == "fp8":
-                    A_s[i, j] = T.cast(decode(code, E4M3), "bfloat16")
-                else:
-                    factor = T.e8m0_to_float(scale[row_s[i], k * groups_K + j // MX_GROUP])
-                    A_s[i, j] = T.cast(decode(code, E4M3) * factor, "bfloat16")
+    With the product of the tile before between the two, loads are under way while it runs.
+    """
 
-    return load
+    def __init__(self, kind: str, rows: int, block_K: int):
+        """Allocate the registers, inside a kernel."""
+        self.kind, self.rows, self.block_K, self.groups = kind, rows, block_K, block_K // MX_GROUP
+        self.codes_f = T.alloc_fragment((rows, self.groups * group_bytes(kind)), codes_dtype(kind))
+        self.scale_f = T.alloc_fragment((rows, self.groups), "uint8") if kind in ("mxfp8", "mxfp4") else None
+
+    def fetch(self, codes, scale, index, k, num_groups) -> None:
+        """Load tile k of rows codes[index(i)], zeros from group `num_groups` on and where there is no such row: what tensors
+        hold behind K, NaN perhaps, is not read."""
+        entries = group_bytes(self.kind)
+
+        @T.macro
+        def fetch(k):
+            for i, j in T.Parallel(self.rows, self.groups * entries):
+                at = (*index(i), k * self.groups + j // entries, j % entries)
+                zero = T.cast(0, self.codes_f.dtype)
+                self.codes_f[i, j] = T.if_then_else(k * self.groups + j // entries < num_groups, codes[at], zero)
+            if self.scale_f is not None:
+                for i, j in T.Parallel(self.rows, self.groups):
+                    at = (*index(i), k * self.groups + j)
+                    self.scale_f[i, j] = T.if_then_else(k * self.groups + j < num_groups, scale[at], T.uint8(0))
+
+        fetch(k)
+
+    def place(self, tile_s) -> None:
+        """Write the tile; scales of rows (fp8) are left to the sum."""
+        codes = tile(_NAME, "codes", self.codes_f)
+        scale = None if self.scale_f is None else tile(_NAME, "scale", self.scale_f)
+
+        @T.macro
+        def place():
+            if self.kind in WIDE:
+                T.copy(self.codes_f, tile_s)
+            else:
+                for i, k in T.Parallel(self.rows, self.block_K):
+                    tile_s[i, k] = _value(self.kind, codes, scale, i, k, tile_s.dtype)
+
+        place()
+
+
+def _value(kind: str, codes, scale, i, k, dtype: str):
+    if kind == "mxfp4":
+        return mxfp4_value(codes, scale, i, k, dtype)
+    value = decode(codes[i, k], E4M3)
+    return T.cast(value if kind == "fp8" else value * T.e8m0_to_float(scale[i, k // MX_GROUP]), dtype)
 
 
 def store_tile(kind: str, block_M: int, block_N: int):

@@ -1,18 +1,18 @@
-"""The two products of an MXFP4 mixture of experts, by tiles; activations in 16 bits. Tested on target c and on Metal.
+"""The two products of an MXFP4 mixture of experts, by tiles; activations in 16, 8 or 4 bits, products of 16-bit tiles.
 
     hidden[row, j] = act(x[token(row)] . w13[e, j] + bias13[e, j], x[token(row)] . w13[e, I + j] + bias13[e, I + j])
     y[token, h] = sum over slots of weight * (hidden[row] . w2[e, h] + bias2[e, h])
 
 Rows come sorted by expert (`mxfp4_moe_sort`), a block of rows has one expert, and blocks past `num_valid` end at once. Tokens,
-top_k, experts and sizes are run-time values. Weights may be stored wider than they are: tiles stop where the sizes of
-x, hidden and y say, and what is past them is never multiplied. No branch on the target.
+top_k, experts and sizes are run-time values. Weights may be stored wider than they are: of K nothing past the sizes of x and
+hidden is read, of rows nothing past those of hidden and y is stored. No branch on the target.
 """
 
 from dataclasses import dataclass
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
-from tilelang_ext.kernels.mxfp4_moe_activations import WIDE, between, store_tile, tensors, tile_dtype, tile_loader
+from tilelang_ext.kernels.mxfp4_moe_activations import WIDE, Operand, between, store_tile, tensors, tile_dtype
 from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS
 
 _GROUP_BYTES = MX_GROUP // CODES_PER_BYTE  # of weights that share a scale
@@ -68,25 +68,14 @@ def pick_config(tokens: int, top_k: int, num_experts: int, kind: str) -> Config:
     return next(config for most, config in table if most is None or rows <= most)
 
 
-def _weight_loader(config: Config):
-    """The macro that decodes K tile k of one expert's weights, rows from `row` on; zeros from group `num_groups` on."""
-    block_N, groups_K = config.block_N, config.block_K // MX_GROUP
+def _by_row(row_s):
+    """Index rows that shared memory names."""
+    return lambda i: (row_s[i],)
 
-    @T.macro
-    def load(w, scale, expert, row, k, num_groups, W_s):
-        # Decoding reads a byte many times: from a tile that needs no checks of its bounds.
-        packed_s = T.alloc_shared((block_N, groups_K * _GROUP_BYTES), "uint8")
-        scale_s = T.alloc_shared((block_N, groups_K), "uint8")
-        # Stored weights may go on behind K, with anything in them, NaN too: it is not read.
-        for i, j in T.Parallel(block_N, groups_K * _GROUP_BYTES):
-            group = k * groups_K + j // _GROUP_BYTES
-            packed_s[i, j] = T.if_then_else(group < num_groups, w[expert, row + i, group, j % _GROUP_BYTES], T.uint8(0))
-        for i, j in T.Parallel(block_N, groups_K):
-            group = k * groups_K + j
-            scale_s[i, j] = T.if_then_else(group < num_groups, scale[expert, row + i, group], T.uint8(0))
-        T.mxfp4_dequant(packed_s, scale_s, W_s)
 
-    return load
+def _of_expert(expert, row):
+    """Index the weights' rows from `row` on of one expert."""
+    return lambda i: (expert, row + i)
 
 
 def gate_up(config: Config, activation: Activation, kind: str):
@@ -105,7 +94,6 @@ def gate_up(config: Config, activation: Activation, kind: str):
     blocks, experts, rows, groups = T.dynamic("blocks"), T.dynamic("experts"), T.dynamic("rows"), T.dynamic("groups")
     block_M, block_N, block_K, threads = config.block_M, config.block_N, config.block_K, config.threads
     dtype, kind_hidden = tile_dtype(kind), between(kind)
-    load_x, load_w = tile_loader(kind, block_M, block_K), _weight_loader(config)
     stored_I = rows // 2
     x_type, scale_x_type = tensors(kind, tokens, groups_H)
     hidden_type, scale_hidden_type = tensors(kind_hidden, blocks * block_M, groups_I)
@@ -120,18 +108,28 @@ def gate_up(config: Config, activation: Activation, kind: str):
             A_s = T.alloc_shared((block_M, block_K), dtype)
             gate_s = T.alloc_shared((block_N, block_K), dtype)
             up_s = T.alloc_shared((block_N, block_K), dtype)
+            a = Operand(kind, block_M, block_K)
+            gate, up = Operand("mxfp4", block_N, block_K), Operand("mxfp4", block_N, block_K)
             gate_f = T.alloc_fragment((block_M, block_N), "float32")
             up_f = T.alloc_fragment((block_M, block_N), "float32")
             if by * block_M < num_valid[0]:
-                expert = expert_ids[by]
+                expert = T.alloc_var("int32", expert_ids[by])
                 for i in T.Parallel(block_M):
                     token_s[i] = token_ids[by * block_M + i] & _TOKEN
                 T.clear(gate_f)
                 T.clear(up_f)
+                rows_x, rows_gate = _by_row(token_s), _of_expert(expert, bx * block_N)
+                rows_up = _of_expert(expert, stored_I + bx * block_N)
+                a.fetch(x, scale_x, rows_x, 0, groups_H)
+                gate.fetch(w13, scale13, rows_gate, 0, groups_H)
+                up.fetch(w13, scale13, rows_up, 0, groups_H)
                 for k in T.serial(T.ceildiv(groups_H * MX_GROUP, block_K)):
-                    load_x(x, scale_x, token_s, k, A_s)
-                    load_w(w13, scale13, expert, bx * block_N, k, groups_H, gate_s)
-                    load_w(w13, scale13, expert, stored_I + bx * block_N, k, groups_H, up_s)
+                    a.place(A_s)
+                    gate.place(gate_s)
+                    up.place(up_s)
+                    a.fetch(x, scale_x, rows_x, k + 1, groups_H)
+                    gate.fetch(w13, scale13, rows_gate, k + 1, groups_H)
+                    up.fetch(w13, scale13, rows_up, k + 1, groups_H)
                     T.gemm(A_s, gate_s, gate_f, transpose_B=True)
                     T.gemm(A_s, up_s, up_f, transpose_B=True)
                 if kind == "fp8":
@@ -197,7 +195,6 @@ def down(config: Config, kind: str, epilogue: str):
     blocks, experts, stored_H, groups = T.dynamic("blocks"), T.dynamic("experts"), T.dynamic("stored_H"), T.dynamic("groups")
     block_M, block_N, block_K, threads = config.block_M, config.block_N, config.block_K, config.threads
     dtype = tile_dtype(kind)
-    load_hidden, load_w = tile_loader(kind, block_M, block_K), _weight_loader(config)
     hidden_type, scale_hidden_type = tensors(kind, blocks * block_M, groups_I)
     ids_type, weights_type = T.Tensor((blocks * block_M,), "int32"), T.Tensor((blocks * block_M,), "float32")
     expert_ids_type, num_valid_type = T.Tensor((blocks,), "int32"), T.Tensor((1,), "int32")
@@ -217,15 +214,21 @@ def down(config: Config, kind: str, epilogue: str):
             row_s = T.alloc_shared((block_M,), "int32")
             A_s = T.alloc_shared((block_M, block_K), dtype)
             W_s = T.alloc_shared((block_N, block_K), dtype)
+            a, w = Operand(kind, block_M, block_K), Operand("mxfp4", block_N, block_K)
             C_f = T.alloc_fragment((block_M, block_N), "float32")
             if by * block_M < num_valid[0]:
-                expert = expert_ids[by]
+                expert = T.alloc_var("int32", expert_ids[by])
                 for i in T.Parallel(block_M):
                     row_s[i] = by * block_M + i
                 T.clear(C_f)
+                rows_hidden, rows_w = _by_row(row_s), _of_expert(expert, bx * block_N)
+                a.fetch(hidden, scale_hidden, rows_hidden, 0, groups_I)
+                w.fetch(w2, scale2, rows_w, 0, groups_I)
                 for k in T.serial(T.ceildiv(groups_I * MX_GROUP, block_K)):
-                    load_hidden(hidden, scale_hidden, row_s, k, A_s)
-                    load_w(w2, scale2, expert, bx * block_N, k, groups_I, W_s)
+                    a.place(A_s)
+                    w.place(W_s)
+                    a.fetch(hidden, scale_hidden, rows_hidden, k + 1, groups_I)
+                    w.fetch(w2, scale2, rows_w, k + 1, groups_I)
                     T.gemm(A_s, W_s, C_f, transpose_B=True)
                 for i, j in T.Parallel(block_M, block_N):
                     row, column = by * block_M + i, bx * block_N + j
