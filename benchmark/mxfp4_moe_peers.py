@@ -22,7 +22,7 @@ def make_triton_kernels(case, layer):
     from triton_kernels.tensor import FP4, convert_layout, wrap_torch_tensor
     from triton_kernels.tensor_details import layout
 
-    _, intermediate, experts, top_k = case.model
+    intermediate, experts, top_k = case.model[2:]
     opt_flags.reset_opt_flags_constraints()
     opt_flags.update_opt_flags_constraints({"split_k": 1})
     swiglu = FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit")), (ALPHA, LIMIT), 2)
@@ -87,7 +87,7 @@ def make_humming(case, layer):
     from humming.tune import get_heuristics_config
     from weighted_sum_triton import weighted_sum
 
-    hidden, intermediate, experts, top_k = case.model
+    hidden, intermediate, experts, top_k = case.model[1:]
     slots = case.tokens * top_k
     activations = HummingInputSchema(a_dtype="float8e4m3") if case.a_dtype == "fp8" else None
 

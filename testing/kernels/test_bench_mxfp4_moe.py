@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT / "benchmark")]
 
 import bench_matmul  # noqa: E402
 import bench_mxfp4_moe as bench  # noqa: E402
-from bench_mxfp4_moe import Case  # noqa: E402
+from bench_mxfp4_moe import MODELS, Case  # noqa: E402
 
 from tilelang_ext import quantize, reference  # noqa: E402
 from tilelang_ext.formats import E2M1, E4M3, BlockScaledLayout  # noqa: E402
@@ -43,7 +43,7 @@ def test_counts_beside_the_minimum(tmp_path, capsys):
 
 def test_bytes_are_a_hand_count():
     """4 experts of gpt-oss at one token: half a byte an element and one more for 32, x and y in two bytes."""
-    case = Case("gpt-oss-120b", 1, "bf16", "cuda", "cuda")
+    case = Case(MODELS["gpt-oss-120b"], 1, "bf16", "cuda", "cuda")
     assert case.bytes(4) == 4 * 3 * 2880 * 2880 // 2 + 4 * 3 * 2880 * 2880 // 32 + 2 * 2 * 2880
     assert case.flops == 2 * 4 * (2 * 2880 * 2880 + 2880 * 2880)
 
@@ -242,7 +242,7 @@ def test_providers_agree(monkeypatch, peers, a_dtype):
     checked = []
     real = bench.check
     monkeypatch.setattr(bench, "check", lambda *arguments: checked.append(arguments) or real(*arguments))
-    case = Case("small", 9, a_dtype, "cuda", "cpu")
+    case = Case(MODELS["small"], 9, a_dtype, "cuda", "cpu")
     rows = bench.measure_time(case, list(bench.PROVIDERS), seed=0, copy_speed=None)
     names = {"bf16": ["ours", "triton_kernels", "humming"], "fp8": ["ours", "humming"]}[a_dtype]
     assert [row["provider"] for row in rows] == [provider for _, provider, *_ in checked] == names
@@ -261,7 +261,7 @@ def test_all_calls_are_right(monkeypatch, peers):
     monkeypatch.setattr(bench, "time_mps", lambda calls: [call() for call in calls] and 1.0)
     outputs = []
     monkeypatch.setattr(Case, "output", lambda case, device: outputs.append(torch.empty(1, 128).bfloat16()) or outputs[-1])
-    case = Case("small", 1, "bf16", "cuda", "cpu")
+    case = Case(MODELS["small"], 1, "bf16", "cuda", "cpu")
     layers = [case.layer(seed, "cpu") for seed in range(3)]
     for provider in bench.PROVIDERS:
         outputs.clear()
@@ -272,7 +272,7 @@ def test_all_calls_are_right(monkeypatch, peers):
 
 
 def test_wrong_results_stop_the_benchmark(monkeypatch):
-    case = Case("small", 3, "bf16", "cuda", "cpu")
+    case = Case(MODELS["small"], 3, "bf16", "cuda", "cpu")
     layer, inputs = case.layer(0, "cpu"), case.inputs(0, "cpu")
     want = bench.expected(layer, inputs)
     bench.check(case, "ours", want.bfloat16(), want)
@@ -291,11 +291,11 @@ def test_a_provider_that_writes_nothing_stops_the_benchmark(monkeypatch):
     monkeypatch.setattr(bench, "cache_bytes", lambda device: 60_000)
     idle = bench.Provider("humming", "", ("cuda",), lambda case, layer: lambda inputs, out: lambda: None)
     with pytest.raises(AssertionError, match="humming: cosine of a row -1"):
-        bench.measure_time(Case("small", 3, "bf16", "cuda", "cpu"), [bench.PROVIDERS[0], idle], seed=0, copy_speed=None)
+        bench.measure_time(Case(MODELS["small"], 3, "bf16", "cuda", "cpu"), [bench.PROVIDERS[0], idle], seed=0, copy_speed=None)
 
 
 def test_expected_is_the_reference():
-    case = Case("small", 6, "bf16", "cuda", "cpu")
+    case = Case(MODELS["small"], 6, "bf16", "cuda", "cpu")
     layer, inputs = case.layer(0, "cpu"), case.inputs(0, "cpu")
     d13, d2 = (reference.dequantize(w.codes, w.scale, E2M1, MX) for w in layer)
     options = {"bias13": layer.w13.bias, "bias2": layer.w2.bias, "activation": lambda v: reference.swiglu(v, gate="separated")}
