@@ -219,6 +219,14 @@ def test_found_beside_the_operator():
         from tilelang_ext.kernels.mxfp4_moe import Experts  # noqa: F401
 
 
+def test_is_traced_whole():
+    experts, operands = MXFP4Experts.from_checkpoint(checkpoint()), inputs()
+    traced = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    for tokens in (TOKENS, 3):
+        given = [operand[:tokens] for operand in operands]
+        assert torch.equal(traced(*given), experts(*given))
+
+
 @pytest.mark.parametrize("a_dtype", ["mxfp8", torch.float4_e2m1fn_x2])
 def test_options_reach_the_operator(a_dtype):
     operands = inputs()
