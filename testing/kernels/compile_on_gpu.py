@@ -1,4 +1,4 @@
-"""Compile kernels of `scaled_mm` on a GPU, many at a time: lowering holds Python's lock, so each in a process of its own.
+"""Compile kernels on a GPU, many at a time: lowering holds Python's lock, so each in a process of its own.
 
 What they compile is found in TileLang's cache on disk afterwards.
 """
@@ -18,9 +18,24 @@ from tilelang_ext.kernels.scaled_matmul_problem import bucket_of
 def compile_all(shapes, recipes) -> None:
     """Compile what `scaled_mm` needs for (M, N, K) `shapes` with float32 output."""
     needed = sorted({(bucket_of(M), N, K) for M, N, K in shapes})
+    _in_processes(partial(_compile, recipes=tuple(recipe.value for recipe in recipes)), needed)
+
+
+def compile_moe(kernels) -> None:
+    """Compile what `mxfp4_moe` needs: pairs of the function that makes a prim_func and its arguments."""
+    _in_processes(_compile_moe, kernels)
+
+
+def _in_processes(function, jobs) -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(16, os.cpu_count(), len(needed)), mp_context=context) as pool:
-        list(pool.map(partial(_compile, recipes=tuple(recipe.value for recipe in recipes)), needed))
+    with ProcessPoolExecutor(min(16, os.cpu_count(), len(jobs)), mp_context=context) as pool:
+        list(pool.map(function, jobs))
+
+
+def _compile_moe(kernel) -> None:
+    from tilelang_ext.kernels.mxfp4_moe import _compiled
+
+    _compiled(*kernel, torch.device("cuda"))
 
 
 def _compile(shape: tuple[int, int, int], recipes: tuple[int, int]) -> None:

@@ -9,6 +9,7 @@ from tilelang_ext.kernels.mxfp4_moe_stages import Activation
 from tilelang_ext.kernels.mxfp4_moe_weights import prepare_mxfp4_weights
 
 SWIGLU = Activation()
+LINEAR = Activation("swiglu", alpha=0.0, limit=2.0**20)  # g / 2 * (u + 1)
 TOKENS, TOP_K, E, H, I = 5, 2, 4, 96, 96
 STORED_H, STORED_I, STORED_K13, STORED_K2 = 104, 104, 160, 128
 MX = formats.BlockScaledLayout.e8m0_k32()
@@ -55,3 +56,31 @@ def arguments(activation=SWIGLU, mask=None, kind="bfloat16"):
     }
     expected = reference.moe(reference.requantize(x, kind), TOPK_IDS, topk_weights, d13, d2, **options)
     return (x, TOPK_IDS, topk_weights, *weights), expected
+
+
+@functools.cache
+def one_hot():
+    """Tokens whose x is 1 at one k, layers of 8 experts that give a column of random weights under LINEAR, and those columns.
+
+    Of layer "w2" the columns are of w2, of "gate" and "up" of the halves of w13; all else is the identity, or a constant.
+    """
+    experts, size = 8, 96
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 256, (experts, size, size // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.randint(125, 130, (experts, size, size // 32), generator=generator, dtype=torch.uint8)
+    topk_ids = (torch.arange(size) % experts)[:, None]
+    expected = reference.dequantize(codes, scale, formats.E2M1, MX)[topk_ids[:, 0], :, torch.arange(size)].bfloat16()
+    eye = torch.eye(size).expand(experts, size, size)
+    random, one, nothing = (codes, scale), *(quantize.quantize(factor * eye, formats.E2M1, MX) for factor in (1, 0))
+
+    def layer(gate, up, bias_gate, bias_up, w2):
+        bias = torch.tensor([bias_gate, bias_up]).repeat_interleave(size).expand(experts, -1)
+        w13 = [torch.cat(pair, 1) for pair in zip(gate, up, strict=True)]
+        return prepare_mxfp4_weights(*w13, bias, gate="separated"), prepare_mxfp4_weights(*w2)
+
+    layers = {
+        "w2": layer(one, nothing, 0.0, 1.0, random),
+        "gate": layer(random, nothing, 0.0, 1.0, one),
+        "up": layer(nothing, random, 2.0, -1.0, one),
+    }
+    return (torch.eye(size).bfloat16(), topk_ids, torch.ones(size, 1)), layers, expected

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from kernels.moe_operands import SWIGLU, arguments
+from kernels.moe_operands import LINEAR, MX, SWIGLU, arguments, one_hot
 from kernels.moe_targets import runner
 from numeric import assert_close
 
@@ -14,7 +14,6 @@ from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation, pick_config
 from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, prepare_mxfp4_weights
 
-MX = formats.BlockScaledLayout.e8m0_k32()
 SIZE = 96  # of H and of I: a tile and a half
 
 
@@ -116,38 +115,14 @@ def test_order_of_tokens(target):
     assert_close(out, expected, dtype="bfloat16")
 
 
-def grid(*shape, seed):
-    """Codes and scales of random weights, and their values: multiples of 1/8."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), generator=generator, dtype=torch.uint8)
-    scale = torch.randint(125, 130, (*shape[:-1], shape[-1] // 32), generator=generator, dtype=torch.uint8)
-    return codes, scale, reference.dequantize(codes, scale, formats.E2M1, MX)
-
-
 @pytest.mark.parametrize(("target", "kind"), [("c", "bfloat16"), ("c", "mxfp4"), ("metal", "bfloat16")], indirect=["target"])
 def test_one_hot(target, kind):
-    """x = 1 at one k of a token: the weights' column comes out bit for bit. Without alpha the activation is g / 2 * (u + 1)."""
-    E, linear = 8, Activation("swiglu", alpha=0.0, limit=2.0**20)
-    x, topk_ids, ones = torch.eye(SIZE).bfloat16(), (torch.arange(SIZE) % E).int()[:, None], torch.ones(SIZE, 1)
-    eye = torch.eye(SIZE).expand(E, SIZE, SIZE)
-    zeros = torch.zeros(E, SIZE)
-    a_dtype = None if kind == "bfloat16" else kind
-
-    def run(w13, bias13, w2):
-        weights = prepare_mxfp4_weights(*w13, bias13, gate="separated"), prepare_mxfp4_weights(*w2)
-        return mxfp4_moe(x, topk_ids, ones, *weights, activation=linear, a_dtype=a_dtype)
-
-    def stack(gate, up):
-        return [torch.cat(pair, 1) for pair in zip(gate, up, strict=True)]
-
-    codes, scale, values = grid(E, SIZE, SIZE, seed=1)
-    expected = values[topk_ids[:, 0].long(), :, torch.arange(SIZE)].bfloat16()
-    one, nothing = quantize.quantize(eye, formats.E2M1, MX), quantize.quantize(0 * eye, formats.E2M1, MX)
-    assert torch.equal(run(stack(one, nothing), torch.cat([zeros, zeros + 1], 1), (codes, scale)), expected)  # w2
-    if kind == "bfloat16":  # the column itself is handed over
-        gate, up = stack((codes, scale), nothing), stack(nothing, (codes, scale))
-        assert torch.equal(run(gate, torch.cat([zeros, zeros + 1], 1), one), expected)
-        assert torch.equal(run(up, torch.cat([zeros + 2, zeros - 1], 1), one), expected)
+    """x = 1 at one k of a token: the weights' column comes out bit for bit."""
+    tokens, layers, expected = one_hot()
+    for name, layer in layers.items():
+        if kind == "bfloat16" or name == "w2":  # of w13 the column itself is handed over
+            result = mxfp4_moe(*tokens, *layer, activation=LINEAR, a_dtype=None if kind == "bfloat16" else kind)
+            assert torch.equal(result, expected), name
 
 
 def test_wrong_weights_are_far_off(target):

@@ -193,13 +193,14 @@ for _name, _implementation, _shape_of in (("mxfp4_moe", _mxfp4_moe, _fake), ("mx
 
 
 def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, expert_mask, out) -> None:
-    mask = torch.ones(w13.codes.shape[0], dtype=torch.bool) if expert_mask is None else expert_mask
+    device = x.device
+    mask = torch.ones(w13.codes.shape[0], dtype=torch.bool, device=device) if expert_mask is None else expert_mask
     if mask.sum() != w13.codes.shape[0]:  # a GPU is not waited for: its kernels take no expert past the last
         raise ValueError(
             f"mxfp4_moe: expert_mask must be true for the {w13.codes.shape[0]} experts of w13; got {int(mask.sum())}; check it"
         )
     half, I = w13.codes.shape[1] // 2, w13.rows // 2
-    rows13 = torch.cat([torch.arange(I), half + torch.arange(I)])
+    rows13 = torch.cat([torch.arange(I, device=device), half + torch.arange(I, device=device)])
     mx = BlockScaledLayout.e8m0_k32()
     act = {
         "silu": functools.partial(reference.silu_mul, gate="separated"),
@@ -207,7 +208,7 @@ def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue
     }[activation.name]
     if kind not in activations.WIDE:
         x = reference.requantize(x, kind)
-    y = torch.zeros(out.shape, dtype=torch.float64)
+    y = torch.zeros(out.shape, dtype=torch.float64, device=device)
     # One expert at a time: dequantised, all of a model's would take 16 times their memory.
     for local, expert in enumerate(mask.nonzero().flatten().tolist()):
         if not (topk_ids == expert).any():
@@ -222,7 +223,7 @@ def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue
             bias13=w13.bias[local, rows13][None],
             bias2=w2.bias[local, : w2.rows][None],
             between=activations.between(kind),
-            expert_mask=torch.arange(len(mask)) == expert,
+            expert_mask=torch.arange(len(mask), device=device) == expert,
         )
     out.copy_(y)
 
