@@ -70,6 +70,19 @@ struct alignas(16) float4 {
 struct uint1 {
   uint x;
 };
+#define VECTOR_2(name, element)              \
+  struct alignas(2 * sizeof(element)) name { \
+    element x, y;                            \
+  };                                         \
+  inline name make_##name(element x, element y) { return {x, y}; }
+VECTOR_2(uchar2, uint8_t)
+VECTOR_2(ushort2, uint16_t)
+VECTOR_2(int2, int)
+VECTOR_2(uint2, uint)
+struct alignas(16) uint4 {
+  uint x, y, z, w;
+};
+inline uint4 make_uint4(uint x, uint y, uint z, uint w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint1 make_uint1(uint x) { return {x}; }
@@ -113,7 +126,30 @@ inline uint __byte_perm(uint x, uint y, uint selector) {
   return result;
 }
 
+inline float bfloat16_value(uint bits) {
+  const uint word = bits << 16;
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
+struct bfloat16_t {
+  uint16_t bits;
+  bfloat16_t() = default;
+  explicit bfloat16_t(float value) {  // ties to even
+    uint word;
+    std::memcpy(&word, &value, 4);
+    bits = std::isnan(value) ? 0x7fff : uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
+  }
+};
+inline uint __pack_nv_bfloat162(bfloat16_t low, bfloat16_t high) { return low.bits | uint(high.bits) << 16; }
+
 namespace tl {
+template <typename To>
+To broadcast(uchar byte) {
+  To result;
+  std::memset(&result, byte, sizeof(To));
+  return result;
+}
 template <typename T>
 T from_uint1(uint1 v) {
   return {v.x};
@@ -153,10 +189,11 @@ void ldmatrix(const void* row, void* to) {
 inline void ptx_ldmatrix_x4(const void* row, void* to) { ldmatrix<4>(row, to); }
 inline void ptx_ldmatrix_x2(const void* row, void* to) { ldmatrix<2>(row, to); }
 
-enum class DataType { kFloat16, kFloat8_e4m3, kFloat8_e5m2, kFloat32 };
+enum class DataType { kFloat16, kBFloat16, kFloat8_e4m3, kFloat8_e5m2, kFloat32 };
 template <DataType T>
 float value(uint bits) {
   if (T == DataType::kFloat16) return half_value(bits);
+  if (T == DataType::kBFloat16) return bfloat16_value(bits & 0xffff);
   static const std::vector<float> values = [] {
     std::vector<float> table(256);
     for (int code = 0; code < 256; ++code)
@@ -167,7 +204,8 @@ float value(uint bits) {
 }
 template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool, bool>
 void mma_sync(float* c, const unsigned* a, const unsigned* b) {
-  static_assert(M == 16 && N == 8 && TC == DataType::kFloat32 && K == (TA == DataType::kFloat16 ? 16 : 32));
+  constexpr bool wide = TA == DataType::kFloat16 || TA == DataType::kBFloat16;
+  static_assert(M == 16 && N == 8 && TC == DataType::kFloat32 && K == (wide ? 16 : 32));
   constexpr int per_word = K / 8, bits = 32 / per_word;
   Warp& w = warp();
   std::memcpy(w.a[lane()], a, 16);

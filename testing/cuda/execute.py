@@ -16,17 +16,18 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++20 comp
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+), 1\) (\w+)\((.*?)\) \{')
 
 
-def execute(text: str, grid: tuple[int, int], tensors: dict[str, torch.Tensor]) -> None:
+def execute(text: str, grid: tuple[int, int], tensors: dict[str, torch.Tensor], scalars: dict[str, int] | None = None) -> None:
     """Run the one kernel of `text` over a grid, and write what it left in its tensors, by their names, back into them."""
     threads, name, parameters = _SIGNATURE.search(text).groups()
-    pointers = re.findall(r"(\w+)\s?\* __restrict__ (\w+)", parameters)
+    pointers = dict(reversed(pair) for pair in re.findall(r"(\w+)\s?\* __restrict__ (\w+)", parameters))
+    names = [parameter.split()[-1] for parameter in parameters.split(", ")]
     device = text[_SIGNATURE.search(text).start() :]
     device = _SIGNATURE.sub(rf"void {name}(\3) {{", device)
     device = re.sub(r"extern __shared__ __align__\(1024\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", device)
     assert "__shared__" not in device
-    arguments = ", ".join(f"({dtype}*){tensor}.data()" for dtype, tensor in pointers)
-    call = f"launch({grid[0]}, {grid[1]}, {threads}, [&] {{ {name}({arguments}); }});"
-    run_program("device.h", device, {tensor: tensors[tensor] for _, tensor in pointers}, call)
+    values = [f"({pointers[each]}*){each}.data()" if each in pointers else str(scalars[each]) for each in names]
+    call = f"launch({grid[0]}, {grid[1]}, {threads}, [&] {{ {name}({', '.join(values)}); }});"
+    run_program("device.h", device, {tensor: tensors[tensor] for tensor in pointers}, call)
 
 
 def run_program(header: str, device: str, tensors: dict[str, torch.Tensor], call: str) -> None:

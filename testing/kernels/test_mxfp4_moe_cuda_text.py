@@ -1,27 +1,68 @@
-"""The kernels of the mixture of experts as CUDA text, with no GPU: machine code without spills, on the matrix unit."""
+"""The kernels of the mixture of experts as CUDA text, with no GPU: machine code without spills, values by running the text."""
+
+import functools
 
 import pytest
+import torch
+from cuda.execute import execute, needs_compiler
 from cuda.kernels import lower
 from cuda.toolkit import compile_texts, needs_nvcc
+from kernels.moe_operands import MX, SWIGLU, TOP_K, TOPK_IDS, E, H, I, arguments, case
+from numeric import assert_close
 
+from tilelang_ext import formats, quantize, reference
+from tilelang_ext.kernels.mxfp4_moe_activations import quantize_rows
 from tilelang_ext.kernels.mxfp4_moe_sort import moe_sort
-from tilelang_ext.kernels.mxfp4_moe_stages import Activation, down, gate_up, pick_config, sum_slots
+from tilelang_ext.kernels.mxfp4_moe_stages import down, gate_up, pick_config, sum_slots
 
-SMALL, LARGE = pick_config(1, 4, 32, "cuda"), pick_config(4096, 4, 32, "cuda")
-PRODUCTS = {
-    "gate_up": lambda: gate_up(LARGE, Activation(), "bfloat16"),
-    "down": lambda: down(SMALL, "float16", "reduce"),
-    "atomic": lambda: down(LARGE, "bfloat16", "atomic"),
+LARGE = pick_config(4096, 4, 32, "cuda")  # 256 threads, and the most registers
+KERNELS = {
+    "gate_up": lambda: gate_up(LARGE, SWIGLU, "mxfp8"),
+    "down": lambda: down(LARGE, "mxfp8", "reduce"),
+    "wide": lambda: gate_up(LARGE, SWIGLU, "bfloat16"),
+    "sort": lambda: moe_sort(LARGE.block_M, 128, "int64"),
+    "rows": lambda: quantize_rows("bfloat16"),
+    "sum": lambda: sum_slots("bfloat16", "int64"),
 }
-OTHERS = {"sort": lambda: moe_sort(LARGE.block_M, 128, "int64"), "sum": lambda: sum_slots("bfloat16", "int64")}
+
+
+@functools.cache
+def text(name, arch):
+    return lower(KERNELS[name]().with_attr("global_symbol", name), arch)
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("arch", "unit"), [("sm_80", "HMMA"), ("sm_90a", "HGMMA")])
-def test_machine_code(arch, unit):
-    kernels = PRODUCTS | OTHERS if arch == "sm_80" else PRODUCTS
-    texts = {name: lower(make().with_attr("global_symbol", name), arch) for name, make in kernels.items()}
-    compiled = compile_texts(texts, arch)
+@pytest.mark.parametrize(
+    ("arch", "names", "unit"), [("sm_80", ("gate_up", "down", "sort", "rows", "sum"), "HMMA"), ("sm_90a", ("wide",), "HGMMA")]
+)
+def test_machine_code(arch, names, unit):
+    compiled = compile_texts({name: text(name, arch) for name in names}, arch)
     assert not any(kernel.spilled for kernel in compiled.values()), compiled
-    for name in PRODUCTS:
-        assert compiled[name].count("HMMA" if name == "down" else unit), name  # 16 rows are too few for a warpgroup
+    for name in {"gate_up", "down", "wide"} & compiled.keys():
+        assert compiled[name].count(unit), name
+
+
+@needs_compiler
+def test_values():
+    """Both products, a block of threads after the other; what is padded is poison."""
+    x, topk_weights, w13, w2, *_ = case()
+    rows = reference.moe_sort(TOPK_IDS, topk_weights, E, LARGE.block_M)
+    blocks, tokens = len(rows.expert_ids), len(x)
+    codes, scale = quantize.quantize(x, formats.E4M3, MX)
+    hidden = torch.full((blocks * LARGE.block_M, I), 0x7F, dtype=torch.uint8)  # NaN
+    scale_hidden = torch.full((blocks * LARGE.block_M, I // 32), 255, dtype=torch.uint8)
+    tensors = rows._asdict() | {"x": codes.view(torch.uint8), "scale_x": scale, "hidden": hidden, "scale_hidden": scale_hidden}
+    tensors |= dict(zip(("w13", "scale13", "bias13", "w2", "scale2", "bias2"), (*w13, *w2), strict=True))
+    sizes = {"blocks": blocks, "experts": E, "tokens": tokens, "groups_H": H // 32, "groups_I": I // 32, "H": H, "top_k": TOP_K}
+
+    def run(name, weights):
+        _, stored_rows, groups = weights[1].shape
+        stored = {"rows": stored_rows, "stored_H": stored_rows, "groups": groups}
+        execute(text(name, "sm_80"), (-(-max(H, I) // LARGE.block_N), blocks), tensors, sizes | stored)
+
+    run("gate_up", w13)
+    tensors["y"] = torch.full((tokens, TOP_K, H), torch.nan)
+    run("down", w2)
+    assert tensors["y"][4, 1].isnan().all(), "no expert 9 wrote"
+    tensors["y"][4, 1] = 0
+    assert_close(tensors["y"].sum(1), arguments(kind="mxfp8")[1], dtype="float32")
