@@ -155,7 +155,7 @@ class Case:
         if self.recipe == "row":
             scale_b = scale_b.t()
         elif self.recipe == "block":
-            scale_a = scale_a.t().contiguous().t()
+            scale_a = scale_a.t().clone(memory_format=torch.contiguous_format).t()  # of one row, strides count too
             scale_b = torch.nn.functional.pad(scale_b, (0, -scale_b.shape[1] % 4)).t()
         return inputs._replace(scale_a=scale_a, scale_b=scale_b)
 
@@ -297,7 +297,13 @@ def measure_time(case: Case, providers: list[Provider], seed: int) -> list[dict]
     for provider in (provider for provider in providers if case.recipe in TAKES[provider.name]):
         run = provider.make(case)
         outputs[0].fill_(torch.nan)
-        run(inputs[0], outputs[0])
+        try:
+            run(inputs[0], outputs[0])
+        except (RuntimeError, ValueError) as error:
+            if provider.name.startswith("ours"):
+                raise
+            print(f"{case.name}: {provider.name} left out: {error}", file=sys.stderr)
+            continue
         fast = provider.name.endswith("fast") or (provider.name == "vllm" and case.recipe != "block")
         sum_error = FAST_ERROR if fast else TENSOR_CORE_ERROR
         error = assert_close(outputs[0], expected, dtype=case.dtype, max_error=sum_error + BOUNDS[case.dtype][0])
