@@ -56,15 +56,15 @@ GEMM = {
     },
 }
 SCALED = dict.fromkeys(LAYOUTS, GEMM[E4M3, E4M3])  # of T.fp8_scaled_matmul in E4M3
+MOE = GEMM["bfloat16", "bfloat16"]  # of the mixture of experts, whose tiles are decoded
 
 
-def check(kernel, arch, instruction, tiles):
+def gate(text, lds_bytes, arch, instruction, tiles):
     """Compile; `tiles` is how many 16x16 tiles of the result a wave has, of which each gets the same number of products.
 
-    `instruction` None is for a kernel without the matrix unit.
+    `instruction` None is for a kernel without the matrix unit. `lds_bytes` is what the launch adds.
     """
-    lowered = lower(kernel, arch)
-    compiled = compile_hip(lowered.text, arch)
+    compiled = compile_hip(text, arch)
     found = Counter(MATRIX.findall(compiled.isa))
     assert set(found) == ({instruction} if instruction else set())
     assert all(compiled.count(name) == count and count % tiles == 0 for name, count in found.items())
@@ -72,9 +72,15 @@ def check(kernel, arch, instruction, tiles):
     assert (resources.vgpr_spills, resources.sgpr_spills, resources.scratch_bytes) == (0, 0, 0), resources
     assert resources.wave == WAVE[arch]
     assert 0 < resources.vgprs <= (512 if WAVE[arch] == 64 else 256)
-    assert resources.lds_bytes + lowered.lds_bytes <= LDS_BYTES[arch]
+    assert resources.lds_bytes + lds_bytes <= LDS_BYTES[arch]
     assert compiled.code.startswith(b"\x7fELF")
     return compiled
+
+
+def check(kernel, arch, instruction, tiles):
+    """Lower a kernel and pass it through the gate."""
+    lowered = lower(kernel, arch)
+    return gate(lowered.text, lowered.lds_bytes, arch, instruction, tiles)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numeric import assert_close
 from simulator.hip_kernels import ARCHS, attention, cast, gemm, operands, row_statistics, scale_rows, target
-from simulator.hip_texts import HISTOGRAM, ROW_SUM, TEMPLATE_GEMM, run, run_gemm
+from simulator.hip_texts import HEADER, HISTOGRAM, ROW_SUM, TEMPLATE_GEMM, run, run_gemm
 
 from tilelang_ext import simulate
 
@@ -176,3 +176,23 @@ def test_atomics(workers):
     assert report.findings == ()
     assert bins.tolist() == np.bincount(x.numpy() & 15, minlength=16).tolist()
     assert (total.item(), most.item()) == (x.sum().item(), x.max().item())
+
+
+def test_complement_of_vectors():
+    """HIP's integer vectors have it as an operator, for each lane."""
+    source = (
+        HEADER
+        + """
+extern "C" __global__ void complement(const int* x, int* y) {
+  const int i = threadIdx.x * 8;
+  *(int4*)(y + i) = ~*(const int4*)(x + i);
+  *(int2*)(y + i + 4) = ~*(const int2*)(x + i + 4);
+  *(uchar4*)(y + i + 6) = ~*(const uchar4*)(x + i + 6);
+  *(ushort2*)(y + i + 7) = ~*(const ushort2*)(x + i + 7);
+}
+"""
+    )
+    x = torch.randint(-(2**31), 2**31, (64 * 8,), generator=torch.Generator().manual_seed(0)).int()
+    y = torch.zeros_like(x)
+    assert run(source, "complement", [x, y]).findings == ()
+    assert torch.equal(y, ~x)

@@ -22,6 +22,12 @@
     return {decltype(a.x)(a.x op b.x), decltype(a.x)(a.y op b.y), decltype(a.x)(a.z op b.z),                          \
             decltype(a.x)(a.w op b.w)};                                                                               \
   }
+#define SIM_VECTOR_COMPLEMENT(name)                                                              \
+  inline name##1 operator~(name##1 a) { return {decltype(a.x)(~a.x)}; }                          \
+  inline name##2 operator~(name##2 a) { return {decltype(a.x)(~a.x), decltype(a.x)(~a.y)}; }     \
+  inline name##4 operator~(name##4 a) {                                                          \
+    return {decltype(a.x)(~a.x), decltype(a.x)(~a.y), decltype(a.x)(~a.z), decltype(a.x)(~a.w)}; \
+  }
 SIM_VECTOR_TYPES(signed char, char)
 SIM_VECTOR_TYPES(unsigned char, uchar)
 SIM_VECTOR_TYPES(short, short)
@@ -34,6 +40,17 @@ SIM_VECTOR_TYPES(long long, longlong)
 SIM_VECTOR_TYPES(unsigned long long, ulonglong)
 SIM_VECTOR_TYPES(float, float)
 SIM_VECTOR_TYPES(double, double)
+SIM_VECTOR_COMPLEMENT(char)
+SIM_VECTOR_COMPLEMENT(uchar)
+SIM_VECTOR_COMPLEMENT(short)
+SIM_VECTOR_COMPLEMENT(ushort)
+SIM_VECTOR_COMPLEMENT(int)
+SIM_VECTOR_COMPLEMENT(uint)
+SIM_VECTOR_COMPLEMENT(long)
+SIM_VECTOR_COMPLEMENT(ulong)
+SIM_VECTOR_COMPLEMENT(longlong)
+SIM_VECTOR_COMPLEMENT(ulonglong)
+#undef SIM_VECTOR_COMPLEMENT
 #undef SIM_VECTOR_TYPES
 #undef SIM_VECTOR_OPERATOR
 

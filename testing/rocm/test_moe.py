@@ -1,0 +1,88 @@
+"""`mxfp4_moe` on AMD: what it launches is executed from its text and compiled; each kernel is lowered once."""
+
+import functools
+
+import pytest
+import torch
+from kernels.moe_operands import SWIGLU, arguments
+from numeric import assert_close
+from rocm.test_compile import MOE, gate
+
+from tilelang_ext import reference, simulate
+from tilelang_ext.kernels import mxfp4_moe as door
+from tilelang_ext.kernels import mxfp4_moe_stages as stages
+from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
+from tilelang_ext.kernels.mxfp4_moe_sort import moe_sort
+from tilelang_ext.rocm import CompilerMissingError, find_compiler, program
+
+PRODUCTS = (stages.gate_up, stages.down)
+COSINE = 0.9999  # of the mean row, as other targets' tests have it
+
+
+@functools.cache
+def lowered(make, options, arch):
+    return program.lower(make(*options), f"hip -mcpu={arch}")
+
+
+def sort_by_reference(block_m):
+    """Sorting costs as much to lower as a product, and is tested by itself."""
+
+    def run(topk_ids, topk_weights, mask, *outputs):
+        rows = reference.moe_sort(topk_ids, topk_weights, len(mask), block_m, mask.bool())
+        for output, value in zip(outputs, (rows.token_ids, rows.weights, rows.expert_ids, rows.num_valid), strict=True):
+            output.copy_(value)
+
+    return run
+
+
+@pytest.fixture
+def launched(request, monkeypatch):
+    """Tensors on the CPU go the way of a GPU's, on memory full of NaN; returns (function that made it, program) of launches."""
+    arch, programs = request.param, []
+
+    def compiled(make, options, device):
+        if make is moe_sort and arch != "gfx1201":
+            return sort_by_reference(options[0])
+        made = lowered(make, options, arch)
+        programs.append((make, made))
+
+        def run(*tensors):
+            report = simulate(made, *tensors, target={"kind": "hip", "mcpu": arch}, timeout=300)
+            assert not report.findings, str(report)
+
+        return run
+
+    monkeypatch.setattr(door, "_compiled", compiled)
+    monkeypatch.setattr(door, "_by_reference", door._by_kernels)
+    torch.use_deterministic_algorithms(True)
+    yield programs
+    torch.use_deterministic_algorithms(False)
+
+
+# Every architecture, kind of activations and epilogue once: lowering is most of the time, and they meet in the products alone.
+CASES = [
+    ("gfx90a", "bfloat16", "reduce"),
+    ("gfx942", "fp8", "reduce"),
+    ("gfx950", "mxfp4", "atomic"),
+    ("gfx1100", "bfloat16", "atomic"),
+    ("gfx1201", "bfloat16", "reduce"),
+]
+
+
+@pytest.mark.parametrize(("launched", "kind", "epilogue"), CASES, indirect=["launched"])
+def test_values_and_machine_code(launched, kind, epilogue):
+    operands, expected = arguments(kind=kind)
+    a_dtype = None if kind == "bfloat16" else kind
+    out = torch.full_like(operands[0], torch.nan)
+    mxfp4_moe(*operands, activation=SWIGLU, a_dtype=a_dtype, epilogue=epilogue, out=out)
+    assert torch.nn.functional.cosine_similarity(out.double(), expected, dim=1).mean() >= COSINE
+    assert_close(out, expected, dtype="bfloat16", max_error=None if a_dtype is None else 0.03)
+    arch = launched[0][1].arch
+    assert [made.arch for _, made in launched] == [arch] * len(launched)
+    assert {make for make, _ in launched} >= set(PRODUCTS)
+    try:
+        find_compiler()
+    except CompilerMissingError as error:
+        pytest.skip(f"executed, not compiled: {error}")
+    for make, made in launched:
+        gate(made.source, made.dynamic_lds, arch, MOE[arch] if make in PRODUCTS else None, tiles=1)
