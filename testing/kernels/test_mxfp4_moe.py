@@ -20,6 +20,12 @@ def test_cpu(activation):
     assert_close(mxfp4_moe(*operands, activation=activation, epilogue="atomic"), expected, dtype="bfloat16")
 
 
+def test_cpu_with_experts_elsewhere():
+    mask = torch.tensor([False, True, False, True, True, False, False, False, False, True])  # expert 9 is the last of four
+    operands, expected = arguments(mask=mask)
+    assert_close(mxfp4_moe(*operands, activation=SWIGLU, expert_mask=mask), expected, dtype="bfloat16")
+
+
 A_DTYPES = {
     "bfloat16": (None, torch.bfloat16),
     "fp8": ("fp8", torch.float8_e4m3fn),

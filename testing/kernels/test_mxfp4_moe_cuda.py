@@ -200,6 +200,12 @@ def test_routing():
     assert mxfp4_moe(x[:0], ids[:0], topk_weights[:0], w13, w2, activation=SWIGLU).shape == (0, 512)
 
 
+def test_many_tokens():
+    """More than a grid has blocks along its second axis."""
+    arguments = operands((70000, 64, 64, 4, 1))
+    assert_near(run(arguments), truth(arguments))
+
+
 def test_reduce_is_deterministic():
     arguments = operands(SHAPES[3])
     first = run(arguments)

@@ -66,6 +66,7 @@ def test_routing(target):
 
     check(x, torch.full_like(topk_ids, 3))
     check(x, torch.tensor([[4, -1], [-(2**31), 2**31 - 1], [1, 4], [9, 2], [5, 6]], dtype=torch.int32))
+    check(x, torch.tensor([[1, 2**32], [-1, 0], [1, 4], [2**32 + 3, 2], [2**40, -(2**33)]]))
     check(x[:1], topk_ids[:1])
     check(x, torch.tensor([[6, 0], [1, 2], [0, 2], [4, 3], [5, 7]], dtype=torch.int32), mask)
     # A mask that names more experts than there are weights: wrong, and yet nothing is read that is not there.
@@ -107,7 +108,7 @@ def test_order_of_tokens(target):
     """reduce: a token's result has the same bits wherever its rows are sorted to; atomic: the same values."""
     (x, topk_ids, topk_weights, *weights), expected = arguments()
     order = torch.tensor([3, 0, 4, 2, 1])
-    first = mxfp4_moe(x, topk_ids, topk_weights, *weights, activation=SWIGLU)
+    first = mxfp4_moe(x.t().contiguous().t(), topk_ids.t().contiguous().t(), topk_weights, *weights, activation=SWIGLU)
     second = mxfp4_moe(x[order], topk_ids[order], topk_weights[order], *weights, activation=SWIGLU)
     assert torch.equal(first[order], second)
     out = torch.full_like(x, torch.nan)

@@ -296,7 +296,8 @@ def sum_slots(out_dtype: str, ids_dtype: str = "int32"):
         expert_mask: T.Tensor((num_experts,), "int32"),
         out: T.Tensor((tokens, H), out_dtype),
     ):
-        with T.Kernel(T.ceildiv(H, _SUM_COLUMNS), tokens, threads=128) as (bx, by):
+        # Tokens come first: CUDA has 65535 blocks at most along the others.
+        with T.Kernel(tokens, T.ceildiv(H, _SUM_COLUMNS), threads=128) as (by, bx):
             total_f = T.alloc_fragment((_SUM_COLUMNS,), "float32")
             T.clear(total_f)
             for slot in T.serial(top_k):
