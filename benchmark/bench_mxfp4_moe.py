@@ -31,7 +31,6 @@ import tilelang  # noqa: E402
 from bench_matmul import METHOD, SIMULATOR_SECONDS, describe, find_device  # noqa: E402
 from harness import (  # noqa: E402
     L2_CACHES,
-    MAX_ROTATION,
     Column,
     Provider,
     cache_bytes,
@@ -279,8 +278,8 @@ def measure_time(case: Case, providers: list[Provider], seed: int, copy_speed: f
     device, cache = case.device, cache_bytes(case.device)
     maker = device if device == "cuda" else "cpu"  # float64, for what is expected
     active = case.inputs(seed, maker).topk_ids.unique().numel()
+    sets = rotation(case.bytes(active), cache)
     copies = math.ceil(L2_CACHES * cache / case.bytes(case.model.experts))  # of all experts
-    sets = max(rotation(case.bytes(active), cache), min(MAX_ROTATION, copies))
     layers = [case.layer(seed + i, maker) for i in range(min(sets, copies))]
     inputs = [case.inputs(seed + i, maker) for i in range(sets)]
     outputs = [case.output(device) for _ in range(sets)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmark")]
@@ -96,6 +97,7 @@ def fake_matmul_ogs(x, w, bias, routing, gather_indx=None, scatter_indx=None, pr
     assert w.layout == {"mx_axis": 1}
     assert precision_config["weight_scale"].layout == {"mx_axis": 1, "num_warps": 8}
     assert scale.shape[-1] % 4 == 0
+    assert len(routing.expt_hist) == routing.n_expts_tot == len(codes)
     weights = reference.dequantize(codes, scale[..., : codes.shape[-1] // 16], E2M1, MX)
     ends = routing.expt_hist.cumsum(0).tolist()
     top_k, y, rows = routing.n_expts_act, rest["y"], []
@@ -222,7 +224,7 @@ def fake_humming():
 
 @pytest.fixture
 def peers(monkeypatch):
-    constraints = {}
+    constraints = {"idle_sms": 4}  # somebody else's
     for name, module in {**fake_triton_kernels(constraints), **fake_humming()}.items():
         monkeypatch.setitem(sys.modules, name, module)
     return constraints
@@ -243,12 +245,14 @@ def test_providers_agree(monkeypatch, peers, a_dtype):
     real = bench.check
     monkeypatch.setattr(bench, "check", lambda *arguments: checked.append(arguments) or real(*arguments))
     case = Case(MODELS["small"], 9, a_dtype, "cuda", "cpu")
-    rows = bench.measure_time(case, list(bench.PROVIDERS), seed=0, copy_speed=None)
+    rows = bench.measure_time(case, list(bench.PROVIDERS), seed=0, copy_speed=5.0)
     names = {"bf16": ["ours", "triton_kernels", "humming"], "fp8": ["ours", "humming"]}[a_dtype]
     assert [row["provider"] for row in rows] == [provider for _, provider, *_ in checked] == names
     assert rows[0]["speed_of_best_peer"] == {"bf16": 2.0 / 3.0, "fp8": 6.0 / 3.0}[a_dtype]
     assert rows[0]["tflops"] == case.flops / 3.0 / 1e6
     assert rows[0]["floor_bytes"] == case.bytes(4)
+    assert rows[0]["share_of_copy"] == case.bytes(4) / 3.0 / 5.0
+    assert all((row["least_cosine"] < 0.9999) == (a_dtype == "fp8") for row in rows), "fp8 is less exact"
     assert all(len(calls) == rows[0]["calls"] for calls in timed)
     assert rows[0]["calls"] * case.bytes(4) > 3 * 60_000
     if a_dtype == "bf16":
@@ -302,7 +306,7 @@ def test_expected_is_the_reference():
     torch.testing.assert_close(bench.expected(layer, inputs), reference.moe(*inputs, d13, d2, **options))
 
 
-def test_plot(tmp_path):
+def test_plot(tmp_path, monkeypatch):
     rows = [
         {"case": model, "tokens": tokens, "provider": provider, "a_dtype": "bf16", "us": us * tokens**0.5, "share_of_copy": 0.5}
         for model in ("gpt-oss-20b", "small")
@@ -312,8 +316,12 @@ def test_plot(tmp_path):
     drawn = bench.lines(rows)
     assert {row["line"] for row in drawn} == {"ours, bf16", "humming, bf16", "bytes at copy speed"}
     assert drawn[-1]["us"] == 22.0
-    file = tmp_path / "chart.png"
+    file, plotted = tmp_path / "chart.png", []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, *line, **style: plotted.append(line[:2]) or plot(axes, *line, **style))
     bench.plot_lines(str(file), drawn, panel="case", x="tokens", series="line", value="us", title="t", label="us")
+    assert plotted[:3] == [((1, 16), (10.0, 40.0)), ((1, 16), (11.0, 44.0)), ((1, 16), (5.5, 22.0))]
+    assert len(plotted) == 6
     assert file.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="needs rows with us; got none"):
         bench.plot_lines(

@@ -134,8 +134,8 @@ def test_files(tmp_path):
     assert torch.equal(one.down_proj_blocks, checkpoint(1)["down_proj_blocks"])
     with pytest.raises(KeyError, match=r"layers.3.*down_proj_scales must be .*pass every file of the layer"):
         MXFP4Experts.from_checkpoint(files[0], PREFIX)
-    with pytest.raises(KeyError, match=r"pass a prefix such as 'model.layers.2.mlp.experts.'"):
-        MXFP4Experts.from_checkpoint(files[0])
+    with pytest.raises(KeyError, match=r"got 13 tensors; pass a prefix such as 'model.layers.2.mlp.experts.'"):
+        MXFP4Experts.from_checkpoint(files)
 
 
 def test_state_dict_is_a_checkpoint():
@@ -147,9 +147,11 @@ def test_state_dict_is_a_checkpoint():
     assert sorted(state) == sorted(f"mlp.experts.{name}" for name in NAMES)
     for name, tensor in tensors.items():
         assert torch.equal(state[f"mlp.experts.{name}"], tensor.float() if name.endswith("bias") else tensor)
+        assert state[f"mlp.experts.{name}"].dtype == (torch.float32 if name.endswith("bias") else torch.uint8)
     experts = model["mlp"]["experts"]
     assert torch.equal(experts.gate_up_proj_blocks, torch.cat([tensors["gate_up_proj_blocks"][:, i::2] for i in (0, 1)], 1))
     again = MXFP4Experts(E, H, I, device="meta")
+    assert {buffer.device.type for buffer in again.buffers()} == {"meta"}
     again.load_state_dict(experts.state_dict(), assign=True)
     assert torch.equal(again(*inputs()), experts(*inputs()))
 

@@ -177,7 +177,7 @@ def _select(source: Mapping[str, Tensor] | str | PathLike | Iterable[str | PathL
                 present += keys
     missing = [prefix + name for name in NAMES if name not in found]
     if missing:
-        prefixes = sorted({key.removesuffix(NAMES[0]) for key in present if key.endswith(NAMES[0])} - {prefix})
+        prefixes = sorted({key.removesuffix(NAMES[0]) for key in present if key.endswith(NAMES[0])})
         advice = f"pass a prefix such as {prefixes[0]!r}" if prefixes and not found else "pass every file of the layer"
         raise KeyError(f"MXFP4Experts: {', '.join(missing)} must be in the checkpoint; got {len(present)} tensors; {advice}")
     return found
