@@ -7,6 +7,7 @@ from numeric import assert_close
 from rocm.kernels import ARCHS, FP8, LAYOUTS, attention_products, gemm, scaled_matmul, shared_accumulator
 
 from tilelang_ext import formats, quantize, reference, simulate
+from tilelang_ext import language as T
 
 E4M3, E5M2, E4M3_FNUZ, E5M2_FNUZ = FP8
 PAIRS = [(E4M3, E4M3), (E4M3, E5M2), (E5M2_FNUZ, E4M3_FNUZ), (E5M2, E4M3_FNUZ)]
@@ -108,6 +109,18 @@ def test_fp8_scaled_matmul(layout, arch):
     SA, SB = (s.reshape(l.scale_shape(rows, K)) for s, l, rows in ((SA, layouts[0], M), (SB, layouts[1], N)))
     run(scaled_matmul(layout, M=M, N=N, K=K), A, SA, B, SB, C, arch=arch)
     assert_close(C, reference.scaled_matmul(A, SA, B, SB, *layouts), dtype="float32")
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "gfx1201"])
+def test_masked_tiles_of_e5m2(arch):
+    """Rows, columns and K end inside a tile, which is filled with zeros of the type."""
+    M, N, K = 40, 150, 288
+    layout = T.BlockScaledLayout.per_row()
+    values = (torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)) for rows in (M, N))
+    (A, SA), (B, SB) = (quantize.quantize(x, formats.E5M2, layout) for x in values)
+    C = nans(M, N)
+    run(scaled_matmul("row", a=E5M2, b=E5M2, M=M, N=N, K=K), A, SA, B, SB, C, arch=arch)
+    assert_close(C, reference.scaled_matmul(A, SA, B, SB, layout, layout), dtype="float32")
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1100", "gfx1201"])
