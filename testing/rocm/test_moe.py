@@ -1,4 +1,5 @@
-"""`mxfp4_moe` on AMD: what it launches is executed from its text and compiled; each kernel is lowered once."""
+"""`mxfp4_moe` on AMD: what it launches is executed from its text and compiled, each kernel lowered once; the door of ROCm's
+torch."""
 
 import functools
 
@@ -13,7 +14,7 @@ from tilelang_ext.kernels import mxfp4_moe as door
 from tilelang_ext.kernels import mxfp4_moe_stages as stages
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_moe_sort import moe_sort
-from tilelang_ext.rocm import CompilerMissingError, find_compiler, program
+from tilelang_ext.rocm import program
 
 PRODUCTS = (stages.gate_up, stages.down)
 COSINE = 0.9999  # of the mean row, as other targets' tests have it
@@ -69,6 +70,7 @@ CASES = [
 ]
 
 
+@pytest.mark.hip
 @pytest.mark.parametrize(("launched", "kind", "epilogue"), CASES, indirect=["launched"])
 def test_values_and_machine_code(launched, kind, epilogue):
     operands, expected = arguments(kind=kind)
@@ -80,9 +82,26 @@ def test_values_and_machine_code(launched, kind, epilogue):
     arch = launched[0][1].arch
     assert [made.arch for _, made in launched] == [arch] * len(launched)
     assert {make for make, _ in launched} >= set(PRODUCTS)
-    try:
-        find_compiler()
-    except CompilerMissingError as error:
-        pytest.skip(f"executed, not compiled: {error}")
     for make, made in launched:
         gate(made.source, made.dynamic_lds, arch, MOE[arch] if make in PRODUCTS else None, tiles=1)
+
+
+def test_kernels_are_compiled_for_the_architecture_of_the_device(monkeypatch):
+    """Without its modes, on a ROCm build of torch."""
+
+    class Properties:
+        gcnArchName = "gfx942:sramecc+:xnack-"
+
+    compiled = []
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(door.tilelang, "compile", lambda prim_func, target: compiled.append((prim_func, target)))
+    door._compiled.__wrapped__(stages.sum_slots, ("bfloat16",), torch.device("cuda", 1))
+    ((prim_func, target),) = compiled
+    assert target == {"kind": "hip", "mcpu": "gfx942"}
+    assert prim_func.attrs["global_symbol"] == "sum_slots"
+
+
+def test_devices_without_kernels():
+    with pytest.raises(NotImplementedError, match="mxfp4_moe: tensors must be on cuda, mps or cpu; got xpu; move them"):
+        door._compiled.__wrapped__(stages.sum_slots, ("bfloat16",), torch.device("xpu"))

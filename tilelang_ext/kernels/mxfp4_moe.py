@@ -236,9 +236,11 @@ def _compiled(make: Callable, arguments: tuple, device: torch.device) -> Callabl
     prim_func = make(*arguments)
     if device.type == "mps":
         return metal.to_torch(metal.lower(prim_func))
-    if device.type != "cuda" or torch.version.hip is not None:
-        kind = "hip" if device.type == "cuda" else device.type
-        raise NotImplementedError(f"mxfp4_moe: tensors must be on cuda (NVIDIA), mps or cpu; got {kind}; move them")
+    if device.type != "cuda":
+        raise NotImplementedError(f"mxfp4_moe: tensors must be on cuda, mps or cpu; got {device.type}; move them")
+    if torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return tilelang.compile(prim_func, target={"kind": "hip", "mcpu": arch})
     arch = nvcc.get_target_arch("{}.{}".format(*torch.cuda.get_device_capability(device)))
     return tilelang.compile(prim_func, target={"kind": "cuda", "arch": f"sm_{arch}"})
 
