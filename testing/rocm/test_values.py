@@ -99,16 +99,21 @@ def test_every_code(dtype, arch):
     assert torch.equal(found.nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
 
 
+def quantized(layout, M, N, K):
+    """A, its scales, B and its scales; scales differ in every row and group."""
+    a, b = LAYOUTS[layout]
+    (A, SA), (B, SB) = operand(M, K, a, seed=0), operand(N, K, b, seed=1)
+    return A, SA.reshape(a.scale_shape(M, K)), B, SB.reshape(b.scale_shape(N, K))
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp8_scaled_matmul(layout, arch):
-    """K ends inside a step of 128; scales differ in every row and group."""
+    """K ends inside a step of 128."""
     M, N, K = 40, 150, 288
-    layouts = LAYOUTS[layout]
-    (A, SA), (B, SB), C = operand(M, K, layouts[0], seed=0), operand(N, K, layouts[1], seed=1), nans(M, N)
-    SA, SB = (s.reshape(l.scale_shape(rows, K)) for s, l, rows in ((SA, layouts[0], M), (SB, layouts[1], N)))
+    (A, SA, B, SB), C = quantized(layout, M, N, K), nans(M, N)
     run(scaled_matmul(layout, M=M, N=N, K=K), A, SA, B, SB, C, arch=arch)
-    assert_close(C, reference.scaled_matmul(A, SA, B, SB, *layouts), dtype="float32")
+    assert_close(C, reference.scaled_matmul(A, SA, B, SB, *LAYOUTS[layout]), dtype="float32")
 
 
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "gfx1201"])

@@ -66,7 +66,8 @@ def mxfp4_moe(
     time; `atomic` adds in any order, without memory for each slot. Beside float16 activations weights are rounded to float16:
     exact for scale bytes 104 to 140.
 
-    Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError on AMD.
+    Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for devices other than cuda
+    (ROCm's too), mps and cpu.
     """
     if a_dtype not in (None, x.dtype, *_KINDS):
         raise TypeError(
