@@ -18,7 +18,7 @@ TOPK_IDS = torch.tensor([[0, 1], [1, 3], [3, 0], [1, 0], [0, 9]], dtype=torch.in
 
 def stored(rows, k, generator):
     spread = torch.exp2(torch.randint(-2, 2, (E, rows, k // 32), generator=generator).float()).repeat_interleave(32, -1)
-    codes, scale = quantize.quantize(torch.randn(E, rows, k, generator=generator) * spread, formats.E2M1, MX)
+    codes, scale = quantize.quantize(torch.randn(E, rows, k, generator=generator) * spread / 4, formats.E2M1, MX)
     return codes, scale, torch.randn(E, rows, generator=generator)
 
 

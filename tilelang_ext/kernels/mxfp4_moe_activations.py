@@ -149,7 +149,7 @@ def _row_code(bits, scale):
     quotient = numerator // denominator
     sticky = T.reinterpret(T.cast(quotient * 2 + T.min(numerator - quotient * denominator, 1), "float32"), "int32")
     exponent = (x >> MANTISSA_BITS) - (scale >> MANTISSA_BITS) - 8
-    magnitude = T.max(sticky + (exponent << MANTISSA_BITS), 0) & ~mask((bits & 0x7FFFFFFF) - 1)
+    magnitude = T.max(sticky + (exponent << MANTISSA_BITS), 0)
     return T.cast(encode(magnitude, mask(bits) & 1, E4M3), "uint8")
 
 
