@@ -34,7 +34,10 @@ def test_counts_beside_the_minimum(tmp_path, capsys):
     assert (ours["provider"], minimum["provider"]) == ("ours", "minimum")
     assert ours["findings"] == 0
     assert ours["mma"] > 0
+    assert minimum["device_bytes_read"] == 2 * 3 * 128 * 96 * 17 // 32 + 2 * 128  # two experts and x
+    assert minimum["device_bytes_written"] == 2 * 128
     assert ours["device_bytes_read"] > minimum["device_bytes_read"]
+    assert ours["read_per_weight"] == ours["device_bytes_read"] / (2 * 3 * 128 * 96 * 17 // 32)
     with open(table) as file:
         assert [row["provider"] for row in csv.DictReader(file)] == ["ours", "minimum"]
     output = capsys.readouterr().out
@@ -47,6 +50,14 @@ def test_bytes_are_a_hand_count():
     case = Case(MODELS["gpt-oss-120b"], 1, "bf16", "cuda", "cuda")
     assert case.bytes(4) == 4 * 3 * 2880 * 2880 // 2 + 4 * 3 * 2880 * 2880 // 32 + 2 * 2 * 2880
     assert case.flops == 2 * 4 * (2 * 2880 * 2880 + 2880 * 2880)
+
+
+def test_a_wrong_result_stops_the_count(monkeypatch):
+    """Nothing is written here; the report is not looked at."""
+    monkeypatch.setattr(bench.metal, "lower", lambda prim_func, target: prim_func)
+    monkeypatch.setattr(bench, "simulate", lambda *arguments, **options: None)
+    with pytest.raises(AssertionError, match="small, 1 tokens, bf16: ours: cosine of a row -1"):
+        run("--target", "metal", "--tokens", 1)
 
 
 def test_lowers_without_a_device_and_says_so(monkeypatch):

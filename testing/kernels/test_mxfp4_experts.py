@@ -14,7 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssMo
 
 from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
-from tilelang_ext.kernels import mxfp4_moe
+from tilelang_ext.kernels import mxfp4_experts, mxfp4_moe
 from tilelang_ext.kernels.mxfp4_experts import NAMES, MXFP4Experts
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation
 
@@ -162,6 +162,27 @@ def test_moves_and_casts():
     want = experts(*inputs())
     assert torch.equal(experts.to(torch.bfloat16)(*inputs()), want)
     assert {buffer.device.type for buffer in experts.to("meta").buffers()} == {"meta"}
+
+
+def test_weights_are_prepared_once(monkeypatch):
+    """Not in each call, but again when others were loaded, and when a cast or a move replaced them."""
+    prepared, prepare = [], mxfp4_experts.prepare_mxfp4_weights
+    monkeypatch.setattr(
+        mxfp4_experts, "prepare_mxfp4_weights", lambda *a, **options: prepared.append(0) or prepare(*a, **options)
+    )
+    experts = MXFP4Experts.from_checkpoint(checkpoint())
+    first = experts(*inputs())
+    assert torch.equal(experts(*inputs()), first)
+    assert len(prepared) == 2
+    experts.load_state_dict(checkpoint(1))
+    other = experts(*inputs())
+    assert len(prepared) == 4
+    assert torch.equal(other, MXFP4Experts.from_checkpoint(checkpoint(1))(*inputs()))
+    assert not torch.equal(other, first)
+    prepared.clear()
+    assert torch.equal(copy.deepcopy(experts)(*inputs()), other)
+    experts.bfloat16()(*inputs())
+    assert len(prepared) == 2
 
 
 def test_shapes_of_forward():

@@ -39,8 +39,9 @@ class MXFP4Experts(nn.Module):
     | down_proj_bias | (E, H) | float32; loaded from any float |
 
     A state dict, taken or given, is as checkpoints are: gate rows ::2, up rows 1::2. The buffers hold gate rows above up rows,
-    which the kernels read, so `state_dict()` copies those of gate_up_proj. A new module's buffers are undefined until
-    `load_state_dict`; `from_checkpoint` does both. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
+    so `state_dict()` copies those of gate_up_proj. What the kernels read is made of the buffers once after a load, a move or a
+    cast: to change weights, load others. A new module's buffers are undefined until `load_state_dict`; `from_checkpoint` does
+    both. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
 
     Raises ValueError for sizes; load_state_dict raises TypeError for dtypes, RuntimeError for names and shapes.
     """
@@ -64,6 +65,7 @@ class MXFP4Experts(nn.Module):
             raise ValueError(f"MXFP4Experts: num_experts must be at least 1; got {num_experts}; pass the model's")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.a_dtype, self.epilogue = activation, a_dtype, epilogue
+        self._prepared: dict[str, tuple[list[Tensor], MXFP4Weights]] = {}
         for projection, rows, k in ((_GATE_UP, 2 * intermediate_size, hidden_size), (_DOWN, hidden_size, intermediate_size)):
             groups = k // MX_GROUP
             shapes = {"blocks": (rows, groups, MX_GROUP // CODES_PER_BYTE), "scales": (rows, groups), "bias": (rows,)}
@@ -130,7 +132,13 @@ class MXFP4Experts(nn.Module):
         return self._weights(_DOWN, None)
 
     def _weights(self, projection: str, gate: str | None) -> MXFP4Weights:
-        return prepare_mxfp4_weights(*(getattr(self, f"{projection}_{part}") for part in _PARTS), source="gpt_oss", gate=gate)
+        parts = [getattr(self, f"{projection}_{part}") for part in _PARTS]
+        prepared_from, weights = self._prepared.get(projection, (None, None))
+        # Moved or cast, a module has other tensors.
+        if prepared_from is None or any(now is not then for now, then in zip(parts, prepared_from, strict=True)):
+            weights = prepare_mxfp4_weights(*parts, source="gpt_oss", gate=gate)
+            self._prepared[projection] = parts, weights
+        return weights
 
     def forward(
         self,
@@ -185,6 +193,7 @@ def _select(source: Mapping[str, Tensor] | str | PathLike | Iterable[str | PathL
 
 def _separate_gate_up(module, state_dict, prefix, *_) -> None:
     """Bytes as uint8, and gate rows above up rows; what does not fit is left for torch to report."""
+    module._prepared.clear()
     for name in NAMES:
         key, (_, _, part) = prefix + name, name.rpartition("_")
         if key not in state_dict:
