@@ -13,7 +13,7 @@ LINEAR = Activation("swiglu", alpha=0.0, limit=2.0**20)  # g / 2 * (u + 1)
 TOKENS, TOP_K, E, H, I = 5, 2, 4, 96, 96
 STORED_H, STORED_I, STORED_K13, STORED_K2 = 104, 104, 160, 128
 MX = formats.BlockScaledLayout.e8m0_k32()
-TOPK_IDS = torch.tensor([[0, 1], [1, 3], [3, 0], [1, 0], [0, 9]], dtype=torch.int32)  # none to expert 2; no expert 9
+TOPK_IDS = torch.tensor([[0, 1], [1, 3], [3, 0], [1, 0], [0, 9]])  # none to expert 2; no expert 9
 
 
 def stored(rows, k, generator):

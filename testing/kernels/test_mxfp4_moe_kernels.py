@@ -65,10 +65,9 @@ def test_routing(target):
         assert_close(out, expected, dtype="bfloat16")
 
     check(x, torch.full_like(topk_ids, 3))
-    check(x, torch.tensor([[4, -1], [-(2**31), 2**31 - 1], [1, 4], [9, 2], [5, 6]], dtype=torch.int32))
-    check(x, torch.tensor([[1, 2**32], [-1, 0], [1, 4], [2**32 + 3, 2], [2**40, -(2**33)]]))
+    check(x, torch.tensor([[1, 2**32], [-1, 0], [1, 4], [2**32 + 3, 2], [2**63 - 1, -(2**63)]]))
     check(x[:1], topk_ids[:1])
-    check(x, torch.tensor([[6, 0], [1, 2], [0, 2], [4, 3], [5, 7]], dtype=torch.int32), mask)
+    check(x, torch.tensor([[6, 0], [1, 2], [0, 2], [4, 3], [5, 7]]), mask)
     # A mask that names more experts than there are weights: wrong, and yet nothing is read that is not there.
     mxfp4_moe(x, topk_ids, topk_weights, w13, w2, activation=SWIGLU, expert_mask=torch.ones(7, dtype=torch.bool))
 
@@ -116,7 +115,7 @@ def test_order_of_tokens(target):
     assert_close(out, expected, dtype="bfloat16")
 
 
-@pytest.mark.parametrize(("target", "kind"), [("c", "bfloat16"), ("c", "mxfp4"), ("metal", "bfloat16")], indirect=["target"])
+@pytest.mark.parametrize(("target", "kind"), [("c", "mxfp4"), ("c", "bfloat16"), ("metal", "bfloat16")], indirect=["target"])
 def test_one_hot(target, kind):
     """x = 1 at one k of a token: the weights' column comes out bit for bit."""
     tokens, layers, expected = one_hot()

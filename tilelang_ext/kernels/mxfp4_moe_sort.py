@@ -58,10 +58,14 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
                 count_s[e] = 0
             for step in T.serial(T.ceildiv(tokens * top_k, THREADS)):
                 for i in T.Parallel(THREADS):
-                    entry = step * THREADS + i
-                    token, slot = entry // top_k, entry % top_k
-                    if token < tokens and topk_ids[token, slot] >= 0 and topk_ids[token, slot] < num_experts:
-                        expert = T.cast(topk_ids[token, slot], "int32")
+                    # Variables: as expressions, these would be computed anew at every use, and again for its bounds.
+                    token = T.alloc_var("int32", (step * THREADS + i) // top_k)
+                    slot = T.alloc_var("int32", (step * THREADS + i) % top_k)
+                    id = T.alloc_var(ids_dtype, -1)
+                    if token < tokens:
+                        id = topk_ids[token, slot]
+                    if id >= 0 and id < num_experts:
+                        expert = T.alloc_var("int32", T.cast(id, "int32"))
                         if expert_mask[expert] != 0:
                             T.atomic_add(count_s[expert], 1)
 
@@ -81,10 +85,13 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
 
             for step in T.serial(T.ceildiv(tokens * top_k, THREADS)):
                 for i in T.Parallel(THREADS):
-                    entry = step * THREADS + i
-                    token, slot = entry // top_k, entry % top_k
-                    if token < tokens and topk_ids[token, slot] >= 0 and topk_ids[token, slot] < num_experts:
-                        expert = T.cast(topk_ids[token, slot], "int32")
+                    token = T.alloc_var("int32", (step * THREADS + i) // top_k)
+                    slot = T.alloc_var("int32", (step * THREADS + i) % top_k)
+                    id = T.alloc_var(ids_dtype, -1)
+                    if token < tokens:
+                        id = topk_ids[token, slot]
+                    if id >= 0 and id < num_experts:
+                        expert = T.alloc_var("int32", T.cast(id, "int32"))
                         if expert_mask[expert] != 0:
                             row = T.atomic_add(next_s[expert], 1, return_prev=True)
                             token_ids[row] = slot << TOKEN_BITS | token

@@ -232,11 +232,10 @@ def down(config: Config, kind: str, epilogue: str):
                     T.gemm(A_s, W_s, C_f, transpose_B=True)
                 for i, j in T.Parallel(block_M, block_N):
                     row, column = by * block_M + i, bx * block_N + j
-                    token = token_ids[row] & _TOKEN
+                    token = T.alloc_var("int32", token_ids[row] & _TOKEN)
+                    slot = T.alloc_var("int32", token_ids[row] >> TOKEN_BITS)
                     if token < tokens and column < H:
-                        store(
-                            y, token, token_ids[row] >> TOKEN_BITS, column, weights[row] * (C_f[i, j] + bias2[expert, column])
-                        )
+                        store(y, token, slot, column, weights[row] * (C_f[i, j] + bias2[expert, column]))
 
     if kind in WIDE:
 
