@@ -81,6 +81,29 @@ def test_a_region_ends_where_it_says():
     assert_close(C, reference.mxfp4_matmul(x, W, SW), dtype="float32")
 
 
+def test_scales_end_where_their_region_says():
+    """The last step of 128 has 32 of K; the bytes behind those of its scales are NaN."""
+    M, N, K, block_N = 32, 64, 160, 64
+    (A, SA), (B, SB), C = quantized(M, K, E4M3, 0), quantized(N, K, E4M3, 1), nans(M, N)
+    SA_all, SB_all = (torch.cat([s, torch.full((len(s), 3), 255, dtype=torch.uint8)], 1) for s in (SA, SB))
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, K), E4M3),
+        SA: T.Tensor((M, K // 32 + 3), "uint8"),
+        B: T.Tensor((N, K), E4M3),
+        SB: T.Tensor((N, K // 32 + 3), "uint8"),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(1, threads=128) as _:
+            T.fp8_scaled_matmul(
+                A, SA[0:M, 0 : K // 32], B, SB[0:N, 0 : K // 32], C, transpose_B=True, scale_layout=MX, clear_accum=True
+            )
+
+    run(kernel, A, SA_all, B, SB_all, C, products=2 * (block_N // 16) * 2)
+    assert_close(C, reference.scaled_matmul(A, SA, B, SB, MX, MX), dtype="float32")
+
+
 @pytest.mark.parametrize("scope", ["shared", "fragment"])
 def test_tiles_in_a_pipeline(scope):
     """Codes and scales are copied two steps ahead; tiles of whole steps are multiplied where they lie."""
@@ -113,6 +136,8 @@ def test_tiles_in_a_pipeline(scope):
 
     run(kernel, A, SA, W, SW, C, products=2 * 4 * K // 128)
     assert_close(C, reference.mxfp4_matmul(x, W, SW), dtype="float32")
+    if scope == "shared":
+        assert lower(kernel, "gfx950").lds_bytes == 2 * (M + N) * (step // 2 + step // 32), "two stages, and no copy of a tile"
 
 
 def test_decoded_tiles_are_gone():

@@ -17,7 +17,7 @@ from tilelang.language.utils import buffer_region_to_tile_region
 from tilelang.rocm.target import target_get_mcpu
 from tilelang.utils.language import is_shared
 from tvm import IRModule, tirx
-from tvm.ir import Op
+from tvm.ir import Range
 from tvm.target import Target
 from tvm.tirx.stmt_functor import ir_transform, post_order_visit
 
@@ -168,11 +168,13 @@ def _step(operand: tirx.BufferRegion, t, columns: int) -> tirx.BufferRegion:
 
 
 def _gemm(A, B, total, scale_a, scale_b) -> tirx.Call:
-    """Build the call of T.gemm with scales in the place of C's coordinates, which no AMD product reads, and with K in codes."""
-    regions = [
-        buffer_region_to_tile_region(region, access, [axis.extent for axis in region.region])
-        for region, access in ((A, "r"), (B, "r"), (total, "rw"))
-    ]
-    M, N = (int(region.region[-2].extent) for region in (A, B))
-    slots = [*regions, False, True, M, N, SCALED_K, T.GemmWarpPolicy.Square, False, 0, scale_a, scale_b]
-    return tirx.call_intrin("handle", Op.get("tl.tileop.gemm"), *slots, annotations={TAKES_SCALES: tirx.IntImm("int32", 1)})
+    """Build the call of T.gemm with K in codes, and scales in the place of C's coordinates, which no AMD product reads."""
+    plain = T.gemm(_columns(A, SCALED_K), _columns(B, SCALED_K), total, transpose_B=True, annotations={TAKES_SCALES: 1})
+    operands = [buffer_region_to_tile_region(region, "r", [axis.extent for axis in region.region]) for region in (A, B)]
+    return tirx.Call(plain.dtype, plain.op, [*operands, *plain.args[2:-2], scale_a, scale_b], plain.annotations)
+
+
+def _columns(region: tirx.BufferRegion, count: int) -> tirx.BufferRegion:
+    """Return the region as if it had an element for each code, as T.gemm expects."""
+    *lead, columns = region.region
+    return tirx.BufferRegion(region.buffer, [*lead, Range.from_min_extent(columns.min, count)])
