@@ -129,14 +129,15 @@ def _normalized(magnitude):
 
 def _row_scale(amax):
     """Return the bits of float32(amax / 448), of the bits of amax."""
-    fraction, exponent = math.frexp(E4M3.max)  # 448 = 7/8 * 2^9
+    fraction, exponent = math.frexp(E4M3.max)
+    divisor, power = int(fraction * 8), exponent - 3  # 448 = 7 * 2^6
     bits = _normalized(amax)
     # 5 bits more than a float32 has, over 7, and one for the remainder: the conversion rounds as the exact quotient would.
     numerator = ((bits & _FRACTION) | _ONE) << 5
-    quotient = numerator // int(fraction * 8)
-    sticky = quotient * 2 + T.min(numerator - quotient * int(fraction * 8), 1)
+    quotient = T.truncdiv(numerator, divisor)
+    sticky = quotient * 2 + T.min(numerator - quotient * divisor, 1)
     rounded = T.reinterpret(T.cast(sticky, "float32"), "int32")
-    scale = T.max(rounded + (((bits >> MANTISSA_BITS) - BIAS - MANTISSA_BITS - 6 - exponent + 3) << MANTISSA_BITS), _ONE)
+    scale = T.max(rounded + (((bits >> MANTISSA_BITS) - BIAS - MANTISSA_BITS - 6 - power) << MANTISSA_BITS), _ONE)
     is_zero, is_finite = mask(amax - 1), mask(amax - INF)
     return (((scale & ~is_zero) | (bits_of(1.0) & is_zero)) & is_finite) | (bits_of(math.nan) & ~is_finite)
 
@@ -146,7 +147,7 @@ def _row_code(bits, scale):
     x = _normalized(bits & 0x7FFFFFFF)
     # 7 bits and one for the remainder: more than E4M3 keeps. The scale is a normal number.
     numerator, denominator = ((x & _FRACTION) | _ONE) << 7, (scale & _FRACTION) | _ONE
-    quotient = numerator // denominator
+    quotient = T.truncdiv(numerator, denominator)
     sticky = T.reinterpret(T.cast(quotient * 2 + T.min(numerator - quotient * denominator, 1), "float32"), "int32")
     exponent = (x >> MANTISSA_BITS) - (scale >> MANTISSA_BITS) - 8
     magnitude = T.max(sticky + (exponent << MANTISSA_BITS), 0)
