@@ -19,7 +19,7 @@ from tilelang.utils.language import is_shared
 from tvm import IRModule, tirx
 from tvm.ir import Range
 from tvm.target import Target
-from tvm.tirx.stmt_functor import ir_transform, post_order_visit
+from tvm.tirx.stmt_functor import ir_transform
 
 from tilelang_ext.formats import E8M0_ONE, MX_GROUP
 from tilelang_ext.rocm.instructions import SCALED_K, codes_per_byte, takes_scales
@@ -31,7 +31,7 @@ _GROUPS = SCALED_K // MX_GROUP  # of an instruction
 
 
 def lower_block_scaled(mod: IRModule, target: Target) -> IRModule:
-    """Replace the marked loops of a module whose products `target` takes with their scales."""
+    """Replace the marked statements of a module whose products `target` takes with their scales."""
     arch = target_get_mcpu(target) or ""
     functions = {
         var: _lower_function(func, arch) if isinstance(func, tirx.PrimFunc) else func for var, func in mod.functions.items()
@@ -62,7 +62,7 @@ def _lower_function(func: tirx.PrimFunc, arch: str) -> tirx.PrimFunc:
     def allocate(node):
         if not isinstance(node, tirx.SBlock) or not allocated:
             return None
-        buffers = [buffer for buffer in node.alloc_buffers if buffer in _used(node.body)] + allocated
+        buffers = [*node.alloc_buffers, *allocated]
         allocated.clear()
         return tirx.SBlock(
             node.iter_vars,
@@ -80,20 +80,8 @@ def _lower_function(func: tirx.PrimFunc, arch: str) -> tirx.PrimFunc:
     return func.with_body(body) if replaced else func
 
 
-def _used(body: tirx.Stmt) -> set:
-    """Return the buffers that a body reads or writes: what decoded tiles were in is not among them any more."""
-    used = set()
-
-    def collect(node):
-        if isinstance(node, (tirx.BufferLoad, tirx.BufferStore)):
-            used.add(node.buffer)
-
-    post_order_visit(body, collect)
-    return used
-
-
 def _product(total, A, scale_a, B, scale_b, K) -> tirx.PrimFunc:
-    """Build the loop over steps of 128 that a marked loop stands for."""
+    """Build the loop over steps of 128 that marked statements stand for."""
     M, N = int(A.region[-2].extent), int(B.region[-2].extent)
     a_packed, b_packed = codes_per_byte(A.buffer.dtype), codes_per_byte(B.buffer.dtype)
     steps = T.ceildiv(A.region[-1].extent * a_packed, SCALED_K)
