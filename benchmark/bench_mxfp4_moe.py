@@ -52,7 +52,7 @@ from tilelang_ext import metal, reference, simulate  # noqa: E402
 from tilelang_ext.formats import E2M1, BlockScaledLayout  # noqa: E402
 from tilelang_ext.kernels import mxfp4_moe as moe  # noqa: E402
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation  # noqa: E402
-from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, prepare_mxfp4_weights  # noqa: E402
+from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper  # noqa: E402
 
 TARGETS = ("auto", "metal", "metal4", "cuda")
 ASSUMED_ARCH = "sm_90a"  # when only lowering
@@ -180,6 +180,9 @@ def check(case: Case, provider: str, y: torch.Tensor, want: torch.Tensor) -> dic
 
 
 def make_ours(case: Case, layer: Layer):
+    if case.device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and case.a_dtype == "bf16":
+        layer = Layer(tile_for_hopper(layer.w13, gate=True), tile_for_hopper(layer.w2, gate=False))
+
     def bind(inputs: Inputs, out: torch.Tensor):
         options = {"activation": Activation(), "a_dtype": A_DTYPES[case.a_dtype], "out": out}
         return partial(moe.mxfp4_moe, *inputs, *layer, **options)

@@ -141,6 +141,11 @@ struct bfloat16_t {
     bits = std::isnan(value) ? 0x7fff : uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
   }
 };
+struct __nv_bfloat162 {
+  bfloat16_t x, y;
+};
+inline __nv_bfloat162 __float22bfloat162_rn(float2 value) { return {bfloat16_t(value.x), bfloat16_t(value.y)}; }
+inline uint __pack_half2(bfloat16_t low, bfloat16_t high) { return low.bits | uint(high.bits) << 16; }
 inline uint __pack_nv_bfloat162(bfloat16_t low, bfloat16_t high) { return low.bits | uint(high.bits) << 16; }
 
 namespace tl {
@@ -152,7 +157,9 @@ To broadcast(uchar byte) {
 }
 template <typename T>
 T from_uint1(uint1 v) {
-  return {v.x};
+  T pair;
+  std::memcpy(&pair, &v, 4);
+  return pair;
 }
 inline uint1 to_uint1(__half2 v) { return {v.bits}; }
 inline __half2 mul2(__half2 a, __half2 b) {
@@ -160,6 +167,11 @@ inline __half2 mul2(__half2 a, __half2 b) {
   for (int i = 0; i < 32; i += 16) bits |= half_bits(half_value(a.bits >> i) * half_value(b.bits >> i)) << i;
   return {bits};
 }
+inline __nv_bfloat162 mul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  auto product = [](bfloat16_t x, bfloat16_t y) { return bfloat16_t(bfloat16_value(x.bits) * bfloat16_value(y.bits)); };
+  return {product(a.x, b.x), product(a.y, b.y)};
+}
+inline uint1 to_uint1(__nv_bfloat162 v) { return {uint(v.x.bits | v.y.bits << 16)}; }
 
 // --- copies ---
 template <int N>
@@ -190,6 +202,7 @@ inline void ptx_ldmatrix_x4(const void* row, void* to) { ldmatrix<4>(row, to); }
 inline void ptx_ldmatrix_x2(const void* row, void* to) { ldmatrix<2>(row, to); }
 
 enum class DataType { kFloat16, kBFloat16, kFloat8_e4m3, kFloat8_e5m2, kFloat32 };
+constexpr bool is_wide(DataType type) { return type == DataType::kFloat16 || type == DataType::kBFloat16; }
 template <DataType T>
 float value(uint bits) {
   if (T == DataType::kFloat16) return half_value(bits);
@@ -204,8 +217,7 @@ float value(uint bits) {
 }
 template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool, bool>
 void mma_sync(float* c, const unsigned* a, const unsigned* b) {
-  constexpr bool wide = TA == DataType::kFloat16 || TA == DataType::kBFloat16;
-  static_assert(M == 16 && N == 8 && TC == DataType::kFloat32 && K == (wide ? 16 : 32));
+  static_assert(M == 16 && N == 8 && TC == DataType::kFloat32 && K == (is_wide(TA) ? 16 : 32));
   constexpr int per_word = K / 8, bits = 32 / per_word;
   Warp& w = warp();
   std::memcpy(w.a[lane()], a, 16);
@@ -243,12 +255,15 @@ inline uint8_t element(uint64_t descriptor, int row, int k) {
 }
 template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool, bool, int, int, typename CodeOfA>
 void wgmma(CodeOfA code_of_a, uint64_t b, uint32_t* c_bits, int accumulate) {
-  static_assert(M == 64 && K == 32 && TC == DataType::kFloat32);
+  static_assert(M == 64 && K == (is_wide(TA) ? 16 : 32) && TC == DataType::kFloat32);
   float* c = reinterpret_cast<float*>(c_bits);
   for (int e = 0; e < N / 2; ++e) {
     const int row = lane() / 4 + e / 2 % 2 * 8, col = e / 4 * 8 + lane() % 4 * 2 + e % 2;
     float sum = accumulate ? c[e] : 0.0f;
-    for (int k = 0; k < K; ++k) sum += value<TA>(code_of_a(row, k)) * value<TB>(element(b, col, k));
+    for (int k = 0; k < K; ++k) {
+      const uint code = is_wide(TB) ? element(b, col, 2 * k) | element(b, col, 2 * k + 1) << 8 : element(b, col, k);
+      sum += value<TA>(code_of_a(row, k)) * value<TB>(code);
+    }
     c[e] = sum;
   }
 }
@@ -262,7 +277,10 @@ void wgmma_rs(const uint32_t* a, uint64_t b, uint32_t* c, int accumulate) {
   Warp& w = warp();
   std::memcpy(w.a[lane()], a, 16);
   w.meet.arrive_and_wait();
-  auto code_of_a = [&](int row, int k) { return w.a[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2] >> k % 4 * 8; };
+  constexpr int per_word = K / 8, bits = 32 / per_word;
+  auto code_of_a = [&](int row, int k) {
+    return w.a[row % 8 * 4 + k % (K / 2) / per_word][row / 8 + k / (K / 2) * 2] >> k % per_word * bits;
+  };
   wgmma<TA, TB, TC, M, N, K, X, Y, S, T>(code_of_a, b, c, accumulate);
   w.meet.arrive_and_wait();
 }

@@ -82,24 +82,6 @@ struct NamedBarriers {
 inline thread_local Cluster* cluster;
 inline thread_local NamedBarriers* named_barriers;
 
-// --- bfloat16 ---
-struct bfloat16_t {
-  uint16_t bits;
-};
-struct __nv_bfloat162 {
-  bfloat16_t x, y;
-};
-struct alignas(8) uint2 {
-  uint x, y;
-};
-inline bfloat16_t rounded(float value) {  // to nearest, ties to even
-  uint bits;
-  std::memcpy(&bits, &value, 4);
-  return {uint16_t(std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-inline __nv_bfloat162 __float22bfloat162_rn(float2 value) { return {rounded(value.x), rounded(value.y)}; }
-inline int __pack_half2(bfloat16_t low, bfloat16_t high) { return low.bits | high.bits << 16; }
-
 namespace tl {
 // Lane 8 i + r points to row r of matrix i; a lane's word is elements 2 (lane % 4) and the next of row lane / 4.
 inline void ptx_stmatrix_m8n8_x4(void* row, int word0, int word1, int word2, int word3) {
@@ -157,6 +139,10 @@ void for_box(const CUtensorMap& map, const void* shared, int column, int row, Mo
 inline void tma_load(const CUtensorMap& map, Barrier& barrier, void* to, int column, int row) {
   for_box(map, to, column, row, [](uint8_t& shared, const uint8_t* global) { shared = global ? *global : 0; });
   barrier.complete(map.box_rows * map.box_bytes);
+}
+inline void tma_load(void* to, const void* from, Barrier& barrier, uint32_t bytes) {
+  std::memcpy(to, from, bytes);
+  barrier.complete(bytes);
 }
 inline void tma_store(const CUtensorMap& map, const void* from, int column, int row) {
   for_box(map, from, column, row, [](uint8_t& shared, uint8_t* global) {

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from cuda.execute import run_program
 
-_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+), 1\) (\w+)\((.*?)\) \{')
+_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+), \d+\) (\w+)\((.*?)\) \{')
 
 
 class Box(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor
 from tilelang_ext import metal, reference
 from tilelang_ext.formats import E2M1, MX_GROUP, BlockScaledLayout
 from tilelang_ext.kernels import mxfp4_moe_activations as activations
+from tilelang_ext.kernels import mxfp4_moe_sm90_launch as hopper
 from tilelang_ext.kernels import mxfp4_moe_stages as stages
 from tilelang_ext.kernels.mxfp4_moe_sort import MAX_TOP_K, TOKEN_BITS, capacity_of, moe_sort
 from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights
@@ -111,7 +112,9 @@ torch.library.define("tilelang_ext::mxfp4_moe", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define("tilelang_ext::mxfp4_moe_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()")
 
 
-def _check(x, topk_ids, topk_weights, w13: MXFP4Weights, w2: MXFP4Weights, activation, epilogue, expert_mask, out) -> None:
+def _check(
+    x, topk_ids, topk_weights, w13: MXFP4Weights, w2: MXFP4Weights, activation, kind, epilogue, expert_mask, out
+) -> None:
     if x.dtype not in _DTYPES:
         raise TypeError(f"mxfp4_moe: x must be bfloat16 or float16; got {x.dtype}; convert it")
     if topk_ids.dtype not in (torch.int32, torch.int64):
@@ -149,6 +152,10 @@ def _check(x, topk_ids, topk_weights, w13: MXFP4Weights, w2: MXFP4Weights, activ
             f"mxfp4_moe: out must be contiguous {x.dtype} of shape {tuple(x.shape)}; got {out.dtype} {tuple(out.shape)}; "
             "pass torch.empty_like(x)"
         )
+    if _is_tiled(w13) != _is_tiled(w2):
+        raise ValueError("mxfp4_moe: w13 and w2 must both be of tile_for_hopper or neither; got one; tile both")
+    if _is_tiled(w13):
+        hopper.check(x, kind)
     tensors = {"topk_ids": topk_ids, "topk_weights": topk_weights, "w13": w13.codes, "w2": w2.codes, "expert_mask": expert_mask}
     for name, tensor in (tensors | {"out": out}).items():
         if tensor is not None and tensor.device != x.device:
@@ -158,7 +165,7 @@ def _check(x, topk_ids, topk_weights, w13: MXFP4Weights, w2: MXFP4Weights, activ
 def _mxfp4_moe_out(x, topk_ids, topk_weights, *rest) -> None:
     w13, w2 = MXFP4Weights(*rest[:5]), MXFP4Weights(*rest[5:10])
     activation, alpha, limit, kind, epilogue, expert_mask, out = rest[10:]
-    _check(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert_mask, out)
+    _check(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, expert_mask, out)
     if not topk_ids.numel():
         out.zero_()
         return
@@ -174,9 +181,9 @@ def _mxfp4_moe(x, *rest) -> Tensor:
 
 
 def _fake_out(x, topk_ids, topk_weights, *rest) -> None:
-    activation, _, _, _, epilogue, expert_mask, out = rest[10:]
+    activation, _, _, kind, epilogue, expert_mask, out = rest[10:]
     w13, w2 = MXFP4Weights(*rest[:5]), MXFP4Weights(*rest[5:10])
-    _check(x, topk_ids, topk_weights, w13, w2, activation, epilogue, expert_mask, out)
+    _check(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, expert_mask, out)
 
 
 def _fake(x, *rest) -> Tensor:
@@ -252,7 +259,11 @@ def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, 
     (tokens, top_k), local_experts = topk_ids.shape, w13.codes.shape[0]
     mask = torch.ones(local_experts, dtype=torch.int32, device=device) if expert_mask is None else expert_mask.int()
     num_experts = mask.numel()
-    config = stages.pick_config(tokens, top_k, num_experts, "metal" if device.type == "mps" else "cuda")
+    module = None
+    if _is_tiled(w13):
+        module, config = hopper.pick(tokens, top_k, num_experts)
+    else:
+        config = stages.pick_config(tokens, top_k, num_experts, "metal" if device.type == "mps" else "cuda")
     capacity = capacity_of(tokens, top_k, num_experts, config.block_M)
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.float().contiguous()
     hidden_kind = activations.between(kind)
@@ -265,21 +276,31 @@ def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, 
     sort = _compiled(moe_sort, (config.block_M, max_experts, ids_dtype), device)
     sort(topk_ids, topk_weights, mask, token_ids, weights, expert_ids, num_valid)
 
-    rows = _quantized(x, kind)
-    hidden = _empty(hidden_kind, capacity, w2.k, device)
-    gate_up = _compiled(stages.gate_up, (config, activation, kind), device)
-    gate_up(*rows, token_ids, expert_ids, num_valid, *_by_groups(w13), *hidden)
-
-    down = _compiled(stages.down, (config, hidden_kind, epilogue), device)
-    arguments = (*hidden, token_ids, weights, expert_ids, num_valid, *_by_groups(w2))
-    if epilogue == "atomic":
-        total = torch.zeros(out.shape, device=device)
-        down(*arguments, total)
-        out.copy_(total)
+    y = (
+        torch.zeros(out.shape, device=device)
+        if epilogue == "atomic"
+        else x.new_empty((tokens, top_k, out.shape[1]), dtype=torch.float32)
+    )
+    if module is not None:
+        hopper.run(
+            module, config, activation, epilogue, x.contiguous(), (token_ids, weights, expert_ids, num_valid), w13, w2, y
+        )
     else:
-        partial = torch.empty((tokens, top_k, out.shape[1]), device=device)
-        down(*arguments, partial)
-        _compiled(stages.sum_slots, (dtype, ids_dtype), device)(partial, topk_ids, mask, out)
+        rows = _quantized(x, kind)
+        hidden = _empty(hidden_kind, capacity, w2.k, device)
+        gate_up = _compiled(stages.gate_up, (config, activation, kind), device)
+        gate_up(*rows, token_ids, expert_ids, num_valid, *_by_groups(w13), *hidden)
+        down = _compiled(stages.down, (config, hidden_kind, epilogue), device)
+        down(*hidden, token_ids, weights, expert_ids, num_valid, *_by_groups(w2), y)
+    if epilogue == "atomic":
+        out.copy_(y)
+    else:
+        _compiled(stages.sum_slots, (dtype, ids_dtype), device)(y, topk_ids, mask, out)
+
+
+def _is_tiled(weights: MXFP4Weights) -> bool:
+    """Whether weights are of `tile_for_hopper`."""
+    return weights.codes.ndim == 4
 
 
 def _quantized(x: Tensor, kind: str) -> tuple[Tensor, ...]:

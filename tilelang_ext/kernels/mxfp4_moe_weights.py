@@ -2,8 +2,8 @@
 
     w13: gate rows above up rows, (E, 2I, H)        w2: (E, H, I)
 
-One layout for every target: codes and scales row by row, as `quantize` describes them, gate and up apart. A target that wants
-another order of bytes gets it here, once, when weights are loaded.
+One layout for every target: codes and scales row by row, as `quantize` describes them, gate and up apart. Hopper's kernels want
+tiles instead, which `tile_for_hopper` makes of them, once, when weights are loaded; the rank of the codes tells them apart.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tilelang_ext import quantize
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
+from tilelang_ext.kernels import mxfp4_moe_sm90_tiles
 
 
 class MXFP4Weights(NamedTuple):
@@ -96,3 +97,31 @@ def prepare_mxfp4_weights(
             f"prepare_mxfp4_weights: k must be a multiple of {MX_GROUP} up to {stored_k}; got {k}; leave it out if K is exact"
         )
     return MXFP4Weights(codes.contiguous(), scale.contiguous(), bias.float().contiguous(), rows, k)
+
+
+def tile_for_hopper(weights: MXFP4Weights, *, gate: bool) -> MXFP4Weights:
+    """Return `weights` as the kernels for NVIDIA Hopper read them, with bfloat16 activations: one copy, made once.
+
+    `gate` says whether these are w13, gate above up. The result's codes are uint32 (E, row tiles, steps, 544) with the scales
+    in them, and its bias has gate beside up. Padding is left behind.
+
+    Raises ValueError where a scale is above 2^1 or NaN, and for sizes that are no multiple of 32.
+    """
+    codes, scale, bias, rows, k = weights
+    if not mxfp4_moe_sm90_tiles.fits(scale):
+        raise ValueError(
+            f"tile_for_hopper: E8M0 scales must be at most 128, 2^1; got {int(scale.max())}; use the weights as they are"
+        )
+    if rows % (2 * MX_GROUP if gate else MX_GROUP):
+        raise ValueError(f"tile_for_hopper: rows must be a multiple of {MX_GROUP}, of gate and of up; got {rows}; pad them")
+    parts = [slice(0, rows)]
+    if gate:
+        half = codes.shape[1] // 2
+        parts = [slice(0, rows // 2), slice(half, half + rows // 2)]
+    codes, scale, bias = (torch.cat([tensor[:, part] for part in parts], 1) for tensor in (codes, scale, bias))
+    codes, scale = codes[..., : k // CODES_PER_BYTE], scale[..., : k // MX_GROUP]
+    if gate:
+        codes, scale, bias = (mxfp4_moe_sm90_tiles.gate_beside_up(tensor) for tensor in (codes, scale, bias))
+    tiles = mxfp4_moe_sm90_tiles.pack(codes, scale)
+    bias = torch.nn.functional.pad(bias, (0, tiles.shape[1] * mxfp4_moe_sm90_tiles.TILE - rows))
+    return MXFP4Weights(tiles, scale.new_empty(0), bias.contiguous(), rows, k)

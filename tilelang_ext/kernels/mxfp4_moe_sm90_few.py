@@ -1,0 +1,290 @@
+"""The two products of a mixture of experts on Hopper for few tokens an expert: bfloat16 activations, MXFP4 weights.
+
+What counts is that weights arrive at the speed of memory. A warp has 16 rows of them and keeps four steps of 64 of K under way
+in registers; they are the left operand of a product of a warp, and go into it once decoded, past shared memory. Tokens, the
+columns, are copied ahead into shared memory for all warps of a block. Warps that share rows split K, and add their sums in the
+end.
+"""
+
+from dataclasses import dataclass
+
+from tilelang_ext import language as T
+from tilelang_ext.formats import MX_GROUP
+from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import LANE_WORDS, TILE, TILE_WORDS, pairs
+from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS
+
+# The barriers and the limits below are all that is needed.
+PASS_CONFIGS = {
+    "tl.disable_warp_specialized": True,
+    "tl.disable_safe_memory_legalize": True,
+    "tl.disable_thread_storage_sync": True,
+}
+_DTYPE = "bfloat16"
+_TOKEN = (1 << TOKEN_BITS) - 1
+_AHEAD = 4  # steps of a warp under way
+_ROWS = 16  # of a warp
+_COLUMNS = 8  # of a product
+_COPY = 8  # elements of 16 bytes
+_TILE_LINES = TILE_WORDS // LANE_WORDS  # of four words
+_PAD = 8  # elements, against bank conflicts
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tokens of a block; warps with rows of their own, warps that share them by splitting K; blocks a processor."""
+
+    block_M: int
+    warps: int
+    splits: int
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of weights of a block."""
+        return self.warps * _ROWS
+
+    @property
+    def threads(self) -> int:
+        return self.warps * self.splits * 32
+
+
+def _product(config: Config, epilogue):
+    """Return the macro of a block's product.
+
+    `epilogue(sinks, sums_s, expert, row0, bx, tx)` finds the sums of split s, token m and row r in sums_s[s, m, r]. The macro
+    `gathers` rows of x by token, or takes them in sorted order.
+    """
+    block_M, splits, threads = config.block_M, config.splits, config.threads
+    columns = block_M // _COLUMNS
+    chunk = _AHEAD * splits * TILE  # of K in shared memory at a time, of which there are two
+    turns = block_M * chunk // _COPY // threads  # of copying one
+
+    @T.macro
+    def fetch(w, codes, scales, own, step, steps, slot):
+        """Begin to load the warp's part of a step; a step past the last is zeros. `own` says where the lane's parts begin."""
+        for v in T.vectorized(LANE_WORDS):
+            codes[slot * LANE_WORDS + v] = T.uint32(0)
+        scales[slot] = T.uint32(0)
+        if step < steps:
+            for v in T.vectorized(LANE_WORDS):
+                codes[slot * LANE_WORDS + v] = w[own[0] + step * _TILE_LINES, v]
+            scales[slot] = w[own[1] + step * _TILE_LINES, T.get_thread_binding() % 32 // 4 % 4]
+
+    @T.macro
+    def stage(x, X_s, rows, K, number, tx):
+        """Begin to copy a chunk of the tokens; rows without a token (-1), and K past the end, are zeros."""
+        for turn in T.unroll(turns):
+            place = turn * threads + tx
+            k = number * chunk + place % (chunk // _COPY) * _COPY
+            inside = (rows[turn] >= 0) & (k < K)
+            T.ptx_cp_async(
+                T.access_ptr(X_s[number % 2, place // (chunk // _COPY), place % (chunk // _COPY) * _COPY], "w", _COPY),
+                T.access_ptr(x[T.max(rows[turn], 0), T.if_then_else(k < K, k, 0)], "r", _COPY),
+                _COPY,
+                inside,
+            )
+        T.ptx_commit_group()
+
+    @T.macro
+    def multiply(X_s, A_r, B_r, acc, buffer, k, lane):
+        for n in T.unroll(columns):
+            for half in T.unroll(2):
+                T.ptx_ldmatrix(
+                    T.bool(False),
+                    4,
+                    T.access_ptr(X_s[buffer, n * _COLUMNS + lane % 8, k + half * 32 + lane // 8 * 8], "r"),
+                    T.access_ptr(B_r[half * 4], "w"),
+                )
+            for i in T.unroll(TILE // 16):
+                T.ptx_mma(
+                    "float32", "m16n8k16", "row", "col", "bf16", "bf16", "fp32",
+                    A_r.data, i * 4, B_r.data, i * 2, acc.data, n * 4, T.bool(False),
+                )  # fmt: skip
+
+    def step_of_chunk(w, X_s, codes, scales, A_r, B_r, acc, own, lane, split, number, steps, slot):
+        words = [codes[slot * LANE_WORDS + i] for i in range(LANE_WORDS)]
+
+        @T.macro
+        def emit():
+            pairs(words, scales[slot], A_r, 0)
+            fetch(w, codes, scales, own, ((number + 1) * _AHEAD + slot) * splits + split, steps, slot)
+            multiply(X_s, A_r, B_r, acc, number % 2, (slot * splits + split) * TILE, lane)
+
+        emit()
+
+    @T.macro
+    def product(x, w, token_ids, expert_ids, num_valid, sinks, tokens, gathers, K, bx, by, row_tiles, steps):
+        X_s = T.alloc_shared((2, block_M, chunk + _PAD), _DTYPE)
+        sums_s = T.alloc_shared((splits, block_M, config.rows + 4), "float32")
+        codes, scales = T.alloc_local((_AHEAD * LANE_WORDS,), "uint32"), T.alloc_local((_AHEAD,), "uint32")
+        A_r, B_r = T.alloc_local((4 * LANE_WORDS,), "uint32"), T.alloc_local((8,), "uint32")
+        acc = T.alloc_local((columns * 4,), "float32")
+        own, rows = T.alloc_local((2,), "int64"), T.alloc_local((turns,), "int32")
+        tx = T.get_thread_binding()
+        if by * block_M < num_valid[0]:
+            expert, row0 = expert_ids[by], by * block_M
+            lane, warp, split = tx % 32, tx // 32 % config.warps, tx // 32 // config.warps
+            first = bx * config.warps + warp
+            tile, warp_of_tile = T.min(first // 4, row_tiles - 1), first % 4
+            # 64 bits once, not at every load.
+            tiles_before = T.cast(expert * row_tiles + tile, "int64") * steps
+            own[0] = tiles_before * _TILE_LINES + warp_of_tile * 32 + lane
+            own[1] = tiles_before * _TILE_LINES + 128 + warp_of_tile * 2 + lane // 16
+            for slot in T.unroll(_AHEAD):
+                fetch(w, codes, scales, own, slot * splits + split, steps, slot)
+            for turn in T.unroll(turns):
+                row = row0 + (turn * threads + tx) // (chunk // _COPY)
+                token = token_ids[row] & _TOKEN
+                rows[turn] = T.if_then_else(token < tokens, T.if_then_else(gathers, token, row), -1)
+            stage(x, X_s, rows, K, 0, tx)
+            for i in T.unroll(columns * 4):
+                acc[i] = T.float32(0)
+            for number in T.serial(T.ceildiv(steps, _AHEAD * splits)):
+                stage(x, X_s, rows, K, number + 1, tx)
+                T.ptx_wait_group(1)
+                T.sync_threads()
+                for slot in T.unroll(_AHEAD):
+                    step_of_chunk(w, X_s, codes, scales, A_r, B_r, acc, own, lane, split, number, steps, slot)
+                T.sync_threads()
+            for n in T.unroll(columns):
+                for i in T.unroll(4):
+                    sums_s[split, n * _COLUMNS + lane % 4 * 2 + i % 2, warp * _ROWS + lane // 4 + i // 2 * 8] = acc[n * 4 + i]
+            T.sync_threads()
+            epilogue(sinks, sums_s, expert, row0, bx, tx)
+
+    return product
+
+
+def _sum(sums_s, m, row, splits: int):
+    return sum((sums_s[split, m, row] for split in range(1, splits)), sums_s[0, m, row])
+
+
+def gate_up(config: Config, activation):
+    """The prim_func of stage 1: (x, token_ids, expert_ids, num_valid, w13, bias13, hidden).
+
+    | parameter | shape | dtype |
+    | --- | --- | --- |
+    | x | (tokens, H) | bfloat16 |
+    | token_ids, expert_ids, num_valid | of `moe_sort`, with block_M | int32 |
+    | w13 | (E * row tiles * steps * 136, 4), the tiles of `pack`, gate beside up | uint32 |
+    | bias13 | (E, row tiles * 64), gate beside up | float32 |
+    | hidden | (blocks * block_M, I), in sorted order; rows of padding, and past num_valid, are undefined | bfloat16 |
+    """
+    tokens, hidden_groups, groups, blocks = (T.dynamic(name) for name in ("tokens", "hidden_groups", "groups", "blocks"))
+    experts, row_tiles, lines = T.dynamic("experts"), T.dynamic("row_tiles"), T.dynamic("lines")
+    H, I = hidden_groups * MX_GROUP, groups * MX_GROUP
+    block_M, splits, threads = config.block_M, config.splits, config.threads
+    features = config.rows // 2
+
+    def store(sinks, sums_s, expert, row0, bx, tx):
+        bias13, hidden = sinks
+
+        @T.macro
+        def emit():
+            for turn in T.serial(T.ceildiv(block_M * features, threads)):
+                place = turn * threads + tx
+                m, feature = place // features, place % features
+                row = feature // 8 * 16 + feature % 8
+                if m < block_M and bx * features + feature < I:
+                    gate = _sum(sums_s, m, row, splits) + bias13[expert, bx * config.rows + row]
+                    up = _sum(sums_s, m, row + 8, splits) + bias13[expert, bx * config.rows + row + 8]
+                    hidden[row0 + m, bx * features + feature] = T.cast(activation(gate, up), _DTYPE)
+
+        emit()
+
+    product = _product(config, store)
+
+    @T.prim_func
+    def gate_up(
+        x: T.Tensor((tokens, H), _DTYPE),
+        token_ids: T.Tensor((blocks * block_M,), "int32"),
+        expert_ids: T.Tensor((blocks,), "int32"),
+        num_valid: T.Tensor((1,), "int32"),
+        w13: T.Tensor((lines, LANE_WORDS), "uint32"),
+        bias13: T.Tensor((experts, row_tiles * TILE), "float32"),
+        hidden: T.Tensor((blocks * block_M, I), _DTYPE),
+    ):
+        with T.Kernel(T.ceildiv(I, features), blocks, threads=threads) as (bx, by):
+            T.annotate_min_blocks_per_sm(config.blocks)
+            product(
+                x,
+                w13,
+                token_ids,
+                expert_ids,
+                num_valid,
+                [bias13, hidden],
+                tokens,
+                T.bool(True),
+                H,
+                bx,
+                by,
+                row_tiles,
+                T.ceildiv(H, TILE),
+            )
+
+    return gate_up
+
+
+def down(config: Config, epilogue: str):
+    """The prim_func of stage 2: (hidden, token_ids, weights, expert_ids, num_valid, w2, bias2, y).
+
+    | parameter | shape | dtype |
+    | --- | --- | --- |
+    | hidden | (blocks * block_M, I), of `gate_up` | bfloat16 |
+    | token_ids, weights, expert_ids, num_valid | of `moe_sort`, with block_M | int32; weights float32 |
+    | w2 | (E * row tiles * steps * 136, 4), the tiles of `pack` | uint32 |
+    | bias2 | (E, row tiles * 64) | float32 |
+    | y | `reduce`: (tokens, top_k, H), each slot by itself; `atomic`: (tokens, H), zeros, to which slots are added | float32 |
+
+    Slots without a local expert are not written.
+    """
+    tokens, top_k, H, groups, blocks = (T.dynamic(name) for name in ("tokens", "top_k", "H", "groups", "blocks"))
+    experts, row_tiles, lines = T.dynamic("experts"), T.dynamic("row_tiles"), T.dynamic("lines")
+    I = groups * MX_GROUP
+    block_M, splits, threads, rows = config.block_M, config.splits, config.threads, config.rows
+    y_type = T.Tensor((tokens, top_k, H) if epilogue == "reduce" else (tokens, H), "float32")
+
+    @T.macro
+    def put(y, token, slot, row, value):
+        if epilogue == "reduce":
+            y[token, slot, row] = value
+        else:
+            T.atomic_add(y[token, row], value)
+
+    def store(sinks, sums_s, expert, row0, bx, tx):
+        token_ids, weights, bias2, y = sinks
+
+        @T.macro
+        def emit():
+            for turn in T.serial(T.ceildiv(block_M * rows, threads)):
+                place = turn * threads + tx
+                m, row = place // rows, bx * rows + place % rows
+                if m < block_M and row < H:
+                    token, slot = token_ids[row0 + m] & _TOKEN, token_ids[row0 + m] >> TOKEN_BITS
+                    if token < tokens:
+                        value = _sum(sums_s, m, place % rows, splits) + bias2[expert, row]
+                        put(y, token, slot, row, value * weights[row0 + m])
+
+        emit()
+
+    product = _product(config, store)
+
+    @T.prim_func
+    def down(
+        hidden: T.Tensor((blocks * block_M, I), _DTYPE),
+        token_ids: T.Tensor((blocks * block_M,), "int32"),
+        weights: T.Tensor((blocks * block_M,), "float32"),
+        expert_ids: T.Tensor((blocks,), "int32"),
+        num_valid: T.Tensor((1,), "int32"),
+        w2: T.Tensor((lines, LANE_WORDS), "uint32"),
+        bias2: T.Tensor((experts, row_tiles * TILE), "float32"),
+        y: y_type,
+    ):
+        with T.Kernel(T.ceildiv(H, rows), blocks, threads=threads) as (bx, by):
+            T.annotate_min_blocks_per_sm(config.blocks)
+            product(
+                hidden, w2, token_ids, expert_ids, num_valid, [token_ids, weights, bias2, y], tokens, T.bool(False), I,
+                bx, by, row_tiles, T.ceildiv(I, TILE),
+            )  # fmt: skip
+
+    return down
