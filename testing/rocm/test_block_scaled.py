@@ -31,8 +31,8 @@ def nans(M, N):
     return torch.full((M, N), torch.nan)
 
 
-@pytest.mark.parametrize("kind", CODES)
-@pytest.mark.parametrize("K", [256, 288])  # whole steps of 128; a last one of 32
+# Whole steps of 128; a last one of 32.
+@pytest.mark.parametrize(("kind", "K"), [*((kind, 288) for kind in CODES), ("fp4 per 32", 256)])
 def test_mxfp4_scaled_matmul(kind, K):
     """Scales that differ in every row and group; rows and columns that end inside a tile."""
     M, N = 40, 100
@@ -41,8 +41,7 @@ def test_mxfp4_scaled_matmul(kind, K):
     assert_close(C, reference.mxfp4_matmul(x, W, SW), dtype="float32")
 
 
-@pytest.mark.parametrize(("a", "b"), [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)])
-@pytest.mark.parametrize("K", [96, 288])
+@pytest.mark.parametrize(("a", "b", "K"), [(E4M3, E4M3, 288), (E5M2, E4M3, 96), (E4M3, E5M2, 288)])
 def test_fp8_scaled_matmul(a, b, K):
     M, N = 40, 100
     (A, SA), (B, SB), C = quantized(M, K, a, 0), quantized(N, K, b, 1), nans(M, N)
@@ -138,6 +137,27 @@ def test_tiles_in_a_pipeline(scope):
     assert_close(C, reference.mxfp4_matmul(x, W, SW), dtype="float32")
     if scope == "shared":
         assert lower(kernel, "gfx950").lds_bytes == 2 * (M + N) * (step // 2 + step // 32), "two stages, and no copy of a tile"
+
+
+def test_symbolic_k():
+    """The last step of 128 has 32 of K, which the kernel learns when it is launched."""
+    M, N = 32, 64
+    groups = T.dynamic("groups")
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, groups * 32), E4M3),
+        SA: T.Tensor((M, groups), "uint8"),
+        W: T.Tensor((N, groups * 16), "uint8"),
+        SW: T.Tensor((N, groups), "uint8"),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(1, threads=128) as _:
+            T.mxfp4_scaled_matmul(A, SA, W, SW, C, clear_accum=True)
+
+    (A, SA, x), (W, SW), C = activations("fp8 per 32", M, 160), weights(N, 160), nans(M, N)
+    run(kernel, A, SA, W, SW, C, products=2 * 4 * 2)
+    assert_close(C, reference.mxfp4_matmul(x, W, SW), dtype="float32")
 
 
 def test_decoded_tiles_are_gone():
