@@ -21,7 +21,7 @@ from tilelang_ext.formats import E2M1, MX_GROUP, BlockScaledLayout
 from tilelang_ext.kernels import mxfp4_moe_activations as activations
 from tilelang_ext.kernels import mxfp4_moe_sm90_launch as hopper
 from tilelang_ext.kernels import mxfp4_moe_stages as stages
-from tilelang_ext.kernels.mxfp4_moe_sort import MAX_TOP_K, TOKEN_BITS, capacity_of, moe_sort
+from tilelang_ext.kernels.mxfp4_moe_sort import MAX_THREADS, MAX_TOP_K, THREADS, TOKEN_BITS, capacity_of, moe_sort
 from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -273,7 +273,8 @@ def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, 
     expert_ids = torch.empty(capacity // config.block_M, dtype=torch.int32, device=device)
     num_valid = torch.empty(1, dtype=torch.int32, device=device)
     max_experts = max(64, 1 << (num_experts - 1).bit_length())
-    sort = _compiled(moe_sort, (config.block_M, max_experts, ids_dtype), device)
+    threads = MAX_THREADS if device.type == "cuda" and topk_ids.numel() > 16 * THREADS else THREADS
+    sort = _compiled(moe_sort, (config.block_M, max_experts, ids_dtype, threads), device)
     sort(topk_ids, topk_weights, mask, token_ids, weights, expert_ids, num_valid)
 
     y = (

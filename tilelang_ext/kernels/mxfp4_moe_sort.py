@@ -12,7 +12,7 @@ from tilelang_ext import language as T
 
 TOKEN_BITS = 24  # of a sorted token id; the slot lies above
 MAX_TOP_K = 127  # slots and the sentinel share the 7 bits that an int32 has left
-THREADS = 256
+THREADS, MAX_THREADS = 256, 1024
 
 
 def capacity_of(tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
@@ -20,7 +20,7 @@ def capacity_of(tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
     return -(-(tokens * top_k + num_experts * block_m - top_k) // block_m) * block_m
 
 
-def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
+def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: int = THREADS):
     """The prim_func: (topk_ids, topk_weights, expert_mask, token_ids, weights, expert_ids, num_valid).
 
     | parameter | shape | dtype |
@@ -47,7 +47,7 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
         expert_ids: T.Tensor((blocks,), "int32"),
         num_valid: T.Tensor((1,), "int32"),
     ):
-        with T.Kernel(1, threads=THREADS) as _:
+        with T.Kernel(1, threads=threads) as _:
             count_s = T.alloc_shared((max_experts,), "int32")  # rows of an expert
             block_s = T.alloc_shared((max_experts,), "int32")  # its first block
             local_s = T.alloc_shared((max_experts,), "int32")  # its number among the local ones
@@ -56,11 +56,11 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
 
             for e in T.Parallel(max_experts):
                 count_s[e] = 0
-            for step in T.serial(T.ceildiv(tokens * top_k, THREADS)):
-                for i in T.Parallel(THREADS):
+            for step in T.serial(T.ceildiv(tokens * top_k, threads)):
+                for i in T.Parallel(threads):
                     # Variables: as expressions, these would be computed anew at every use, and again for its bounds.
-                    token = T.alloc_var("int32", (step * THREADS + i) // top_k)
-                    slot = T.alloc_var("int32", (step * THREADS + i) % top_k)
+                    token = T.alloc_var("int32", (step * threads + i) // top_k)
+                    slot = T.alloc_var("int32", (step * threads + i) % top_k)
                     id = T.alloc_var(ids_dtype, -1)
                     if token < tokens:
                         id = topk_ids[token, slot]
@@ -83,10 +83,10 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
                     used_s[0] = before + T.ceildiv(count_s[e], block_m)
                     num_valid[0] = (before + T.ceildiv(count_s[e], block_m)) * block_m
 
-            for step in T.serial(T.ceildiv(tokens * top_k, THREADS)):
-                for i in T.Parallel(THREADS):
-                    token = T.alloc_var("int32", (step * THREADS + i) // top_k)
-                    slot = T.alloc_var("int32", (step * THREADS + i) % top_k)
+            for step in T.serial(T.ceildiv(tokens * top_k, threads)):
+                for i in T.Parallel(threads):
+                    token = T.alloc_var("int32", (step * threads + i) // top_k)
+                    slot = T.alloc_var("int32", (step * threads + i) % top_k)
                     id = T.alloc_var(ids_dtype, -1)
                     if token < tokens:
                         id = topk_ids[token, slot]
@@ -108,9 +108,9 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
                         token_ids[first * block_m + rows + j] = top_k << TOKEN_BITS | tokens
                         weights[first * block_m + rows + j] = 0
             used = T.alloc_var("int32", used_s[0])
-            for step in T.serial(T.ceildiv(blocks * block_m, THREADS)):
-                for i in T.Parallel(THREADS):
-                    row = step * THREADS + i
+            for step in T.serial(T.ceildiv(blocks * block_m, threads)):
+                for i in T.Parallel(threads):
+                    row = step * threads + i
                     if row < blocks * block_m and row >= used * block_m:
                         token_ids[row] = top_k << TOKEN_BITS | tokens
                         weights[row] = 0
