@@ -3,6 +3,7 @@
 import copy
 import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tilelang_ext.formats import E2M1, BlockScaledLayout
 from tilelang_ext.kernels import mxfp4_experts, mxfp4_moe
 from tilelang_ext.kernels.mxfp4_experts import NAMES, MXFP4Experts
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation
+from tilelang_ext.kernels.mxfp4_moe_weights import tile_for_hopper
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "examples")]
 
@@ -183,6 +185,38 @@ def test_weights_are_prepared_once(monkeypatch):
     assert torch.equal(copy.deepcopy(experts)(*inputs()), other)
     experts.bfloat16()(*inputs())
     assert len(prepared) == 2
+
+
+def test_tiles_on_hopper(monkeypatch):
+    """bfloat16 on a GPU of capability 9.0 gets both weights in tiles, or neither where a scale is too large for them."""
+    x = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16)
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    takes = mxfp4_experts._takes_tiles
+    assert takes(x, None)
+    assert takes(x, torch.bfloat16)
+    assert not takes(x, "mxfp8")
+    assert not takes(types.SimpleNamespace(device=x.device, dtype=torch.float16), None)
+    assert not takes(torch.zeros(1).bfloat16(), None)
+    capability[0] = (8, 0)
+    assert not takes(x, None)
+
+    given = []
+    monkeypatch.setattr(mxfp4_experts, "_takes_tiles", lambda x, a_dtype: True)
+    monkeypatch.setattr(mxfp4_experts, "mxfp4_moe", lambda x, ids, weights, w13, w2, **options: given.append((w13, w2)) or x)
+    experts = MXFP4Experts.from_checkpoint(checkpoint())
+    experts(*inputs())
+    experts(*inputs())
+    want = tile_for_hopper(experts.w13, gate=True), tile_for_hopper(experts.w2, gate=False)
+    for tiled, same in zip(given[0], want, strict=True):
+        assert torch.equal(tiled.codes, same.codes)
+        assert torch.equal(tiled.bias, same.bias)
+    assert given[1][0] is given[0][0]
+    large = checkpoint()
+    large["down_proj_scales"][0, 0, 0] = 130
+    experts.load_state_dict(large)
+    experts(*inputs())
+    assert all(w.codes.ndim == 3 for w in given[2])
 
 
 def test_shapes_of_forward():

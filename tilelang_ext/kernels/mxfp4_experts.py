@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tilelang_ext import quantize
 from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E8M0, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
+from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import fits
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation
-from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, prepare_mxfp4_weights
+from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper
 
 _GPT_OSS = Activation()
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
@@ -39,9 +40,10 @@ class MXFP4Experts(nn.Module):
     | down_proj_bias | (E, H) | float32; loaded from any float |
 
     A state dict, taken or given, is as checkpoints are: gate rows ::2, up rows 1::2. The buffers hold gate rows above up rows,
-    so `state_dict()` copies those of gate_up_proj. What the kernels read is made of the buffers once after a load, a move or a
-    cast: to change weights, load others. A new module's buffers are undefined until `load_state_dict`; `from_checkpoint` does
-    both. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
+    so `state_dict()` copies those of gate_up_proj. What the kernels read is made of the buffers by the first call after a load,
+    a move or a cast: to change weights, load others. It shares their codes, but on Hopper, for bfloat16 activations, it is a
+    second copy, of `tile_for_hopper`; call once before `torch.compile` there. A new module's buffers are undefined until
+    `load_state_dict`; `from_checkpoint` does both. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
 
     Raises ValueError for sizes; load_state_dict raises TypeError for dtypes, RuntimeError for names and shapes.
     """
@@ -65,7 +67,7 @@ class MXFP4Experts(nn.Module):
             raise ValueError(f"MXFP4Experts: num_experts must be at least 1; got {num_experts}; pass the model's")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.a_dtype, self.epilogue = activation, a_dtype, epilogue
-        self._prepared: dict[str, tuple[list[Tensor], MXFP4Weights]] = {}
+        self._prepared: dict[bool, tuple[list[Tensor], tuple[MXFP4Weights, MXFP4Weights]]] = {}  # by whether in tiles
         for projection, rows, k in ((_GATE_UP, 2 * intermediate_size, hidden_size), (_DOWN, hidden_size, intermediate_size)):
             groups = k // MX_GROUP
             shapes = {"blocks": (rows, groups, MX_GROUP // CODES_PER_BYTE), "scales": (rows, groups), "bias": (rows,)}
@@ -123,21 +125,26 @@ class MXFP4Experts(nn.Module):
 
     @property
     def w13(self) -> MXFP4Weights:
-        """Gate and up, as `mxfp4_moe` takes them."""
-        return self._weights(_GATE_UP, "separated")
+        """Gate and up, of `prepare_mxfp4_weights`."""
+        return self._weights(tiled=False)[0]
 
     @property
     def w2(self) -> MXFP4Weights:
-        """Down, as `mxfp4_moe` takes it."""
-        return self._weights(_DOWN, None)
+        """Down, of `prepare_mxfp4_weights`."""
+        return self._weights(tiled=False)[1]
 
-    def _weights(self, projection: str, gate: str | None) -> MXFP4Weights:
-        parts = [getattr(self, f"{projection}_{part}") for part in _PARTS]
-        prepared_from, weights = self._prepared.get(projection, (None, None))
+    def _weights(self, tiled: bool) -> tuple[MXFP4Weights, MXFP4Weights]:
+        """w13 and w2, of `tile_for_hopper` where asked for and where the scales allow it."""
+        buffers = [getattr(self, name) for name in NAMES]
+        prepared_from, weights = self._prepared.get(tiled, (None, None))
         # Moved or cast, a module has other tensors.
-        if prepared_from is None or any(now is not then for now, then in zip(parts, prepared_from, strict=True)):
-            weights = prepare_mxfp4_weights(*parts, source="gpt_oss", gate=gate)
-            self._prepared[projection] = parts, weights
+        if prepared_from is None or any(now is not then for now, then in zip(buffers, prepared_from, strict=True)):
+            w13 = prepare_mxfp4_weights(*buffers[:3], source="gpt_oss", gate="separated")
+            w2 = prepare_mxfp4_weights(*buffers[3:], source="gpt_oss")
+            weights = w13, w2
+            if tiled and fits(w13.scale) and fits(w2.scale):
+                weights = tile_for_hopper(w13, gate=True), tile_for_hopper(w2, gate=False)
+            self._prepared[tiled] = buffers, weights
         return weights
 
     def forward(
@@ -158,8 +165,7 @@ class MXFP4Experts(nn.Module):
             hidden_states.reshape(-1, self.hidden_size),
             router_indices.reshape(-1, top_k),
             routing_weights.reshape(-1, top_k),
-            self.w13,
-            self.w2,
+            *self._weights(tiled=_takes_tiles(hidden_states, self.a_dtype)),
             activation=self.activation,
             a_dtype=self.a_dtype,
             epilogue=self.epilogue,
@@ -170,6 +176,12 @@ class MXFP4Experts(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
         return f"{sizes}, activation={self.activation.name}, a_dtype={self.a_dtype}, epilogue={self.epilogue}"
+
+
+def _takes_tiles(x: Tensor, a_dtype: torch.dtype | str | None) -> bool:
+    """Whether the kernels for Hopper compute this."""
+    is_hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) == (9, 0) and torch.version.hip is None
+    return is_hopper and x.dtype == torch.bfloat16 and a_dtype in (None, torch.bfloat16)
 
 
 def _select(source: Mapping[str, Tensor] | str | PathLike | Iterable[str | PathLike], prefix: str) -> dict[str, Tensor]:
