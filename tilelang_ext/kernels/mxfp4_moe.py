@@ -2,8 +2,9 @@
 
 y[t] = sum over slots s of topk_weights[t, s] * (w2[e] . act(w13[e] . x[t] + bias13[e]) + bias2[e]),  e = topk_ids[t, s]
 
-On a GPU at most five launches: quantisation of x, sort, gate and up with the activation, down, sum of the slots. Their sizes
-depend on shapes alone, so they can be captured in a graph. The CPU computes by `reference.moe`.
+On a GPU at most five kernels, beside torch's fills and casts: quantisation (or a gathering) of x, sort, gate and up with the
+activation, down, sum of the slots. Their launches depend on shapes alone, so they can be captured in a graph. The CPU computes
+by `reference.moe`, which refuses to quantise what is not finite; kernels give such a row, or group of 32, NaN.
 """
 
 from __future__ import annotations
