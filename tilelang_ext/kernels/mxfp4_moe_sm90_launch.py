@@ -66,11 +66,11 @@ def gather():
         num_valid: T.Tensor((1,), "int32"),
         gathered: T.Tensor((rows, H), "bfloat16"),
     ):
-        with T.Kernel(T.ceildiv(H, columns), rows, threads=_GATHER_THREADS) as (bx, row):
+        with T.Kernel(rows, T.ceildiv(H, columns), threads=_GATHER_THREADS) as (row, by):  # y ends at 65535
             tx = T.get_thread_binding()
             if row < num_valid[0]:
                 token = token_ids[row] & _TOKEN
-                column = bx * columns + tx * _GATHER_ELEMENTS
+                column = by * columns + tx * _GATHER_ELEMENTS
                 if token < tokens and column < H:
                     for v in T.vectorized(_GATHER_ELEMENTS):
                         gathered[row, column + v] = x[token, column + v]
