@@ -23,6 +23,8 @@ L2_CACHES = 3  # inputs rotate through this many times the L2 cache
 MAX_ROTATION = 64
 REPLAYS = 20
 WARM_UP = 3  # replays before them
+CHAIN = 24  # calls of a graph at least
+BARS_IN_A_ROW = 24  # of a chart
 MAC_CACHE_BYTES = 64 * 2**20  # more than the system-level cache of any Apple chip up to M4 Max
 
 
@@ -125,19 +127,24 @@ def plot(path: str, rows: Sequence[dict], *, case: str, series: str, value: str,
     cases = list(dict.fromkeys(row[case] for row in rows))
     names = [n for n in order if any(r[series] == n for r in rows)] or list(dict.fromkeys(row[series] for row in rows))
     width = 0.8 / len(names)
-    figure, axes = pyplot.subplots(figsize=(max(5.0, 1.2 + len(cases) * (0.7 + 0.55 * len(names))), 3.8), layout="constrained")
-    for i, name in enumerate(names):
-        drawn = [(cases.index(row[case]), row[value]) for row in rows if row[series] == name]
-        places = [place + (i - (len(names) - 1) / 2) * width for place, _ in drawn]
-        bars = axes.bar(places, [height for _, height in drawn], width * 0.92, label=name, color=f"C{i}", zorder=2)
-        axes.bar_label(bars, fmt=lambda v: f"{v:.3g}" if v < 1000 else f"{v:,.0f}", padding=2, fontsize=8)
-    axes.set_xticks(range(len(cases)), cases)
-    axes.set_ylabel(label)
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.margins(y=0.15)
-    axes.grid(axis="y", color="0.9", zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left", bbox_to_anchor=(0, -0.12))
+    in_a_row = max(1, min(len(cases), BARS_IN_A_ROW // len(names)))
+    panels = [cases[begin : begin + in_a_row] for begin in range(0, len(cases), in_a_row)]
+    size = max(5.0, 1.2 + in_a_row * (0.7 + 0.55 * len(names))), 0.4 + 3.4 * len(panels)
+    figure, plots = pyplot.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
+    for axes, here in zip(plots[:, 0], panels, strict=True):
+        for i, name in enumerate(names):
+            drawn = [(here.index(row[case]), row[value]) for row in rows if row[series] == name and row[case] in here]
+            places = [place + (i - (len(names) - 1) / 2) * width for place, _ in drawn]
+            bars = axes.bar(places, [height for _, height in drawn], width * 0.92, label=name, color=f"C{i}", zorder=2)
+            axes.bar_label(bars, fmt=lambda v: f"{v:.3g}" if v < 1000 else f"{v:,.0f}", padding=2, fontsize=8)
+        axes.set_xticks(range(len(here)), here)
+        axes.set_xlim(-0.5, in_a_row - 0.5)
+        axes.set_ylabel(label)
+        axes.margins(y=0.15)
+        axes.grid(axis="y", color="0.9", zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    plots[0, 0].set_title(title, loc="left", fontsize=10)
+    plots[-1, 0].legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left", bbox_to_anchor=(0, -0.12))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -192,6 +199,8 @@ def time_cuda(calls: Sequence[Callable[[], None]], replays: int = REPLAYS) -> fl
 
 def time_cuda_in_turn(providers: Sequence[Sequence[Callable[[], None]]], replays: int = REPLAYS) -> list[float]:
     """`time_cuda` of several, one replay of each in turn, so that a GPU that slows down as it warms does so for all alike."""
+    # A replay begins with a gap of some microseconds, which many calls share.
+    providers = [list(calls) * math.ceil(CHAIN / len(calls)) for calls in providers]
     graphs = [_graph(calls) for calls in providers]
     times: list[list[float]] = [[] for _ in graphs]
     for replay in range(WARM_UP + replays):
