@@ -111,7 +111,7 @@ def test_check_topk_ids():
     [
         (0, torch.zeros(5, 96), TypeError, "x must be bfloat16 or float16"),
         (0, torch.zeros(5, 64).bfloat16(), ValueError, "x must be .tokens, H."),
-        (0, torch.zeros(5, 1, 96).bfloat16(), ValueError, "x must be .tokens, H."),
+        (0, torch.zeros(5, 96, 1).bfloat16(), ValueError, "x must be .tokens, H."),
         (1, torch.zeros(5, 2), TypeError, "topk_ids must be int32 or int64"),
         (1, torch.zeros(4, 2, dtype=torch.int32), ValueError, "one row a token"),
         (2, torch.zeros(5, 2, dtype=torch.int32), TypeError, "topk_weights must be"),

@@ -50,6 +50,18 @@ def test_values(target, kind, activation):
     assert_close(result, expected, dtype=dtype, max_error=None if kind == dtype else 0.03)
 
 
+@pytest.mark.parametrize(("target", "kind"), [("c", "mxfp8"), ("metal", "fp8")], indirect=["target"])
+def test_not_finite(target, kind):
+    """A token with an infinity becomes NaN, and no other."""
+    (x, *rest), _ = arguments()
+    expected = mxfp4_moe(x, *rest, activation=SWIGLU, a_dtype=kind)
+    expected[2] = torch.nan
+    x = x.clone()
+    x[2, 40] = torch.inf
+    result = mxfp4_moe(x, *rest, activation=SWIGLU, a_dtype=kind)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_routing(target):
     """No id in range, all tokens to one expert, one token, experts elsewhere: what reference.moe says."""
     (x, topk_ids, topk_weights, w13, w2), _ = arguments()

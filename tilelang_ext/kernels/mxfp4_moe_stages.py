@@ -36,8 +36,13 @@ class Activation:
         """The expression for float32 g and u."""
         if self.name == "silu":
             return g * _sigmoid(g) * u
-        g, u = T.min(g, self.limit), T.max(T.min(u, self.limit), -self.limit)
+        g, u = _at_most(g, self.limit), -_at_most(-_at_most(u, self.limit), self.limit)
         return g * _sigmoid(g * self.alpha) * (u + 1.0)
+
+
+def _at_most(x, limit: float):
+    """min(x, limit) that keeps NaN, which a target's own drops."""
+    return T.Select(x > limit, T.float32(limit), x)
 
 
 def _sigmoid(x):
