@@ -124,6 +124,23 @@ def test_values(module, config):
     run(module, config, (-(-2 * I // config.rows), -(-H // config.rows)))
 
 
+@needs_compiler
+def test_gather():
+    """Rows of two blocks of threads each; padding and what lies past num_valid stay as they are."""
+    rows, H = 5, 1056
+    tensors = {
+        "x": torch.randn(3, H).bfloat16(),
+        "token_ids": torch.tensor([2, 1 << 24, 1 << 24 | 2, 2 << 24 | 3, 1], dtype=torch.int32),
+        "num_valid": torch.tensor([4], dtype=torch.int32),
+        "gathered": torch.full((rows, H), 7.0).bfloat16(),
+    }
+    expected = tensors["gathered"].clone()
+    expected[:3] = tensors["x"][[2, 0, 2]]
+    scalars = {"tokens": 3, "groups": H // 32, "rows": rows}
+    execute(text_of(few, launch.gather()), (rows, 2), tensors, {}, scalars)
+    assert torch.equal(tensors["gathered"], expected)
+
+
 @needs_nvcc
 def test_instructions():
     """Products of a warp and of a warpgroup, decoded with one multiplication a pair; nothing spilled but a word or two."""
