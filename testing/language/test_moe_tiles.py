@@ -86,9 +86,10 @@ def test_scatter(target, mode):
 @pytest.mark.parametrize(("name", "gate"), [("swiglu", "interleaved"), ("swiglu", "separated"), ("silu_mul", "interleaved")])
 @pytest.mark.parametrize("target", WITH_CUDA)
 def test_activations(target, name, gate, source):
-    """Both sides of both limits, an alpha and a limit that are not the defaults."""
+    """Both sides of both limits, an alpha and a limit that are not the defaults; what is not a number stays none."""
     M, I = 32, 48
     gate_up = torch.randn(M, 2 * I, generator=torch.Generator().manual_seed(3)) * 6
+    gate_up[3, 7], gate_up[30, 64] = torch.nan, torch.nan
     options = {"alpha": 1.25, "limit": 5.0} if name == "swiglu" else {}
 
     @T.prim_func
@@ -105,7 +106,10 @@ def test_activations(target, name, gate, source):
 
     out = torch.full((M, I), torch.nan)
     run(kernel, gate_up, out, target=target)
-    assert_close(out, getattr(reference, name)(gate_up, gate=gate, **options), dtype="float32")
+    expected = getattr(reference, name)(gate_up, gate=gate, **options)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert expected.isnan().sum() == 2
+    assert_close(out.nan_to_num(0.0), expected.nan_to_num(0.0), dtype="float32")
 
 
 def traced(call, *shapes):

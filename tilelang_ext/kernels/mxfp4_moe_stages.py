@@ -14,6 +14,7 @@ from tilelang_ext import language as T
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe_activations import WIDE, Operand, between, store_tile, tensors, tile_dtype
 from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS
+from tilelang_ext.language.swiglu import silu_of, swiglu_of
 
 _GROUP_BYTES = MX_GROUP // CODES_PER_BYTE  # of weights that share a scale
 _TOKEN = (1 << TOKEN_BITS) - 1
@@ -34,19 +35,7 @@ class Activation:
 
     def __call__(self, g, u):
         """The expression for float32 g and u."""
-        if self.name == "silu":
-            return g * _sigmoid(g) * u
-        g, u = _at_most(g, self.limit), -_at_most(-_at_most(u, self.limit), self.limit)
-        return g * _sigmoid(g * self.alpha) * (u + 1.0)
-
-
-def _at_most(x, limit: float):
-    """min(x, limit) that keeps NaN, which a target's own drops."""
-    return T.Select(x > limit, T.float32(limit), x)
-
-
-def _sigmoid(x):
-    return 1.0 / (1.0 + T.exp(-x))
+        return silu_of(g, u) if self.name == "silu" else swiglu_of(g, u, self.alpha, self.limit)
 
 
 @dataclass(frozen=True)

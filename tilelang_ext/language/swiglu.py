@@ -26,17 +26,28 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 def swiglu(gate_up, out, alpha: float = 1.702, limit: float = 7.0, gate: str = "interleaved") -> None:
     """Write gpt-oss's activation of `gate_up` to `out`; TypeError for dtypes and scopes, ValueError for shapes and `gate`."""
-
-    def activation(g: tirx.PrimExpr, u: tirx.PrimExpr) -> tirx.PrimExpr:
-        g, u = T.min(g, T.float32(limit)), T.max(T.min(u, T.float32(limit)), T.float32(-limit))
-        return g * _sigmoid(g * T.float32(alpha)) * (u + T.float32(1))
-
-    _activate("T.swiglu", gate_up, out, gate, activation)
+    _activate("T.swiglu", gate_up, out, gate, lambda g, u: swiglu_of(g, u, alpha, limit))
 
 
 def silu_mul(gate_up, out, gate: str = "separated") -> None:
     """Write silu(gate) * up of `gate_up` to `out`; errors as those of `T.swiglu`."""
-    _activate("T.silu_mul", gate_up, out, gate, lambda g, u: g * _sigmoid(g) * u)
+    _activate("T.silu_mul", gate_up, out, gate, silu_of)
+
+
+def swiglu_of(g: tirx.PrimExpr, u: tirx.PrimExpr, alpha: float, limit: float) -> tirx.PrimExpr:
+    """Return gpt-oss's activation of one float32 gate and up."""
+    g, u = _at_most(g, limit), -_at_most(-_at_most(u, limit), limit)
+    return g * _sigmoid(g * T.float32(alpha)) * (u + T.float32(1))
+
+
+def silu_of(g: tirx.PrimExpr, u: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Return silu(g) * u of one float32 gate and up."""
+    return g * _sigmoid(g) * u
+
+
+def _at_most(x: tirx.PrimExpr, limit: float) -> tirx.PrimExpr:
+    """min(x, limit) that keeps NaN, which a target's own drops."""
+    return T.Select(x > T.float32(limit), T.float32(limit), x)
 
 
 def _sigmoid(x: tirx.PrimExpr) -> tirx.PrimExpr:
