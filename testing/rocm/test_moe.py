@@ -9,11 +9,10 @@ from kernels.moe_operands import SWIGLU, arguments
 from numeric import assert_close
 from rocm.test_compile import MOE, gate
 
-from tilelang_ext import reference, simulate
+from tilelang_ext import simulate
 from tilelang_ext.kernels import mxfp4_moe as door
 from tilelang_ext.kernels import mxfp4_moe_stages as stages
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
-from tilelang_ext.kernels.mxfp4_moe_sort import moe_sort
 from tilelang_ext.rocm import program
 
 PRODUCTS = (stages.gate_up, stages.down)
@@ -25,25 +24,12 @@ def lowered(make, options, arch):
     return program.lower(make(*options), f"hip -mcpu={arch}")
 
 
-def sort_by_reference(block_m):
-    """Sorting costs as much to lower as a product, and is tested by itself."""
-
-    def run(topk_ids, topk_weights, mask, *outputs):
-        rows = reference.moe_sort(topk_ids, topk_weights, len(mask), block_m, mask.bool())
-        for output, value in zip(outputs, (rows.token_ids, rows.weights, rows.expert_ids, rows.num_valid), strict=True):
-            output.copy_(value)
-
-    return run
-
-
 @pytest.fixture
 def launched(request, monkeypatch):
     """Tensors on the CPU go the way of a GPU's, on memory full of NaN; returns (function that made it, program) of launches."""
     arch, programs = request.param, []
 
     def compiled(make, options, device):
-        if make is moe_sort and arch != "gfx1201":
-            return sort_by_reference(options[0])
         made = lowered(make, options, arch)
         programs.append((make, made))
 
@@ -60,12 +46,11 @@ def launched(request, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-# Every unit, kind of activations and epilogue once: lowering is most of the time, and they meet in the products alone.
+# Both epilogues on every chip, and of every kind of activations.
 CASES = [
-    ("gfx942", "fp8", "reduce"),
-    ("gfx950", "mxfp4", "atomic"),
-    ("gfx1100", "bfloat16", "atomic"),
-    ("gfx1201", "bfloat16", "reduce"),
+    (arch, kind, ("reduce", "atomic")[(i + j) % 2])
+    for i, arch in enumerate(("gfx942", "gfx950", "gfx1100", "gfx1201"))
+    for j, kind in enumerate(("bfloat16", "fp8", "mxfp4"))
 ]
 
 
@@ -86,9 +71,11 @@ def test_values_and_machine_code(launched, kind, epilogue):
 
 
 @pytest.mark.hip
-def test_machine_code_of_mi200():
+@pytest.mark.parametrize("make", PRODUCTS, ids=lambda make: make.__name__)
+def test_machine_code_of_mi200(make):
     """Its instruction for bfloat16 is another than MI300's; the rest of the text is the same."""
-    made = lowered(stages.down, (stages.Config(16), "bfloat16", "reduce"), "gfx90a")
+    options = {stages.gate_up: (SWIGLU, "bfloat16"), stages.down: ("bfloat16", "reduce")}[make]
+    made = lowered(make, (stages.Config(16), *options), "gfx90a")
     gate(made.source, made.dynamic_lds, "gfx90a", MOE["gfx90a"], tiles=1)
 
 
