@@ -11,8 +11,10 @@ from rocm.test_compile import MOE, gate
 
 from tilelang_ext import simulate
 from tilelang_ext.kernels import mxfp4_moe as door
+from tilelang_ext.kernels import mxfp4_moe_activations as activations
 from tilelang_ext.kernels import mxfp4_moe_stages as stages
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
+from tilelang_ext.kernels.mxfp4_moe_sort import moe_sort
 from tilelang_ext.rocm import program
 
 PRODUCTS = (stages.gate_up, stages.down)
@@ -70,13 +72,22 @@ def test_values_and_machine_code(launched, kind, epilogue):
         gate(made.source, made.dynamic_lds, arch, MOE[arch] if make in PRODUCTS else None, tiles=1)
 
 
+MI200 = {
+    stages.gate_up: (stages.Config(16), SWIGLU, "bfloat16"),
+    stages.down: (stages.Config(16), "bfloat16", "reduce"),
+    stages.sum_slots: ("bfloat16", "int32"),
+    moe_sort: (16, 64),
+    activations.quantize_rows: ("bfloat16",),
+    activations.quantize_groups: ("mxfp4", "bfloat16"),
+}
+
+
 @pytest.mark.hip
-@pytest.mark.parametrize("make", PRODUCTS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", MI200, ids=lambda make: make.__name__)
 def test_machine_code_of_mi200(make):
     """Its instruction for bfloat16 is another than MI300's; the rest of the text is the same."""
-    options = {stages.gate_up: (SWIGLU, "bfloat16"), stages.down: ("bfloat16", "reduce")}[make]
-    made = lowered(make, (stages.Config(16), *options), "gfx90a")
-    gate(made.source, made.dynamic_lds, "gfx90a", MOE["gfx90a"], tiles=1)
+    made = lowered(make, MI200[make], "gfx90a")
+    gate(made.source, made.dynamic_lds, "gfx90a", MOE["gfx90a"] if make in PRODUCTS else None, tiles=1)
 
 
 def test_kernels_are_compiled_for_the_architecture_of_the_device(monkeypatch):
