@@ -31,7 +31,7 @@ _PAD = 8  # elements, against bank conflicts
 
 @dataclass(frozen=True)
 class Config:
-    """Tokens of a block; warps with rows of their own, warps that share them by splitting K; blocks a processor."""
+    """Tokens of a block; warps with rows of their own, which divide them; warps that split K of those; blocks a processor."""
 
     block_M: int
     warps: int

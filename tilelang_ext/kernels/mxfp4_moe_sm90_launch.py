@@ -20,7 +20,8 @@ ARCH = "sm_90a"
 _TOKEN = (1 << TOKEN_BITS) - 1
 _GATHER_THREADS, _GATHER_ELEMENTS = 128, 8
 
-# The kernels and tiles, by the rows an expert has when all are equally busy; measured on an H200, see docs/performance.md.
+# The kernels and tiles, by the rows an expert has when all are equally busy; each measured on an H200 at sizes of
+# docs/performance.md; the bounds between them were not searched.
 _TABLE = (
     # (most rows of an expert, most slots of all tokens, module, config)
     (6, 64, few, few.Config(8, 4, 2, 4)),  # few blocks: K is split, to fill the processors
