@@ -90,6 +90,17 @@ def test_machine_code_of_mi200(make):
     gate(made.source, made.dynamic_lds, "gfx90a", MOE["gfx90a"] if make in PRODUCTS else None, tiles=1)
 
 
+@pytest.mark.hip
+@pytest.mark.parametrize("tokens", [32, 64, 128])
+@pytest.mark.parametrize("arch", MOE)
+def test_machine_code_of_larger_tiles(arch, tokens):
+    """The tiles that `pick_config` has for more tokens; gate and up hold twice the sums of down."""
+    config = stages.pick_config(tokens, 1, 1, "hip")
+    assert config.block_M == tokens
+    made = lowered(stages.gate_up, (config, SWIGLU, "bfloat16"), arch)
+    gate(made.source, made.dynamic_lds, arch, MOE[arch], tiles=1)
+
+
 def test_kernels_are_compiled_for_the_architecture_of_the_device(monkeypatch):
     """Without its modes, on a ROCm build of torch."""
 
