@@ -84,7 +84,7 @@ def test_encode_returns_every_finite_code(format):
 
 
 @by_name
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_encode_is_nearest_even(format, data):
     near = st.floats(-2 * format.max, 2 * format.max) | st.floats(-4 * format.smallest, 4 * format.smallest)
@@ -179,7 +179,7 @@ def test_the_low_nibble_is_the_even_index():
     assert q.unpack(torch.tensor([[0x21, 0x0F]], dtype=torch.uint8)).tolist() == [[0x1, 0x2, 0xF, 0x0]]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=seeds, rows=st.integers(0, 5), k=st.integers(0, 20))
 def test_pack_round_trip(seed, rows, k):
     packed = random_bytes(seed, rows, k)
@@ -238,7 +238,7 @@ def ceil_log2(x: Fraction) -> int:
 
 @pytest.mark.parametrize("rounding", ["round_up", "floor"])
 @by_name
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_choose_e8m0_is_its_formula(format, rounding, data):
     power = data.draw(st.integers(-149, 127))
@@ -268,7 +268,7 @@ LAYOUTS = [PER_TENSOR, PER_ROW, BlockScaledLayout.block(1, 128), BlockScaledLayo
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda b: f"{b.rows}x{b.k}")
 @pytest.mark.parametrize("format", [E4M3, E4M3_FNUZ, E2M1], ids=lambda f: f.name)
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(seed=seeds, lead=st.sampled_from([(), (2,)]), rows=st.sampled_from([0, 1, 3, 130]), groups=st.integers(0, 9))
 def test_quantize_each_block_by_its_own_maximum(format, layout, seed, lead, rows, groups):
     x = random_values(seed, *lead, rows, 32 * groups)
@@ -328,7 +328,7 @@ def test_quantize_errors():
 # --- layouts that users bring ----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=seeds, lead=st.sampled_from([(), (3,), (0,)]), rows=st.integers(0, 5), groups=st.integers(1, 5))
 def test_every_layout_round_trips(seed, lead, rows, groups):
     codes, scale = random_bytes(seed, *lead, rows, 16 * groups), random_bytes(seed + 1, *lead, rows, groups)
@@ -445,7 +445,7 @@ def fits_by_brute_force(codes: torch.Tensor, exponents: list[int]) -> bool:
     return any(all(math.ldexp(v, e - s) in e4m3 for vs, e in blocks for v in vs) for s in range(-126, 128))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=seeds, blocks=st.integers(1, 4), spread=st.integers(0, 20), base=st.integers(0, 234), data=st.data())
 def test_fold_fits_exactly_where_it_can(seed, blocks, spread, base, data):
     kinds = data.draw(st.lists(st.sampled_from([[0, 8], [2, 10], [1, 7], list(range(16))]), min_size=blocks, max_size=blocks))

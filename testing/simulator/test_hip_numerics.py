@@ -158,6 +158,8 @@ def test_templates_across_waves(arch):
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx950"])
 def test_templates_of_products_and_scans(arch):
     a, b = (torch.randn(64, 32).half() for _ in range(2))
+    for operand in (a, b):
+        operand[operand.abs() < 2.0**-14] = 0  # gfx90a reads subnormal operands as zero
     registers, sums = torch.full((2, 64, 2, 4, 4), torch.nan), torch.full((128,), torch.nan)
     report = run(TEMPLATE_GEMM, "gemm", [a, b, registers, sums], arch=arch, threads=128)
     assert report.findings == ()
