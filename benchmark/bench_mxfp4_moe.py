@@ -180,8 +180,9 @@ def check(case: Case, provider: str, y: torch.Tensor, want: torch.Tensor) -> dic
 
 
 def make_ours(case: Case, layer: Layer):
-    if case.device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and case.a_dtype == "bf16":
-        layer = Layer(tile_for_hopper(layer.w13, gate=True), tile_for_hopper(layer.w2, gate=False))
+    tiles = {"bf16": "bfloat16", "fp8": "fp8"}.get(case.a_dtype)
+    if tiles and case.device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+        layer = Layer(*(tile_for_hopper(w, gate=w is layer.w13, a_dtype=tiles) for w in layer))
 
     def bind(inputs: Inputs, out: torch.Tensor):
         options = {"activation": Activation(), "a_dtype": A_DTYPES[case.a_dtype], "out": out}

@@ -3,6 +3,7 @@
 // the generator. Instructions of a warp meet at a barrier, so a kernel needs as many of them in each lane as it would
 // on a GPU.
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -140,13 +141,35 @@ struct bfloat16_t {
     std::memcpy(&word, &value, 4);
     bits = std::isnan(value) ? 0x7fff : uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
   }
+  explicit operator float() const { return bfloat16_value(bits); }
 };
 struct __nv_bfloat162 {
   bfloat16_t x, y;
 };
 inline __nv_bfloat162 __float22bfloat162_rn(float2 value) { return {bfloat16_t(value.x), bfloat16_t(value.y)}; }
+inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {float(v.x), float(v.y)}; }
+using __nv_fp8x2_storage_t = uint16_t;
+enum { __NV_SATFINITE, __NV_E4M3 };
+inline uint e4m3_code(float value) {  // the nearest, ties to even, the largest for what is larger
+  const uint sign = std::signbit(value) ? 0x80 : 0;
+  if (std::isnan(value)) return 0x7f;
+  const float magnitude = std::min(std::fabs(value), 448.0f);
+  const int least = std::max(magnitude == 0 ? -9 : std::ilogb(magnitude) - 3, -9);  // of the mantissa's last bit
+  const uint units = uint(std::nearbyint(std::ldexp(magnitude, -least)));
+  return sign | (units + 8 * uint(least + 9));
+}
+inline __nv_fp8x2_storage_t __nv_cvt_float2_to_fp8x2(float2 v, int, int) {
+  return uint16_t(e4m3_code(v.x) | e4m3_code(v.y) << 8);
+}
+#define CUDART_NAN_F NAN
 inline uint __pack_half2(bfloat16_t low, bfloat16_t high) { return low.bits | uint(high.bits) << 16; }
 inline uint __pack_nv_bfloat162(bfloat16_t low, bfloat16_t high) { return low.bits | uint(high.bits) << 16; }
+
+inline void AtomicAdd(float* sum, float value) {
+  std::atomic_ref<float> shared(*sum);
+  for (float old = shared; !shared.compare_exchange_weak(old, old + value);) {
+  }
+}
 
 namespace tl {
 template <typename To>
@@ -186,6 +209,15 @@ inline void cp_async_commit() {}
 template <int>
 void cp_async_wait() {}
 inline void fence_proxy_async() {}
+
+inline int warp_reduce_max(int value) {
+  Warp& w = warp();
+  w.a[lane()][0] = value;
+  w.meet.arrive_and_wait();
+  for (const auto& of_lane : w.a) value = std::max(value, int(of_lane[0]));
+  w.meet.arrive_and_wait();
+  return value;
+}
 
 // --- matrix instructions of a warp ---
 template <int N>

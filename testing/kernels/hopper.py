@@ -26,7 +26,10 @@ def execute(
     scalars: dict[str, int],
     cluster: int = 1,
 ) -> None:
-    """Run the one kernel of `text`, and write what it left in its tensors, by their names, back into them."""
+    """Run the one kernel of `text`, and write what it left in its tensors, by their names, back into them.
+
+    It may have fewer parameters than there are tensors and scalars.
+    """
     match = _SIGNATURE.search(text)
     threads, name, parameters = match.groups()
     device = _SIGNATURE.sub(rf"void {name}(\3) {{", text[match.start() :]).replace("__grid_constant__ ", "")
@@ -38,18 +41,20 @@ def execute(
         device,
     )
     assert "__shared__" not in device
-    arguments = []
+    arguments, own = [], {}
     for parameter in parameters.split(", "):
         kind, parameter_name = parameter.rsplit(" ", 1)
         if kind.endswith("CUtensorMap"):
             matrix = parameter_name.removesuffix("_desc")
+            own[matrix] = tensors[matrix]
             (rows, columns), size, box = tensors[matrix].shape, tensors[matrix].itemsize, boxes[matrix]
             arguments.append(
                 f"CUtensorMap{{(uint8_t*){matrix}.data(), {rows}, {columns * size}, {box.rows}, {box.columns * size}, {size}}}"
             )
         elif "*" in kind:
+            own[parameter_name] = tensors[parameter_name]
             arguments.append(f"({kind.split('*')[0].removeprefix('const ')}*){parameter_name}.data()")
         else:
             arguments.append(str(scalars[parameter_name]))
     call = f"launch_clusters({grid[0]}, {grid[1]}, {cluster}, {threads}, [&] {{ {name}({', '.join(arguments)}); }});"
-    run_program("hopper.h", device, tensors, call)
+    run_program("hopper.h", device, own, call)

@@ -188,21 +188,21 @@ def test_weights_are_prepared_once(monkeypatch):
 
 
 def test_tiles_on_hopper(monkeypatch):
-    """bfloat16 on a GPU of capability 9.0 gets both weights in tiles, or neither where a scale is too large for them."""
+    """On a GPU of capability 9.0 both weights are in tiles, or neither where these cannot hold a scale."""
     x = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16)
     capability = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    takes = mxfp4_experts._takes_tiles
-    assert takes(x, None)
-    assert takes(x, torch.bfloat16)
-    assert not takes(x, "mxfp8")
-    assert not takes(types.SimpleNamespace(device=x.device, dtype=torch.float16), None)
-    assert not takes(torch.zeros(1).bfloat16(), None)
+    tiles_for = mxfp4_experts._tiles_for
+    assert tiles_for(x, None) == tiles_for(x, torch.bfloat16) == "bfloat16"
+    assert tiles_for(x, "fp8") == tiles_for(x, torch.float8_e4m3fn) == "fp8"
+    assert tiles_for(x, "mxfp8") is None
+    assert tiles_for(types.SimpleNamespace(device=x.device, dtype=torch.float16), None) is None
+    assert tiles_for(torch.zeros(1).bfloat16(), None) is None
     capability[0] = (8, 0)
-    assert not takes(x, None)
+    assert tiles_for(x, None) is None
 
     given = []
-    monkeypatch.setattr(mxfp4_experts, "_takes_tiles", lambda x, a_dtype: True)
+    monkeypatch.setattr(mxfp4_experts, "_tiles_for", lambda x, a_dtype: a_dtype or "bfloat16")
     monkeypatch.setattr(mxfp4_experts, "mxfp4_moe", lambda x, ids, weights, w13, w2, **options: given.append((w13, w2)) or x)
     experts = MXFP4Experts.from_checkpoint(checkpoint())
     experts(*inputs())
@@ -217,6 +217,10 @@ def test_tiles_on_hopper(monkeypatch):
     experts.load_state_dict(large)
     experts(*inputs())
     assert all(w.codes.ndim == 3 for w in given[2])
+    experts.a_dtype = "fp8"
+    experts(*inputs())
+    assert torch.equal(given[3][0].codes, tile_for_hopper(experts.w13, gate=True, a_dtype="fp8").codes)
+    assert given[3][1].scale.shape == given[3][1].bias.shape
 
 
 def test_shapes_of_forward():

@@ -22,7 +22,7 @@ KERNELS = {
     "wide": lambda: gate_up(LARGE, SWIGLU, "bfloat16"),
     "sort": lambda: moe_sort(LARGE.block_M, 128, "int64"),
     "rows": lambda: quantize_rows("bfloat16"),
-    "sum": lambda: sum_slots("bfloat16", "int64"),
+    "sum": lambda: sum_slots("bfloat16"),
 }
 
 

@@ -1,7 +1,5 @@
 """The mixture of experts on Hopper: values by running the CUDA text on the CPU, the machine code, what is refused."""
 
-import functools
-
 import pytest
 import torch
 from cuda.execute import needs_compiler
@@ -12,17 +10,20 @@ from tilelang import tvm
 from tilelang.engine.lower import lower
 from tvm.target import Target
 
-from tilelang_ext import reference
-from tilelang_ext.formats import E2M1, BlockScaledLayout
+from tilelang_ext import quantize, reference
+from tilelang_ext.formats import E2M1, E4M3, BlockScaledLayout
 from tilelang_ext.kernels import mxfp4_moe_sm90 as many
 from tilelang_ext.kernels import mxfp4_moe_sm90_few as few
 from tilelang_ext.kernels import mxfp4_moe_sm90_launch as launch
+from tilelang_ext.kernels import mxfp4_moe_sm90_rows as rows
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
-from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import TILE
+from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import OPERANDS, TILE
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation
 from tilelang_ext.kernels.mxfp4_moe_weights import prepare_mxfp4_weights, tile_for_hopper
 
-EXPERTS, TOKENS, TOP_K, H, I = 3, 5, 2, 96, 160  # K of one step and a half, and of two and a half; rows that fill no tile
+EXPERTS, TOKENS, TOP_K = 3, 5, 2
+H, I = 96, 160  # K of one step and a half, and of two and a half; rows that fill no tile
+LONG = (288, 416)  # the same in steps of E4M3, more than a ring has stages
 
 
 def text_of(module, prim_func, name="product"):
@@ -34,7 +35,8 @@ def text_of(module, prim_func, name="product"):
 class Case:
     """Random weights, padded with poison, and the routing of a block for each of two experts; one has no token."""
 
-    def __init__(self, block_M):
+    def __init__(self, block_M, H=H, I=I):
+        self.H, self.I = H, I
         generator = torch.Generator().manual_seed(0)
 
         def weights(rows, k, padding, gate):
@@ -44,37 +46,37 @@ class Case:
             return prepare_mxfp4_weights(codes, scale, bias, gate=gate, rows=rows, k=k)
 
         self.w13, self.w2 = weights(2 * I, H, 64, "separated"), weights(H, I, 32, None)
-        self.x = torch.randn(TOKENS, H, generator=generator).bfloat16()
+        self.x = (torch.randn(TOKENS, H, generator=generator) * torch.exp2(torch.arange(TOKENS) - 2.0)[:, None]).bfloat16()
         self.block_M = block_M
-        none = TOP_K << 24 | TOKENS
-        self.token_ids = torch.full((3 * block_M,), none, dtype=torch.int32)
-        rows = {0: (0, 0), 1: (3, 1), block_M: (4, 0), block_M + 1: (1, 1), block_M + 2: (0, 1)}  # row: token, slot
-        for row, (token, slot) in rows.items():
+        self.rows = {0: (0, 0), 1: (3, 1), block_M: (4, 0), block_M + 1: (1, 1), block_M + 2: (0, 1)}  # row: token, slot
+        self.token_ids = torch.full((3 * block_M,), TOP_K << 24 | TOKENS, dtype=torch.int32)
+        self.positions = torch.full((TOKENS, TOP_K), -1, dtype=torch.int32)
+        for row, (token, slot) in self.rows.items():
             self.token_ids[row] = slot << 24 | token
-        self.rows = rows
+            self.positions[token, slot] = row
         self.weights = torch.rand(3 * block_M, generator=generator)
         self.expert_ids = torch.tensor([2, 0, -1], dtype=torch.int32)
         self.num_valid = torch.tensor([2 * block_M], dtype=torch.int32)
 
-    @functools.cached_property
-    def expected_hidden(self):
-        """Of the rows that have a token, float64."""
+    def expected_hidden(self, x):
+        """Of x (tokens, H) and the rows that have a token, float64."""
         half = self.w13.codes.shape[1] // 2
-        order = torch.cat([torch.arange(I), half + torch.arange(I)])
-        matrix = dequantized(self.w13)[:, order, :H]
+        order = torch.cat([torch.arange(self.I), half + torch.arange(self.I)])
+        matrix = dequantized(self.w13)[:, order, : self.H]
         rows = []
         for row, (token, _) in self.rows.items():
             expert = self.expert_ids[row // self.block_M]
-            both = matrix[expert] @ self.x[token].double() + self.w13.bias[expert][order].double()
+            both = matrix[expert] @ x[token].double() + self.w13.bias[expert][order].double()
             rows.append(reference.swiglu(both[None], gate="separated")[0])
         return torch.stack(rows)
 
     def expected(self, hidden):
         """(tokens, top_k, H) of `hidden`, NaN where no row has the slot."""
-        matrix, y = dequantized(self.w2)[:, :H, :I], torch.full((TOKENS, TOP_K, H), torch.nan, dtype=torch.float64)
+        matrix = dequantized(self.w2)[:, : self.H, : self.I]
+        y = torch.full((TOKENS, TOP_K, self.H), torch.nan, dtype=torch.float64)
         for row, (token, slot) in self.rows.items():
             expert = self.expert_ids[row // self.block_M]
-            result = matrix[expert] @ hidden[row].double() + self.w2.bias[expert, :H].double()
+            result = matrix[expert] @ hidden[row].double() + self.w2.bias[expert, : self.H].double()
             y[token, slot] = result * self.weights[row].double()
         return y
 
@@ -83,89 +85,160 @@ def dequantized(weights):
     return reference.dequantize(weights.codes, weights.scale, E2M1, BlockScaledLayout.e8m0_k32())
 
 
-def run(module, config, row_blocks):
-    """Both products; `row_blocks` (w13, w2) of weights each."""
-    case = Case(config.block_M)
-    w13, w2 = tile_for_hopper(case.w13, gate=True), tile_for_hopper(case.w2, gate=False)
-    gathers = module is few
-    x = case.x if gathers else case.x[(case.token_ids & 0xFFFFFF).clamp(max=TOKENS - 1)]
+def quantized(x):
+    """(codes, scale) of rows."""
+    codes, scale = quantize.quantize(x, E4M3, BlockScaledLayout.per_row())
+    return codes.view(torch.float8_e4m3fn), scale.flatten()
+
+
+def run(module, config, kind, H, I, epilogue="reduce"):
+    """What lies before the products, both of them, and what lies between, each against float64 of what it was given."""
+    case = Case(config.block_M, H, I)
+    w13, w2 = (tile_for_hopper(w, gate=gate, a_dtype=kind) for w, gate in ((case.w13, True), (case.w2, False)))
+    operand, capacity = OPERANDS[kind], len(case.token_ids)
     tensors = {
-        "x": x, "token_ids": case.token_ids, "weights": case.weights, "expert_ids": case.expert_ids,
-        "num_valid": case.num_valid,
-        "hidden": torch.full((len(case.token_ids), I), torch.nan).bfloat16(), "y": torch.full((TOKENS, TOP_K, H), torch.nan),
+        "token_ids": case.token_ids, "weights": case.weights, "expert_ids": case.expert_ids, "num_valid": case.num_valid,
+        "positions": case.positions, "x": case.x,
+        "w13": w13.codes, "scale13": w13.scale, "bias13": w13.bias, "w2": w2.codes, "scale2": w2.scale, "bias2": w2.bias,
+        "hidden": torch.full((capacity, I), torch.nan).bfloat16(),
+        "y": torch.full((TOKENS, TOP_K, H), torch.nan).bfloat16() if epilogue == "reduce" else torch.zeros(TOKENS, H),
     }  # fmt: skip
-    boxes = {name: Box(config.block_M, TILE) for name in ("x", "hidden")}
-    names = {"gate_up": ["x", "expert_ids", "num_valid", "hidden"], "down": list(tensors)[1:]}
-    if gathers:
-        names["gate_up"].append("token_ids")
-    for name, weights, blocks in (("gate_up", w13, row_blocks[0]), ("down", w2, row_blocks[1])):
-        arguments = (Activation(),) if name == "gate_up" else ("reduce",)
-        suffix = "13" if name == "gate_up" else "2"
-        own = {each: tensors[each] for each in names[name]}
-        own |= {f"w{suffix}": weights.codes, f"bias{suffix}": weights.bias}
+    boxes = {name: Box(config.block_M, operand.K) for name in ("x", "hidden")}
+
+    def execute_one(own_module, prim_func, grid, **changed):
         scalars = {
-            "tokens": TOKENS, "top_k": TOP_K, "H": H, "groups": I // 32, "hidden_groups": H // 32, "blocks": 3,
-            "experts": EXPERTS, "lines": weights.codes.numel() // 4, "row_tiles": weights.codes.shape[1],
-            "steps": weights.codes.shape[2],
+            "tokens": TOKENS, "top_k": TOP_K, "blocks": 3, "rows": capacity, "slots": TOKENS * TOP_K, "experts": EXPERTS,
         }  # fmt: skip
-        execute(text_of(module, getattr(module, name)(config, *arguments)), (blocks, 3), own, boxes, scalars)
-        tensors |= {each: own[each] for each in names[name]}
-    rows = list(case.rows)
-    assert_close(tensors["hidden"][rows], case.expected_hidden, dtype="bfloat16")
-    expected = case.expected(tensors["hidden"])
+        own = tensors | changed
+        weights = own["w13"] if prim_func.attrs["global_symbol"] == "gate_up" else own["w2"]
+        scalars |= {"lines": weights.numel() // 4, "row_tiles": weights.shape[1], "steps": weights.shape[2]}
+        scalars |= {"scaled_rows": weights.shape[1] * TILE, **own.pop("sizes")}
+        execute(text_of(own_module, prim_func), grid, own, boxes, scalars)
+
+    x, scale_x, sorted_x = case.x, torch.empty(0), torch.full((capacity, H), torch.nan).bfloat16()
+    if kind == "fp8":
+        codes, scale = quantized(case.x)
+        x = codes.double() * scale[:, None].double()
+        sorted_x, scale_x = sorted_x.to(codes.dtype), torch.full((capacity,), torch.nan)
+        changed = {"codes": sorted_x, "scale": scale_x, "sizes": {"groups": H // 32}}
+        execute_one(rows, rows.scatter_quantized(), (TOKENS, 1), **changed)
+        used = torch.full((capacity,), -1)
+        used[list(case.rows)] = torch.tensor([token for token, _ in case.rows.values()])
+        assert torch.equal(sorted_x.view(torch.uint8)[used >= 0], codes.view(torch.uint8)[used[used >= 0]])
+        assert torch.equal(scale_x[used >= 0], scale[used[used >= 0]])
+        assert scale_x[used < 0].isnan().all()
+    elif module is many:
+        execute_one(rows, rows.scatter(), (TOKENS, 1), sorted_x=sorted_x, sizes={"groups": H // 32})
+    if module is few:
+        sorted_x = case.x
+    sizes = {"groups": I // 32, "hidden_groups": H // 32, "H": H}
+    gate_up = module.gate_up(config, Activation(), *([operand] if module is many else []))
+    execute_one(module, gate_up, (-(-2 * I // config.rows), 3), x=sorted_x, scale_x=scale_x, sizes=sizes)
+    used = list(case.rows)
+    assert_close(tensors["hidden"][used], case.expected_hidden(x), dtype="bfloat16")
+
+    hidden, scale_hidden, exact = tensors["hidden"], scale_x, tensors["hidden"]
+    if kind == "fp8":
+        hidden, scale_hidden = torch.full(exact.shape, torch.nan).to(torch.float8_e4m3fn), torch.full((capacity,), torch.nan)
+        changed = {"x": exact, "codes": hidden, "scale": scale_hidden, "positions": case.positions.flatten()}
+        execute_one(rows, rows.quantize_sorted(), (TOKENS * TOP_K, 1), **changed, sizes={"groups": I // 32})
+        codes, scale = quantized(exact[used])
+        assert torch.equal(hidden.view(torch.uint8)[used], codes.view(torch.uint8))
+        assert torch.equal(scale_hidden[used], scale)
+        exact = hidden.double() * scale_hidden[:, None].double()
+    sizes = {"groups": H // 32, "I": I} if module is many else {"groups": I // 32, "hidden_groups": H // 32}
+    down = module.down(config, epilogue, *([operand] if module is many else []))
+    execute_one(module, down, (-(-H // config.rows), 3), hidden=hidden, scale_hidden=scale_hidden, sizes=sizes)
+    expected = case.expected(exact)
     written = ~expected.isnan()
+    if epilogue == "atomic":
+        return assert_close(tensors["y"], expected.nan_to_num(0).sum(1), dtype="float32", max_error=1e-5, rms_error=1e-5)
     assert torch.equal(tensors["y"].isnan(), ~written)
-    assert_close(tensors["y"][written], expected[written], dtype="float32", max_error=1e-5, rms_error=1e-5)
+    assert_close(tensors["y"][written], expected[written], dtype="bfloat16")
 
 
 @needs_compiler
-@pytest.mark.parametrize(("module", "config"), [(few, few.Config(16, 4, 2, 1)), (many, many.Config(32, 2, 3))], ids=str)
-def test_values(module, config):
-    run(module, config, (-(-2 * I // config.rows), -(-H // config.rows)))
+@pytest.mark.parametrize(
+    ("module", "config", "kind", "sizes"),
+    [
+        (few, few.Config(16, 4, 2, 1), "bfloat16", (H, I)),
+        (many, many.Config(32, 2, 3), "bfloat16", (H, I)),
+        (many, many.Config(8, 1, 3, 2), "fp8", LONG),
+        (many, many.Config(32, 2, 3), "fp8", (H, I)),
+    ],
+    ids=str,
+)
+def test_values(module, config, kind, sizes):
+    run(module, config, kind, *sizes)
 
 
 @needs_compiler
-def test_gather():
-    """Rows of two blocks of threads each; padding and what lies past num_valid stay as they are."""
-    rows, H = 5, 1056
-    tensors = {
-        "x": torch.randn(3, H).bfloat16(),
-        "token_ids": torch.tensor([2, 1 << 24, 1 << 24 | 2, 2 << 24 | 3, 1], dtype=torch.int32),
-        "num_valid": torch.tensor([4], dtype=torch.int32),
-        "gathered": torch.full((rows, H), 7.0).bfloat16(),
-    }
-    expected = tensors["gathered"].clone()
-    expected[:3] = tensors["x"][[2, 0, 2]]
-    scalars = {"tokens": 3, "groups": H // 32, "rows": rows}
-    execute(text_of(few, launch.gather()), (rows, 2), tensors, {}, scalars)
-    assert torch.equal(tensors["gathered"], expected)
+@pytest.mark.parametrize("module", [few, many])
+def test_atomic(module):
+    run(module, few.Config(8, 4, 1, 1) if module is few else many.Config(8, 1, 2, 2), "bfloat16", H, I, "atomic")
+
+
+@needs_compiler
+def test_rows():
+    """Rows of two steps of the threads, with what has no scale, quantised and not; what no slot has stays as it is."""
+    H = 1056
+    x = torch.randn(4, H) * torch.exp2(torch.arange(4) * 20.0 - 40)[:, None]
+    x[1, 1030], x[2] = torch.nan, 0
+    x = x.bfloat16()
+    positions = torch.tensor([[2, -1, 5], [0, 1, -1], [-1, 4, -1], [7, -1, -1]], dtype=torch.int32)
+    want, got = torch.full((8, H), 7.0).bfloat16(), torch.full((8, H), 7.0).bfloat16()
+    codes, scale = torch.full((8, H), 7.0).to(torch.float8_e4m3fn), torch.full((8,), 7.0)
+    want_codes, want_scale = codes.clone(), scale.clone()
+    of_row = quantized(torch.where(x.isnan(), 0, x))
+    for token, slot in (positions >= 0).nonzero().tolist():
+        row = positions[token, slot]
+        want[row], want_codes[row], want_scale[row] = x[token], of_row[0][token], of_row[1][token]
+    want_codes[:2], want_scale[:2] = torch.nan, torch.nan
+    tensors = {"x": x, "positions": positions, "sorted_x": got, "codes": codes, "scale": scale}
+    scalars = {"tokens": 4, "top_k": 3, "groups": H // 32, "rows": 8}
+    execute(text_of(rows, rows.scatter()), (4, 2), tensors, {}, scalars)
+    assert torch.equal(got.view(torch.int16), want.view(torch.int16))
+    execute(text_of(rows, rows.scatter_quantized()), (4, 1), tensors, {}, scalars)
+    assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
+    assert torch.equal(scale.nan_to_num(-1), want_scale.nan_to_num(-1))
 
 
 @needs_nvcc
 def test_instructions():
     """Products of a warp and of a warpgroup, decoded with one multiplication a pair; nothing spilled but a word or two."""
+    table, table_e4m3 = launch._TABLES["bfloat16"], launch._TABLES["fp8"]
+    cases = {"few": (*table[1][2:], "HMMA"), "many": (*table[-1][2:], "HGMMA")}
+    cases |= {"e4m3_few": (*table_e4m3[0][2:], "QGMMA"), "e4m3_many": (*table_e4m3[-1][2:], "QGMMA")}
     texts = {}
-    for module, config in [launch._TABLE[1][2:], launch._TABLE[-1][2:]]:  # few, many
-        name = module.__name__.rpartition(".")[2]
-        for stage, prim_func in (("gate_up", module.gate_up(config, Activation())), ("down", module.down(config, "reduce"))):
-            texts[f"{name}_{stage}"] = text_of(module, prim_func, f"{name}_{stage}")
+    for name, (module, config, _) in cases.items():
+        operand = [OPERANDS["fp8"]] if "e4m3" in name else []
+        texts[f"{name}_gate_up"] = text_of(module, module.gate_up(config, Activation(), *operand), f"{name}_gate_up")
+        texts[f"{name}_down"] = text_of(module, module.down(config, "reduce", *operand), f"{name}_down")
     for name, program in compile_texts(texts, launch.ARCH).items():
         assert program.spilled <= 32, name
-        assert program.count("HGMMA" if "few" not in name else "HMMA") > 0, name
-        assert program.count("HMUL2") > 0, name
+        assert program.count(cases[name.partition("_gate")[0].partition("_down")[0]][2]) > 0, name
+        assert program.count("PRMT" if "e4m3" in name else "HMUL2") > 0, name
 
 
 def test_what_is_refused():
     weights = Case(8).w13
     loud = weights._replace(scale=torch.full_like(weights.scale, 129))
-    with pytest.raises(ValueError, match=r"tile_for_hopper: E8M0 scales must be at most 128, 2\^1; got 129"):
+    with pytest.raises(ValueError, match=r"tile_for_hopper: E8M0 scales beside bfloat16 must be at most 128, 2\^1; got 129"):
         tile_for_hopper(loud, gate=True)
+    wide = weights._replace(scale=weights.scale.clone())
+    wide.scale[1, 3, :2] = torch.tensor([110, 122])
+    with pytest.raises(
+        ValueError, match=r"scales of a row must lie within 2\^11 of each other to be exact in E4M3; got 110 to"
+    ):
+        tile_for_hopper(wide, gate=True, a_dtype="fp8")
+    with pytest.raises(ValueError, match="a_dtype must be 'bfloat16' or 'fp8'; got 'mxfp4'"):
+        tile_for_hopper(weights, gate=True, a_dtype="mxfp4")
     case = Case(8)
     w13, w2 = tile_for_hopper(case.w13, gate=True), tile_for_hopper(case.w2, gate=False)
     ids, topk_weights = torch.zeros(TOKENS, 1, dtype=torch.int32), torch.ones(TOKENS, 1)
     with pytest.raises(ValueError, match="w13 and w2 must both be of tile_for_hopper or neither"):
         mxfp4_moe(case.x, ids, topk_weights, w13, case.w2, activation=Activation())
-    with pytest.raises(NotImplementedError, match="take bfloat16 activations"):
+    with pytest.raises(NotImplementedError, match=r"bfloat16 x and its own a_dtype, here bfloat16; got x torch\.float16"):
         mxfp4_moe(case.x.half(), ids, topk_weights, w13, w2, activation=Activation())
     with pytest.raises(NotImplementedError, match=r"are for NVIDIA GPUs of compute capability 9\.0"):
         mxfp4_moe(case.x, ids, topk_weights, w13, w2, activation=Activation())

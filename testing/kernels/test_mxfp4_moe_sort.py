@@ -33,9 +33,10 @@ def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torc
     weights = torch.full((capacity,), torch.nan)
     expert_ids = torch.full((capacity // BLOCK_M,), -7, dtype=torch.int32)
     num_valid = torch.full((1,), -7, dtype=torch.int32)
+    positions = torch.full((tokens, top_k), -7, dtype=torch.int32)
     kernel_mask = torch.ones(num_experts, dtype=torch.int32) if mask is None else mask.int()
     run = sort_of(target, str(ids_dtype).removeprefix("torch."))
-    run(topk_ids.to(ids_dtype), topk_weights, kernel_mask, token_ids, weights, expert_ids, num_valid)
+    run(topk_ids.to(ids_dtype), topk_weights, kernel_mask, token_ids, weights, expert_ids, num_valid, positions)
 
     want = reference.moe_sort(topk_ids, topk_weights, num_experts, BLOCK_M, mask)
     assert token_ids.shape == want.token_ids.shape
@@ -48,6 +49,12 @@ def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torc
         assert torch.equal(weights[rows][got_order], want.weights[rows][want_order])
         used = token_ids[rows] != top_k << TOKEN_BITS | tokens
         assert torch.equal(used, want.token_ids[rows] != top_k << TOKEN_BITS | tokens), "padding lies behind the rows in use"
+
+    for id in want.token_ids.tolist():
+        if id != top_k << TOKEN_BITS | tokens:
+            assert token_ids[positions[id & 0xFFFFFF, id >> TOKEN_BITS]] == id
+    assert (positions >= 0).sum() == (want.token_ids != top_k << TOKEN_BITS | tokens).sum()
+    assert positions.numel() == 0 or positions.min() >= -1
 
 
 @pytest.mark.parametrize("target", TARGETS)

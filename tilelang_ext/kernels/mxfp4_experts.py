@@ -8,6 +8,7 @@ with e = router_indices[t, s]. The router is the caller's, as in transformers' `
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tilelang_ext import quantize
 from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E8M0, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
-from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import fits
+from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import ScaleError
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation
 from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper
 
@@ -41,9 +42,9 @@ class MXFP4Experts(nn.Module):
 
     A state dict, taken or given, is as checkpoints are: gate rows ::2, up rows 1::2. The buffers hold gate rows above up rows,
     so `state_dict()` copies those of gate_up_proj. What the kernels read is made of the buffers by the first call after a load,
-    a move or a cast: to change weights, load others. It shares their codes, but on Hopper, for bfloat16 activations, it is a
-    second copy, of `tile_for_hopper`; call once before `torch.compile` there. A new module's buffers are undefined until
-    `load_state_dict`; `from_checkpoint` does both. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
+    a move or a cast: to change weights, load others. It shares their codes, but on Hopper, beside bfloat16 and fp8 activations,
+    it is a second copy, of `tile_for_hopper`; call once before `torch.compile` there. A new module's buffers are undefined
+    until `load_state_dict`; `from_checkpoint` does both. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
 
     Raises ValueError for sizes; load_state_dict raises TypeError for dtypes, RuntimeError for names and shapes.
     """
@@ -67,7 +68,8 @@ class MXFP4Experts(nn.Module):
             raise ValueError(f"MXFP4Experts: num_experts must be at least 1; got {num_experts}; pass the model's")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.a_dtype, self.epilogue = activation, a_dtype, epilogue
-        self._prepared: dict[bool, tuple[list[Tensor], tuple[MXFP4Weights, MXFP4Weights]]] = {}  # by whether in tiles
+        # By the activations that Hopper's tiles are for; None: as they are.
+        self._prepared: dict[str | None, tuple[list[Tensor], tuple[MXFP4Weights, MXFP4Weights]]] = {}
         for projection, rows, k in ((_GATE_UP, 2 * intermediate_size, hidden_size), (_DOWN, hidden_size, intermediate_size)):
             groups = k // MX_GROUP
             shapes = {"blocks": (rows, groups, MX_GROUP // CODES_PER_BYTE), "scales": (rows, groups), "bias": (rows,)}
@@ -126,15 +128,15 @@ class MXFP4Experts(nn.Module):
     @property
     def w13(self) -> MXFP4Weights:
         """Gate and up, of `prepare_mxfp4_weights`."""
-        return self._weights(tiled=False)[0]
+        return self._weights(None)[0]
 
     @property
     def w2(self) -> MXFP4Weights:
         """Down, of `prepare_mxfp4_weights`."""
-        return self._weights(tiled=False)[1]
+        return self._weights(None)[1]
 
-    def _weights(self, tiled: bool) -> tuple[MXFP4Weights, MXFP4Weights]:
-        """w13 and w2, of `tile_for_hopper` where asked for and where the scales allow it."""
+    def _weights(self, tiled: str | None) -> tuple[MXFP4Weights, MXFP4Weights]:
+        """w13 and w2, of `tile_for_hopper` for these activations where asked for and where the scales allow it."""
         buffers = [getattr(self, name) for name in NAMES]
         prepared_from, weights = self._prepared.get(tiled, (None, None))
         # Moved or cast, a module has other tensors.
@@ -142,8 +144,9 @@ class MXFP4Experts(nn.Module):
             w13 = prepare_mxfp4_weights(*buffers[:3], source="gpt_oss", gate="separated")
             w2 = prepare_mxfp4_weights(*buffers[3:], source="gpt_oss")
             weights = w13, w2
-            if tiled and fits(w13.scale) and fits(w2.scale):
-                weights = tile_for_hopper(w13, gate=True), tile_for_hopper(w2, gate=False)
+            if tiled:
+                with contextlib.suppress(ScaleError):
+                    weights = tile_for_hopper(w13, gate=True, a_dtype=tiled), tile_for_hopper(w2, gate=False, a_dtype=tiled)
             self._prepared[tiled] = buffers, weights
         return weights
 
@@ -165,7 +168,7 @@ class MXFP4Experts(nn.Module):
             hidden_states.reshape(-1, self.hidden_size),
             router_indices.reshape(-1, top_k),
             routing_weights.reshape(-1, top_k),
-            *self._weights(tiled=_takes_tiles(hidden_states, self.a_dtype)),
+            *self._weights(_tiles_for(hidden_states, self.a_dtype)),
             activation=self.activation,
             a_dtype=self.a_dtype,
             epilogue=self.epilogue,
@@ -178,10 +181,12 @@ class MXFP4Experts(nn.Module):
         return f"{sizes}, activation={self.activation.name}, a_dtype={self.a_dtype}, epilogue={self.epilogue}"
 
 
-def _takes_tiles(x: Tensor, a_dtype: torch.dtype | str | None) -> bool:
-    """Whether the kernels for Hopper compute this."""
+def _tiles_for(x: Tensor, a_dtype: torch.dtype | str | None) -> str | None:
+    """Which tiles for Hopper take this, if any."""
     is_hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) == (9, 0) and torch.version.hip is None
-    return is_hopper and x.dtype == torch.bfloat16 and a_dtype in (None, torch.bfloat16)
+    if not is_hopper or x.dtype != torch.bfloat16:
+        return None
+    return {None: "bfloat16", torch.bfloat16: "bfloat16", torch.float8_e4m3fn: "fp8", "fp8": "fp8"}.get(a_dtype)
 
 
 def _select(source: Mapping[str, Tensor] | str | PathLike | Iterable[str | PathLike], prefix: str) -> dict[str, Tensor]:

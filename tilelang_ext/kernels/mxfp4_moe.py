@@ -2,9 +2,10 @@
 
 y[t] = sum over slots s of topk_weights[t, s] * (w2[e] . act(w13[e] . x[t] + bias13[e]) + bias2[e]),  e = topk_ids[t, s]
 
-On a GPU at most five kernels, beside torch's fills and casts: quantisation (or a gathering) of x, sort, gate and up with the
-activation, down, sum of the slots. Their launches depend on shapes alone, so they can be captured in a graph. The CPU computes
-by `reference.moe`, which refuses to quantise what is not finite; kernels give such a row, or group of 32, NaN.
+On a GPU at most six kernels, beside torch's fills and casts: sort, quantisation of x or its rows in sorted order, gate and up
+with the activation, quantisation of what that gives (FP8 on Hopper), down, sum of the slots. Their launches depend on shapes
+alone, so they can be captured in a graph. The CPU computes by `reference.moe`, which refuses to quantise what is not finite;
+kernels give such a row, or group of 32, NaN.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def mxfp4_moe(
     | --- | --- | --- |
     | None or x's dtype (a16w4) | as it is | x's dtype |
     | torch.float8_e4m3fn or "fp8" (a8w4) | E4M3, a float32 scale a row | E4M3, an E8M0 scale per 32 |
+    | the same, weights of `tile_for_hopper` | the same | x's dtype, then as x |
     | "mxfp8" (a8w4) | E4M3, an E8M0 scale per 32 | the same |
     | torch.float4_e2m1fn_x2 or "mxfp4" (a4w4) | E2M1, an E8M0 scale per 32 | the same |
 
@@ -156,7 +158,7 @@ def _check(
     if _is_tiled(w13) != _is_tiled(w2):
         raise ValueError("mxfp4_moe: w13 and w2 must both be of tile_for_hopper or neither; got one; tile both")
     if _is_tiled(w13):
-        hopper.check(x, kind)
+        hopper.check(x, kind, w13)
     tensors = {"topk_ids": topk_ids, "topk_weights": topk_weights, "w13": w13.codes, "w2": w2.codes, "expert_mask": expert_mask}
     for name, tensor in (tensors | {"out": out}).items():
         if tensor is not None and tensor.device != x.device:
@@ -262,7 +264,7 @@ def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, 
     num_experts = mask.numel()
     module = None
     if _is_tiled(w13):
-        module, config = hopper.pick(tokens, top_k, num_experts)
+        module, config = hopper.pick(tokens, top_k, num_experts, kind)
     else:
         config = stages.pick_config(tokens, top_k, num_experts, "metal" if device.type == "mps" else "cuda")
     capacity = capacity_of(tokens, top_k, num_experts, config.block_M)
@@ -273,20 +275,21 @@ def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, 
     weights = torch.empty(capacity, device=device)
     expert_ids = torch.empty(capacity // config.block_M, dtype=torch.int32, device=device)
     num_valid = torch.empty(1, dtype=torch.int32, device=device)
+    positions = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
     max_experts = max(64, 1 << (num_experts - 1).bit_length())
     threads = MAX_THREADS if device.type == "cuda" and topk_ids.numel() > 16 * THREADS else THREADS
     sort = _compiled(moe_sort, (config.block_M, max_experts, ids_dtype, threads), device)
-    sort(topk_ids, topk_weights, mask, token_ids, weights, expert_ids, num_valid)
+    routing = hopper.Routing(token_ids, weights, expert_ids, num_valid, positions)
+    sort(topk_ids, topk_weights, mask, *routing)
 
+    partial_dtype = torch.float32 if module is None else torch.bfloat16
     y = (
         torch.zeros(out.shape, device=device)
         if epilogue == "atomic"
-        else x.new_empty((tokens, top_k, out.shape[1]), dtype=torch.float32)
+        else x.new_empty((tokens, top_k, out.shape[1]), dtype=partial_dtype)
     )
     if module is not None:
-        hopper.run(
-            module, config, activation, epilogue, x.contiguous(), (token_ids, weights, expert_ids, num_valid), w13, w2, y
-        )
+        hopper.run(module, config, activation, epilogue, x.contiguous(), routing, w13, w2, y)
     else:
         rows = _quantized(x, kind)
         hidden = _empty(hidden_kind, capacity, w2.k, device)
@@ -297,7 +300,7 @@ def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, 
     if epilogue == "atomic":
         out.copy_(y)
     else:
-        _compiled(stages.sum_slots, (dtype, ids_dtype), device)(y, topk_ids, mask, out)
+        _compiled(stages.sum_slots, (dtype, str(y.dtype).removeprefix("torch.")), device)(y, positions, out)
 
 
 def _is_tiled(weights: MXFP4Weights) -> bool:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import MX_GROUP
-from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import LANE_WORDS, TILE, TILE_WORDS, pairs
+from tilelang_ext.kernels.mxfp4_moe_sm90 import put_pair, slots_type
+from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import BFLOAT16, TILE, decode
 from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS
 
 # The barriers and the limits below are all that is needed.
@@ -19,13 +20,14 @@ PASS_CONFIGS = {
     "tl.disable_safe_memory_legalize": True,
     "tl.disable_thread_storage_sync": True,
 }
-_DTYPE = "bfloat16"
+_DTYPE = BFLOAT16.dtype
 _TOKEN = (1 << TOKEN_BITS) - 1
 _AHEAD = 4  # steps of a warp under way
 _ROWS = 16  # of a warp
 _COLUMNS = 8  # of a product
 _COPY = 8  # elements of 16 bytes
-_TILE_LINES = TILE_WORDS // LANE_WORDS  # of four words
+LANE_WORDS = BFLOAT16.lane_words
+_TILE_LINES = BFLOAT16.tile_words // LANE_WORDS  # of four words
 _PAD = 8  # elements, against bank conflicts
 
 
@@ -106,7 +108,7 @@ def _product(config: Config, epilogue):
 
         @T.macro
         def emit():
-            pairs(words, scales[slot], A_r, 0)
+            decode(BFLOAT16, words, [scales[slot]], A_r, 0)
             fetch(w, codes, scales, own, ((number + 1) * _AHEAD + slot) * splits + split, steps, slot)
             multiply(X_s, A_r, B_r, acc, number % 2, (slot * splits + split) * TILE, lane)
 
@@ -232,38 +234,33 @@ def down(config: Config, epilogue: str):
     | --- | --- | --- |
     | hidden | (blocks * block_M, I), of `gate_up` | bfloat16 |
     | token_ids, weights, expert_ids, num_valid | of `moe_sort`, with block_M | int32; weights float32 |
-    | w2 | (E * row tiles * steps * 136, 4), the tiles of `pack` | uint32 |
-    | bias2 | (E, row tiles * 64) | float32 |
-    | y | `reduce`: (tokens, top_k, H), each slot by itself; `atomic`: (tokens, H), zeros, to which slots are added | float32 |
-
-    Slots without a local expert are not written.
+    | w2 | (E * row tiles * steps * 136, 4), the tiles of `pack`, `neighbours` | uint32 |
+    | bias2 | (E, row tiles * 64), `neighbours` | float32 |
+    | y | of `slots_type`; slots without a local expert are not written | |
     """
-    tokens, top_k, H, groups, blocks = (T.dynamic(name) for name in ("tokens", "top_k", "H", "groups", "blocks"))
-    experts, row_tiles, lines = T.dynamic("experts"), T.dynamic("row_tiles"), T.dynamic("lines")
-    I = groups * MX_GROUP
+    put = put_pair(epilogue)
+    tokens, top_k, hidden_groups, groups = (T.dynamic(name) for name in ("tokens", "top_k", "hidden_groups", "groups"))
+    blocks, experts, row_tiles, lines = (T.dynamic(name) for name in ("blocks", "experts", "row_tiles", "lines"))
+    H, I = hidden_groups * MX_GROUP, groups * MX_GROUP
     block_M, splits, threads, rows = config.block_M, config.splits, config.threads, config.rows
-    y_type = T.Tensor((tokens, top_k, H) if epilogue == "reduce" else (tokens, H), "float32")
-
-    @T.macro
-    def put(y, token, slot, row, value):
-        if epilogue == "reduce":
-            y[token, slot, row] = value
-        else:
-            T.atomic_add(y[token, row], value)
 
     def store(sinks, sums_s, expert, row0, bx, tx):
         token_ids, weights, bias2, y = sinks
 
         @T.macro
         def emit():
-            for turn in T.serial(T.ceildiv(block_M * rows, threads)):
+            values = T.alloc_local((2,), "float32")
+            for turn in T.serial(T.ceildiv(block_M * rows // 2, threads)):
                 place = turn * threads + tx
-                m, row = place // rows, bx * rows + place % rows
-                if m < block_M and row < H:
+                m, column = place // (rows // 2), place % (rows // 2) * 2
+                if m < block_M and bx * rows + column < H:
                     token, slot = token_ids[row0 + m] & _TOKEN, token_ids[row0 + m] >> TOKEN_BITS
                     if token < tokens:
-                        value = _sum(sums_s, m, place % rows, splits) + bias2[expert, row]
-                        put(y, token, slot, row, value * weights[row0 + m])
+                        for v in T.unroll(2):
+                            row = column // 16 * 16 + column % 16 // 2 + v * 8
+                            value = _sum(sums_s, m, row, splits) + bias2[expert, bx * rows + row]
+                            values[v] = value * weights[row0 + m]
+                        put(y, token, slot, bx * rows + column, values)
 
         emit()
 
@@ -278,7 +275,7 @@ def down(config: Config, epilogue: str):
         num_valid: T.Tensor((1,), "int32"),
         w2: T.Tensor((lines, LANE_WORDS), "uint32"),
         bias2: T.Tensor((experts, row_tiles * TILE), "float32"),
-        y: y_type,
+        y: slots_type(epilogue, tokens, top_k, H),
     ):
         with T.Kernel(T.ceildiv(H, rows), blocks, threads=threads) as (bx, by):
             T.annotate_min_blocks_per_sm(config.blocks)

@@ -1,43 +1,66 @@
-"""Launches of the mixture of experts on Hopper, for weights of `tile_for_hopper` and bfloat16 activations."""
+"""Launches of the mixture of experts on Hopper, for weights of `tile_for_hopper`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import tilelang
 import torch
 from torch import Tensor
 
-from tilelang_ext import language as T
-from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.kernels import mxfp4_moe_sm90 as many
 from tilelang_ext.kernels import mxfp4_moe_sm90_few as few
-from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import LANE_WORDS
+from tilelang_ext.kernels import mxfp4_moe_sm90_rows as rows
+from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import OPERANDS
 from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS
 
 ARCH = "sm_90a"
-_TOKEN = (1 << TOKEN_BITS) - 1
-_GATHER_THREADS, _GATHER_ELEMENTS = 128, 8
+_ANY = 1 << 31  # slots
 
-# The kernels and tiles, by the rows an expert has when all are equally busy; each measured on an H200 at sizes of
-# docs/performance.md; the bounds between them were not searched.
-_TABLE = (
-    # (most rows of an expert, most slots of all tokens, module, config)
-    (6, 64, few, few.Config(8, 4, 2, 4)),  # few blocks: K is split, to fill the processors
-    (6, 1 << 31, few, few.Config(8, 8, 1, 4)),
-    (24, 1 << 31, many, many.Config(32, 4, 6)),  # tokens are read for 512 rows
-    (80, 1 << 31, many, many.Config(96, 2, 8)),
-    (1 << TOKEN_BITS, 1 << 31, many, many.Config(128, 2, 7)),
-)
+# The kernels and tiles, by the rows an expert has when all are equally busy. Those of bfloat16 were each measured on an H200 at
+# sizes of docs/performance.md, the bounds between them were not searched; those of fp8 have not run on a GPU.
+_TABLES = {
+    "bfloat16": (
+        # (most rows of an expert, most slots of all tokens, module, config)
+        (6, 64, few, few.Config(8, 4, 2, 4)),  # few blocks: K is split, to fill the processors
+        (6, _ANY, few, few.Config(8, 8, 1, 4)),
+        (24, _ANY, many, many.Config(32, 4, 6)),  # tokens are read for 512 rows
+        (80, _ANY, many, many.Config(96, 2, 8)),
+        (1 << TOKEN_BITS, _ANY, many, many.Config(128, 2, 7)),
+    ),
+    "fp8": (
+        (6, _ANY, many, many.Config(8, 1, 8, 2)),
+        (12, _ANY, many, many.Config(16, 1, 8, 2)),
+        (24, _ANY, many, many.Config(32, 2, 8)),
+        (80, _ANY, many, many.Config(96, 2, 5)),
+        (1 << TOKEN_BITS, _ANY, many, many.Config(128, 2, 5)),
+    ),
+}
 
 
-def check(x: Tensor, kind: str) -> None:
+class Routing(NamedTuple):
+    """What `moe_sort` gives."""
+
+    token_ids: Tensor
+    weights: Tensor
+    expert_ids: Tensor
+    num_valid: Tensor
+    positions: Tensor
+
+
+def kind_of(w) -> str:
+    """Return the kind of activations that weights of `tile_for_hopper` are for."""
+    return next(kind for kind, operand in OPERANDS.items() if w.codes.shape[-1] == operand.tile_words)
+
+
+def check(x: Tensor, kind: str, w) -> None:
     """Raise for what these kernels do not take."""
-    if x.dtype != torch.bfloat16 or kind != "bfloat16":
+    if x.dtype != torch.bfloat16 or kind != kind_of(w):
         raise NotImplementedError(
-            f"mxfp4_moe: weights of tile_for_hopper take bfloat16 activations; got x {x.dtype}, a_dtype {kind}; "
-            "use the weights of prepare_mxfp4_weights as they are"
+            f"mxfp4_moe: weights of tile_for_hopper are for bfloat16 x and its own a_dtype, here {kind_of(w)}; "
+            f"got x {x.dtype}, a_dtype {kind}; use the weights of prepare_mxfp4_weights as they are"
         )
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
         raise NotImplementedError(
@@ -46,37 +69,12 @@ def check(x: Tensor, kind: str) -> None:
         )
 
 
-def pick(tokens: int, top_k: int, num_experts: int) -> tuple:
+def pick(tokens: int, top_k: int, num_experts: int, kind: str = "bfloat16") -> tuple:
     """Return the module and the configuration for these sizes."""
     slots = tokens * top_k
-    return next((module, config) for rows, most, module, config in _TABLE if slots <= rows * num_experts and slots <= most)
-
-
-def gather():
-    """The prim_func: (x, token_ids, num_valid, gathered), rows of x (tokens, H) in sorted order.
-
-    Rows that are padding, and past num_valid, are left as they are.
-    """
-    tokens, groups, rows = T.dynamic("tokens"), T.dynamic("groups"), T.dynamic("rows")
-    H, columns = groups * MX_GROUP, _GATHER_THREADS * _GATHER_ELEMENTS
-
-    @T.prim_func
-    def gather(
-        x: T.Tensor((tokens, H), "bfloat16"),
-        token_ids: T.Tensor((rows,), "int32"),
-        num_valid: T.Tensor((1,), "int32"),
-        gathered: T.Tensor((rows, H), "bfloat16"),
-    ):
-        with T.Kernel(rows, T.ceildiv(H, columns), threads=_GATHER_THREADS) as (row, by):  # y ends at 65535
-            tx = T.get_thread_binding()
-            if row < num_valid[0]:
-                token = token_ids[row] & _TOKEN
-                column = by * columns + tx * _GATHER_ELEMENTS
-                if token < tokens and column < H:
-                    for v in T.vectorized(_GATHER_ELEMENTS):
-                        gathered[row, column + v] = x[token, column + v]
-
-    return gather
+    return next(
+        (module, config) for rows, most, module, config in _TABLES[kind] if slots <= rows * num_experts and slots <= most
+    )
 
 
 @cache
@@ -85,18 +83,40 @@ def _compiled(make: Callable, arguments: tuple, pass_configs: tuple) -> Callable
     return tilelang.compile(make(*arguments), target=target, pass_configs=dict(pass_configs))
 
 
-def run(module, config, activation, epilogue: str, x: Tensor, routing: tuple, w13, w2, y: Tensor) -> None:
-    """Launch both products of x (tokens, H) with `routing`: token_ids, weights, expert_ids and num_valid of `moe_sort`."""
-    token_ids, weights, expert_ids, num_valid = routing
-    pass_configs = tuple(module.PASS_CONFIGS.items())
-    hidden = x.new_empty(len(token_ids), w2.k)
-    gate_up = _compiled(module.gate_up, (config, activation), pass_configs)
-    if module is many:
-        gathered = x.new_empty(len(token_ids), x.shape[1])
-        _compiled(gather, (), tuple(few.PASS_CONFIGS.items()))(x, token_ids, num_valid, gathered)
-        gate_up(gathered, expert_ids, num_valid, w13.codes, w13.bias, hidden)
+def run(module, config, activation, epilogue: str, x: Tensor, routing: Routing, w13, w2, y: Tensor) -> None:
+    """Launch both products of x (tokens, H); y of `slots_type`."""
+    token_ids, weights, expert_ids, num_valid, positions = routing
+    capacity = len(token_ids)
+
+    def compiled(make, *arguments, configs=module.PASS_CONFIGS):
+        return _compiled(make, arguments, tuple(configs.items()))
+
+    hidden = x.new_empty(capacity, w2.k)
+    if module is few:
+        compiled(few.gate_up, config, activation)(
+            x, token_ids, expert_ids, num_valid, w13.codes.view(-1, few.LANE_WORDS), w13.bias, hidden
+        )
+        down = compiled(few.down, config, epilogue)
+        down(hidden, token_ids, weights, expert_ids, num_valid, w2.codes.view(-1, few.LANE_WORDS), w2.bias, y)
+        return
+    kind = kind_of(w13)
+    operand = OPERANDS[kind]
+    if kind == "fp8":
+        (sorted_x, scale_x), quantized = _quantized(capacity, x.shape[1], x.device), _quantized(capacity, w2.k, x.device)
+        compiled(rows.scatter_quantized, configs=rows.PASS_CONFIGS)(x, positions, sorted_x, scale_x)
     else:
-        gate_up(x, token_ids, expert_ids, num_valid, w13.codes.view(-1, LANE_WORDS), w13.bias, hidden)
-    down = _compiled(module.down, (config, epilogue), pass_configs)
-    codes = w2.codes if module is many else w2.codes.view(-1, LANE_WORDS)
-    down(hidden, token_ids, weights, expert_ids, num_valid, codes, w2.bias, y)
+        sorted_x, scale_x = x.new_empty(capacity, x.shape[1]), weights.new_empty(0)
+        quantized = hidden, scale_x
+        compiled(rows.scatter, configs=rows.PASS_CONFIGS)(x, positions, sorted_x)
+    compiled(many.gate_up, config, activation, operand)(
+        sorted_x, scale_x, expert_ids, num_valid, w13.codes, w13.scale, w13.bias, hidden
+    )
+    if kind == "fp8":
+        compiled(rows.quantize_sorted, configs=rows.PASS_CONFIGS)(hidden, positions.flatten(), *quantized)
+    down = compiled(many.down, config, epilogue, operand)
+    down(*quantized, token_ids, weights, expert_ids, num_valid, w2.codes, w2.scale, w2.bias, y)
+
+
+def _quantized(count: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tensors for rows of E4M3 and their scales."""
+    return torch.empty(count, k, dtype=torch.float8_e4m3fn, device=device), torch.empty(count, device=device)

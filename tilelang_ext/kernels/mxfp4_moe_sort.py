@@ -21,7 +21,8 @@ def capacity_of(tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
 
 
 def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: int = THREADS):
-    """The prim_func: (topk_ids, topk_weights, expert_mask, token_ids, weights, expert_ids, num_valid).
+    """The prim_func: (topk_ids, topk_weights, expert_mask, token_ids, weights, expert_ids, num_valid,
+    positions).
 
     | parameter | shape | dtype |
     | --- | --- | --- |
@@ -31,6 +32,7 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: 
     | token_ids, weights | (blocks * block_m,) of `capacity_of` | int32, float32 |
     | expert_ids | (blocks,): number of the block's expert among the local ones, -1 past the last block in use | int32 |
     | num_valid | (1,): rows in use | int32 |
+    | positions | (tokens, top_k): the row of a slot, -1 where it is dropped or its expert elsewhere | int32 |
     """
     tokens, top_k, num_experts, blocks = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("num_experts"), T.dynamic("blocks")
     ids_type = T.Tensor((tokens, top_k), ids_dtype)
@@ -46,6 +48,7 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: 
         weights: T.Tensor((blocks * block_m,), "float32"),
         expert_ids: T.Tensor((blocks,), "int32"),
         num_valid: T.Tensor((1,), "int32"),
+        positions: T.Tensor((tokens, top_k), "int32"),
     ):
         with T.Kernel(1, threads=threads) as _:
             count_s = T.alloc_shared((max_experts,), "int32")  # rows of an expert
@@ -88,6 +91,7 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: 
                     token = T.alloc_var("int32", (step * threads + i) // top_k)
                     slot = T.alloc_var("int32", (step * threads + i) % top_k)
                     id = T.alloc_var(ids_dtype, -1)
+                    position = T.alloc_var("int32", -1)
                     if token < tokens:
                         id = topk_ids[token, slot]
                     if id >= 0 and id < num_experts:
@@ -96,6 +100,9 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: 
                             row = T.atomic_add(next_s[expert], 1, return_prev=True)
                             token_ids[row] = slot << TOKEN_BITS | token
                             weights[row] = topk_weights[token, slot]
+                            position = row
+                    if token < tokens:
+                        positions[token, slot] = position
 
             # What no row took: the rest of each expert's last block, and the blocks after the last in use.
             for e in T.Parallel(max_experts):

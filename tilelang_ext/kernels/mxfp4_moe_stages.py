@@ -274,19 +274,18 @@ def _weight_types(experts, rows, groups) -> tuple:
     )
 
 
-def sum_slots(out_dtype: str, ids_dtype: str = "int32"):
-    """The prim_func after a `reduce`: (partial, topk_ids, expert_mask, out), out[t, h] = sum over slots of partial[t, s, h].
+def sum_slots(out_dtype: str, partial_dtype: str = "float32"):
+    """The prim_func after a `reduce`: (partial, positions, out), out[t, h] = sum over slots of partial[t, s, h].
 
-    partial (tokens, top_k, H) float32; topk_ids, expert_mask as `moe_sort` has them: slots without a local expert are left out,
-    whatever partial holds there; out (tokens, H). Slots are added in order, so the result is the same each time.
+    partial (tokens, top_k, H) of `partial_dtype`; positions of `moe_sort`: slots without a row are left out, whatever partial
+    holds there; out (tokens, H). Slots are added in order, in float32, so the result is the same each time.
     """
-    tokens, top_k, H, num_experts = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("H"), T.dynamic("num_experts")
+    tokens, top_k, H = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("H")
 
     @T.prim_func
     def sum_slots(
-        partial: T.Tensor((tokens, top_k, H), "float32"),
-        topk_ids: T.Tensor((tokens, top_k), ids_dtype),
-        expert_mask: T.Tensor((num_experts,), "int32"),
+        partial: T.Tensor((tokens, top_k, H), partial_dtype),
+        positions: T.Tensor((tokens, top_k), "int32"),
         out: T.Tensor((tokens, H), out_dtype),
     ):
         # Tokens come first: CUDA has 65535 blocks at most along the others.
@@ -294,11 +293,10 @@ def sum_slots(out_dtype: str, ids_dtype: str = "int32"):
             total_f = T.alloc_fragment((_SUM_COLUMNS,), "float32")
             T.clear(total_f)
             for slot in T.serial(top_k):
-                if topk_ids[by, slot] >= 0 and topk_ids[by, slot] < num_experts:  # noqa: SIM102 - the mask is read for real ids
-                    if expert_mask[T.cast(topk_ids[by, slot], "int32")] != 0:
-                        for j in T.Parallel(_SUM_COLUMNS):
-                            if bx * _SUM_COLUMNS + j < H:
-                                total_f[j] += partial[by, slot, bx * _SUM_COLUMNS + j]
+                if positions[by, slot] >= 0:
+                    for j in T.Parallel(_SUM_COLUMNS):
+                        if bx * _SUM_COLUMNS + j < H:
+                            total_f[j] += T.cast(partial[by, slot, bx * _SUM_COLUMNS + j], "float32")
             for j in T.Parallel(_SUM_COLUMNS):
                 if bx * _SUM_COLUMNS + j < H:
                     out[by, bx * _SUM_COLUMNS + j] = T.cast(total_f[j], out_dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tilelang_ext import quantize
@@ -99,19 +100,19 @@ def prepare_mxfp4_weights(
     return MXFP4Weights(codes.contiguous(), scale.contiguous(), bias.float().contiguous(), rows, k)
 
 
-def tile_for_hopper(weights: MXFP4Weights, *, gate: bool) -> MXFP4Weights:
-    """Return `weights` as the kernels for NVIDIA Hopper read them, with bfloat16 activations: one copy, made once.
+def tile_for_hopper(weights: MXFP4Weights, *, gate: bool, a_dtype: str = "bfloat16") -> MXFP4Weights:
+    """Return `weights` as the kernels for NVIDIA Hopper read them, with activations of `a_dtype`: one copy, made once.
 
-    `gate` says whether these are w13, gate above up. The result's codes are uint32 (E, row tiles, steps, 544) with the scales
-    in them, and its bias has gate beside up. Padding is left behind.
+    `gate` says whether these are w13, gate above up; `a_dtype` is "bfloat16" or "fp8". The result's codes are uint32
+    (E, row tiles, steps, words) with the scales in them, its scale (of fp8, else empty) the powers of two of rows, float32,
+    its bias has rows in the order of the tiles. Padding is left behind.
 
-    Raises ValueError where a scale is above 2^1 or NaN, and for sizes that are no multiple of 32.
+    Raises ScaleError where scales cannot be held: for bfloat16 above 2^1, for fp8 more than 2^11 apart in a row, NaN; and
+    ValueError for sizes that are no multiple of 32.
     """
     codes, scale, bias, rows, k = weights
-    if not mxfp4_moe_sm90_tiles.fits(scale):
-        raise ValueError(
-            f"tile_for_hopper: E8M0 scales must be at most 128, 2^1; got {int(scale.max())}; use the weights as they are"
-        )
+    if a_dtype not in mxfp4_moe_sm90_tiles.OPERANDS:
+        raise ValueError(f"tile_for_hopper: a_dtype must be 'bfloat16' or 'fp8'; got {a_dtype!r}; use the weights as they are")
     if rows % (2 * MX_GROUP if gate else MX_GROUP):
         raise ValueError(f"tile_for_hopper: rows must be a multiple of {MX_GROUP}, of gate and of up; got {rows}; pad them")
     parts = [slice(0, rows)]
@@ -120,8 +121,12 @@ def tile_for_hopper(weights: MXFP4Weights, *, gate: bool) -> MXFP4Weights:
         parts = [slice(0, rows // 2), slice(half, half + rows // 2)]
     codes, scale, bias = (torch.cat([tensor[:, part] for part in parts], 1) for tensor in (codes, scale, bias))
     codes, scale = codes[..., : k // CODES_PER_BYTE], scale[..., : k // MX_GROUP]
-    if gate:
-        codes, scale, bias = (mxfp4_moe_sm90_tiles.gate_beside_up(tensor) for tensor in (codes, scale, bias))
-    tiles = mxfp4_moe_sm90_tiles.pack(codes, scale)
-    bias = torch.nn.functional.pad(bias, (0, tiles.shape[1] * mxfp4_moe_sm90_tiles.TILE - rows))
-    return MXFP4Weights(tiles, scale.new_empty(0), bias.contiguous(), rows, k)
+    order = mxfp4_moe_sm90_tiles.gate_beside_up if gate else mxfp4_moe_sm90_tiles.neighbours
+    codes, scale, bias = (order(tensor) for tensor in (codes, scale, bias))
+    if a_dtype == "fp8":
+        tiles, power = mxfp4_moe_sm90_tiles.pack_e4m3(codes, scale)
+    else:
+        tiles, power = mxfp4_moe_sm90_tiles.pack(codes, scale), bias.new_empty(0, 0)
+    missing = tiles.shape[1] * mxfp4_moe_sm90_tiles.TILE - rows
+    power, bias = (F.pad(each, (0, missing)) if each.numel() else each for each in (power, bias))
+    return MXFP4Weights(tiles, power, bias.contiguous(), rows, k)
