@@ -22,7 +22,7 @@ def compile_all(shapes, recipes) -> None:
 
 
 def compile_moe(kernels) -> None:
-    """Compile what `mxfp4_moe` needs: pairs of the function that makes a prim_func and its arguments."""
+    """Compile what `mxfp4_moe` needs: pairs of its function that compiles and the arguments."""
     _in_processes(_compile_moe, kernels)
 
 
@@ -33,9 +33,13 @@ def _in_processes(function, jobs) -> None:
 
 
 def _compile_moe(kernel) -> None:
-    from tilelang_ext.kernels.mxfp4_moe import _compiled
+    from tilelang_ext.kernels import mxfp4_moe
 
-    _compiled(*kernel, torch.device("cuda"))
+    compiler, arguments = kernel
+    if compiler == "_compiled":
+        mxfp4_moe._compiled(*arguments, torch.device("cuda"))
+    else:
+        mxfp4_moe.hopper._compiled(*arguments)
 
 
 def _compile(shape: tuple[int, int, int], recipes: tuple[int, int]) -> None:

@@ -17,10 +17,14 @@ from tilelang_ext import formats, quantize
 from tilelang_ext.kernels import mxfp4_moe as door
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_moe_activations import quantize_groups, quantize_rows
+from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import OPERANDS, TILE
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation
-from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights
+from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, tile_for_hopper
 
 pytestmark = pytest.mark.cuda
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs an NVIDIA Hopper GPU"
+)
 
 SHAPES = [  # (tokens, H, I, E, top_k)
     (64, 512, 256, 4, 2),
@@ -35,34 +39,47 @@ EPILOGUES = ("reduce", "atomic")
 SMALL = SHAPES[0]
 
 
+HOPPER_SHAPES = [*SHAPES, (2000, 7168, 2048, 16, 8), (9000, 512, 256, 4, 4)]
+
+
 def needed():
-    """What the operator compiles in this file, as it asks for it on tensors without data."""
+    """What the operator compiles in this file, as it asks for it on tensors without data: (compiler, its arguments)."""
     asked = []
 
     def compiled(make, options, device):
-        asked.append((make, options))
+        asked.append(("_compiled", (make, options)))
         return lambda *arguments: None
 
-    cases = [(shape, kind, epilogue, SWIGLU) for shape, kind, epilogue in product(SHAPES, KINDS, EPILOGUES)]
-    cases += [(SMALL, "float16", "reduce", Activation("silu")), ((96, 96, 96, 8, 1), "bfloat16", "reduce", LINEAR)]
-    with mock.patch.object(door, "_compiled", compiled):
-        for (tokens, H, I, E, top_k), kind, epilogue, activation in cases:
+    def compiled_for_hopper(*arguments):
+        asked.append(("hopper._compiled", arguments))
+        return lambda *tensors: None
+
+    cases = [(shape, kind, epilogue, SWIGLU, False) for shape, kind, epilogue in product(SHAPES, KINDS, EPILOGUES)]
+    cases += [
+        (SMALL, "float16", "reduce", Activation("silu"), False),
+        ((96, 96, 96, 8, 1), "bfloat16", "reduce", LINEAR, False),
+    ]
+    if torch.cuda.get_device_capability() == (9, 0):
+        tiles = product(HOPPER_SHAPES, OPERANDS, EPILOGUES)
+        cases += [(shape, kind, epilogue, SWIGLU, True) for shape, kind, epilogue in tiles]
+    with (
+        mock.patch.object(door, "_compiled", compiled),
+        mock.patch.object(door.hopper, "_compiled", compiled_for_hopper),
+    ):
+        for (tokens, H, I, E, top_k), kind, epilogue, activation, in_tiles in cases:
             x = torch.empty(tokens, H, dtype=torch.float16 if kind == "float16" else torch.bfloat16, device="meta")
             ids = torch.empty(tokens, top_k, dtype=torch.int64, device="meta")
-            weights = tuple(
-                MXFP4Weights(
-                    torch.empty(E, rows, k // 2, dtype=torch.uint8, device="meta"),
-                    torch.empty(E, rows, k // 32, dtype=torch.uint8, device="meta"),
-                    torch.empty(E, rows, device="meta"),
-                    rows,
-                    k,
-                )
-                for rows, k in ((2 * I, H), (H, I))
-            )
-            out = torch.empty_like(x)
-            door._by_kernels(
-                x, ids, torch.empty_like(ids, dtype=torch.float32), *weights, activation, kind, epilogue, None, out
-            )
+            weights = []
+            for rows, k in ((2 * I, H), (H, I)):
+                codes = torch.empty(E, rows, k // 2, dtype=torch.uint8, device="meta")
+                scale = torch.empty(E, rows, k // 32, dtype=torch.uint8, device="meta")
+                if in_tiles:
+                    operand = OPERANDS[kind]
+                    shape = E, -(-rows // TILE), -(-k // operand.K), operand.tile_words
+                    codes = torch.empty(shape, dtype=torch.uint32, device="meta")
+                weights.append(MXFP4Weights(codes, scale, torch.empty(E, rows, device="meta"), rows, k))
+            out, topk_weights = torch.empty_like(x), torch.empty_like(ids, dtype=torch.float32)
+            door._by_kernels(x, ids, topk_weights, *weights, activation, kind, epilogue, None, out)
     return list(dict.fromkeys(asked))
 
 
@@ -147,6 +164,65 @@ def test_one_hot_gives_columns_of_weights():
         moved = [MXFP4Weights(*(each.cuda() for each in weights[:3]), *weights[3:]) for weights in layer]
         result = run([*(each.cuda() for each in tokens), *moved], activation=LINEAR)
         assert torch.equal(result.cpu(), expected)
+
+
+def tiled(arguments, kind):
+    """Arguments with weights of `tile_for_hopper`."""
+    w13, w2 = arguments[3:]
+    return *arguments[:3], tile_for_hopper(w13, gate=True, a_dtype=kind), tile_for_hopper(w2, gate=False, a_dtype=kind)
+
+
+@on_hopper
+@pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
+def test_tiles_for_hopper(kind, shape):
+    """Every row of the tables of kernels; between FP8 products whole rows are quantised, not groups of 32."""
+    arguments = operands(shape)
+    with mock.patch.object(door.activations, "between", lambda kind: kind):
+        expected = truth(arguments, kind)
+    in_tiles = tiled(arguments, kind)
+    for epilogue in EPILOGUES:
+        result = run(in_tiles, kind, epilogue)
+        if kind == "bfloat16":
+            assert_near(result, expected)
+            continue
+        near, far = cosine(result, expected), cosine(result, truth(arguments))
+        assert near.mean() >= 0.999, epilogue
+        assert near.min() >= 0.995, epilogue
+        assert far.mean() >= 0.999, epilogue
+    operands.cache_clear()
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
+def test_tiles_for_hopper_routing_and_padding(kind):
+    """Ids that no expert has, experts elsewhere, one token; NaN in what pads the weights; a graph with other inputs."""
+    x, topk_ids, topk_weights, w13, w2 = operands(SMALL)
+    ids = topk_ids.clone()
+    ids[::3, 0], ids[1::5, 1], ids[2] = 4, -1, 2**40
+    mask = torch.tensor([False, True, True, False, True, True, False], device="cuda")
+    wide = torch.rand(64, 7, generator=torch.Generator().manual_seed(3)).topk(2).indices.cuda()
+    for count, routed, local in ((64, torch.full_like(ids, 2), None), (64, ids, None), (1, ids, None), (64, wide, mask)):
+        arguments = x[:count], routed[:count], topk_weights[:count], w13, w2
+        result, expected = run(tiled(arguments, kind), kind, mask=local), truth(arguments, mask=local)
+        assert not result[(expected == 0).all(1)].any()
+        used = (expected != 0).any(1)
+        assert cosine(result[used], expected[used]).min() >= (0.9999 if kind == "bfloat16" else 0.997)
+    expected = run(tiled((x, ids, topk_weights, w13, w2), kind), kind)
+    pad = torch.nn.functional.pad
+    codes, scale = pad(w2.codes, (0, 48, 0, 40), value=0x77), pad(w2.scale, (0, 3, 0, 40), value=255)
+    bias = pad(w2.bias, (0, 40), value=torch.nan)
+    padded = tile_for_hopper(MXFP4Weights(codes, scale, bias, w2.rows, w2.k), gate=False, a_dtype=kind)
+    in_tiles = tiled((x, ids, topk_weights, w13, w2), kind)
+    assert torch.equal(run((*in_tiles[:4], padded), kind), expected)
+
+
+@on_hopper
+def test_tiles_for_hopper_are_deterministic():
+    arguments = tiled(operands(SHAPES[3]), "fp8")
+    first = run(arguments, "fp8")
+    assert all(torch.equal(first, run(arguments, "fp8")) for _ in range(5))
+    operands.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp8", "mxfp4"])
