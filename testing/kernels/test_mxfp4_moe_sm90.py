@@ -183,17 +183,18 @@ def test_rows():
     """Rows of two steps of the threads, with what has no scale, quantised and not; what no slot has stays as it is."""
     H = 1056
     x = torch.randn(4, H) * torch.exp2(torch.arange(4) * 20.0 - 40)[:, None]
-    x[1, 1030], x[2] = torch.nan, 0
+    x[1, 1030], x[2], x[3, 7] = torch.nan, 0, -torch.inf
     x = x.bfloat16()
     positions = torch.tensor([[2, -1, 5], [0, 1, -1], [-1, 4, -1], [7, -1, -1]], dtype=torch.int32)
     want, got = torch.full((8, H), 7.0).bfloat16(), torch.full((8, H), 7.0).bfloat16()
     codes, scale = torch.full((8, H), 7.0).to(torch.float8_e4m3fn), torch.full((8,), 7.0)
     want_codes, want_scale = codes.clone(), scale.clone()
-    of_row = quantized(torch.where(x.isnan(), 0, x))
+    of_row = quantized(torch.where(x.isfinite(), x, 0))
     for token, slot in (positions >= 0).nonzero().tolist():
         row = positions[token, slot]
         want[row], want_codes[row], want_scale[row] = x[token], of_row[0][token], of_row[1][token]
-    want_codes[:2], want_scale[:2] = torch.nan, torch.nan
+    for row in (0, 1, 7):
+        want_codes[row], want_scale[row] = torch.nan, torch.nan
     tensors = {"x": x, "positions": positions, "sorted_x": got, "codes": codes, "scale": scale}
     scalars = {"tokens": 4, "top_k": 3, "groups": H // 32, "rows": 8}
     execute(text_of(rows, rows.scatter()), (4, 2), tensors, {}, scalars)
@@ -225,8 +226,11 @@ def test_what_is_refused():
     loud = weights._replace(scale=torch.full_like(weights.scale, 129))
     with pytest.raises(ValueError, match=r"tile_for_hopper: E8M0 scales beside bfloat16 must be at most 128, 2\^1; got 129"):
         tile_for_hopper(loud, gate=True)
-    wide = weights._replace(scale=weights.scale.clone())
-    wide.scale[1, 3, :2] = torch.tensor([110, 122])
+    wide = weights._replace(codes=weights.codes.clone(), scale=weights.scale.clone())
+    wide.codes[1, 3, :32] = 0x71  # 0.5 and 6 in each group that counts
+    wide.scale[1, 3, :3] = torch.tensor([111, 122, 115])
+    tile_for_hopper(wide, gate=True, a_dtype="fp8")
+    wide.scale[1, 3, 0] = 110
     with pytest.raises(
         ValueError, match=r"scales of a row must lie within 2\^11 of each other to be exact in E4M3; got 110 to"
     ):

@@ -7,14 +7,14 @@ import torch
 from kernels.moe_targets import TARGETS, runner
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.mxfp4_moe_sort import THREADS, TOKEN_BITS, capacity_of, moe_sort
+from tilelang_ext.kernels.mxfp4_moe_sort import MAX_THREADS, THREADS, TOKEN_BITS, capacity_of, moe_sort
 
 BLOCK_M, MAX_EXPERTS = 4, 16
 
 
 @functools.cache
-def sort_of(target, ids_dtype):
-    return runner(moe_sort(BLOCK_M, MAX_EXPERTS, ids_dtype), target)
+def sort_of(target, ids_dtype, threads):
+    return runner(moe_sort(BLOCK_M, MAX_EXPERTS, ids_dtype, threads), target)
 
 
 def routing(tokens, top_k, num_experts, seed=0):
@@ -25,7 +25,7 @@ def routing(tokens, top_k, num_experts, seed=0):
     return score.topk(top_k).indices, torch.rand(tokens, top_k, generator=generator)
 
 
-def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torch.int32):
+def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torch.int32, threads=THREADS):
     """Sort into poisoned outputs and compare what each expert got, its padding, and the blocks behind."""
     tokens, top_k = topk_ids.shape
     capacity = capacity_of(tokens, top_k, num_experts, BLOCK_M)
@@ -35,7 +35,7 @@ def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torc
     num_valid = torch.full((1,), -7, dtype=torch.int32)
     positions = torch.full((tokens, top_k), -7, dtype=torch.int32)
     kernel_mask = torch.ones(num_experts, dtype=torch.int32) if mask is None else mask.int()
-    run = sort_of(target, str(ids_dtype).removeprefix("torch."))
+    run = sort_of(target, str(ids_dtype).removeprefix("torch."), threads)
     run(topk_ids.to(ids_dtype), topk_weights, kernel_mask, token_ids, weights, expert_ids, num_valid, positions)
 
     want = reference.moe_sort(topk_ids, topk_weights, num_experts, BLOCK_M, mask)
@@ -65,7 +65,7 @@ def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torc
         (1, 1, 2),
         (1, 4, 16),  # one row in a block
         (37, 3, 7),
-        (THREADS // 2 + 3, 2, MAX_EXPERTS),  # a second round of entries
+        (THREADS * 2 + 3, 2, MAX_EXPERTS),  # a second round of entries
     ],
 )
 def test_sets(target, tokens, top_k, num_experts):
@@ -92,3 +92,8 @@ def test_int64_ids(target):
     topk_ids, topk_weights = routing(5, 2, 4)
     topk_ids[0, 0] = 2**32 + 1  # is no expert 1
     check(target, topk_ids, topk_weights, 4, ids_dtype=torch.int64)
+
+
+@pytest.mark.parametrize("target", ["c", "hip -mcpu=gfx942"])
+def test_many_threads(target):
+    check(target, *routing(3000, 2, 9), 9, threads=MAX_THREADS)

@@ -5,7 +5,8 @@
 An expert's rows are padded to whole blocks of block_m; an expert without tokens has no block. Outputs are as large as the worst
 case needs and `num_valid` says how much of them is in use, so a launch depends on shapes alone and can be captured in a graph.
 Rows of an expert come in any order, another one each time: what is computed from a row does not depend on its place. The
-contract is that of aiter; `reference.moe_sort` is its truth. One block of threads counts, then places.
+contract is that of aiter; `reference.moe_sort` is its truth. One block of threads counts, then places; every 32 threads have
+counters of their own, since atomics of all threads on the same few wait for each other.
 """
 
 from tilelang_ext import language as T
@@ -13,6 +14,9 @@ from tilelang_ext import language as T
 TOKEN_BITS = 24  # of a sorted token id; the slot lies above
 MAX_TOP_K = 127  # slots and the sentinel share the 7 bits that an int32 has left
 THREADS, MAX_THREADS = 256, 1024
+_GROUP = 32  # threads that share counters
+_ENTRIES = 4  # of a thread and step, whose loads are under way together
+_MAX_COUNTERS = 4096  # of a kind, in shared memory
 
 
 def capacity_of(tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
@@ -38,6 +42,25 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: 
     ids_type = T.Tensor((tokens, top_k), ids_dtype)
     weights_type = T.Tensor((tokens, top_k), "float32")
     mask_type = T.Tensor((num_experts,), "int32")
+    groups = max(1, min(threads // _GROUP, _MAX_COUNTERS // max_experts))
+    scans = (max_experts - 1).bit_length()
+    entries = threads * _ENTRIES  # of a step
+    width = -(-max_experts // threads) * threads  # all threads, so that they can meet between scans
+
+    @T.macro
+    def find(topk_ids, expert_mask, step, tokens, top_k, num_experts, places_f, experts_f):
+        """The (token, slot) pairs of a step, as sorted ids, and their experts, -1 where one has none here."""
+        for i in T.Parallel(entries):
+            # Variables: as expressions, these would be computed anew at every use, and again for its bounds.
+            token = T.alloc_var("int32", T.truncdiv(step * entries + i, top_k))
+            slot = T.alloc_var("int32", step * entries + i - token * top_k)
+            id, expert = T.alloc_var(ids_dtype, -1), T.alloc_var("int32", -1)
+            if token < tokens:
+                id = topk_ids[token, slot]
+            if id >= 0 and id < num_experts:  # noqa: SIM102 - the mask is read for real ids
+                if expert_mask[T.cast(id, "int32")] != 0:
+                    expert = T.cast(id, "int32")
+            places_f[i], experts_f[i] = slot << TOKEN_BITS | token, expert
 
     @T.prim_func
     def moe_sort(
@@ -51,75 +74,77 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: 
         positions: T.Tensor((tokens, top_k), "int32"),
     ):
         with T.Kernel(1, threads=threads) as _:
-            count_s = T.alloc_shared((max_experts,), "int32")  # rows of an expert
-            block_s = T.alloc_shared((max_experts,), "int32")  # its first block
-            local_s = T.alloc_shared((max_experts,), "int32")  # its number among the local ones
-            next_s = T.alloc_shared((max_experts,), "int32")  # where its next row goes
-            used_s = T.alloc_shared((1,), "int32")  # blocks in use
+            # Of each group of threads: rows of an expert, and where the next of them goes, from the expert's first on.
+            count_s, next_s = (T.alloc_shared((max_experts, groups), "int32") for _ in range(2))
+            rows_s = T.alloc_shared((max_experts,), "int32")  # of an expert
+            # Sums over this expert and those before it: blocks, and how many are local.
+            blocks_s, locals_s = T.alloc_shared((max_experts,), "int32"), T.alloc_shared((max_experts,), "int32")
+            blocks_f, locals_f = T.alloc_fragment((width,), "int32"), T.alloc_fragment((width,), "int32")
+            places_f, experts_f = T.alloc_fragment((entries,), "int32"), T.alloc_fragment((entries,), "int32")
+            none = top_k << TOKEN_BITS | tokens
+
+            for e, group in T.Parallel(max_experts, groups):
+                count_s[e, group] = 0
+            for step in T.serial(T.ceildiv(tokens * top_k, entries)):
+                find(topk_ids, expert_mask, step, tokens, top_k, num_experts, places_f, experts_f)
+                for i in T.Parallel(entries):
+                    if experts_f[i] >= 0:
+                        T.atomic_add(count_s[experts_f[i], i // _GROUP % groups], 1)
 
             for e in T.Parallel(max_experts):
-                count_s[e] = 0
-            for step in T.serial(T.ceildiv(tokens * top_k, threads)):
-                for i in T.Parallel(threads):
-                    # Variables: as expressions, these would be computed anew at every use, and again for its bounds.
-                    token = T.alloc_var("int32", (step * threads + i) // top_k)
-                    slot = T.alloc_var("int32", (step * threads + i) % top_k)
-                    id = T.alloc_var(ids_dtype, -1)
-                    if token < tokens:
-                        id = topk_ids[token, slot]
-                    if id >= 0 and id < num_experts:
-                        expert = T.alloc_var("int32", T.cast(id, "int32"))
-                        if expert_mask[expert] != 0:
-                            T.atomic_add(count_s[expert], 1)
-
-            for e in T.Parallel(max_experts):
-                before = T.alloc_var("int32", 0)
+                rows = T.alloc_var("int32", 0)
+                for group in T.serial(groups):
+                    next_s[e, group] = rows
+                    rows += count_s[e, group]
+                rows_s[e] = rows
+                blocks_s[e] = T.ceildiv(rows, block_m)
                 local = T.alloc_var("int32", 0)
-                for other in T.serial(num_experts):
-                    if other < e:
-                        before += T.ceildiv(count_s[other], block_m)
-                        local += expert_mask[other]
-                block_s[e] = before
-                local_s[e] = local
-                next_s[e] = before * block_m
-                if e == num_experts - 1:
-                    used_s[0] = before + T.ceildiv(count_s[e], block_m)
-                    num_valid[0] = (before + T.ceildiv(count_s[e], block_m)) * block_m
+                if e < num_experts:
+                    local = expert_mask[e]
+                locals_s[e] = local
+            for scan in T.serial(scans):
+                for e in T.Parallel(width):
+                    before = e - (1 << scan)
+                    has = (before >= 0) & (e < max_experts)
+                    blocks_f[e] = T.if_then_else(has, blocks_s[T.clamp(before, 0, max_experts - 1)], 0)
+                    locals_f[e] = T.if_then_else(has, locals_s[T.clamp(before, 0, max_experts - 1)], 0)
+                for e in T.Parallel(width):
+                    if e < max_experts:
+                        blocks_s[e] += blocks_f[e]
+                        locals_s[e] += locals_f[e]
 
-            for step in T.serial(T.ceildiv(tokens * top_k, threads)):
-                for i in T.Parallel(threads):
-                    token = T.alloc_var("int32", (step * threads + i) // top_k)
-                    slot = T.alloc_var("int32", (step * threads + i) % top_k)
-                    id = T.alloc_var(ids_dtype, -1)
-                    position = T.alloc_var("int32", -1)
+            for step in T.serial(T.ceildiv(tokens * top_k, entries)):
+                find(topk_ids, expert_mask, step, tokens, top_k, num_experts, places_f, experts_f)
+                for i in T.Parallel(entries):
+                    token, slot = places_f[i] & (1 << TOKEN_BITS) - 1, places_f[i] >> TOKEN_BITS
+                    row, expert = T.alloc_var("int32", -1), T.alloc_var("int32", experts_f[i])
+                    if expert >= 0:
+                        first = (blocks_s[expert] - T.ceildiv(rows_s[expert], block_m)) * block_m
+                        row = first + T.atomic_add(next_s[expert, i // _GROUP % groups], 1, return_prev=True)
+                        token_ids[row] = places_f[i]
+                        weights[row] = topk_weights[token, slot]
                     if token < tokens:
-                        id = topk_ids[token, slot]
-                    if id >= 0 and id < num_experts:
-                        expert = T.alloc_var("int32", T.cast(id, "int32"))
-                        if expert_mask[expert] != 0:
-                            row = T.atomic_add(next_s[expert], 1, return_prev=True)
-                            token_ids[row] = slot << TOKEN_BITS | token
-                            weights[row] = topk_weights[token, slot]
-                            position = row
-                    if token < tokens:
-                        positions[token, slot] = position
+                        positions[token, slot] = row
 
             # What no row took: the rest of each expert's last block, and the blocks after the last in use.
             for e in T.Parallel(max_experts):
                 if e < num_experts:
-                    rows = T.alloc_var("int32", count_s[e])
-                    first = T.alloc_var("int32", block_s[e])
+                    rows = T.alloc_var("int32", rows_s[e])
+                    first = T.alloc_var("int32", blocks_s[e] - T.ceildiv(rows, block_m))
                     for j in T.serial(T.ceildiv(rows, block_m)):
-                        expert_ids[first + j] = local_s[e]
+                        expert_ids[first + j] = locals_s[e] - 1
                     for j in T.serial(T.ceildiv(rows, block_m) * block_m - rows):
-                        token_ids[first * block_m + rows + j] = top_k << TOKEN_BITS | tokens
+                        token_ids[first * block_m + rows + j] = none
                         weights[first * block_m + rows + j] = 0
-            used = T.alloc_var("int32", used_s[0])
+            used = T.alloc_var("int32", blocks_s[max_experts - 1])
+            for i in T.Parallel(threads):
+                if i == 0:
+                    num_valid[0] = used * block_m
             for step in T.serial(T.ceildiv(blocks * block_m, threads)):
                 for i in T.Parallel(threads):
                     row = step * threads + i
                     if row < blocks * block_m and row >= used * block_m:
-                        token_ids[row] = top_k << TOKEN_BITS | tokens
+                        token_ids[row] = none
                         weights[row] = 0
                         if row % block_m == 0:
                             expert_ids[row // block_m] = -1
