@@ -13,8 +13,8 @@ BLOCK_M, MAX_EXPERTS = 4, 16
 
 
 @functools.cache
-def sort_of(target, ids_dtype, threads):
-    return runner(moe_sort(BLOCK_M, MAX_EXPERTS, ids_dtype, threads), target)
+def sort_of(target, max_experts, ids_dtype, threads):
+    return runner(moe_sort(BLOCK_M, max_experts, ids_dtype, threads), target)
 
 
 def routing(tokens, top_k, num_experts, seed=0):
@@ -35,7 +35,7 @@ def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torc
     num_valid = torch.full((1,), -7, dtype=torch.int32)
     positions = torch.full((tokens, top_k), -7, dtype=torch.int32)
     kernel_mask = torch.ones(num_experts, dtype=torch.int32) if mask is None else mask.int()
-    run = sort_of(target, str(ids_dtype).removeprefix("torch."), threads)
+    run = sort_of(target, max(MAX_EXPERTS, num_experts), str(ids_dtype).removeprefix("torch."), threads)
     run(topk_ids.to(ids_dtype), topk_weights, kernel_mask, token_ids, weights, expert_ids, num_valid, positions)
 
     want = reference.moe_sort(topk_ids, topk_weights, num_experts, BLOCK_M, mask)
@@ -97,3 +97,8 @@ def test_int64_ids(target):
 @pytest.mark.parametrize("target", ["c", "hip -mcpu=gfx942"])
 def test_many_threads(target):
     check(target, *routing(3000, 2, 9), 9, threads=MAX_THREADS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_many_experts(target):
+    check(target, *routing(20, 4, 1024), 1024)

@@ -16,7 +16,7 @@ MAX_TOP_K = 127  # slots and the sentinel share the 7 bits that an int32 has lef
 THREADS, MAX_THREADS = 256, 1024
 _GROUP = 32  # threads that share counters
 _ENTRIES = 4  # of a thread and step, whose loads are under way together
-_MAX_COUNTERS = 4096  # of a kind, in shared memory
+_MAX_COUNTERS = 2048  # of a kind: 1024 experts fit in the 32 KB that every target has
 
 
 def capacity_of(tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
