@@ -25,6 +25,7 @@ from harness import (  # noqa: E402
     Provider,
     cache_bytes,
     choose,
+    options,
     plot,
     progress,
     rotation,
@@ -327,16 +328,11 @@ def sizes(arguments: argparse.Namespace, default: list[tuple[int, int, int]]) ->
 
 def main(command_line: list[str] | None = None) -> list[dict]:
     """Run the benchmark and return its rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=TARGETS, default="auto", help="auto: CUDA or ROCm, else a Mac, else the simulator")
+    names = [provider.name for provider in PROVIDERS]
+    parser = options(__doc__, TARGETS, "CUDA or ROCm, else a Mac, else the simulator", names)
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of A, B and C; sums are float32")
     for axis in "mnk":
         parser.add_argument(f"--{axis}", type=int, nargs="+", metavar=axis.upper(), help="one or several")
-    names = [provider.name for provider in PROVIDERS]
-    parser.add_argument("--providers", nargs="+", metavar="NAME", help=f"among {', '.join(names)}; default: all there are here")
-    parser.add_argument("--csv", metavar="FILE", help="write every figure")
-    parser.add_argument("--plot", metavar="FILE", help="draw a chart (png, svg or pdf)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs, and of the simulator's order of threads")
     arguments = parser.parse_args(command_line)
 
     target, device, reason = find_device(arguments.target)

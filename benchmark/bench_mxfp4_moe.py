@@ -11,7 +11,6 @@ nothing of speed. Peers take part where they can be imported, also from the fold
 third_party, humming on PyPI as humming-kernels.
 """
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from harness import (  # noqa: E402
     Provider,
     cache_bytes,
     choose,
+    options,
     plot_lines,
     progress,
     rotation,
@@ -347,19 +347,14 @@ def lines(rows: list[dict]) -> list[dict]:
 
 def main(command_line: list[str] | None = None) -> list[dict]:
     """Run the benchmark and return its rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=TARGETS, default="auto", help="auto: CUDA, else a Mac, else the simulator")
+    names = [provider.name for provider in PROVIDERS]
+    parser = options(__doc__, TARGETS, "CUDA, else a Mac, else the simulator", names)
     parser.add_argument("--models", nargs="+", choices=MODELS, help="by their sizes; weights are random")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="of a batch, one or several")
     parser.add_argument("--a-dtype", nargs="+", choices=A_DTYPES, default=["bf16"], help="what products take activations in")
-    names = [provider.name for provider in PROVIDERS]
-    parser.add_argument("--providers", nargs="+", metavar="NAME", help=f"among {', '.join(names)}; default: all there are here")
     parser.add_argument(
         "--path", nargs="+", default=[], metavar="FOLDER", help="folders to import triton_kernels and humming from"
     )
-    parser.add_argument("--csv", metavar="FILE", help="write every figure")
-    parser.add_argument("--plot", metavar="FILE", help="draw a chart (png, svg or pdf)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and the simulator's order of threads")
     arguments = parser.parse_args(command_line)
 
     target, device, reason = find_device(arguments.target)

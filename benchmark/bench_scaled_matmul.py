@@ -9,7 +9,6 @@ the simulator, which counts operations and says nothing of speed. vLLM and DeepG
 unpacked vLLM library can be named by --library, and DeepGEMM finds CUTLASS by CPATH.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from harness import (  # noqa: E402
     Provider,
     cache_bytes,
     choose,
+    options,
     plot,
     progress,
     rotation,
@@ -330,18 +330,13 @@ def lower(case: Case, providers: list[Provider], seed: int, reason: str) -> list
 
 def main(command_line: list[str] | None = None) -> list[dict]:
     """Run the benchmark and return its rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=TARGETS, default="auto", help="auto: CUDA, else a Mac, else the simulator")
+    names = [provider.name for provider in PROVIDERS]
+    parser = options(__doc__, TARGETS, "CUDA, else a Mac, else the simulator", names)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the output; operands are E4M3")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["row", "block"], help="of the scales")
     for axis in "mnk":
         parser.add_argument(f"--{axis}", type=int, nargs="+", metavar=axis.upper(), help="one or several")
-    names = [provider.name for provider in PROVIDERS]
-    parser.add_argument("--providers", nargs="+", metavar="NAME", help=f"among {', '.join(names)}; default: all there are here")
     parser.add_argument("--library", nargs="+", default=[], metavar="FILE", help="operator libraries to load, as vLLM's")
-    parser.add_argument("--csv", metavar="FILE", help="write every figure")
-    parser.add_argument("--plot", metavar="FILE", help="draw a chart (png, svg or pdf)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs, and of the simulator's order of threads")
     arguments = parser.parse_args(command_line)
 
     target, device, reason = find_device(arguments.target)

@@ -6,6 +6,7 @@ of a replay is divided by the number of calls. So there is neither a launch gap 
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import statistics
@@ -49,6 +50,18 @@ class Column:
     def text(self, row: dict) -> str:
         value = row.get(self.key)
         return "-" if value is None else format(value, self.form)
+
+
+def options(description: str, targets: Sequence[str], auto: str, providers: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark's command line with what every one has; `auto` says what the first target means."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=targets, default="auto", help=f"auto: {auto}")
+    among = ", ".join(providers)
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help=f"among {among}; default: all there are here")
+    parser.add_argument("--csv", metavar="FILE", help="write every figure")
+    parser.add_argument("--plot", metavar="FILE", help="draw a chart (png, svg or pdf)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random: inputs, the simulator's order of threads")
+    return parser
 
 
 def choose(providers: Iterable[Provider], names: Sequence[str], target: str) -> tuple[list[Provider], list[str]]:
