@@ -18,7 +18,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 
@@ -50,7 +49,8 @@ from tvm.target import Target  # noqa: E402
 
 from tilelang_ext import metal, reference, simulate  # noqa: E402
 from tilelang_ext.formats import E2M1, BlockScaledLayout  # noqa: E402
-from tilelang_ext.kernels import mxfp4_moe as moe  # noqa: E402
+from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe  # noqa: E402
+from tilelang_ext.kernels.mxfp4_moe_launch import launch  # noqa: E402
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation  # noqa: E402
 from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper  # noqa: E402
 
@@ -186,13 +186,13 @@ def make_ours(case: Case, layer: Layer):
 
     def bind(inputs: Inputs, out: torch.Tensor):
         options = {"activation": Activation(), "a_dtype": A_DTYPES[case.a_dtype], "out": out}
-        return partial(moe.mxfp4_moe, *inputs, *layer, **options)
+        return partial(mxfp4_moe, *inputs, *layer, **options)
 
     return bind
 
 
 PROVIDERS = (  # make(case, layer) returns bind(inputs, out), which returns the call that is timed
-    Provider("ours", "tilelang_ext.kernels.mxfp4_moe.mxfp4_moe, sorting and quantisation included", TARGETS[1:], make_ours),
+    Provider("ours", "tilelang_ext.kernels.mxfp4_mxfp4_moe, sorting and quantisation included", TARGETS[1:], make_ours),
     Provider("triton_kernels", "of vLLM: matmul_ogs with fused SwiGLU, sum over slots", ("cuda",), peers.make_triton_kernels),
     Provider("humming", "both products, its activation kernel, a Triton kernel for the sum", ("cuda",), peers.make_humming),
 )
@@ -230,11 +230,10 @@ def installed(provider: Provider) -> bool:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def launch(case: Case, layer: Layer, inputs: Inputs, out: torch.Tensor, compiled) -> None:
+def launch_all(case: Case, layer: Layer, inputs: Inputs, out: torch.Tensor, compiled) -> None:
     """The operator's own launches, each prim_func made runnable by `compiled(make, options, device)`."""
     kind = A_DTYPES[case.a_dtype] or "bfloat16"
-    with mock.patch.object(moe, "_compiled", compiled):
-        moe._by_kernels(*inputs, *layer, Activation(), kind, "reduce", None, out)
+    launch(*inputs, *layer, Activation(), kind, "reduce", None, out, compiled=compiled)
 
 
 def count(case: Case, providers: list[Provider], seed: int) -> list[dict]:
@@ -250,7 +249,7 @@ def count(case: Case, providers: list[Provider], seed: int) -> list[dict]:
 
         return run
 
-    launch(case, layer, inputs, out, simulated)
+    launch_all(case, layer, inputs, out, simulated)
     errors = check(case, "ours", out, expected(layer, inputs))
     for finding in [finding for report in reports for finding in report.findings]:
         print(finding, file=sys.stderr)
@@ -333,7 +332,7 @@ def lower(case: Case, providers: list[Provider], seed: int, reason: str) -> list
         return lambda *tensors: None
 
     with FakeTensorMode():  # shapes are all that counts
-        launch(case, case.layer(seed, "cpu"), case.inputs(seed, "cpu"), case.output("cpu"), lowered)
+        launch_all(case, case.layer(seed, "cpu"), case.inputs(seed, "cpu"), case.output("cpu"), lowered)
     status = f"{len(lines)} kernels lowered for {ASSUMED_ARCH}, not run: {reason}"
     return [{**described(case, "ours"), "lines": sum(lines), "status": status}]
 

@@ -22,7 +22,7 @@ def compile_all(shapes, recipes) -> None:
 
 
 def compile_moe(kernels) -> None:
-    """Compile what `mxfp4_moe` needs: pairs of its function that compiles and the arguments."""
+    """Compile what `mxfp4_moe` needs: the function that makes a prim_func, its arguments, pass configurations."""
     _in_processes(_compile_moe, kernels)
 
 
@@ -33,13 +33,10 @@ def _in_processes(function, jobs) -> None:
 
 
 def _compile_moe(kernel) -> None:
-    from tilelang_ext.kernels import mxfp4_moe
+    from tilelang_ext.kernels.mxfp4_moe_launch import compiled
 
-    compiler, arguments = kernel
-    if compiler == "_compiled":
-        mxfp4_moe._compiled(*arguments, torch.device("cuda"))
-    else:
-        mxfp4_moe.hopper._compiled(*arguments)
+    make, arguments, pass_configs = kernel
+    compiled(make, arguments, torch.device("cuda"), pass_configs)
 
 
 def _compile(shape: tuple[int, int, int], recipes: tuple[int, int]) -> None:

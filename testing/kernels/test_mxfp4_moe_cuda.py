@@ -17,6 +17,7 @@ from tilelang_ext import formats, quantize
 from tilelang_ext.kernels import mxfp4_moe as door
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_moe_activations import quantize_groups, quantize_rows
+from tilelang_ext.kernels.mxfp4_moe_launch import compiled, launch
 from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import OPERANDS, TILE
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation
 from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, tile_for_hopper
@@ -43,16 +44,12 @@ HOPPER_SHAPES = [*SHAPES, (64, 1024, 512, 8, 2), (2000, 7168, 2048, 16, 8), (900
 
 
 def needed():
-    """What the operator compiles in this file, as it asks for it on tensors without data: (compiler, its arguments)."""
+    """What the operator compiles in this file, as it asks for it on tensors without data."""
     asked = []
 
-    def compiled(make, options, device):
-        asked.append(("_compiled", (make, options)))
+    def compiled(make, options, device, pass_configs=()):
+        asked.append((make, options, pass_configs))
         return lambda *arguments: None
-
-    def compiled_for_hopper(*arguments):
-        asked.append(("hopper._compiled", arguments))
-        return lambda *tensors: None
 
     cases = [(shape, kind, epilogue, SWIGLU, False) for shape, kind, epilogue in product(SHAPES, KINDS, EPILOGUES)]
     cases += [
@@ -62,24 +59,20 @@ def needed():
     if torch.cuda.get_device_capability() == (9, 0):
         tiles = product(HOPPER_SHAPES, OPERANDS, EPILOGUES)
         cases += [(shape, kind, epilogue, SWIGLU, True) for shape, kind, epilogue in tiles]
-    with (
-        mock.patch.object(door, "_compiled", compiled),
-        mock.patch.object(door.hopper, "_compiled", compiled_for_hopper),
-    ):
-        for (tokens, H, I, E, top_k), kind, epilogue, activation, in_tiles in cases:
-            x = torch.empty(tokens, H, dtype=torch.float16 if kind == "float16" else torch.bfloat16, device="meta")
-            ids = torch.empty(tokens, top_k, dtype=torch.int64, device="meta")
-            weights = []
-            for rows, k in ((2 * I, H), (H, I)):
-                codes = torch.empty(E, rows, k // 2, dtype=torch.uint8, device="meta")
-                scale = torch.empty(E, rows, k // 32, dtype=torch.uint8, device="meta")
-                if in_tiles:
-                    operand = OPERANDS[kind]
-                    shape = E, -(-rows // TILE), -(-k // operand.K), operand.tile_words
-                    codes = torch.empty(shape, dtype=torch.uint32, device="meta")
-                weights.append(MXFP4Weights(codes, scale, torch.empty(E, rows, device="meta"), rows, k))
-            out, topk_weights = torch.empty_like(x), torch.empty_like(ids, dtype=torch.float32)
-            door._by_kernels(x, ids, topk_weights, *weights, activation, kind, epilogue, None, out)
+    for (tokens, H, I, E, top_k), kind, epilogue, activation, in_tiles in cases:
+        x = torch.empty(tokens, H, dtype=torch.float16 if kind == "float16" else torch.bfloat16, device="meta")
+        ids = torch.empty(tokens, top_k, dtype=torch.int64, device="meta")
+        weights = []
+        for rows, k in ((2 * I, H), (H, I)):
+            codes = torch.empty(E, rows, k // 2, dtype=torch.uint8, device="meta")
+            scale = torch.empty(E, rows, k // 32, dtype=torch.uint8, device="meta")
+            if in_tiles:
+                operand = OPERANDS[kind]
+                shape = E, -(-rows // TILE), -(-k // operand.K), operand.tile_words
+                codes = torch.empty(shape, dtype=torch.uint32, device="meta")
+            weights.append(MXFP4Weights(codes, scale, torch.empty(E, rows, device="meta"), rows, k))
+        out, topk_weights = torch.empty_like(x), torch.empty_like(ids, dtype=torch.float32)
+        launch(x, ids, topk_weights, *weights, activation, kind, epilogue, None, out, compiled=compiled)
     return list(dict.fromkeys(asked))
 
 
@@ -113,7 +106,7 @@ def operands(shape, dtype=torch.bfloat16):
 
 def run(arguments, kind="bfloat16", epilogue="reduce", activation=SWIGLU, mask=None):
     out = torch.full_like(arguments[0], torch.nan)
-    door._by_kernels(*arguments, activation, kind, epilogue, mask, out)
+    launch(*arguments, activation, kind, epilogue, mask, out)
     return out
 
 
@@ -239,7 +232,7 @@ def test_quantisation_is_the_hosts(kind):
         make, options, shape = quantize_groups, (kind, "bfloat16"), x.shape
         scale = torch.empty(want_scale.shape, dtype=torch.uint8, device="cuda")
     codes = torch.zeros(*shape[:-1], 16 if kind == "mxfp4" else 32, dtype=torch.uint8, device="cuda")
-    door._compiled(make, options, torch.device("cuda"))(x.view(shape).cuda(), codes, scale)
+    compiled(make, options, torch.device("cuda"))(x.view(shape).cuda(), codes, scale)
     assert torch.equal(scale.cpu(), want_scale.view(scale.shape))
     assert torch.equal(codes.view(want.shape).cpu(), want.view(torch.uint8))
 

@@ -11,6 +11,7 @@ from numeric import assert_close
 from tilelang_ext import formats, quantize, reference
 from tilelang_ext.kernels import mxfp4_moe as door
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
+from tilelang_ext.kernels.mxfp4_moe_launch import launch
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation, pick_config
 from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, prepare_mxfp4_weights
 
@@ -25,8 +26,11 @@ def compiled(make, options, target):
 @pytest.fixture(params=["c", "metal"])
 def target(request, monkeypatch):
     """Tensors on the CPU go the way of a GPU's; memory that is not written holds NaN and the largest integers."""
-    monkeypatch.setattr(door, "_compiled", lambda make, options, device: compiled(make, options, request.param))
-    monkeypatch.setattr(door, "_by_reference", door._by_kernels)
+
+    def of_target(make, arguments, device):
+        return compiled(make, arguments, request.param)
+
+    monkeypatch.setattr(door, "_by_reference", functools.partial(launch, compiled=of_target))
     torch.use_deterministic_algorithms(True)
     yield request.param
     torch.use_deterministic_algorithms(False)

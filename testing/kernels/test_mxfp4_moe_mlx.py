@@ -11,6 +11,7 @@ from numeric import assert_close
 from tilelang_ext import quantize
 from tilelang_ext.formats import E2M1, BlockScaledLayout
 from tilelang_ext.kernels import mxfp4_moe as door
+from tilelang_ext.kernels.mxfp4_moe_launch import launch
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation
 from tilelang_ext.kernels.mxfp4_moe_weights import prepare_mxfp4_weights
 
@@ -91,8 +92,11 @@ def test_cpu(product, is_sorted):
 
 def test_kernels(monkeypatch):
     """The launches that a GPU gets, on target c."""
-    monkeypatch.setattr(door, "_compiled", lambda make, options, device: tilelang.compile(make(*options), target="c"))
-    monkeypatch.setattr(door, "_by_reference", door._by_kernels)
+
+    def compiled(make, arguments, device):
+        return tilelang.compile(make(*arguments), target="c")
+
+    monkeypatch.setattr(door, "_by_reference", functools.partial(launch, compiled=compiled))
     assert_close(operator(), by_mlx(gather_qmm, True), **BOUNDS)
 
 

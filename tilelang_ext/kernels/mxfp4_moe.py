@@ -11,20 +11,18 @@ kernels give such a row, or group of 32, NaN.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
-import tilelang
 import torch
-from tilelang.contrib import nvcc
 from torch import Tensor
 
-from tilelang_ext import metal, reference
-from tilelang_ext.formats import E2M1, MX_GROUP, BlockScaledLayout
+from tilelang_ext import reference
+from tilelang_ext.formats import E2M1, BlockScaledLayout
 from tilelang_ext.kernels import mxfp4_moe_activations as activations
-from tilelang_ext.kernels import mxfp4_moe_sm90_launch as hopper
 from tilelang_ext.kernels import mxfp4_moe_stages as stages
-from tilelang_ext.kernels.mxfp4_moe_sort import MAX_THREADS, MAX_TOP_K, THREADS, TOKEN_BITS, capacity_of, moe_sort
-from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights
+from tilelang_ext.kernels.mxfp4_moe_launch import launch
+from tilelang_ext.kernels.mxfp4_moe_sm90_launch import check as check_tiled
+from tilelang_ext.kernels.mxfp4_moe_sort import MAX_TOP_K, TOKEN_BITS
+from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, is_tiled
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _EPILOGUES = ("reduce", "atomic")
@@ -155,10 +153,10 @@ def _check(
             f"mxfp4_moe: out must be contiguous {x.dtype} of shape {tuple(x.shape)}; got {out.dtype} {tuple(out.shape)}; "
             "pass torch.empty_like(x)"
         )
-    if _is_tiled(w13) != _is_tiled(w2):
+    if is_tiled(w13) != is_tiled(w2):
         raise ValueError("mxfp4_moe: w13 and w2 must both be of tile_for_hopper or neither; got one; tile both")
-    if _is_tiled(w13):
-        hopper.check(x, kind, w13)
+    if is_tiled(w13):
+        check_tiled(x, kind, w13)
     tensors = {"topk_ids": topk_ids, "topk_weights": topk_weights, "w13": w13.codes, "w2": w2.codes, "expert_mask": expert_mask}
     for name, tensor in (tensors | {"out": out}).items():
         if tensor is not None and tensor.device != x.device:
@@ -173,7 +171,7 @@ def _mxfp4_moe_out(x, topk_ids, topk_weights, *rest) -> None:
         out.zero_()
         return
     inner = stages.Activation(activation, alpha, limit)
-    run = _by_reference if x.device.type == "cpu" else _by_kernels
+    run = _by_reference if x.device.type == "cpu" else launch
     run(x, topk_ids, topk_weights, w13, w2, inner, kind, epilogue, expert_mask, out)
 
 
@@ -237,107 +235,6 @@ def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue
             expert_mask=torch.arange(len(mask), device=device) == expert,
         )
     out.copy_(y)
-
-
-# --- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _compiled(make: Callable, arguments: tuple, device: torch.device) -> Callable:
-    prim_func = make(*arguments)
-    if device.type == "mps":
-        return metal.to_torch(metal.lower(prim_func))
-    if device.type != "cuda":
-        raise NotImplementedError(f"mxfp4_moe: tensors must be on cuda, mps or cpu; got {device.type}; move them")
-    if torch.version.hip is not None:
-        arch = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
-        return tilelang.compile(prim_func, target={"kind": "hip", "mcpu": arch})
-    arch = nvcc.get_target_arch("{}.{}".format(*torch.cuda.get_device_capability(device)))
-    return tilelang.compile(prim_func, target={"kind": "cuda", "arch": f"sm_{arch}"})
-
-
-def _by_kernels(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, expert_mask, out) -> None:
-    device, dtype = x.device, str(x.dtype).removeprefix("torch.")
-    ids_dtype = str(topk_ids.dtype).removeprefix("torch.")
-    (tokens, top_k), local_experts = topk_ids.shape, w13.codes.shape[0]
-    mask = torch.ones(local_experts, dtype=torch.int32, device=device) if expert_mask is None else expert_mask.int()
-    num_experts = mask.numel()
-    module = None
-    if _is_tiled(w13):
-        module, config = hopper.pick(tokens, top_k, num_experts, kind)
-    else:
-        config = stages.pick_config(tokens, top_k, num_experts, "metal" if device.type == "mps" else "cuda")
-    capacity = capacity_of(tokens, top_k, num_experts, config.block_M)
-    topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.float().contiguous()
-    hidden_kind = activations.between(kind)
-
-    token_ids = torch.empty(capacity, dtype=torch.int32, device=device)
-    weights = torch.empty(capacity, device=device)
-    expert_ids = torch.empty(capacity // config.block_M, dtype=torch.int32, device=device)
-    num_valid = torch.empty(1, dtype=torch.int32, device=device)
-    positions = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
-    max_experts = max(64, 1 << (num_experts - 1).bit_length())
-    threads = MAX_THREADS if device.type == "cuda" and topk_ids.numel() > 16 * THREADS else THREADS
-    sort = _compiled(moe_sort, (config.block_M, max_experts, ids_dtype, threads), device)
-    routing = hopper.Routing(token_ids, weights, expert_ids, num_valid, positions)
-    sort(topk_ids, topk_weights, mask, *routing)
-
-    partial_dtype = torch.float32 if module is None else torch.bfloat16
-    y = (
-        torch.zeros(out.shape, device=device)
-        if epilogue == "atomic"
-        else x.new_empty((tokens, top_k, out.shape[1]), dtype=partial_dtype)
-    )
-    if module is not None:
-        hopper.run(module, config, activation, epilogue, x.contiguous(), routing, w13, w2, y)
-    else:
-        rows = _quantized(x, kind)
-        hidden = _empty(hidden_kind, capacity, w2.k, device)
-        gate_up = _compiled(stages.gate_up, (config, activation, kind), device)
-        gate_up(*rows, token_ids, expert_ids, num_valid, *_by_groups(w13), *hidden)
-        down = _compiled(stages.down, (config, hidden_kind, epilogue), device)
-        down(*hidden, token_ids, weights, expert_ids, num_valid, *_by_groups(w2), y)
-    if epilogue == "atomic":
-        out.copy_(y)
-    else:
-        _compiled(stages.sum_slots, (dtype, str(y.dtype).removeprefix("torch.")), device)(y, positions, out)
-
-
-def _is_tiled(weights: MXFP4Weights) -> bool:
-    """Whether weights are of `tile_for_hopper`."""
-    return weights.codes.ndim == 4
-
-
-def _quantized(x: Tensor, kind: str) -> tuple[Tensor, ...]:
-    """Return x as `kind`: codes and scales, or itself alone."""
-    x = x.contiguous().unflatten(1, (-1, MX_GROUP))
-    if kind in activations.WIDE:
-        return (x,)
-    dtype = str(x.dtype).removeprefix("torch.")
-    codes, scale = _empty(kind, x.shape[0], x.shape[1] * MX_GROUP, x.device)
-    if kind == "fp8":
-        _compiled(activations.quantize_rows, (dtype,), x.device)(x, codes, scale)
-    else:
-        quantize = _compiled(activations.quantize_groups, (kind, dtype), x.device)
-        quantize(x.flatten(0, 1), codes.flatten(0, 1), scale.view(-1, 1))
-    return codes, scale
-
-
-def _empty(kind: str, rows: int, k: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Return tensors for (rows, k) as `kind`."""
-    groups = k // MX_GROUP
-    dtype = getattr(torch, activations.codes_dtype(kind))
-    codes = torch.empty(rows, groups, activations.group_bytes(kind), dtype=dtype, device=device)
-    if kind in activations.WIDE:
-        return (codes,)
-    return codes, (
-        torch.empty(rows, device=device) if kind == "fp8" else torch.empty(rows, groups, dtype=torch.uint8, device=device)
-    )
-
-
-def _by_groups(weights: MXFP4Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes (E, rows, K / 32, 16), scales and biases as the kernels take them."""
-    return weights.codes.unflatten(2, (weights.scale.shape[2], -1)), weights.scale, weights.bias
 
 
 def __getattr__(name: str):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
 
-import tilelang
 import torch
 from torch import Tensor
 
@@ -14,9 +11,8 @@ from tilelang_ext.kernels import mxfp4_moe_sm90 as many
 from tilelang_ext.kernels import mxfp4_moe_sm90_few as few
 from tilelang_ext.kernels import mxfp4_moe_sm90_rows as rows
 from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import OPERANDS
-from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS
+from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS, Routing
 
-ARCH = "sm_90a"
 _ANY = 1 << 31  # slots
 
 # The kernels and tiles, by the rows an expert has when all are equally busy. Those of bfloat16 were each measured on an H200 at
@@ -38,16 +34,6 @@ _TABLES = {
         (1 << TOKEN_BITS, _ANY, many, many.Config(128, 2, 5)),
     ),
 }
-
-
-class Routing(NamedTuple):
-    """What `moe_sort` gives."""
-
-    token_ids: Tensor
-    weights: Tensor
-    expert_ids: Tensor
-    num_valid: Tensor
-    positions: Tensor
 
 
 def kind_of(w) -> str:
@@ -77,43 +63,37 @@ def pick(tokens: int, top_k: int, num_experts: int, kind: str = "bfloat16") -> t
     )
 
 
-@cache
-def _compiled(make: Callable, arguments: tuple, pass_configs: tuple) -> Callable:
-    target = {"kind": "cuda", "arch": ARCH}
-    return tilelang.compile(make(*arguments), target=target, pass_configs=dict(pass_configs))
-
-
-def run(module, config, activation, epilogue: str, x: Tensor, routing: Routing, w13, w2, y: Tensor) -> None:
-    """Launch both products of x (tokens, H); y of `slots_type`."""
+def run(module, config, activation, epilogue: str, x: Tensor, routing: Routing, w13, w2, y: Tensor, compiled: Callable) -> None:
+    """Launch both products of x (tokens, H) with kernels that `compiled` makes runnable; y of `slots_type`."""
     token_ids, weights, expert_ids, num_valid, positions = routing
     capacity = len(token_ids)
 
-    def compiled(make, *arguments, configs=module.PASS_CONFIGS):
-        return _compiled(make, arguments, tuple(configs.items()))
+    def kernel(make, *arguments, configs=module.PASS_CONFIGS):
+        return compiled(make, arguments, x.device, tuple(configs.items()))
 
     hidden = x.new_empty(capacity, w2.k)
     if module is few:
-        compiled(few.gate_up, config, activation)(
+        kernel(few.gate_up, config, activation)(
             x, token_ids, expert_ids, num_valid, w13.codes.view(-1, few.LANE_WORDS), w13.bias, hidden
         )
-        down = compiled(few.down, config, epilogue)
+        down = kernel(few.down, config, epilogue)
         down(hidden, token_ids, weights, expert_ids, num_valid, w2.codes.view(-1, few.LANE_WORDS), w2.bias, y)
         return
     kind = kind_of(w13)
     operand = OPERANDS[kind]
     if kind == "fp8":
         (sorted_x, scale_x), quantized = _quantized(capacity, x.shape[1], x.device), _quantized(capacity, w2.k, x.device)
-        compiled(rows.scatter_quantized, configs=rows.PASS_CONFIGS)(x, positions, sorted_x, scale_x)
+        kernel(rows.scatter_quantized, configs=rows.PASS_CONFIGS)(x, positions, sorted_x, scale_x)
     else:
         sorted_x, scale_x = x.new_empty(capacity, x.shape[1]), weights.new_empty(0)
         quantized = hidden, scale_x
-        compiled(rows.scatter, configs=rows.PASS_CONFIGS)(x, positions, sorted_x)
-    compiled(many.gate_up, config, activation, operand)(
+        kernel(rows.scatter, configs=rows.PASS_CONFIGS)(x, positions, sorted_x)
+    kernel(many.gate_up, config, activation, operand)(
         sorted_x, scale_x, expert_ids, num_valid, w13.codes, w13.scale, w13.bias, hidden
     )
     if kind == "fp8":
-        compiled(rows.quantize_sorted, configs=rows.PASS_CONFIGS)(hidden, positions.flatten(), *quantized)
-    down = compiled(many.down, config, epilogue, operand)
+        kernel(rows.quantize_sorted, configs=rows.PASS_CONFIGS)(hidden, positions.flatten(), *quantized)
+    down = kernel(many.down, config, epilogue, operand)
     down(*quantized, token_ids, weights, expert_ids, num_valid, w2.codes, w2.scale, w2.bias, y)
 
 

@@ -9,6 +9,10 @@ contract is that of aiter; `reference.moe_sort` is its truth. One block of threa
 counters of their own, since atomics of all threads on the same few wait for each other.
 """
 
+from typing import NamedTuple
+
+from torch import Tensor
+
 from tilelang_ext import language as T
 
 TOKEN_BITS = 24  # of a sorted token id; the slot lies above
@@ -17,6 +21,16 @@ THREADS, MAX_THREADS = 256, 1024
 _GROUP = 32  # threads that share counters
 _ENTRIES = 4  # of a thread and step, whose loads are under way together
 _MAX_COUNTERS = 2048  # of a kind: 1024 experts fit in the 32 KB that every target has
+
+
+class Routing(NamedTuple):
+    """The tensors that `moe_sort` writes."""
+
+    token_ids: Tensor
+    weights: Tensor
+    expert_ids: Tensor
+    num_valid: Tensor
+    positions: Tensor
 
 
 def capacity_of(tokens: int, top_k: int, num_experts: int, block_m: int) -> int:

@@ -29,6 +29,11 @@ class MXFP4Weights(NamedTuple):
     k: int  # of w13 H, of w2 I: a multiple of 32
 
 
+def is_tiled(weights: MXFP4Weights) -> bool:
+    """Whether weights are of `tile_for_hopper`."""
+    return weights.codes.ndim == 4
+
+
 _SOURCES = ("gpt_oss", "mlx", "plain")
 
 
