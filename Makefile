@@ -26,8 +26,9 @@ venv: $(VENV)/.built
 matmul: venv
 	$(BIN)/python benchmark/bench_matmul.py --target auto
 
+# Neighbours share what they lower, so a worker takes them in order, and one that is done takes of another's rest.
 test: venv
-	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
 # Downloads other libraries' kernels and runs them in the simulator beside ours.
 test-peers: venv
