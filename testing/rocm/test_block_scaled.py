@@ -7,7 +7,7 @@ import torch
 from language.test_mxfp4_scaled_matmul import KINDS, activations, tiled, values, weights
 from numeric import assert_close
 from rocm.kernels import FP8, lower, scaled_matmul
-from rocm.test_compile import check as check_compiled
+from rocm.test_compile import gate, gated
 
 from tilelang_ext import formats, quantize, reference, simulate
 from tilelang_ext import language as T
@@ -190,7 +190,9 @@ def test_types_with_scales():
 
 
 @pytest.mark.hip
-@pytest.mark.parametrize("kind", CODES)
-def test_compiles(kind):
-    (A, SA, _), (W, _) = activations(kind, 40, 288), weights(100, 288)
-    check_compiled(tiled(A, SA, W), "gfx950", f"v_{INSTRUCTION}", tiles=2 * 4)
+def test_compiles():
+    kernels = {}
+    for kind in CODES:
+        (A, SA, _), (W, _) = activations(kind, 40, 288), weights(100, 288)
+        kernels[kind.replace(" ", "_")] = gated(tiled(A, SA, W), "gfx950", f"v_{INSTRUCTION}", tiles=2 * 4)
+    gate(kernels, "gfx950")

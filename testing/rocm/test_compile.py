@@ -3,6 +3,8 @@ counted, no spills, and LDS within the chip's limit."""
 
 import re
 from collections import Counter
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 from rocm.kernels import ARCHS, FP8, LAYOUTS, attention_products, gemm, lower, scaled_matmul
@@ -14,6 +16,7 @@ pytestmark = pytest.mark.hip
 E4M3, E5M2, E4M3_FNUZ, E5M2_FNUZ = FP8
 LDS_BYTES = {"gfx90a": 65536, "gfx942": 65536, "gfx950": 163840, "gfx1100": 65536, "gfx1201": 65536}
 WAVE = {"gfx90a": 64, "gfx942": 64, "gfx950": 64, "gfx1100": 32, "gfx1201": 32}
+_KERNEL = re.compile(r"(__global__ void __launch_bounds__\(\d+\)) \w+\(")
 MATRIX = re.compile(r"^\s+(v_(?:mfma|wmma|swmmac)_\w+)\s", re.MULTILINE)
 BF16_GFX90A = "v_mfma_f32_16x16x16bf16_1k"
 
@@ -59,56 +62,67 @@ SCALED = dict.fromkeys(LAYOUTS, GEMM[E4M3, E4M3])  # of T.fp8_scaled_matmul in E
 MOE = GEMM["bfloat16", "bfloat16"]  # of the mixture of experts, whose tiles are decoded
 
 
-def gate(text, lds_bytes, arch, instruction, tiles):
-    """Compile; `tiles` is how many 16x16 tiles of the result a wave has, of which each gets the same number of products.
+class Gated(NamedTuple):
+    """What goes through the gate: a text with one kernel, the LDS that its launch adds, and what its assembly must hold.
 
-    `instruction` None is for a kernel without the matrix unit. `lds_bytes` is what the launch adds.
+    `instruction` is all that it multiplies by; None is for a kernel without the matrix unit. `tiles` is how many 16x16 tiles of
+    the result a wave has, of which each gets the same number of products.
     """
-    compiled = compile_hip(text, arch)
-    found = Counter(MATRIX.findall(compiled.isa))
-    assert set(found) == ({instruction} if instruction else set())
-    assert all(compiled.count(name) == count and count % tiles == 0 for name, count in found.items())
-    (resources,) = compiled.kernels
-    assert (resources.vgpr_spills, resources.sgpr_spills, resources.scratch_bytes) == (0, 0, 0), resources
-    assert resources.wave == WAVE[arch]
-    assert 0 < resources.vgprs <= (512 if WAVE[arch] == 64 else 256)
-    assert resources.lds_bytes + lds_bytes <= LDS_BYTES[arch]
+
+    text: str
+    lds_bytes: int
+    instruction: str | None
+    tiles: int = 1
+
+
+def gate(kernels: dict[str, Gated], arch: str) -> None:
+    """Compile kernels, each under its own name, in one run: most of the compiler's time is for the headers they share."""
+    texts = [_KERNEL.sub(rf"\1 {name}(", kernel.text) for name, kernel in kernels.items()]
+    compiled = compile_hip("\n".join(texts), arch)
     assert compiled.code.startswith(b"\x7fELF")
-    return compiled
+    assert [resources.name for resources in compiled.kernels] == list(kernels)
+    for resources, (name, kernel) in zip(compiled.kernels, kernels.items(), strict=True):
+        (isa,) = re.findall(rf"^{name}:.*?^\.Lfunc_end", compiled.isa, re.MULTILINE | re.DOTALL)
+        alone = replace(compiled, isa=isa)
+        found = Counter(MATRIX.findall(isa))
+        assert set(found) == ({kernel.instruction} if kernel.instruction else set()), name
+        assert all(alone.count(each) == count and count % kernel.tiles == 0 for each, count in found.items()), (name, found)
+        assert (resources.vgpr_spills, resources.sgpr_spills, resources.scratch_bytes) == (0, 0, 0), resources
+        assert resources.wave == WAVE[arch], name
+        assert 0 < resources.vgprs <= (512 if WAVE[arch] == 64 else 256), resources
+        assert resources.lds_bytes + kernel.lds_bytes <= LDS_BYTES[arch], resources
 
 
-def check(kernel, arch, instruction, tiles):
-    """Lower a kernel and pass it through the gate."""
+def gated(kernel, arch, instruction, tiles):
+    """Lower a kernel for the gate."""
     lowered = lower(kernel, arch)
-    return gate(lowered.text, lowered.lds_bytes, arch, instruction, tiles)
+    return Gated(lowered.text, lowered.lds_bytes, instruction, tiles)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("operands", GEMM, ids="-".join)
-def test_gemm(operands, arch):
-    waves = 128 // WAVE[arch]
-    check(gemm(*operands), arch, GEMM[operands][arch], tiles=4 * 4 // waves)
+def test_gemm(arch):
+    tiles = 4 * 4 // (128 // WAVE[arch])
+    gate({"_".join(pair): gated(gemm(*pair), arch, names[arch], tiles) for pair, names in GEMM.items()}, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_fp8_scaled_matmul(layout, arch):
-    waves = 128 // WAVE[arch]
-    check(scaled_matmul(layout), arch, SCALED[layout][arch], tiles=2 * 4 // waves)
+def test_fp8_scaled_matmul(arch):
+    tiles = 2 * 4 // (128 // WAVE[arch])
+    gate({layout: gated(scaled_matmul(layout), arch, SCALED[layout][arch], tiles) for layout in LAYOUTS}, arch)
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 def test_chained_products(arch):
     """The operand of the second product comes from registers."""
     instruction = {"gfx942": "v_mfma_f32_16x16x32_fp8_fp8", "gfx950": "v_mfma_f32_16x16x32_f16"}[arch]
-    check(attention_products(E4M3_FNUZ), arch, instruction, tiles=4 * 4 // 2)
+    gate({"attention": gated(attention_products(E4M3_FNUZ), arch, instruction, tiles=4 * 4 // 2)}, arch)
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
-@pytest.mark.parametrize(("trans_A", "trans_B", "A_scope"), [(True, False, "shared"), (False, True, "fragment")])
-def test_operands_that_do_not_lie_along_k_or_are_registers(trans_A, trans_B, A_scope, arch):
-    kernel = gemm(E4M3, E4M3, trans_A=trans_A, trans_B=trans_B, A_scope=A_scope)
-    check(kernel, arch, GEMM[E4M3, E4M3][arch], tiles=4 * 4 // (128 // WAVE[arch]))
+def test_operands_that_do_not_lie_along_k_or_are_registers(arch):
+    kernels = {"not_along_k": {"trans_A": True, "trans_B": False}, "registers": {"A_scope": "fragment"}}
+    instruction, tiles = GEMM[E4M3, E4M3][arch], 4 * 4 // (128 // WAVE[arch])
+    gate({name: gated(gemm(E4M3, E4M3, **options), arch, instruction, tiles) for name, options in kernels.items()}, arch)
 
 
 def test_figures():

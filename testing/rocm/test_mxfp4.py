@@ -7,7 +7,7 @@ import torch
 from language.test_mxfp4_scaled_matmul import activations, tiled, values, weights
 from numeric import assert_close
 from rocm.kernels import ARCHS
-from rocm.test_compile import MOE, gate
+from rocm.test_compile import MOE, Gated, gate
 
 from tilelang_ext import formats, quantize, reference, simulate
 from tilelang_ext import language as T
@@ -23,7 +23,7 @@ def run_and_compile(kernel, *arguments, arch, instruction=None, tiles=1):
     made = program.lower(kernel, target)
     report = simulate(made, *arguments, target=target)
     assert not report.findings, str(report)
-    gate(made.source, made.dynamic_lds, arch, instruction, tiles)
+    gate({made.name: Gated(made.source, made.dynamic_lds, instruction, tiles)}, arch)
 
 
 # gfx950's products of codes are in test_block_scaled.py.
