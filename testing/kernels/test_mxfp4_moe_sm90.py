@@ -48,7 +48,7 @@ class Case:
         def weights(rows, k, padding, gate):
             codes = torch.randint(0, 256, (EXPERTS, rows + padding, k // 2 + 16), generator=generator, dtype=torch.uint8)
             scale = torch.randint(118, 129, (EXPERTS, rows + padding, k // 32 + 1), generator=generator, dtype=torch.uint8)
-            bias = torch.randn(EXPERTS, rows + padding, generator=generator)
+            bias = torch.randn(EXPERTS, rows + padding, generator=generator) * (1 if gate else 300)  # as large as products
             return prepare_mxfp4_weights(codes, scale, bias, gate=gate, rows=rows, k=k)
 
         self.w13, self.w2 = weights(2 * I, H, 64, "separated"), weights(H, I, 32, None)
