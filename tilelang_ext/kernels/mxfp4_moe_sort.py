@@ -39,8 +39,7 @@ def capacity_of(tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
 
 
 def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: int = THREADS):
-    """The prim_func: (topk_ids, topk_weights, expert_mask, token_ids, weights, expert_ids, num_valid,
-    positions).
+    """The prim_func: (topk_ids, topk_weights, expert_mask, token_ids, weights, expert_ids, num_valid, positions).
 
     | parameter | shape | dtype |
     | --- | --- | --- |
@@ -63,18 +62,19 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: 
 
     @T.macro
     def find(topk_ids, expert_mask, step, tokens, top_k, num_experts, places_f, experts_f):
-        """The (token, slot) pairs of a step, as sorted ids, and their experts, -1 where one has none here."""
+        """The (token, slot) pairs of a step as sorted ids, and their experts; -1 past the last, and where none is here."""
         for i in T.Parallel(entries):
             # Variables: as expressions, these would be computed anew at every use, and again for its bounds.
             token = T.alloc_var("int32", T.truncdiv(step * entries + i, top_k))
             slot = T.alloc_var("int32", step * entries + i - token * top_k)
-            id, expert = T.alloc_var(ids_dtype, -1), T.alloc_var("int32", -1)
+            id, expert, place = T.alloc_var(ids_dtype, -1), T.alloc_var("int32", -1), T.alloc_var("int32", -1)
             if token < tokens:
                 id = topk_ids[token, slot]
+                place = slot << TOKEN_BITS | token
             if id >= 0 and id < num_experts:  # noqa: SIM102 - the mask is read for real ids
                 if expert_mask[T.cast(id, "int32")] != 0:
                     expert = T.cast(id, "int32")
-            places_f[i], experts_f[i] = slot << TOKEN_BITS | token, expert
+            places_f[i], experts_f[i] = place, expert
 
     @T.prim_func
     def moe_sort(
@@ -137,7 +137,7 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", threads: 
                         row = first + T.atomic_add(next_s[expert, i // _GROUP % groups], 1, return_prev=True)
                         token_ids[row] = places_f[i]
                         weights[row] = topk_weights[token, slot]
-                    if token < tokens:
+                    if places_f[i] >= 0:
                         positions[token, slot] = row
 
             # What no row took: the rest of each expert's last block, and the blocks after the last in use.
