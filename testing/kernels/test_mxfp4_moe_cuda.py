@@ -159,6 +159,15 @@ def test_one_hot_gives_columns_of_weights():
         assert torch.equal(result.cpu(), expected)
 
 
+def routings(topk_ids):
+    """Tokens, their experts and an expert mask: all to one expert, ids that no expert has, one token, experts elsewhere."""
+    ids = topk_ids.clone()
+    ids[::3, 0], ids[1::5, 1], ids[2] = 4, -1, 2**40
+    mask = torch.tensor([False, True, True, False, True, True, False], device="cuda")
+    wide = torch.rand(64, 7, generator=torch.Generator().manual_seed(3)).topk(2).indices.cuda()
+    return (64, torch.full_like(ids, 2), None), (64, ids, None), (1, ids, None), (64, wide, mask)
+
+
 def tiled(arguments, kind):
     """Arguments with weights of `tile_for_hopper`."""
     w13, w2 = arguments[3:]
@@ -189,25 +198,20 @@ def test_tiles_for_hopper(kind, shape):
 @on_hopper
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
 def test_tiles_for_hopper_routing_and_padding(kind):
-    """Ids that no expert has, experts elsewhere, one token; NaN in what pads the weights; a graph with other inputs."""
+    """Also NaN in what pads the weights."""
     x, topk_ids, topk_weights, w13, w2 = operands(SMALL)
-    ids = topk_ids.clone()
-    ids[::3, 0], ids[1::5, 1], ids[2] = 4, -1, 2**40
-    mask = torch.tensor([False, True, True, False, True, True, False], device="cuda")
-    wide = torch.rand(64, 7, generator=torch.Generator().manual_seed(3)).topk(2).indices.cuda()
-    for count, routed, local in ((64, torch.full_like(ids, 2), None), (64, ids, None), (1, ids, None), (64, wide, mask)):
+    for count, routed, local in routings(topk_ids):
         arguments = x[:count], routed[:count], topk_weights[:count], w13, w2
         result, expected = run(tiled(arguments, kind), kind, mask=local), truth(arguments, mask=local)
         assert not result[(expected == 0).all(1)].any()
         used = (expected != 0).any(1)
         assert cosine(result[used], expected[used]).min() >= (0.9999 if kind == "bfloat16" else 0.997)
-    expected = run(tiled((x, ids, topk_weights, w13, w2), kind), kind)
+    in_tiles = tiled((x, topk_ids, topk_weights, w13, w2), kind)
     pad = torch.nn.functional.pad
     codes, scale = pad(w2.codes, (0, 48, 0, 40), value=0x77), pad(w2.scale, (0, 3, 0, 40), value=255)
     bias = pad(w2.bias, (0, 40), value=torch.nan)
     padded = tile_for_hopper(MXFP4Weights(codes, scale, bias, w2.rows, w2.k), gate=False, a_dtype=kind)
-    in_tiles = tiled((x, ids, topk_weights, w13, w2), kind)
-    assert torch.equal(run((*in_tiles[:4], padded), kind), expected)
+    assert torch.equal(run((*in_tiles[:4], padded), kind), run(in_tiles, kind))
 
 
 @on_hopper
@@ -257,16 +261,11 @@ def test_padding_is_not_computed_with():
 
 
 def test_routing():
-    """All tokens to one expert, ids that no expert has, one token, experts elsewhere."""
     x, topk_ids, topk_weights, w13, w2 = operands(SMALL)
-    ids = topk_ids.clone()
-    ids[::3, 0], ids[1::5, 1], ids[2] = 4, -1, 2**40
-    mask = torch.tensor([False, True, True, False, True, True, False], device="cuda")
-    wide = torch.rand(64, 7, generator=torch.Generator().manual_seed(3)).topk(2).indices.cuda()
-    for count, routed, local in ((64, torch.full_like(ids, 2), None), (64, ids, None), (1, ids, None), (64, wide, mask)):
+    for count, routed, local in routings(topk_ids):
         arguments = x[:count], routed[:count], topk_weights[:count], w13, w2
         assert_near(run(arguments, mask=local), truth(arguments, mask=local))
-    assert mxfp4_moe(x[:0], ids[:0], topk_weights[:0], w13, w2, activation=SWIGLU).shape == (0, 512)
+    assert mxfp4_moe(x[:0], topk_ids[:0], topk_weights[:0], w13, w2, activation=SWIGLU).shape == (0, 512)
 
 
 def test_many_tokens():
@@ -282,16 +281,20 @@ def test_reduce_is_deterministic():
     operands.cache_clear()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_graph_with_changing_inputs(kind):
+@pytest.mark.parametrize(
+    ("kind", "in_tiles"), [(kind, False) for kind in KINDS] + [pytest.param(kind, True, marks=on_hopper) for kind in OPERANDS]
+)
+def test_graph_with_changing_inputs(kind, in_tiles):
     """One capture, replayed with other tokens, other experts and other weights of the router."""
     x, topk_ids, topk_weights, w13, w2 = (each.clone() if isinstance(each, torch.Tensor) else each for each in operands(SMALL))
     out = torch.full_like(x, torch.nan)
     options = {"activation": SWIGLU, "a_dtype": None if kind == "bfloat16" else kind, "out": out}
-    mxfp4_moe(x, topk_ids, topk_weights, w13, w2, **options)
+    arguments = x, topk_ids, topk_weights, w13, w2
+    arguments = tiled(arguments, kind) if in_tiles else arguments
+    mxfp4_moe(*arguments, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        mxfp4_moe(x, topk_ids, topk_weights, w13, w2, **options)
+        mxfp4_moe(*arguments, **options)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         x.copy_(torch.randn(x.shape, generator=generator))
@@ -302,7 +305,7 @@ def test_graph_with_changing_inputs(kind):
         topk_weights.copy_(torch.rand(topk_weights.shape, generator=generator))
         out.fill_(torch.nan)
         graph.replay()
-        assert cosine(out, truth((x, topk_ids, topk_weights, w13, w2), kind)).min() >= 0.999
+        assert cosine(out, truth((x, topk_ids, topk_weights, w13, w2), kind)).min() >= (0.995 if in_tiles else 0.999)
 
 
 def test_operator():
