@@ -310,5 +310,9 @@ def test_what_is_refused():
         mxfp4_moe(case.x, ids, topk_weights, w13, case.w2, activation=Activation())
     with pytest.raises(NotImplementedError, match=r"bfloat16 x and its own a_dtype, here bfloat16; got x torch\.float16"):
         mxfp4_moe(case.x.half(), ids, topk_weights, w13, w2, activation=Activation())
+    mixed = tile_for_hopper(case.w13, gate=True, a_dtype="fp8"), w2
+    for a_dtype in (None, "fp8"):
+        with pytest.raises(NotImplementedError, match="its own a_dtype, here bfloat16 and fp8; got x"):
+            mxfp4_moe(case.x, ids, topk_weights, *mixed, activation=Activation(), a_dtype=a_dtype)
     with pytest.raises(NotImplementedError, match=r"are for NVIDIA GPUs of compute capability 9\.0"):
         mxfp4_moe(case.x, ids, topk_weights, w13, w2, activation=Activation())

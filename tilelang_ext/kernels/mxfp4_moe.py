@@ -156,7 +156,7 @@ def _check(
     if is_tiled(w13) != is_tiled(w2):
         raise ValueError("mxfp4_moe: w13 and w2 must both be of tile_for_hopper or neither; got one; tile both")
     if is_tiled(w13):
-        check_tiled(x, kind, w13)
+        check_tiled(x, kind, w13, w2)
     tensors = {"topk_ids": topk_ids, "topk_weights": topk_weights, "w13": w13.codes, "w2": w2.codes, "expert_mask": expert_mask}
     for name, tensor in (tensors | {"out": out}).items():
         if tensor is not None and tensor.device != x.device:

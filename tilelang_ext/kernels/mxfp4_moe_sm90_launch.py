@@ -16,7 +16,7 @@ from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS, Routing
 _ANY = 1 << 31  # slots
 
 # The kernels and tiles, by the rows an expert has when all are equally busy. Those of bfloat16 were each measured on an H200 at
-# sizes of docs/performance.md, the bounds between them were not searched; those of fp8 have not run on a GPU.
+# sizes of docs/performance.md, in an earlier form, the bounds between them not searched; those of fp8 have not run on a GPU.
 _TABLES = {
     "bfloat16": (
         # (most rows of an expert, most slots of all tokens, module, config)
@@ -41,12 +41,13 @@ def kind_of(w) -> str:
     return next(kind for kind, operand in OPERANDS.items() if w.codes.shape[-1] == operand.tile_words)
 
 
-def check(x: Tensor, kind: str, w) -> None:
+def check(x: Tensor, kind: str, w13, w2) -> None:
     """Raise for what these kernels do not take."""
-    if x.dtype != torch.bfloat16 or kind != kind_of(w):
+    kinds = {kind_of(w13), kind_of(w2)}
+    if x.dtype != torch.bfloat16 or kinds != {kind}:
         raise NotImplementedError(
-            f"mxfp4_moe: weights of tile_for_hopper are for bfloat16 x and its own a_dtype, here {kind_of(w)}; "
-            f"got x {x.dtype}, a_dtype {kind}; use the weights of prepare_mxfp4_weights as they are"
+            "mxfp4_moe: weights of tile_for_hopper are for bfloat16 x and its own a_dtype, here "
+            f"{' and '.join(sorted(kinds))}; got x {x.dtype}, a_dtype {kind}; use the weights of prepare_mxfp4_weights as they are"
         )
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
         raise NotImplementedError(
@@ -55,7 +56,7 @@ def check(x: Tensor, kind: str, w) -> None:
         )
 
 
-def pick(tokens: int, top_k: int, num_experts: int, kind: str = "bfloat16") -> tuple:
+def pick(tokens: int, top_k: int, num_experts: int, kind: str) -> tuple:
     """Return the module and the configuration for these sizes."""
     slots = tokens * top_k
     return next(
