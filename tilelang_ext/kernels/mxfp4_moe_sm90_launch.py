@@ -47,7 +47,8 @@ def check(x: Tensor, kind: str, w13, w2) -> None:
     if x.dtype != torch.bfloat16 or kinds != {kind}:
         raise NotImplementedError(
             "mxfp4_moe: weights of tile_for_hopper are for bfloat16 x and its own a_dtype, here "
-            f"{' and '.join(sorted(kinds))}; got x {x.dtype}, a_dtype {kind}; use the weights of prepare_mxfp4_weights as they are"
+            f"{' and '.join(sorted(kinds))}; got x {x.dtype}, a_dtype {kind}; "
+            "use the weights of prepare_mxfp4_weights as they are"
         )
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
         raise NotImplementedError(
