@@ -99,7 +99,7 @@ def pack(codes: Tensor, scale: Tensor) -> Tensor:
 def pack_e4m3(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return tiles for E4M3, uint32 (E, rows / 64, K / 128, 1088), and the powers of two of rows, float32 (E, rows).
 
-    Arguments are those of `pack`. Raises ScaleError for a row whose scales lie too far apart, about 2^12, or are NaN.
+    Arguments are those of `pack`. Raises ScaleError for a row whose scales lie more than 2^11 apart, and for NaN.
     """
     device = codes.device
     lane = torch.arange(32, device=device)
@@ -137,9 +137,8 @@ def _shifts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     exponent = scale.int() - 127
     low = (exponent - most[pairs].amin(-1)).amax(-1)  # of the row's exponent, by its groups
     high = (exponent - least[pairs].amax(-1)).amin(-1)
-    # Powers of two that float32 holds as normal numbers.
-    low = low.clamp(min=-126)
-    bad = ((low > high) | (low > 127) | (scale == 255).any(-1)).nonzero()
+    low = low.clamp(min=-126)  # what float32 holds as a normal number
+    bad = ((low > high) | (scale == 255).any(-1)).nonzero()
     if len(bad):
         got = scale[bad[0, 0]]
         raise ScaleError(
