@@ -39,8 +39,10 @@ def test_kernels_compile(arch):
         config = scaled_matmul_tiled.pick_config(made)
         tiles = config.block_M // 16 * config.block_N // 16 // (config.threads // wave)
         gates[f"tiled_{name}"] = gated(kernel_of(made), arch, SCALED[name][arch], tiles)
-    for name in ("row", "e8m0") if arch != "gfx942" else ():
-        made = hip(4, 4096, 7168, RECIPES[name], arch, out="bfloat16", bias="bfloat16")
+    # Few rows are read by tilelang's casts, which know FNUZ alone on gfx942.
+    flavours = {"a": formats.E5M2_FNUZ, "b": formats.E4M3_FNUZ} if arch == "gfx942" else {}
+    for name in ("row",) if flavours else ("row", "e8m0"):
+        made = hip(4, 4096, 7168, RECIPES[name], arch, out="bfloat16", bias="bfloat16", **flavours)
         gates[f"vecmat_{name}"] = gated(kernel_of(made), arch, None, tiles=1)
     gate(gates, arch)
 
