@@ -12,7 +12,7 @@ from numeric import assert_close
 
 from tilelang_ext import formats, quantize, reference
 from tilelang_ext.kernels.mxfp4_moe_activations import quantize_rows
-from tilelang_ext.kernels.mxfp4_moe_sort import moe_sort
+from tilelang_ext.kernels.mxfp4_moe_sort import count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe_stages import down, gate_up, pick_config, sum_slots
 
 LARGE = pick_config(4096, 4, 32, "cuda")  # 256 threads, and the most registers
@@ -20,6 +20,7 @@ KERNELS = {
     "gate_up": lambda: gate_up(LARGE, SWIGLU, "mxfp8"),
     "down": lambda: down(LARGE, "mxfp8", "reduce"),
     "wide": lambda: gate_up(LARGE, SWIGLU, "bfloat16"),
+    "count": lambda: count_slots(128, "int64"),
     "sort": lambda: moe_sort(LARGE.block_M, 128, "int64"),
     "rows": lambda: quantize_rows("bfloat16"),
     "sum": lambda: sum_slots("bfloat16"),
@@ -33,7 +34,8 @@ def text(name, arch):
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("arch", "names", "unit"), [("sm_80", ("gate_up", "down", "sort", "rows", "sum"), "HMMA"), ("sm_90a", ("wide",), "HGMMA")]
+    ("arch", "names", "unit"),
+    [("sm_80", ("gate_up", "down", "count", "sort", "rows", "sum"), "HMMA"), ("sm_90a", ("wide",), "HGMMA")],
 )
 def test_machine_code(arch, names, unit):
     compiled = compile_texts({name: text(name, arch) for name in names}, arch)

@@ -7,14 +7,14 @@ import torch
 from kernels.moe_targets import TARGETS, runner
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.mxfp4_moe_sort import MAX_THREADS, THREADS, TOKEN_BITS, capacity_of, moe_sort
+from tilelang_ext.kernels.mxfp4_moe_sort import CHUNK, TOKEN_BITS, capacity_of, count_slots, moe_sort
 
 BLOCK_M, MAX_EXPERTS = 4, 16
 
 
 @functools.cache
-def sort_of(target, max_experts, ids_dtype, threads):
-    return runner(moe_sort(BLOCK_M, max_experts, ids_dtype, threads), target)
+def compiled(make, options, target):
+    return runner(make(*options), target)
 
 
 def routing(tokens, top_k, num_experts, seed=0):
@@ -25,7 +25,7 @@ def routing(tokens, top_k, num_experts, seed=0):
     return score.topk(top_k).indices, torch.rand(tokens, top_k, generator=generator)
 
 
-def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torch.int32, threads=THREADS):
+def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torch.int32):
     """Sort into poisoned outputs and compare what each expert got, its padding, and the blocks behind."""
     tokens, top_k = topk_ids.shape
     capacity = capacity_of(tokens, top_k, num_experts, BLOCK_M)
@@ -35,8 +35,12 @@ def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torc
     num_valid = torch.full((1,), -7, dtype=torch.int32)
     positions = torch.full((tokens, top_k), -7, dtype=torch.int32)
     kernel_mask = torch.ones(num_experts, dtype=torch.int32) if mask is None else mask.int()
-    run = sort_of(target, max(MAX_EXPERTS, num_experts), str(ids_dtype).removeprefix("torch."), threads)
-    run(topk_ids.to(ids_dtype), topk_weights, kernel_mask, token_ids, weights, expert_ids, num_valid, positions)
+    topk_ids, options = topk_ids.to(ids_dtype), (max(MAX_EXPERTS, num_experts), str(ids_dtype).removeprefix("torch."))
+    counts = torch.full((max(1, -(-tokens * top_k // CHUNK)), options[0]), -7, dtype=torch.int32)
+    if len(counts) > 1:
+        compiled(count_slots, options, target)(topk_ids, counts)
+    sort = compiled(moe_sort, (BLOCK_M, *options), target)
+    sort(topk_ids, topk_weights, kernel_mask, counts, token_ids, weights, expert_ids, num_valid, positions)
 
     want = reference.moe_sort(topk_ids, topk_weights, num_experts, BLOCK_M, mask)
     assert token_ids.shape == want.token_ids.shape
@@ -65,7 +69,7 @@ def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torc
         (1, 1, 2),
         (1, 4, 16),  # one row in a block
         (37, 3, 7),
-        (THREADS * 2 + 3, 2, MAX_EXPERTS),  # a second round of entries
+        (CHUNK // 2 + 3, 2, MAX_EXPERTS),  # a second chunk
     ],
 )
 def test_sets(target, tokens, top_k, num_experts):
@@ -92,11 +96,6 @@ def test_int64_ids(target):
     topk_ids, topk_weights = routing(5, 2, 4)
     topk_ids[0, 0] = 2**32 + 1  # is no expert 1
     check(target, topk_ids, topk_weights, 4, ids_dtype=torch.int64)
-
-
-@pytest.mark.parametrize("target", ["c", "hip -mcpu=gfx942"])
-def test_many_threads(target):
-    check(target, *routing(3000, 2, 9), 9, threads=MAX_THREADS)
 
 
 @pytest.mark.parametrize("target", TARGETS)

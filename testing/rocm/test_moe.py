@@ -15,7 +15,7 @@ from tilelang_ext.kernels import mxfp4_moe_activations as activations
 from tilelang_ext.kernels import mxfp4_moe_launch as moe_launch
 from tilelang_ext.kernels import mxfp4_moe_stages as stages
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
-from tilelang_ext.kernels.mxfp4_moe_sort import moe_sort
+from tilelang_ext.kernels.mxfp4_moe_sort import count_slots, moe_sort
 from tilelang_ext.rocm import program
 
 PRODUCTS = (stages.gate_up, stages.down)
@@ -79,6 +79,7 @@ MI200 = {
     stages.gate_up: (stages.Config(16), SWIGLU, "bfloat16"),
     stages.down: (stages.Config(16), "bfloat16", "reduce"),
     stages.sum_slots: ("bfloat16",),
+    count_slots: (64,),
     moe_sort: (16, 64),
     activations.quantize_rows: ("bfloat16",),
     activations.quantize_groups: ("mxfp4", "bfloat16"),

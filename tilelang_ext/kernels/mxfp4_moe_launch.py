@@ -15,7 +15,7 @@ from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.kernels import mxfp4_moe_activations as activations
 from tilelang_ext.kernels import mxfp4_moe_sm90_launch as hopper
 from tilelang_ext.kernels import mxfp4_moe_stages as stages
-from tilelang_ext.kernels.mxfp4_moe_sort import MAX_THREADS, THREADS, Routing, capacity_of, moe_sort
+from tilelang_ext.kernels.mxfp4_moe_sort import CHUNK, Routing, capacity_of, count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, is_tiled
 
 
@@ -77,9 +77,10 @@ def launch(
         positions=torch.empty(tokens, top_k, dtype=torch.int32, device=device),
     )
     max_experts = max(64, 1 << (num_experts - 1).bit_length())
-    threads = MAX_THREADS if device.type == "cuda" and topk_ids.numel() > 16 * THREADS else THREADS
-    sort = compiled(moe_sort, (config.block_M, max_experts, ids_dtype, threads), device)
-    sort(topk_ids, topk_weights, mask, *routing)
+    counts = torch.empty(-(-topk_ids.numel() // CHUNK), max_experts, dtype=torch.int32, device=device)
+    if len(counts) > 1:
+        compiled(count_slots, (max_experts, ids_dtype), device)(topk_ids, counts)
+    compiled(moe_sort, (config.block_M, max_experts, ids_dtype), device)(topk_ids, topk_weights, mask, counts, *routing)
 
     partial_dtype = torch.float32 if module is None else torch.bfloat16
     y = (
