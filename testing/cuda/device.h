@@ -83,6 +83,10 @@ VECTOR_2(uint2, uint)
 struct alignas(16) uint4 {
   uint x, y, z, w;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint x, uint y, uint z, uint w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -165,11 +169,18 @@ inline __nv_fp8x2_storage_t __nv_cvt_float2_to_fp8x2(float2 v, int, int) {
 inline uint __pack_half2(bfloat16_t low, bfloat16_t high) { return low.bits | uint(high.bits) << 16; }
 inline uint __pack_nv_bfloat162(bfloat16_t low, bfloat16_t high) { return low.bits | uint(high.bits) << 16; }
 
+// Launches run one after the other here.
+inline void cudaGridDependencySynchronize() {}
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+
 inline void AtomicAdd(float* sum, float value) {
   std::atomic_ref<float> shared(*sum);
   for (float old = shared; !shared.compare_exchange_weak(old, old + value);) {
   }
 }
+
+inline int AtomicAddRet(int* sum, int value) { return std::atomic_ref<int>(*sum).fetch_add(value); }
+inline void AtomicAdd(int* sum, int value) { AtomicAddRet(sum, value); }
 
 namespace tl {
 template <typename To>

@@ -139,7 +139,8 @@ def run(module, config, kind, H, I):
         sorted_x = case.x
     sizes = {"groups": I // 32, "hidden_groups": H // 32, "H": H}
     gate_up = module.gate_up(config, Activation(), *([operand] if module is many else []))
-    execute_one(module, gate_up, (-(-2 * I // config.rows), 3), x=sorted_x, scale_x=scale_x, sizes=sizes)
+    grid = (config.num_blocks, 1) if module is many else (-(-2 * I // config.rows), 3)
+    execute_one(module, gate_up, grid, x=sorted_x, scale_x=scale_x, sizes=sizes)
     used = list(case.rows)
     assert_close(tensors["hidden"][used], case.expected_hidden(x), dtype="bfloat16")
 
@@ -154,7 +155,8 @@ def run(module, config, kind, H, I):
         exact = hidden.double() * scale_hidden[:, None].double()
     sizes = {"groups": H // 32, "I": I} if module is many else {"groups": I // 32, "hidden_groups": H // 32}
     down = module.down(config, "reduce", *([operand] if module is many else []))
-    execute_one(module, down, (-(-H // config.rows), 3), hidden=hidden, scale_hidden=scale_hidden, sizes=sizes)
+    grid = (config.num_blocks, 1) if module is many else (-(-H // config.rows), 3)
+    execute_one(module, down, grid, hidden=hidden, scale_hidden=scale_hidden, sizes=sizes)
     expected = case.expected(exact)
     written = ~expected.isnan()
     assert torch.equal(tensors["y"].isnan(), ~written)
@@ -172,7 +174,8 @@ def run(module, config, kind, H, I):
     ],
     ids=str,
 )
-def test_values(module, config, kind, sizes):
+def test_values(module, config, kind, sizes, monkeypatch):
+    monkeypatch.setattr(many, "num_processors", lambda: 1)  # blocks take several tiles
     run(module, config, kind, *sizes)
 
 
@@ -256,6 +259,7 @@ def emulated(make, arguments, device, pass_configs=()):
 def test_launch(module, config, kind, epilogue, monkeypatch):
     """From the router's tensors to y, an expert elsewhere, an id that no expert has. Hidden rows are bfloat16, then E4M3."""
     monkeypatch.setattr(launch, "pick", lambda *sizes: (module, config))
+    monkeypatch.setattr(many, "num_processors", lambda: 3)
     case = Case(config.block_M)
     in_tiles = (tile_for_hopper(w, gate=gate, a_dtype=kind) for w, gate in ((case.w13, True), (case.w2, False)))
     topk_ids = torch.tensor([[3, 0], [1, 3], [2, 9], [0, 1], [3, 2]])

@@ -1,9 +1,11 @@
 """The two products of a mixture of experts on Hopper by products of a warpgroup: bfloat16 or E4M3 activations, MXFP4 weights.
 
-Weights are the left operand, so that decoded codes go into the matrix unit from registers, and tokens the columns. A loading
-warp or warpgroup keeps a ring of stages filled by bulk copies: the tokens of a block, 128 bytes of each at a time, and the
-weights' tiles as they lie. Two computing warpgroups decode the tiles of the next step while the matrix unit multiplies this
-one's. Tokens are in sorted order, since a bulk copy cannot pick rows.
+Weights are the left operand, so that decoded codes go into the matrix unit from registers, and tokens the columns. Blocks stay
+for all of the product and take every so many tiles of it, rows of weights by tokens of one expert. A loading warp or warpgroup
+keeps a ring of stages filled by bulk copies, and does not stop between tiles: the tokens, 128 bytes of each at a time, and the
+weights as they lie. Two computing warpgroups decode what the next step takes while the matrix unit multiplies this one's; they
+do not wait for each other, so that one stores while the other multiplies. Tokens are in sorted order, since a bulk copy cannot
+pick rows.
 
 E4M3 sums of tokens are multiplied by the scale of the token and by the power of two of the row.
 
@@ -12,6 +14,7 @@ the L2 cache, which is what bounds it; see docs/performance.md.
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from tilelang.layout import make_swizzled_layout
 
@@ -19,6 +22,7 @@ from tilelang_ext import language as T
 from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import BFLOAT16, TILE, Operand, decode
 from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS
+from tilelang_ext.kernels.scaled_matmul_sm90 import num_processors
 
 # Barriers order everything here, and one that upstream adds would be met by the elected thread alone.
 PASS_CONFIGS = {
@@ -30,6 +34,8 @@ _WARPGROUP = 128  # threads
 _COMPUTING = 2  # warpgroups
 _COMPUTING_THREADS = _COMPUTING * _WARPGROUP
 _LOADER_REGISTERS, _COMPUTER_REGISTERS = 40, 232
+_PART = 64  # columns that a warpgroup stores at a time
+_PAD = 8  # elements, against bank conflicts
 _LEFT_WORDS = 16  # registers of the left operand for a tile
 _PRODUCTS = 4  # of a step and tile, 32 bytes of K each
 _TOKEN = (1 << TOKEN_BITS) - 1
@@ -63,21 +69,35 @@ class Config:
     def threads(self) -> int:
         return _COMPUTING_THREADS + self.loading
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a launch: as many as are there at a time."""
+        return num_processors() * self.blocks
 
-def _product(config: Config, operand: Operand, epilogue):
-    """Return the macro of a block's product.
 
-    `epilogue(sinks, acc, expert, row0, row_tile, thread, warp, lane)` takes a thread's sums. Those of tile m lie at
-    m * block_M / 2: of columns 8 n + 2 t and the next, two of row g, then two of row g + 8.
+def _product(config: Config, operand: Operand, fetch, epilogue):
+    """Return the macro of a product.
+
+    `epilogue(sinks, acc, buffer, row0, row_tile, warpgroup, thread)` takes the sums of a tile, for each thread of a warpgroup.
+    Those of tile m lie at m * block_M / 2: of columns 8 n + 2 t and the next, two of row g, then two of row g + 8. What it
+    needs beside them, `fetch(sinks, buffer, expert, row0, row_tile, thread)` has brought, for each thread that loads: there
+    are two buffers, of tiles in turn.
     """
     block_M, tiles, num_stages, loading = config.block_M, config.tiles, config.num_stages, config.loading
     sums, lane_words, tile_words = block_M // 2, operand.lane_words, operand.tile_words
     tiles_of_block = _COMPUTING * tiles
     scale_words = operand.K // MX_GROUP // 2  # of a lane, for rows g and g + 8
     row_bytes = 128  # of a token in a stage
+    num_blocks = config.num_blocks
+
+    def stage_of(count):
+        return T.truncmod(count, num_stages)
+
+    def phase_of(count):
+        return T.truncdiv(count, num_stages) & 1
 
     @T.macro
-    def load_tiles(w, W_s, full, expert, row_tile, row_tiles, step, stage):
+    def load_weights(w, W_s, full, expert, row_tile, row_tiles, step, stage):
         # Not T.tma_copy, which takes one dimension only where it can prove that it stays inside, and an expert is read.
         if T.shuffle_elect(loading):
             T.mbarrier_expect_tx(full[stage], tiles_of_block * tile_words * 4)
@@ -88,17 +108,37 @@ def _product(config: Config, operand: Operand, epilogue):
                 )
 
     @T.macro
-    def load(x, w, X_s, W_s, full, empty, expert, row0, row_tile, row_tiles, steps):
+    def load(x, w, expert_ids, X_s, W_s, full, empty, taken, sinks, block, items, columns, row_tiles, steps, thread):
+        """Fill the ring for every tile of the block. Weights are there before the launch before this one has ended."""
         if config.blocks == 1:
             T.dec_max_nreg(_LOADER_REGISTERS)
-        for step in T.serial(steps):
-            stage = step % num_stages
-            T.barrier_wait(empty[stage], ((step // num_stages) & 1) ^ 1)
-            T.tma_copy(
-                x[row0 : row0 + block_M, step * operand.K : (step + 1) * operand.K], X_s[stage, :, :], barrier=full[stage]
-            )
-            load_tiles(w, W_s, full, expert, row_tile, row_tiles, step, stage)
-            T.barrier_arrive(full[stage])
+        early = T.alloc_var("int32", init=0)  # steps
+        if block < items:
+            early = T.min(steps, num_stages)
+            for step in T.serial(early):
+                by = T.truncdiv(block, columns)
+                load_weights(w, W_s, full, expert_ids[by], (block - by * columns) * tiles_of_block, row_tiles, step, step)
+        T.pdl_sync()
+        T.pdl_trigger()
+        for turn in T.serial(T.ceildiv(items - block, num_blocks)):
+            by = T.alloc_var("int32", T.truncdiv(turn * num_blocks + block, columns))
+            row_tile = T.alloc_var("int32", (turn * num_blocks + block - by * columns) * tiles_of_block)
+            expert = T.alloc_var("int32", expert_ids[by])
+            for step in T.serial(steps):
+                count = turn * steps + step
+                stage = stage_of(count)
+                if count >= early:
+                    T.barrier_wait(empty[stage], phase_of(count) ^ 1)
+                    load_weights(w, W_s, full, expert, row_tile, row_tiles, step, stage)
+                T.tma_copy(
+                    x[by * block_M : (by + 1) * block_M, step * operand.K : (step + 1) * operand.K],
+                    X_s[stage, :, :],
+                    barrier=full[stage],
+                )
+                if step == 0:
+                    T.barrier_wait(taken[turn % 2], (turn // 2 & 1) ^ 1)
+                    fetch(sinks, turn % 2, expert, by * block_M, row_tile, thread)
+                T.barrier_arrive(full[stage])
 
     def decode_tiles(W_s, own, A_r, stage, warpgroup, warp, lane, buffer: int):
         for m in range(tiles):
@@ -136,25 +176,25 @@ def _product(config: Config, operand: Operand, epilogue):
         if lane == 0:
             T.mbarrier_arrive(empty[stage])
 
-    def step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, step, steps, warpgroup, warp, lane, buffer: int):
-        """Multiply what has been decoded, and decode the next step's tiles while that runs."""
+    def step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, before, step, steps, warpgroup, warp, lane, buffer: int):
+        """Multiply what has been decoded, and decode the next step's tiles while that runs; `before`: steps of other tiles."""
 
         @T.macro
         def emit():
             T.warpgroup_arrive()
-            multiply(descriptor, A_r, acc, step % num_stages, buffer)
+            multiply(descriptor, A_r, acc, stage_of(before + step), buffer)
             T.warpgroup_commit_batch()
             if step > 0:
                 T.wait_wgmma(1)
-                release(empty, (step - 1) % num_stages, lane)
+                release(empty, stage_of(before + step - 1), lane)
             if step + 1 < steps:
-                T.barrier_wait(full[(step + 1) % num_stages], (((step + 1) // num_stages) & 1))
-                decode_tiles(W_s, own, A_r, (step + 1) % num_stages, warpgroup, warp, lane, 1 - buffer)
+                T.barrier_wait(full[stage_of(before + step + 1)], phase_of(before + step + 1))
+                decode_tiles(W_s, own, A_r, stage_of(before + step + 1), warpgroup, warp, lane, 1 - buffer)
 
         emit()
 
     @T.macro
-    def compute(X_s, W_s, full, empty, sinks, expert, row0, row_tile, steps, thread):
+    def compute(X_s, W_s, full, empty, taken, sinks, block, items, columns, steps, thread):
         if config.blocks == 1:
             T.inc_max_nreg(_COMPUTER_REGISTERS)
         A_r = T.alloc_local((2 * tiles * _LEFT_WORDS,), "uint32")
@@ -163,36 +203,97 @@ def _product(config: Config, operand: Operand, epilogue):
         own = [T.alloc_local((words,), "uint32") for words in (lane_words, scale_words)]
         descriptor = T.alloc_wgmma_desc()
         warpgroup, warp, lane = thread // _WARPGROUP, thread % _WARPGROUP // 32, thread % 32
-        for i in T.unroll(tiles * sums):
-            acc[i] = T.float32(0)
         T.initialize_wgmma_descriptor(descriptor, X_s.access_ptr("r"), _SWIZZLE_128B, 1, 1024 // _DESCRIPTOR)
-        T.barrier_wait(full[0], 0)
-        decode_tiles(W_s, own, A_r, 0, warpgroup, warp, lane, 0)
-        for turn in T.serial(T.ceildiv(steps, 2)):
-            step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, 2 * turn, steps, warpgroup, warp, lane, 0)
-            if 2 * turn + 1 < steps:
-                step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, 2 * turn + 1, steps, warpgroup, warp, lane, 1)
-        T.wait_wgmma(0)
-        epilogue(sinks, acc, expert, row0, row_tile + warpgroup * tiles, thread, warp, lane)
+        T.pdl_sync()
+        for turn in T.serial(T.ceildiv(items - block, num_blocks)):
+            by = T.alloc_var("int32", T.truncdiv(turn * num_blocks + block, columns))
+            row_tile = T.alloc_var("int32", (turn * num_blocks + block - by * columns) * tiles_of_block + warpgroup * tiles)
+            before = turn * steps
+            for i in T.unroll(tiles * sums):
+                acc[i] = T.float32(0)
+            T.barrier_wait(full[stage_of(before)], phase_of(before))
+            decode_tiles(W_s, own, A_r, stage_of(before), warpgroup, warp, lane, 0)
+            for pair in T.serial(T.ceildiv(steps, 2)):
+                step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, before, 2 * pair, steps, warpgroup, warp, lane, 0)
+                if 2 * pair + 1 < steps:
+                    step_of_turn(
+                        W_s, own, full, empty, A_r, acc, descriptor, before, 2 * pair + 1, steps, warpgroup, warp, lane, 1
+                    )
+            T.wait_wgmma(0)
+            release(empty, stage_of(before + steps - 1), lane)
+            epilogue(sinks, acc, turn % 2, by * block_M, row_tile, warpgroup, thread % _WARPGROUP)
+            release(taken, turn % 2, lane)
 
     @T.macro
-    def product(x, w, expert_ids, num_valid, sinks, bx, by, row_tiles, steps):
+    def product(x, w, expert_ids, num_valid, sinks, block, columns, row_tiles, steps):
         X_s = T.alloc_shared((num_stages, block_M, operand.K), operand.dtype)
         W_s = T.alloc_shared((num_stages, tiles_of_block, tile_words), "uint32")
         T.annotate_layout({X_s: make_swizzled_layout(X_s)})
         T.annotate_min_blocks_per_sm(config.blocks)
         full = T.alloc_barrier([loading] * num_stages)
         empty = T.alloc_barrier([_COMPUTING_THREADS // 32] * num_stages)  # a warp each
+        taken = T.alloc_barrier([_COMPUTING_THREADS // 32] * 2)
         tx = T.get_thread_binding()
-        if by * block_M < num_valid[0]:
-            expert = expert_ids[by]
-            # The last threads load: a warpgroup's four warps begin at a multiple of four.
-            if tx < _COMPUTING_THREADS:
-                compute(X_s, W_s, full, empty, sinks, expert, by * block_M, bx * tiles_of_block, steps, tx)
-            else:
-                load(x, w, X_s, W_s, full, empty, expert, by * block_M, bx * tiles_of_block, row_tiles, steps)
+        items = num_valid[0] // block_M * columns
+        # The last threads load: a warpgroup's four warps begin at a multiple of four.
+        if tx < _COMPUTING_THREADS:
+            compute(X_s, W_s, full, empty, taken, sinks, block, items, columns, steps, tx)
+        else:
+            thread = tx - _COMPUTING_THREADS
+            load(x, w, expert_ids, X_s, W_s, full, empty, taken, sinks, block, items, columns, row_tiles, steps, thread)
 
     return product
+
+
+@T.macro
+def _meet(warpgroup):
+    """Wait for the other threads of the warpgroup. A barrier that is no constant would reserve all sixteen."""
+    if warpgroup == 0:
+        T.sync_threads(barrier_id=1, arrive_count=_WARPGROUP)
+    else:
+        T.sync_threads(barrier_id=2, arrive_count=_WARPGROUP)
+
+
+def _put_rows(block_M: int, width: int, put):
+    """The macro that stores what a warpgroup has in sinks.out_s (warpgroups, block_M, columns), and frees that.
+
+    `put(sinks, buffer, warpgroup, row0, row, first_tile, column)` stores eight elements.
+    """
+    pieces = width // 8
+
+    @T.macro
+    def put_rows(sinks, buffer, warpgroup, thread, row0, first_tile):
+        _meet(warpgroup)
+        for turn in T.serial(-(-block_M * pieces // _WARPGROUP)):
+            place = turn * _WARPGROUP + thread
+            row, column = place // pieces, place % pieces * 8
+            if row < block_M:
+                put(sinks, buffer, warpgroup, row0, row, first_tile, column)
+        _meet(warpgroup)
+
+    return put_rows
+
+
+def _fetch(config: Config, operand: Operand):
+    """The macros that fetch bias and power of a tile's rows, and a vector's elements for its tokens: `fetch` of `_product`."""
+    rows, loading = config.rows, config.loading
+
+    @T.macro
+    def of_rows(sinks, buffer, expert, row_tile, thread):
+        for part in T.unroll(-(-rows // loading)):
+            own = part * loading + thread
+            row = T.min(row_tile + own // TILE, sinks.row_tiles - 1) * TILE + own % TILE
+            sinks.bias_s[buffer, own] = sinks.bias[expert, row]
+            if operand is not BFLOAT16:
+                sinks.power_s[buffer, own] = sinks.power[expert, row]
+
+    @T.macro
+    def of_tokens(vector, vector_s, buffer, row0, thread):
+        for part in T.unroll(-(-config.block_M // loading)):
+            if part * loading + thread < config.block_M:
+                vector_s[buffer, part * loading + thread] = vector[row0 + part * loading + thread]
+
+    return of_rows, of_tokens
 
 
 def _scale(operand: Operand, scale, *index):
@@ -238,46 +339,52 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
     scaled_tokens, scaled_experts, scaled_rows = (T.dynamic(f"scaled_{name}") for name in ("tokens", "experts", "rows"))
     I = groups * MX_GROUP
     block_M, tiles = config.block_M, config.tiles
-    features, sums = config.rows // 2, block_M // 2
-    pad = 8  # elements, against bank conflicts
+    sums = block_M // 2
+    features = TILE // 2  # of a tile
+    tiles_of_part = min(tiles, _PART // features)
 
-    def store(sinks, acc, expert, row0, row_tile, thread, warp, lane):
-        scale_x, scale13, bias13, hidden_s, hidden, I, row_tiles, bx = sinks
+    fetch_rows, fetch_tokens = _fetch(config, operand)
 
+    @T.macro
+    def fetch(sinks, buffer, expert, row0, row_tile, thread):
+        fetch_rows(sinks, buffer, expert, row_tile, thread)
+        if operand is not BFLOAT16:
+            fetch_tokens(sinks.scale, sinks.scale_s, buffer, row0, thread)
+
+    @T.macro
+    def put(sinks, buffer, warpgroup, row0, row, first_tile, column):
+        if first_tile * features + column < sinks.I:
+            for v in T.vectorized(8):
+                sinks.hidden[row0 + row, first_tile * features + column + v] = sinks.out_s[warpgroup, row, column + v]
+
+    put_rows = _put_rows(block_M, tiles_of_part * features, put)
+
+    def store(sinks, acc, buffer, row0, row_tile, warpgroup, thread):
         def activate(m: int):
             @T.macro
             def emit():
-                g, t = lane // 4, lane % 4
-                row = T.min(row_tile + m, row_tiles - 1) * TILE + warp * 16 + g
-                bias_gate, bias_up = bias13[expert, row], bias13[expert, row + 8]
-                power_gate, power_up = (_scale(operand, scale13, expert, row + i) for i in (0, 8))
-                feature = (thread // _WARPGROUP * tiles + m) * (TILE // 2) + warp * 8 + g
+                g, t, warp = thread % 32 // 4, thread % 4, thread // 32
+                row = (warpgroup * tiles + m) * TILE + warp * 16 + g
+                for v in T.unroll(2):
+                    sinks.rows_bias[v] = sinks.bias_s[buffer, row + v * 8]
+                    sinks.rows_power[v] = _scale(operand, sinks.power_s, buffer, row + v * 8)
+                feature = m % tiles_of_part * features + warp * 8 + g
                 for n in T.unroll(block_M // 8):
                     for i in T.unroll(2):
-                        token = row0 + n * 8 + t * 2 + i
-                        scale = _scale(operand, scale_x, token)
-                        gate = acc[m * sums + n * 4 + i] * (scale * power_gate) + bias_gate
-                        up = acc[m * sums + n * 4 + 2 + i] * (scale * power_up) + bias_up
+                        scale = _scale(operand, sinks.scale_s, buffer, n * 8 + t * 2 + i)
+                        gate = acc[m * sums + n * 4 + i] * (scale * sinks.rows_power[0]) + sinks.rows_bias[0]
+                        up = acc[m * sums + n * 4 + 2 + i] * (scale * sinks.rows_power[1]) + sinks.rows_bias[1]
                         value = activation(gate, up)
-                        hidden_s[n * 8 + t * 2 + i, feature] = T.cast(value, "bfloat16")
+                        sinks.out_s[warpgroup, n * 8 + t * 2 + i, feature] = T.cast(value, "bfloat16")
 
             emit()
 
-        @T.macro
-        def write():
-            T.sync_threads(barrier_id=1, arrive_count=_COMPUTING_THREADS)
-            for turn in T.serial(-(-block_M * features // (8 * _COMPUTING_THREADS))):
-                place = turn * _COMPUTING_THREADS + thread
-                row, feature = place // (features // 8), place % (features // 8) * 8
-                if row < block_M and bx * features + feature < I:
-                    for v in T.vectorized(8):
-                        hidden[row0 + row, bx * features + feature + v] = hidden_s[row, feature + v]
+        for first in range(0, tiles, tiles_of_part):
+            for m in range(tiles_of_part):
+                activate(first + m)
+            put_rows(sinks, buffer, warpgroup, thread, row0, row_tile + first)
 
-        for m in range(tiles):
-            activate(m)
-        write()
-
-    product = _product(config, operand, store)
+    product = _product(config, operand, fetch, store)
 
     @T.prim_func
     def gate_up(
@@ -290,11 +397,16 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
         bias13: T.Tensor((experts, row_tiles * TILE), "float32"),
         hidden: T.Tensor((blocks * block_M, I), "bfloat16"),
     ):
-        with T.Kernel(T.ceildiv(I, features), blocks, threads=config.threads) as (bx, by):
-            hidden_s = T.alloc_shared((block_M, features + pad), "bfloat16")
-
-            sinks = [scale_x, scale13, bias13, hidden_s, hidden, I, row_tiles, bx]
-            product(x, w13, expert_ids, num_valid, sinks, bx, by, row_tiles, steps)
+        with T.Kernel(config.num_blocks, threads=config.threads) as block:
+            out_s = T.alloc_shared((_COMPUTING, block_M, _PART + _PAD), "bfloat16")
+            bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for part in range(2))
+            scale_s = T.alloc_shared((2, block_M), "float32")
+            rows_bias, rows_power = (T.alloc_local((2,), "float32") for part in range(2))
+            sinks = SimpleNamespace(
+                scale=scale_x, power=scale13, bias=bias13, scale_s=scale_s, power_s=power_s, bias_s=bias_s, out_s=out_s,
+                rows_bias=rows_bias, rows_power=rows_power, hidden=hidden, I=I, row_tiles=row_tiles,
+            )  # fmt: skip
+            product(x, w13, expert_ids, num_valid, sinks, block, T.ceildiv(2 * I, config.rows), row_tiles, steps)
 
     return gate_up
 
@@ -312,43 +424,66 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
     | bias2 | (E, row tiles * 64), `neighbours` | float32 |
     | y | of `slots_type`; slots without a local expert are not written | |
     """
-    put = put_pair(epilogue)
     tokens, top_k, groups, I, blocks = (T.dynamic(name) for name in ("tokens", "top_k", "groups", "I", "blocks"))
     experts, row_tiles, steps = T.dynamic("experts"), T.dynamic("row_tiles"), T.dynamic("steps")
     scaled_tokens, scaled_experts, scaled_rows = (T.dynamic(f"scaled_{name}") for name in ("tokens", "experts", "rows"))
     H = groups * MX_GROUP
     block_M, tiles = config.block_M, config.tiles
     sums = block_M // 2
+    put_atomic = put_pair("atomic")
 
-    def store(sinks, acc, expert, row0, row_tile, thread, warp, lane):
-        scale_hidden, token_ids, weights, scale2, bias2, row_tiles, y = sinks
+    fetch_rows, fetch_tokens = _fetch(config, operand)
 
-        @T.macro
-        def emit():
-            bias, power = T.alloc_local((2 * tiles,), "float32"), T.alloc_local((2 * tiles,), "float32")
-            values, g = T.alloc_local((2,), "float32"), lane // 4
-            for m in T.unroll(2 * tiles):
-                row = T.min(row_tile + m // 2, row_tiles - 1) * TILE + warp * 16 + g + m % 2 * 8
-                bias[m] = bias2[expert, row]
-                power[m] = _scale(operand, scale2, expert, row)
-            for n in T.unroll(block_M // 8):
-                for i in T.unroll(2):
-                    place = row0 + n * 8 + lane % 4 * 2 + i
-                    token, slot = token_ids[place] & _TOKEN, token_ids[place] >> TOKEN_BITS
-                    if token < tokens:
-                        weight = weights[place]
-                        scale = _scale(operand, scale_hidden, place)
-                        for m in T.unroll(tiles):
+    @T.macro
+    def fetch(sinks, buffer, expert, row0, row_tile, thread):
+        fetch_rows(sinks, buffer, expert, row_tile, thread)
+        fetch_tokens(sinks.token_ids, sinks.ids_s, buffer, row0, thread)
+        fetch_tokens(sinks.weights, sinks.weights_s, buffer, row0, thread)
+        if operand is not BFLOAT16:
+            fetch_tokens(sinks.scale, sinks.scale_s, buffer, row0, thread)
+
+    @T.macro
+    def put(sinks, buffer, warpgroup, row0, row, first_tile, column):
+        id = T.alloc_var("int32", sinks.ids_s[buffer, row])
+        if (id & _TOKEN) < sinks.tokens and first_tile * TILE + column < sinks.H:
+            for v in T.vectorized(8):
+                sinks.y[id & _TOKEN, id >> TOKEN_BITS, first_tile * TILE + column + v] = sinks.out_s[warpgroup, row, column + v]
+
+    put_rows = _put_rows(block_M, TILE, put)
+
+    def store(sinks, acc, buffer, row0, row_tile, warpgroup, thread):
+        def finish(m: int):
+            @T.macro
+            def emit():
+                g, t, warp = thread % 32 // 4, thread % 4, thread // 32
+                row = (warpgroup * tiles + m) * TILE + warp * 16 + g
+                for v in T.unroll(2):
+                    sinks.rows_bias[v] = sinks.bias_s[buffer, row + v * 8]
+                    sinks.rows_power[v] = _scale(operand, sinks.power_s, buffer, row + v * 8)
+                for n in T.unroll(block_M // 8):
+                    for i in T.unroll(2):
+                        place = n * 8 + t * 2 + i
+                        scale = _scale(operand, sinks.scale_s, buffer, place)
+                        for v in T.unroll(2):
+                            sum = acc[m * sums + n * 4 + v * 2 + i] * (scale * sinks.rows_power[v])
+                            sinks.values[v] = (sum + sinks.rows_bias[v]) * sinks.weights_s[buffer, place]
+                        if epilogue == "reduce":
+                            for v in T.vectorized(2):
+                                sinks.out_s[warpgroup, place, warp * 16 + 2 * g + v] = T.cast(sinks.values[v], "bfloat16")
+                        else:
+                            token = sinks.ids_s[buffer, place] & _TOKEN
                             column = (row_tile + m) * TILE + warp * 16 + 2 * g
-                            for v in T.unroll(2):
-                                sum = acc[m * sums + n * 4 + v * 2 + i]
-                                values[v] = (sum * (scale * power[2 * m + v]) + bias[2 * m + v]) * weight
-                            if column < H:
-                                put(y, token, slot, column, values)
+                            if token < sinks.tokens and column < sinks.H:
+                                put_atomic(sinks.y, token, 0, column, sinks.values)
 
-        emit()
+            emit()
 
-    product = _product(config, operand, store)
+        for m in range(tiles):
+            finish(m)
+            if epilogue == "reduce":
+                put_rows(sinks, buffer, warpgroup, thread, row0, row_tile + m)
+
+    product = _product(config, operand, fetch, store)
 
     @T.prim_func
     def down(
@@ -363,8 +498,17 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
         bias2: T.Tensor((experts, row_tiles * TILE), "float32"),
         y: slots_type(epilogue, tokens, top_k, H),
     ):
-        with T.Kernel(T.ceildiv(H, config.rows), blocks, threads=config.threads) as (bx, by):
-            sinks = [scale_hidden, token_ids, weights, scale2, bias2, row_tiles, y]
-            product(hidden, w2, expert_ids, num_valid, sinks, bx, by, row_tiles, steps)
+        with T.Kernel(config.num_blocks, threads=config.threads) as block:
+            out_s = T.alloc_shared((_COMPUTING, block_M, _PART + _PAD), "bfloat16")
+            ids_s = T.alloc_shared((2, block_M), "int32")
+            weights_s, scale_s = (T.alloc_shared((2, block_M), "float32") for part in range(2))
+            bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for part in range(2))
+            values, rows_bias, rows_power = (T.alloc_local((2,), "float32") for part in range(3))
+            sinks = SimpleNamespace(
+                scale=scale_hidden, power=scale2, bias=bias2, scale_s=scale_s, power_s=power_s, bias_s=bias_s, out_s=out_s,
+                rows_bias=rows_bias, rows_power=rows_power, token_ids=token_ids, weights=weights, ids_s=ids_s,
+                weights_s=weights_s, values=values, tokens=tokens, H=H, row_tiles=row_tiles, y=y,
+            )  # fmt: skip
+            product(hidden, w2, expert_ids, num_valid, sinks, block, T.ceildiv(H, config.rows), row_tiles, steps)
 
     return down
