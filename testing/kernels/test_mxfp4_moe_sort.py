@@ -4,17 +4,36 @@ import functools
 
 import pytest
 import torch
+from cuda.execute import execute, needs_compiler
+from cuda.kernels import lower
 from kernels.moe_targets import TARGETS, runner
 
 from tilelang_ext import reference
 from tilelang_ext.kernels.mxfp4_moe_sort import CHUNK, TOKEN_BITS, capacity_of, count_slots, moe_sort
 
 BLOCK_M, MAX_EXPERTS = 4, 16
+WITH_CUDA = [*TARGETS, pytest.param("cuda", marks=needs_compiler)]
 
 
 @functools.cache
 def compiled(make, options, target):
-    return runner(make(*options), target)
+    return by_cuda_text(make(*options)) if target == "cuda" else runner(make(*options), target)
+
+
+def by_cuda_text(prim_func):
+    """A function of tensors, as `runner` returns; one block of threads after the other."""
+    text = lower(prim_func, "sm_90a")
+    names = [prim_func.buffer_map[parameter].name for parameter in prim_func.params]
+
+    def run(*tensors):
+        tensors = dict(zip(names, tensors, strict=True))
+        (tokens, top_k), chunks = tensors["topk_ids"].shape, len(tensors["counts"])
+        sizes = {"tokens": tokens, "top_k": top_k, "chunks": chunks}
+        if "expert_mask" in tensors:
+            sizes |= {"num_experts": len(tensors["expert_mask"]), "blocks": len(tensors["expert_ids"])}
+        execute(text, (chunks, 1), tensors, sizes)
+
+    return run
 
 
 def routing(tokens, top_k, num_experts, seed=0):
@@ -69,7 +88,7 @@ def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torc
         (1, 1, 2),
         (1, 4, 16),  # one row in a block
         (37, 3, 7),
-        (CHUNK // 2 + 3, 2, MAX_EXPERTS),  # a second chunk
+        (CHUNK, 2, MAX_EXPERTS),  # two chunks, both full
     ],
 )
 def test_sets(target, tokens, top_k, num_experts):
@@ -77,8 +96,9 @@ def test_sets(target, tokens, top_k, num_experts):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_all_tokens_to_one_expert(target):
-    check(target, torch.full((9, 1), 2), torch.rand(9, 1), 5)
+@pytest.mark.parametrize("tokens", [9, 2 * CHUNK + 5])
+def test_all_tokens_to_one_expert(target, tokens):
+    check(target, torch.full((tokens, 1), 2), torch.rand(tokens, 1), 5)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -98,6 +118,11 @@ def test_int64_ids(target):
     check(target, topk_ids, topk_weights, 4, ids_dtype=torch.int64)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", WITH_CUDA)
 def test_many_experts(target):
+    """In one chunk, and in three, the last of which is the smallest."""
     check(target, *routing(20, 4, 1024), 1024)
+    topk_ids, topk_weights = routing(701, 3, 1024)
+    topk_ids[3, 1], topk_ids[400, 0], topk_ids[700, 2] = 1024, -1, 2**31 - 1
+    mask = torch.rand(1024) < 0.7
+    check(target, topk_ids, topk_weights, 1024, mask)

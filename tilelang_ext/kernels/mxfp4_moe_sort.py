@@ -128,11 +128,13 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
             # Sums over this expert and those before it, read from one half and written to the other: blocks, and local experts.
             blocks_s, locals_s = (T.alloc_shared((2, width), "int32") for _ in range(2))
             experts_f, ranks_f = T.alloc_fragment((CHUNK,), "int32"), T.alloc_fragment((CHUNK,), "int32")
-            weights_f = T.alloc_fragment((CHUNK,), "float32")
+            weights_f, local_f = T.alloc_fragment((CHUNK,), "float32"), T.alloc_fragment((width,), "int32")
             none = top_k << TOKEN_BITS | tokens
 
+            # All loads of one chunk are under way before the first is waited for.
             for e in T.Parallel(width):
                 count_s[e] = 0
+                local_f[e] = T.if_then_else(e < num_experts, expert_mask[e], 0)
             find(topk_ids, chunk, tokens, top_k, experts_f)
             for i in T.Parallel(CHUNK):
                 token = T.alloc_var("int32", T.truncdiv(chunk * CHUNK + i, top_k))
@@ -144,18 +146,17 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
                     ranks_f[i] = T.atomic_add(count_s[experts_f[i]], 1, return_prev=True)
 
             for e in T.Parallel(width):
-                local, before, after = T.alloc_var("int32", 0), T.alloc_var("int32", 0), T.alloc_var("int32", 0)
-                if e < num_experts:
-                    local = expert_mask[e]
+                before, after = T.alloc_var("int32", 0), T.alloc_var("int32", 0)
+                if local_f[e] != 0:
                     for other in T.serial(chunk):
                         before += counts[other, e]
                     for other in T.serial(chunks - 1 - chunk):
                         after += counts[chunk + 1 + other, e]
-                rows = T.alloc_var("int32", T.if_then_else(local != 0, before + count_s[e] + after, 0))
+                rows = T.alloc_var("int32", T.if_then_else(local_f[e] != 0, before + count_s[e] + after, 0))
                 rows_s[e] = rows
-                next_s[e] = T.if_then_else(local != 0, before, -1)
+                next_s[e] = T.if_then_else(local_f[e] != 0, before, -1)
                 blocks_s[0, e] = T.ceildiv(rows, block_m)
-                locals_s[0, e] = local
+                locals_s[0, e] = local_f[e]
             for scan in T.serial(scans):
                 for e in T.Parallel(width):
                     before = T.max(e - (1 << scan), 0)
