@@ -95,7 +95,8 @@ def launch(
     if epilogue == "atomic":
         out.copy_(y)
     else:
-        compiled(stages.sum_slots, (dtype, str(y.dtype).removeprefix("torch.")), device)(y, routing.positions, out)
+        sum_slots = compiled(stages.sum_slots, (dtype, str(y.dtype).removeprefix("torch.")), device)
+        sum_slots(y.unflatten(2, (-1, MX_GROUP)), routing.positions, out.unflatten(1, (-1, MX_GROUP)))
 
 
 def _run(config, activation, kind, epilogue, x: Tensor, routing: Routing, w13, w2, y: Tensor, compiled: Callable) -> None:

@@ -18,7 +18,7 @@ from tilelang_ext.language.swiglu import silu_of, swiglu_of
 
 _GROUP_BYTES = MX_GROUP // CODES_PER_BYTE  # of weights that share a scale
 _TOKEN = (1 << TOKEN_BITS) - 1
-_SUM_COLUMNS = 256  # of y that a block of `sum_slots` adds
+_SUM_THREADS, _SUM_SLOTS = 128, 8  # of `sum_slots`, which waits for memory: slots whose loads are under way together
 
 
 @dataclass(frozen=True)
@@ -277,28 +277,50 @@ def _weight_types(experts, rows, groups) -> tuple:
 def sum_slots(out_dtype: str, partial_dtype: str = "float32"):
     """The prim_func after a `reduce`: (partial, positions, out), out[t, h] = sum over slots of partial[t, s, h].
 
-    partial (tokens, top_k, H) of `partial_dtype`; positions of `moe_sort`: slots without a row are left out, whatever partial
-    holds there; out (tokens, H). Slots are added in order, in float32, so the result is the same each time.
+    partial (tokens, top_k, H / 32, 32) of `partial_dtype`; positions of `moe_sort`: slots without a row are left out, whatever
+    partial holds there; out (tokens, H / 32, 32). Slots are added in order, in float32, so the result is the same each time.
     """
-    tokens, top_k, H = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("H")
+    tokens, top_k, groups = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("groups")
+    columns = 4 if partial_dtype == "float32" else 8  # of a thread: 16 bytes
+    shape, per_group = (_SUM_THREADS, columns), MX_GROUP // columns
+
+    @T.macro
+    def load(partial, slot_f, token, slot, row, first, groups):
+        """Zeros where there is no row, which leave the bits of a sum that began with 0."""
+        for i, v in T.Parallel(*shape):
+            group, column = first + i // per_group, i % per_group * columns + v
+            inside = (row >= 0) & (group < groups)
+            slot_f[i, v] = T.if_then_else(inside, partial[token, slot, group, column], T.cast(0, partial_dtype))
 
     @T.prim_func
     def sum_slots(
-        partial: T.Tensor((tokens, top_k, H), partial_dtype),
+        partial: T.Tensor((tokens, top_k, groups, MX_GROUP), partial_dtype),
         positions: T.Tensor((tokens, top_k), "int32"),
-        out: T.Tensor((tokens, H), out_dtype),
+        out: T.Tensor((tokens, groups, MX_GROUP), out_dtype),
     ):
         # Tokens come first: CUDA has 65535 blocks at most along the others.
-        with T.Kernel(tokens, T.ceildiv(H, _SUM_COLUMNS), threads=128) as (by, bx):
-            total_f = T.alloc_fragment((_SUM_COLUMNS,), "float32")
+        with T.Kernel(tokens, T.ceildiv(groups * per_group, _SUM_THREADS), threads=_SUM_THREADS) as (token, bx):
+            slots_f = [T.alloc_fragment(shape, partial_dtype) for _ in range(_SUM_SLOTS)]
+            total_f, out_f = T.alloc_fragment(shape, "float32"), T.alloc_fragment(shape, out_dtype)
+            rows = T.alloc_local((_SUM_SLOTS,), "int32")
+            # A variable: of the same expression in an address, nvcc 13.0 makes four stores of one.
+            first = T.alloc_var("int32", bx * (_SUM_THREADS // per_group))
             T.clear(total_f)
-            for slot in T.serial(top_k):
-                if positions[by, slot] >= 0:
-                    for j in T.Parallel(_SUM_COLUMNS):
-                        if bx * _SUM_COLUMNS + j < H:
-                            total_f[j] += T.cast(partial[by, slot, bx * _SUM_COLUMNS + j], "float32")
-            for j in T.Parallel(_SUM_COLUMNS):
-                if bx * _SUM_COLUMNS + j < H:
-                    out[by, bx * _SUM_COLUMNS + j] = T.cast(total_f[j], out_dtype)
+            for step in T.serial(T.ceildiv(top_k, _SUM_SLOTS)):
+                for s in T.unroll(_SUM_SLOTS):
+                    rows[s] = -1
+                    if step * _SUM_SLOTS + s < top_k:
+                        rows[s] = positions[token, step * _SUM_SLOTS + s]
+                for s, slot_f in enumerate(slots_f):
+                    load(partial, slot_f, token, step * _SUM_SLOTS + s, rows[s], first, groups)
+                for slot_f in slots_f:
+                    for i, v in T.Parallel(*shape):
+                        total_f[i, v] += T.cast(slot_f[i, v], "float32")
+            for i, v in T.Parallel(*shape):
+                out_f[i, v] = T.cast(total_f[i, v], out_dtype)
+            for i, v in T.Parallel(*shape):
+                group, column = first + i // per_group, i % per_group * columns + v
+                if group < groups:
+                    out[token, group, column] = out_f[i, v]
 
     return sum_slots
