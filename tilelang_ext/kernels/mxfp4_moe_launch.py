@@ -60,7 +60,7 @@ def launch(
     device, dtype = x.device, str(x.dtype).removeprefix("torch.")
     ids_dtype = str(topk_ids.dtype).removeprefix("torch.")
     (tokens, top_k), local_experts = topk_ids.shape, w13.codes.shape[0]
-    mask = torch.ones(local_experts, dtype=torch.int32, device=device) if expert_mask is None else expert_mask.int()
+    mask = _every_expert(local_experts, device) if expert_mask is None else expert_mask.int()
     num_experts, module = mask.numel(), None
     if is_tiled(w13):
         module, config = hopper.pick(tokens, top_k, num_experts, kind)
@@ -97,6 +97,19 @@ def launch(
     else:
         sum_slots = compiled(stages.sum_slots, (dtype, str(y.dtype).removeprefix("torch.")), device)
         sum_slots(y.unflatten(2, (-1, MX_GROUP)), routing.positions, out.unflatten(1, (-1, MX_GROUP)))
+
+
+_MASKS: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _every_expert(num_experts: int, device: torch.device) -> Tensor:
+    """Return the mask of experts that are all here, filled once; one made while a graph is captured is that graph's alone."""
+    key = num_experts, device
+    if key not in _MASKS and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.ones(num_experts, dtype=torch.int32, device=device)
+    if key not in _MASKS:
+        _MASKS[key] = torch.ones(num_experts, dtype=torch.int32).to(device)  # which waits, so that any stream may read it
+    return _MASKS[key]
 
 
 def _run(config, activation, kind, epilogue, x: Tensor, routing: Routing, w13, w2, y: Tensor, compiled: Callable) -> None:
