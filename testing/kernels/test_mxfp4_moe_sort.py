@@ -9,7 +9,10 @@ from cuda.kernels import lower
 from kernels.moe_targets import TARGETS, runner
 
 from tilelang_ext import reference
+from tilelang_ext.kernels.mxfp4_moe_launch import launch
 from tilelang_ext.kernels.mxfp4_moe_sort import CHUNK, TOKEN_BITS, capacity_of, count_slots, moe_sort
+from tilelang_ext.kernels.mxfp4_moe_stages import Activation
+from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights
 
 BLOCK_M, MAX_EXPERTS = 4, 16
 WITH_CUDA = [*TARGETS, pytest.param("cuda", marks=needs_compiler)]
@@ -126,3 +129,27 @@ def test_many_experts(target):
     topk_ids[3, 1], topk_ids[400, 0], topk_ids[700, 2] = 1024, -1, 2**31 - 1
     mask = torch.rand(1024) < 0.7
     check(target, topk_ids, topk_weights, 1024, mask)
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(1, 1), (CHUNK // 4, 1), (CHUNK // 4 + 1, 2), (5 * CHUNK, 20)])
+def test_launches(tokens, chunks):
+    """A chunk knows itself; more of them are counted first."""
+    launched = []
+
+    def compiled(make, options, device):
+        return lambda *tensors: launched.append((make, tensors))
+
+    def empty(*shape, dtype=torch.uint8):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    experts, H = 70, 32
+    w13 = MXFP4Weights(empty(experts, 2 * H, H // 2), empty(experts, 2 * H, 1), empty(experts, 2 * H), 2 * H, H)
+    w2 = MXFP4Weights(empty(experts, H, H // 2), empty(experts, H, 1), empty(experts, H), H, H)
+    x, topk_ids = empty(tokens, H, dtype=torch.bfloat16), empty(tokens, 4, dtype=torch.int64)
+    launch(x, topk_ids, empty(tokens, 4), w13, w2, Activation(), "bfloat16", "reduce", None, x, compiled=compiled)
+    makes, operands = zip(*launched, strict=True)
+    sort = makes.index(moe_sort)
+    assert makes[:sort] == (count_slots,) * (chunks > 1)
+    counts = operands[sort][3]
+    assert counts.shape == (chunks, 128)
+    assert chunks == 1 or operands[0][1] is counts

@@ -2,10 +2,10 @@
 
 y[t] = sum over slots s of topk_weights[t, s] * (w2[e] . act(w13[e] . x[t] + bias13[e]) + bias2[e]),  e = topk_ids[t, s]
 
-On a GPU at most six kernels, beside torch's fills and casts: sort, quantisation of x or its rows in sorted order, gate and up
-with the activation, quantisation of what that gives (FP8 on Hopper), down, sum of the slots. Their launches depend on shapes
-alone, so they can be captured in a graph. The CPU computes by `reference.moe`, which refuses to quantise what is not finite;
-kernels give such a row, or group of 32, NaN.
+On a GPU at most seven kernels, beside torch's fills and casts: counts and sort, quantisation of x or its rows in sorted order,
+gate and up with the activation, quantisation of what that gives (FP8 on Hopper), down, sum of the slots. Their launches depend
+on shapes alone, so they can be captured in a graph. The CPU computes by `reference.moe`, which refuses to quantise what is not
+finite; kernels give such a row, or group of 32, NaN.
 """
 
 from __future__ import annotations
