@@ -85,7 +85,7 @@ def run(module, config, activation, epilogue: str, x: Tensor, routing: Routing, 
     operand = OPERANDS[kind]
     if kind == "fp8":
         (sorted_x, scale_x), quantized = _quantized(capacity, x.shape[1], x.device), _quantized(capacity, w2.k, x.device)
-        kernel(rows.scatter_quantized, configs=rows.PASS_CONFIGS)(x, positions, sorted_x, scale_x)
+        kernel(rows.scatter_quantized, x.shape[1], configs=rows.PASS_CONFIGS)(x, positions, sorted_x, scale_x)
     else:
         sorted_x, scale_x = x.new_empty(capacity, x.shape[1]), weights.new_empty(0)
         quantized = hidden, scale_x
@@ -94,7 +94,7 @@ def run(module, config, activation, epilogue: str, x: Tensor, routing: Routing, 
         sorted_x, scale_x, expert_ids, num_valid, w13.codes, w13.scale, w13.bias, hidden
     )
     if kind == "fp8":
-        kernel(rows.quantize_sorted, configs=rows.PASS_CONFIGS)(hidden, positions.flatten(), *quantized)
+        kernel(rows.quantize_sorted, w2.k, configs=rows.PASS_CONFIGS)(hidden, positions.flatten(), *quantized)
     down = kernel(many.down, config, epilogue, operand)
     down(*quantized, token_ids, weights, expert_ids, num_valid, w2.codes, w2.scale, w2.bias, y)
 
