@@ -80,8 +80,8 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
 
     `epilogue(sinks, acc, buffer, row0, row_tile, warpgroup, thread)` takes the sums of a tile, for each thread of a warpgroup.
     Those of tile m lie at m * block_M / 2: of columns 8 n + 2 t and the next, two of row g, then two of row g + 8. What it
-    needs beside them, `fetch(sinks, buffer, expert, row0, row_tile, thread)` has brought, for each thread that loads: there
-    are two buffers, of tiles in turn.
+    needs beside them, `fetch(sinks, buffer, full, stage, expert, row0, row_tile)` has begun to copy, by one thread, under the
+    barrier full[stage]: there are two buffers, of tiles in turn.
     """
     block_M, tiles, num_stages, loading = config.block_M, config.tiles, config.num_stages, config.loading
     sums, lane_words, tile_words = block_M // 2, operand.lane_words, operand.tile_words
@@ -108,7 +108,7 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
                 )
 
     @T.macro
-    def load(x, w, expert_ids, X_s, W_s, full, empty, taken, sinks, block, items, columns, row_tiles, steps, thread):
+    def load(x, w, expert_ids, X_s, W_s, full, empty, taken, sinks, block, items, columns, row_tiles, steps):
         """Fill the ring for every tile of the block. Weights are there before the launch before this one has ended."""
         if config.blocks == 1:
             T.dec_max_nreg(_LOADER_REGISTERS)
@@ -137,7 +137,8 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
                 )
                 if step == 0:
                     T.barrier_wait(taken[turn % 2], (turn // 2 & 1) ^ 1)
-                    fetch(sinks, turn % 2, expert, by * block_M, row_tile, thread)
+                    if T.shuffle_elect(loading):
+                        fetch(sinks, turn % 2, full, stage, expert, by * block_M, row_tile)
                 T.barrier_arrive(full[stage])
 
     def decode_tiles(W_s, own, A_r, stage, warpgroup, warp, lane, buffer: int):
@@ -239,8 +240,7 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
         if tx < _COMPUTING_THREADS:
             compute(X_s, W_s, full, empty, taken, sinks, block, items, columns, steps, tx)
         else:
-            thread = tx - _COMPUTING_THREADS
-            load(x, w, expert_ids, X_s, W_s, full, empty, taken, sinks, block, items, columns, row_tiles, steps, thread)
+            load(x, w, expert_ids, X_s, W_s, full, empty, taken, sinks, block, items, columns, row_tiles, steps)
 
     return product
 
@@ -275,25 +275,25 @@ def _put_rows(block_M: int, width: int, put):
 
 
 def _fetch(config: Config, operand: Operand):
-    """The macros that fetch bias and power of a tile's rows, and a vector's elements for its tokens: `fetch` of `_product`."""
-    rows, loading = config.rows, config.loading
+    """The macros that begin to copy bias and power of a tile's rows, and a vector's elements for its tokens."""
+    tiles, block_M = _COMPUTING * config.tiles, config.block_M
 
     @T.macro
-    def of_rows(sinks, buffer, expert, row_tile, thread):
-        for part in T.unroll(-(-rows // loading)):
-            own = part * loading + thread
-            row = T.min(row_tile + own // TILE, sinks.row_tiles - 1) * TILE + own % TILE
-            sinks.bias_s[buffer, own] = sinks.bias[expert, row]
+    def fetch_rows(sinks, buffer, full, stage, expert, row_tile):
+        T.mbarrier_expect_tx(full[stage], tiles * TILE * 4 * (1 if operand is BFLOAT16 else 2))
+        for i in T.unroll(tiles):
+            row = T.min(row_tile + i, sinks.row_tiles - 1) * TILE
+            bias_s, power_s = T.address_of(sinks.bias_s[buffer, i * TILE]), T.address_of(sinks.power_s[buffer, i * TILE])
+            T.tma_load(bias_s, T.address_of(sinks.bias[expert, row]), full[stage], TILE * 4, 0)
             if operand is not BFLOAT16:
-                sinks.power_s[buffer, own] = sinks.power[expert, row]
+                T.tma_load(power_s, T.address_of(sinks.power[expert, row]), full[stage], TILE * 4, 0)
 
     @T.macro
-    def of_tokens(vector, vector_s, buffer, row0, thread):
-        for part in T.unroll(-(-config.block_M // loading)):
-            if part * loading + thread < config.block_M:
-                vector_s[buffer, part * loading + thread] = vector[row0 + part * loading + thread]
+    def fetch_tokens(vector, vector_s, buffer, full, stage, row0):
+        T.mbarrier_expect_tx(full[stage], block_M * 4)
+        T.tma_load(T.address_of(vector_s[buffer, 0]), T.address_of(vector[row0]), full[stage], block_M * 4, 0)
 
-    return of_rows, of_tokens
+    return fetch_rows, fetch_tokens
 
 
 def _scale(operand: Operand, scale, *index):
@@ -346,10 +346,10 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
     fetch_rows, fetch_tokens = _fetch(config, operand)
 
     @T.macro
-    def fetch(sinks, buffer, expert, row0, row_tile, thread):
-        fetch_rows(sinks, buffer, expert, row_tile, thread)
+    def fetch(sinks, buffer, full, stage, expert, row0, row_tile):
+        fetch_rows(sinks, buffer, full, stage, expert, row_tile)
         if operand is not BFLOAT16:
-            fetch_tokens(sinks.scale, sinks.scale_s, buffer, row0, thread)
+            fetch_tokens(sinks.scale, sinks.scale_s, buffer, full, stage, row0)
 
     @T.macro
     def put(sinks, buffer, warpgroup, row0, row, first_tile, column):
@@ -435,12 +435,12 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
     fetch_rows, fetch_tokens = _fetch(config, operand)
 
     @T.macro
-    def fetch(sinks, buffer, expert, row0, row_tile, thread):
-        fetch_rows(sinks, buffer, expert, row_tile, thread)
-        fetch_tokens(sinks.token_ids, sinks.ids_s, buffer, row0, thread)
-        fetch_tokens(sinks.weights, sinks.weights_s, buffer, row0, thread)
+    def fetch(sinks, buffer, full, stage, expert, row0, row_tile):
+        fetch_rows(sinks, buffer, full, stage, expert, row_tile)
+        fetch_tokens(sinks.token_ids, sinks.ids_s, buffer, full, stage, row0)
+        fetch_tokens(sinks.weights, sinks.weights_s, buffer, full, stage, row0)
         if operand is not BFLOAT16:
-            fetch_tokens(sinks.scale, sinks.scale_s, buffer, row0, thread)
+            fetch_tokens(sinks.scale, sinks.scale_s, buffer, full, stage, row0)
 
     @T.macro
     def put(sinks, buffer, warpgroup, row0, row, first_tile, column):
