@@ -1,4 +1,8 @@
-"""Rows of the mixture of experts on Hopper: every quotient, and rows of any length, by running the CUDA text on the CPU."""
+"""Rows of the mixture of experts on Hopper: every quotient, and rows of any length, by running the CUDA text on the CPU; what
+launches that overlap do before the one before them has ended.
+"""
+
+import re
 
 import pytest
 import torch
@@ -7,7 +11,9 @@ from cuda.toolkit import compile_texts, needs_nvcc
 from kernels.hopper import execute
 from kernels.test_mxfp4_moe_sm90 import ARCH, quantized, text_of
 
+from tilelang_ext.kernels import mxfp4_moe_sm90_few as few
 from tilelang_ext.kernels import mxfp4_moe_sm90_rows as rows
+from tilelang_ext.kernels.mxfp4_moe_stages import Activation
 
 
 def quantize_sorted(x):
@@ -56,3 +62,36 @@ def test_machine_code():
     for name, program in compile_texts(texts, ARCH).items():
         assert program.spilled == 0, name
         assert program.count("CALL") == 2, name
+
+
+CONFIG = few.Config(8, 4, 2, 4)
+OVERLAPPING = {
+    # kernel: (module, prim_func, what the launch before writes or may still read, and what the kernel writes)
+    "scatter": (rows, rows.scatter, ("positions", "sorted_x")),
+    "scatter_quantized": (rows, lambda: rows.scatter_quantized(2880), ("positions", "codes", "scale")),
+    "quantize_sorted": (rows, lambda: rows.quantize_sorted(2880), ("x", "codes", "scale")),
+    "sum_slots": (rows, rows.sum_slots, ("partial", "out")),
+    "gate_up": (few, lambda: few.gate_up(CONFIG, Activation()), ("token_ids", "expert_ids", "hidden")),
+    "down": (few, lambda: few.down(CONFIG, "reduce"), ("hidden", "y")),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_overlapping_launches_wait(name):
+    """Every block waits for the launch before, ahead of what that writes and of all stores; then others may start."""
+    module, make, others = OVERLAPPING[name]
+    text = text_of(module, make(), name)
+    signature, body = text[text.rindex('extern "C" __global__') :].split("{", 1)
+    assert "__restrict__" not in signature, "loads for memory that no one writes may be moved, and find old lines"
+    waits = body.split("cudaGridDependencySynchronize();")
+    for other in others:
+        assert not re.search(rf"(?<![.\w]){other}\b", waits[0]), other
+        assert re.search(rf"(?<![.\w]){other}\b", waits[1]), other
+    assert "cudaTriggerProgrammaticLaunchCompletion();" not in waits[0]
+    assert ("cudaTriggerProgrammaticLaunchCompletion();" in waits[1]) == (name != "sum_slots")
+    inside = waits[0].count("{") - waits[0].count("}")
+    if name == "down":  # a block without an expert waits too
+        assert (inside, len(waits)) == (1, 3)
+        assert waits[1].rstrip().endswith("} else {")
+    else:
+        assert (inside, len(waits)) == (0, 2)

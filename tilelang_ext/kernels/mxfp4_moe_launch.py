@@ -14,6 +14,7 @@ from tilelang_ext import metal
 from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.kernels import mxfp4_moe_activations as activations
 from tilelang_ext.kernels import mxfp4_moe_sm90_launch as hopper
+from tilelang_ext.kernels import mxfp4_moe_sm90_rows as rows
 from tilelang_ext.kernels import mxfp4_moe_stages as stages
 from tilelang_ext.kernels.mxfp4_moe_sort import CHUNK, Routing, capacity_of, count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, is_tiled
@@ -95,7 +96,10 @@ def launch(
     if epilogue == "atomic":
         out.copy_(y)
     else:
-        sum_slots = compiled(stages.sum_slots, (dtype, str(y.dtype).removeprefix("torch.")), device)
+        if module is None:
+            sum_slots = compiled(stages.sum_slots, (dtype,), device)
+        else:
+            sum_slots = compiled(rows.sum_slots, (), device, tuple(rows.PASS_CONFIGS.items()))
         sum_slots(y.unflatten(2, (-1, MX_GROUP)), routing.positions, out.unflatten(1, (-1, MX_GROUP)))
 
 

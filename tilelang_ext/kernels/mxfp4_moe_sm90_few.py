@@ -50,11 +50,12 @@ class Config:
         return self.warps * self.splits * 32
 
 
-def _product(config: Config, epilogue):
+def _product(config: Config, epilogue, follows_sort: bool):
     """Return the macro of a block's product.
 
     `epilogue(sinks, sums_s, expert, row0, bx, tx)` finds the sums of split s, token m and row r in sums_s[s, m, r]. The macro
-    `gathers` rows of x by token, or takes them in sorted order.
+    `gathers` rows of x by token, or takes them in sorted order. A product that `follows_sort` waits for it before all else;
+    the other loads weights while the launch before it still computes tokens.
     """
     block_M, splits, threads = config.block_M, config.splits, config.threads
     columns = block_M // _COLUMNS
@@ -115,7 +116,7 @@ def _product(config: Config, epilogue):
         emit()
 
     @T.macro
-    def product(x, w, token_ids, expert_ids, num_valid, sinks, tokens, gathers, K, bx, by, row_tiles, steps):
+    def product(x, w, token_ids, expert_ids, sinks, tokens, gathers, K, bx, by, row_tiles, steps):
         X_s = T.alloc_shared((2, block_M, chunk + _PAD), _DTYPE)
         sums_s = T.alloc_shared((splits, block_M, config.rows + 4), "float32")
         codes, scales = T.alloc_local((_AHEAD * LANE_WORDS,), "uint32"), T.alloc_local((_AHEAD,), "uint32")
@@ -123,8 +124,15 @@ def _product(config: Config, epilogue):
         acc = T.alloc_local((columns * 4,), "float32")
         own, rows = T.alloc_local((2,), "int64"), T.alloc_local((turns,), "int32")
         tx = T.get_thread_binding()
-        if by * block_M < num_valid[0]:
-            expert, row0 = expert_ids[by], by * block_M
+        if follows_sort:
+            T.pdl_sync()
+        # All that the sort says of this block, under way together: weights wait for it.
+        row0, expert = by * block_M, T.alloc_var("int32", expert_ids[by])
+        for turn in T.unroll(turns):
+            row = row0 + (turn * threads + tx) // (chunk // _COPY)
+            token = token_ids[row] & _TOKEN
+            rows[turn] = T.if_then_else(token < tokens, T.if_then_else(gathers, token, row), -1)
+        if expert >= 0:
             lane, warp, split = tx % 32, tx // 32 % config.warps, tx // 32 // config.warps
             first = bx * config.warps + warp
             tile, warp_of_tile = T.min(first // 4, row_tiles - 1), first % 4
@@ -134,10 +142,9 @@ def _product(config: Config, epilogue):
             own[1] = tiles_before * _TILE_LINES + 128 + warp_of_tile * 2 + lane // 16
             for slot in T.unroll(_AHEAD):
                 fetch(w, codes, scales, own, slot * splits + split, steps, slot)
-            for turn in T.unroll(turns):
-                row = row0 + (turn * threads + tx) // (chunk // _COPY)
-                token = token_ids[row] & _TOKEN
-                rows[turn] = T.if_then_else(token < tokens, T.if_then_else(gathers, token, row), -1)
+            if not follows_sort:
+                T.pdl_sync()
+            T.pdl_trigger()  # here, since the compiler moves no load of the weights past it
             stage(x, X_s, rows, K, 0, tx)
             for i in T.unroll(columns * 4):
                 acc[i] = T.float32(0)
@@ -153,6 +160,8 @@ def _product(config: Config, epilogue):
                     sums_s[split, n * _COLUMNS + lane % 4 * 2 + i % 2, warp * _ROWS + lane // 4 + i // 2 * 8] = acc[n * 4 + i]
             T.sync_threads()
             epilogue(sinks, sums_s, expert, row0, bx, tx)
+        elif not follows_sort:
+            T.pdl_sync()
 
     return product
 
@@ -162,15 +171,15 @@ def _sum(sums_s, m, row, splits: int):
 
 
 def gate_up(config: Config, activation):
-    """The prim_func of stage 1: (x, token_ids, expert_ids, num_valid, w13, bias13, hidden).
+    """The prim_func of stage 1: (x, token_ids, expert_ids, w13, bias13, hidden).
 
     | parameter | shape | dtype |
     | --- | --- | --- |
     | x | (tokens, H) | bfloat16 |
-    | token_ids, expert_ids, num_valid | of `moe_sort`, with block_M | int32 |
+    | token_ids, expert_ids | of `moe_sort`, with block_M; blocks of no expert end at once | int32 |
     | w13 | (E * row tiles * steps * 136, 4), the tiles of `pack`, gate beside up | uint32 |
     | bias13 | (E, row tiles * 64), gate beside up | float32 |
-    | hidden | (blocks * block_M, I), in sorted order; rows of padding, and past num_valid, are undefined | bfloat16 |
+    | hidden | (blocks * block_M, I), in sorted order; rows of padding, and of blocks of no expert, are undefined | bfloat16 |
     """
     tokens, hidden_groups, groups, blocks = (T.dynamic(name) for name in ("tokens", "hidden_groups", "groups", "blocks"))
     experts, row_tiles, lines = T.dynamic("experts"), T.dynamic("row_tiles"), T.dynamic("lines")
@@ -194,14 +203,13 @@ def gate_up(config: Config, activation):
 
         emit()
 
-    product = _product(config, store)
+    product = _product(config, store, follows_sort=True)
 
     @T.prim_func
     def gate_up(
         x: T.Tensor((tokens, H), _DTYPE),
         token_ids: T.Tensor((blocks * block_M,), "int32"),
         expert_ids: T.Tensor((blocks,), "int32"),
-        num_valid: T.Tensor((1,), "int32"),
         w13: T.Tensor((lines, LANE_WORDS), "uint32"),
         bias13: T.Tensor((experts, row_tiles * TILE), "float32"),
         hidden: T.Tensor((blocks * block_M, I), _DTYPE),
@@ -213,7 +221,6 @@ def gate_up(config: Config, activation):
                 w13,
                 token_ids,
                 expert_ids,
-                num_valid,
                 [bias13, hidden],
                 tokens,
                 T.bool(True),
@@ -228,12 +235,12 @@ def gate_up(config: Config, activation):
 
 
 def down(config: Config, epilogue: str):
-    """The prim_func of stage 2: (hidden, token_ids, weights, expert_ids, num_valid, w2, bias2, y).
+    """The prim_func of stage 2: (hidden, token_ids, weights, expert_ids, w2, bias2, y).
 
     | parameter | shape | dtype |
     | --- | --- | --- |
     | hidden | (blocks * block_M, I), of `gate_up` | bfloat16 |
-    | token_ids, weights, expert_ids, num_valid | of `moe_sort`, with block_M | int32; weights float32 |
+    | token_ids, weights, expert_ids | of `moe_sort`, with block_M; blocks of no expert end at once | int32; weights float32 |
     | w2 | (E * row tiles * steps * 136, 4), the tiles of `pack`, `neighbours` | uint32 |
     | bias2 | (E, row tiles * 64), `neighbours` | float32 |
     | y | of `slots_type`; slots without a local expert are not written | |
@@ -264,7 +271,7 @@ def down(config: Config, epilogue: str):
 
         emit()
 
-    product = _product(config, store)
+    product = _product(config, store, follows_sort=False)
 
     @T.prim_func
     def down(
@@ -272,7 +279,6 @@ def down(config: Config, epilogue: str):
         token_ids: T.Tensor((blocks * block_M,), "int32"),
         weights: T.Tensor((blocks * block_M,), "float32"),
         expert_ids: T.Tensor((blocks,), "int32"),
-        num_valid: T.Tensor((1,), "int32"),
         w2: T.Tensor((lines, LANE_WORDS), "uint32"),
         bias2: T.Tensor((experts, row_tiles * TILE), "float32"),
         y: slots_type(epilogue, tokens, top_k, H),
@@ -280,7 +286,7 @@ def down(config: Config, epilogue: str):
         with T.Kernel(T.ceildiv(H, rows), blocks, threads=threads) as (bx, by):
             T.annotate_min_blocks_per_sm(config.blocks)
             product(
-                hidden, w2, token_ids, expert_ids, num_valid, [token_ids, weights, bias2, y], tokens, T.bool(False), I,
+                hidden, w2, token_ids, expert_ids, [token_ids, weights, bias2, y], tokens, T.bool(False), I,
                 bx, by, row_tiles, T.ceildiv(I, TILE),
             )  # fmt: skip
 

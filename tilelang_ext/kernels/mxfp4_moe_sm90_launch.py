@@ -75,11 +75,9 @@ def run(module, config, activation, epilogue: str, x: Tensor, routing: Routing, 
 
     hidden = x.new_empty(capacity, w2.k)
     if module is few:
-        kernel(few.gate_up, config, activation)(
-            x, token_ids, expert_ids, num_valid, w13.codes.view(-1, few.LANE_WORDS), w13.bias, hidden
-        )
+        kernel(few.gate_up, config, activation)(x, token_ids, expert_ids, w13.codes.view(-1, few.LANE_WORDS), w13.bias, hidden)
         down = kernel(few.down, config, epilogue)
-        down(hidden, token_ids, weights, expert_ids, num_valid, w2.codes.view(-1, few.LANE_WORDS), w2.bias, y)
+        down(hidden, token_ids, weights, expert_ids, w2.codes.view(-1, few.LANE_WORDS), w2.bias, y)
         return
     kind = kind_of(w13)
     operand = OPERANDS[kind]

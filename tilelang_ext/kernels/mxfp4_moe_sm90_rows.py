@@ -3,20 +3,23 @@
 A row's scale is that of `quantize.quantize`: float32(amax / 448), at least the smallest normal, 1 for a row of zeros. A row
 with a NaN or an infinity gets the scale NaN. Its codes are those of `quantize.quantize` too, for scales of at least 2^-93.
 
-A block of threads holds a row in registers between its largest element and its codes, all its loads under way together.
+A block of threads holds a row in registers between its largest element and its codes, all its loads under way together. Blocks
+start before the launch before theirs has ended, and wait for its end; docs/decisions.md has what may come before.
 """
 
 import math
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import E4M3, MX_GROUP
+from tilelang_ext.kernels import mxfp4_moe_stages as stages
 from tilelang_ext.kernels.mxfp4_moe_sort import MAX_TOP_K
 from tilelang_ext.language.narrow_floats import INF
 
 # The one barrier is where it must be, and accesses stay inside by the limits below.
 PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True, "tl.disable_thread_storage_sync": True}
 _ELEMENTS = 8  # of 16 bytes
-_THREADS = 128  # of `scatter`
+_THREADS = 128  # of `scatter`; each thread has a slot at most, here and where rows are quantised
+assert _THREADS > MAX_TOP_K
 _COLUMNS = _THREADS * _ELEMENTS
 _SIGN = -(1 << 31)
 
@@ -36,14 +39,21 @@ def scatter():
         sorted_x: T.Tensor((rows, H), "bfloat16"),
     ):
         with T.Kernel(tokens, T.ceildiv(H, _COLUMNS), threads=_THREADS) as (token, by):  # y ends at 65535
-            values = T.alloc_local((_ELEMENTS,), "bfloat16")
+            values, rows_s = T.alloc_local((_ELEMENTS,), "bfloat16"), T.alloc_shared((MAX_TOP_K,), "int32")
+            tx = T.get_thread_binding()
             # A variable: of the same expression in an address, nvcc 13.0 makes four stores of one.
-            chunk = T.alloc_var("int32", by * _THREADS + T.get_thread_binding())
+            chunk = T.alloc_var("int32", by * _THREADS + tx)
             if chunk * _ELEMENTS < H:
                 for v in T.vectorized(_ELEMENTS):
-                    values[v] = x[token, chunk * _ELEMENTS + v]
+                    values[v] = x[token, chunk * _ELEMENTS + v]  # of a launch before the sort
+            T.pdl_sync()
+            T.pdl_trigger()
+            if tx < top_k:
+                rows_s[tx] = positions[token, tx]
+            T.sync_threads()
+            if chunk * _ELEMENTS < H:
                 for slot in T.serial(top_k):
-                    row = T.alloc_var("int32", positions[token, slot])
+                    row = T.alloc_var("int32", rows_s[slot])
                     if row >= 0:
                         for v in T.vectorized(_ELEMENTS):
                             sorted_x[row, chunk * _ELEMENTS + v] = values[v]
@@ -54,7 +64,7 @@ def scatter():
 def _quantizer(columns: int):
     """Return (threads, allocate, load, scale_of, quantize, store): the macros by which a block quantises a row."""
     # As few threads as hold a row: many small blocks, of which some load while others wait for their largest element.
-    threads = 128 if columns <= 2048 else 256
+    threads = _THREADS if columns <= 2048 else 2 * _THREADS
     steps = -(-columns // (threads * _ELEMENTS))
 
     def allocate(dtype: str):
@@ -133,7 +143,6 @@ def scatter_quantized(columns: int):
     """
     tokens, top_k, rows = (T.dynamic(name) for name in ("tokens", "top_k", "rows"))
     threads, allocate, load, scale_of, quantize, store = _quantizer(columns)
-    assert threads > MAX_TOP_K
 
     @T.prim_func
     def scatter_quantized(
@@ -146,7 +155,9 @@ def scatter_quantized(columns: int):
             values, own = allocate("bfloat16"), allocate("float8_e4m3fn")
             tx, rows_s = T.get_thread_binding(), T.alloc_shared((MAX_TOP_K,), "int32")
             own_row = T.alloc_var("int32", -1)
-            load(x, token, values, tx)
+            load(x, token, values, tx)  # of a launch before the sort
+            T.pdl_sync()
+            T.pdl_trigger()
             if tx < top_k:
                 own_row = positions[token, tx]
                 rows_s[tx] = own_row
@@ -179,7 +190,9 @@ def quantize_sorted(columns: int):
     ):
         with T.Kernel(slots, threads=threads) as slot:
             values, own = allocate("bfloat16"), allocate("float8_e4m3fn")
-            tx, row = T.get_thread_binding(), T.alloc_var("int32", positions[slot])
+            tx, row = T.get_thread_binding(), T.alloc_var("int32", positions[slot])  # of a launch before the product
+            T.pdl_sync()
+            T.pdl_trigger()
             if row >= 0:
                 load(x, row, values, tx)
                 row_scale = scale_of(values, tx)
@@ -189,3 +202,8 @@ def quantize_sorted(columns: int):
                 store(own, codes, row, tx)
 
     return quantize_sorted
+
+
+def sum_slots():
+    """The prim_func of `mxfp4_moe_stages`, all in bfloat16, launched before the product before it has ended."""
+    return stages.sum_slots("bfloat16", "bfloat16", overlaps=True)

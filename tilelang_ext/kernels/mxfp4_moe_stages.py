@@ -274,11 +274,12 @@ def _weight_types(experts, rows, groups) -> tuple:
     )
 
 
-def sum_slots(out_dtype: str, partial_dtype: str = "float32"):
+def sum_slots(out_dtype: str, partial_dtype: str = "float32", overlaps: bool = False):
     """The prim_func after a `reduce`: (partial, positions, out), out[t, h] = sum over slots of partial[t, s, h].
 
     partial (tokens, top_k, H / 32, 32) of `partial_dtype`; positions of `moe_sort`: slots without a row are left out, whatever
     partial holds there; out (tokens, H / 32, 32). Slots are added in order, in float32, so the result is the same each time.
+    On CUDA, a launch that `overlaps` begins before the launch before it has ended, and waits for that end.
     """
     tokens, top_k, groups = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("groups")
     columns = 4 if partial_dtype == "float32" else 8  # of a thread: 16 bytes
@@ -302,6 +303,8 @@ def sum_slots(out_dtype: str, partial_dtype: str = "float32"):
         with T.Kernel(tokens, T.ceildiv(groups * per_group, _SUM_THREADS), threads=_SUM_THREADS) as (token, bx):
             slots_f = [T.alloc_fragment(shape, partial_dtype) for _ in range(_SUM_SLOTS)]
             total_f, out_f = T.alloc_fragment(shape, "float32"), T.alloc_fragment(shape, out_dtype)
+            if overlaps:
+                T.pdl_sync()
             rows = T.alloc_local((_SUM_SLOTS,), "int32")
             # A variable: of the same expression in an address, nvcc 13.0 makes four stores of one.
             first = T.alloc_var("int32", bx * (_SUM_THREADS // per_group))
