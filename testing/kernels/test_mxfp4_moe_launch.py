@@ -1,6 +1,8 @@
-"""What the launches of `mxfp4_moe` keep between calls."""
+"""The launches of `mxfp4_moe`: what they keep between calls, and how many blocks they have."""
 
+import pytest
 import torch
+from kernels.moe_operands import SWIGLU, TOP_K, arguments
 
 from tilelang_ext.kernels import mxfp4_moe_launch as launch
 
@@ -32,3 +34,20 @@ def test_mask_of_every_expert():
     mask = launch._every_expert(5, torch.device("cpu"))
     assert torch.equal(mask, torch.ones(5, dtype=torch.int32))
     assert mask.dtype == torch.int32
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(1, TOP_K), (5, 5 * TOP_K + 1)])
+def test_few_tokens_have_few_blocks(tokens, most):
+    """However many experts there are."""
+    (x, topk_ids, topk_weights, *weights), _ = arguments()
+    mask = torch.arange(64) < 4
+    launched = {}
+
+    def record(make, options, device):
+        return lambda *tensors: launched.update({make.__name__: tensors})
+
+    tensors = x[:tokens], topk_ids[:tokens], topk_weights[:tokens], *weights
+    launch.launch(*tensors, SWIGLU, "bfloat16", "reduce", mask, torch.empty_like(x[:tokens]), compiled=record)
+    expert_ids = launched["moe_sort"][6]
+    assert tokens * TOP_K <= len(expert_ids) <= most
+    assert expert_ids is launched["gate_up"][2]

@@ -67,7 +67,8 @@ def launch(
         module, config = hopper.pick(tokens, top_k, num_experts, kind)
     else:
         config = stages.pick_config(tokens, top_k, num_experts, "metal" if device.type == "mps" else "cuda")
-    capacity = capacity_of(tokens, top_k, num_experts, config.block_M)
+    # No more experts have rows than there are slots: of few tokens, hardly a block of the launches that follow is empty.
+    capacity = capacity_of(tokens, top_k, min(num_experts, topk_ids.numel()), config.block_M)
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.float().contiguous()
 
     routing = Routing(
