@@ -250,7 +250,7 @@ def emulated(make, arguments, device, pass_configs=()):
 @pytest.mark.parametrize(
     ("module", "config", "kind", "epilogue"),
     [
-        (few, few.Config(8, 4, 1, 1), "bfloat16", "atomic"),
+        (few, few.Config(8, 8, 1, 1), "bfloat16", "atomic"),  # blocks of two tiles of rows, of which there are five
         (many, many.Config(8, 1, 2, 2), "bfloat16", "atomic"),
         (many, many.Config(8, 1, 2, 2), "fp8", "reduce"),
     ],

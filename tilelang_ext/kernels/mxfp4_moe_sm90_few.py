@@ -53,7 +53,7 @@ class Config:
 def _product(config: Config, epilogue, follows_sort: bool):
     """Return the macro of a block's product.
 
-    `epilogue(sinks, sums_s, expert, row0, bx, tx)` finds the sums of split s, token m and row r in sums_s[s, m, r]. The macro
+    `epilogue(sinks, sums_s, bias_s, row0, bx, tx)` finds the sums of split s, token m and row r in sums_s[s, m, r]. The macro
     `gathers` rows of x by token, or takes them in sorted order. A product that `follows_sort` waits for it before all else;
     the other loads weights while the launch before it still computes tokens.
     """
@@ -116,9 +116,10 @@ def _product(config: Config, epilogue, follows_sort: bool):
         emit()
 
     @T.macro
-    def product(x, w, token_ids, expert_ids, sinks, tokens, gathers, K, bx, by, row_tiles, steps):
+    def product(x, w, token_ids, expert_ids, bias, sinks, tokens, gathers, K, bx, by, row_tiles, steps):
         X_s = T.alloc_shared((2, block_M, chunk + _PAD), _DTYPE)
         sums_s = T.alloc_shared((splits, block_M, config.rows + 4), "float32")
+        bias_s = T.alloc_shared((config.rows,), "float32")
         codes, scales = T.alloc_local((_AHEAD * LANE_WORDS,), "uint32"), T.alloc_local((_AHEAD,), "uint32")
         A_r, B_r = T.alloc_local((4 * LANE_WORDS,), "uint32"), T.alloc_local((8,), "uint32")
         acc = T.alloc_local((columns * 4,), "float32")
@@ -142,6 +143,12 @@ def _product(config: Config, epilogue, follows_sort: bool):
             own[1] = tiles_before * _TILE_LINES + 128 + warp_of_tile * 2 + lane // 16
             for slot in T.unroll(_AHEAD):
                 fetch(w, codes, scales, own, slot * splits + split, steps, slot)
+            if tx < config.rows // 4:  # with the first tokens, so that the end does not wait for it
+                T.ptx_cp_async(
+                    T.access_ptr(bias_s[tx * 4], "w", 4),
+                    T.access_ptr(bias[expert, T.min(bx * config.rows + tx * 4, row_tiles * TILE - 4)], "r", 4),
+                    4,
+                )
             if not follows_sort:
                 T.pdl_sync()
             T.pdl_trigger()  # here, since the compiler moves no load of the weights past it
@@ -159,7 +166,7 @@ def _product(config: Config, epilogue, follows_sort: bool):
                 for i in T.unroll(4):
                     sums_s[split, n * _COLUMNS + lane % 4 * 2 + i % 2, warp * _ROWS + lane // 4 + i // 2 * 8] = acc[n * 4 + i]
             T.sync_threads()
-            epilogue(sinks, sums_s, expert, row0, bx, tx)
+            epilogue(sinks, sums_s, bias_s, row0, bx, tx)
         elif not follows_sort:
             T.pdl_sync()
 
@@ -187,8 +194,8 @@ def gate_up(config: Config, activation):
     block_M, splits, threads = config.block_M, config.splits, config.threads
     features = config.rows // 2
 
-    def store(sinks, sums_s, expert, row0, bx, tx):
-        bias13, hidden = sinks
+    def store(sinks, sums_s, bias_s, row0, bx, tx):
+        (hidden,) = sinks
 
         @T.macro
         def emit():
@@ -197,8 +204,8 @@ def gate_up(config: Config, activation):
                 m, feature = place // features, place % features
                 row = feature // 8 * 16 + feature % 8
                 if m < block_M and bx * features + feature < I:
-                    gate = _sum(sums_s, m, row, splits) + bias13[expert, bx * config.rows + row]
-                    up = _sum(sums_s, m, row + 8, splits) + bias13[expert, bx * config.rows + row + 8]
+                    gate = _sum(sums_s, m, row, splits) + bias_s[row]
+                    up = _sum(sums_s, m, row + 8, splits) + bias_s[row + 8]
                     hidden[row0 + m, bx * features + feature] = T.cast(activation(gate, up), _DTYPE)
 
         emit()
@@ -221,7 +228,8 @@ def gate_up(config: Config, activation):
                 w13,
                 token_ids,
                 expert_ids,
-                [bias13, hidden],
+                bias13,
+                [hidden],
                 tokens,
                 T.bool(True),
                 H,
@@ -251,8 +259,8 @@ def down(config: Config, epilogue: str):
     H, I = hidden_groups * MX_GROUP, groups * MX_GROUP
     block_M, splits, threads, rows = config.block_M, config.splits, config.threads, config.rows
 
-    def store(sinks, sums_s, expert, row0, bx, tx):
-        token_ids, weights, bias2, y = sinks
+    def store(sinks, sums_s, bias_s, row0, bx, tx):
+        token_ids, weights, y = sinks
 
         @T.macro
         def emit():
@@ -265,7 +273,7 @@ def down(config: Config, epilogue: str):
                     if token < tokens:
                         for v in T.unroll(2):
                             row = column // 16 * 16 + column % 16 // 2 + v * 8
-                            value = _sum(sums_s, m, row, splits) + bias2[expert, bx * rows + row]
+                            value = _sum(sums_s, m, row, splits) + bias_s[row]
                             values[v] = value * weights[row0 + m]
                         put(y, token, slot, bx * rows + column, values)
 
@@ -286,7 +294,7 @@ def down(config: Config, epilogue: str):
         with T.Kernel(T.ceildiv(H, rows), blocks, threads=threads) as (bx, by):
             T.annotate_min_blocks_per_sm(config.blocks)
             product(
-                hidden, w2, token_ids, expert_ids, [token_ids, weights, bias2, y], tokens, T.bool(False), I,
+                hidden, w2, token_ids, expert_ids, bias2, [token_ids, weights, y], tokens, T.bool(False), I,
                 bx, by, row_tiles, T.ceildiv(I, TILE),
             )  # fmt: skip
 
