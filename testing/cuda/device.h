@@ -40,6 +40,15 @@ inline void __syncthreads() { block->meet.arrive_and_wait(); }
 inline Warp& warp() { return block->warps[threadIdx.x / 32]; }
 inline int lane() { return threadIdx.x % 32; }
 
+inline int __shfl_sync(uint32_t, int value, int source) {
+  Warp& w = warp();
+  w.a[lane()][0] = value;
+  w.meet.arrive_and_wait();
+  value = w.a[source][0];
+  w.meet.arrive_and_wait();
+  return value;
+}
+
 // --- numbers ---
 struct fp8_e4_t {
   uint8_t code;

@@ -90,11 +90,13 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
     row_bytes = 128  # of a token in a stage
     num_blocks = config.num_blocks
 
-    def stage_of(count):
-        return T.truncmod(count, num_stages)
-
-    def phase_of(count):
-        return T.truncdiv(count, num_stages) & 1
+    @T.macro
+    def advance(ring):
+        """Go on to the next stage. Where it is a count of steps instead, the ring has to be a power of two not to be slow."""
+        ring[0] = ring[0] + 1
+        if ring[0] == num_stages:
+            ring[0] = 0
+            ring[1] = ring[1] ^ 1
 
     @T.macro
     def load_weights(w, W_s, full, expert, row_tile, row_tiles, step, stage):
@@ -109,15 +111,11 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
 
     @T.macro
     def load(x, w, expert_ids, X_s, W_s, full, empty, taken, sinks, block, items, columns, row_tiles, steps):
-        """Fill the ring for every tile of the block. Weights are there before the launch before this one has ended."""
+        """Fill the ring for every tile of the block."""
         if config.blocks == 1:
             T.dec_max_nreg(_LOADER_REGISTERS)
-        early = T.alloc_var("int32", init=0)  # steps
-        if block < items:
-            early = T.min(steps, num_stages)
-            for step in T.serial(early):
-                by = T.truncdiv(block, columns)
-                load_weights(w, W_s, full, expert_ids[by], (block - by * columns) * tiles_of_block, row_tiles, step, step)
+        ring = T.alloc_local((2,), "int32")  # stage and phase
+        ring[0], ring[1] = 0, 1
         T.pdl_sync()
         T.pdl_trigger()
         for turn in T.serial(T.ceildiv(items - block, num_blocks)):
@@ -125,21 +123,20 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
             row_tile = T.alloc_var("int32", (turn * num_blocks + block - by * columns) * tiles_of_block)
             expert = T.alloc_var("int32", expert_ids[by])
             for step in T.serial(steps):
-                count = turn * steps + step
-                stage = stage_of(count)
-                if count >= early:
-                    T.barrier_wait(empty[stage], phase_of(count) ^ 1)
-                    load_weights(w, W_s, full, expert, row_tile, row_tiles, step, stage)
+                stage = ring[0]
+                T.barrier_wait(empty[stage], ring[1])
                 T.tma_copy(
                     x[by * block_M : (by + 1) * block_M, step * operand.K : (step + 1) * operand.K],
                     X_s[stage, :, :],
                     barrier=full[stage],
                 )
+                load_weights(w, W_s, full, expert, row_tile, row_tiles, step, stage)
                 if step == 0:
                     T.barrier_wait(taken[turn % 2], (turn // 2 & 1) ^ 1)
                     if T.shuffle_elect(loading):
                         fetch(sinks, turn % 2, full, stage, expert, by * block_M, row_tile)
                 T.barrier_arrive(full[stage])
+                advance(ring)
 
     def decode_tiles(W_s, own, A_r, stage, warpgroup, warp, lane, buffer: int):
         for m in range(tiles):
@@ -161,12 +158,14 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
     def multiply(descriptor, A_r, acc, stage, buffer: int):
         @T.macro
         def emit():
+            # The same number, but the compiler can see that all threads have it, and keeps descriptors in uniform registers.
+            own = T.alloc_var("int32", T.call_pure_extern("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), stage, 0))
             for k in T.unroll(_PRODUCTS):
                 for m in T.unroll(tiles):
                     T.ptx_wgmma_rs(
                         "float32", f"m64n{block_M}k{operand.K // _PRODUCTS}", True, operand.ptx, operand.ptx, "fp32",
                         A_r.data, (buffer * tiles + m) * _LEFT_WORDS + 4 * k,
-                        descriptor.data, (stage * block_M * row_bytes + k * 32) // _DESCRIPTOR,
+                        descriptor.data, (own * block_M * row_bytes + k * 32) // _DESCRIPTOR,
                         acc.data, m * sums, T.bool(True), 1, 1,
                     )  # fmt: skip
 
@@ -177,20 +176,21 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
         if lane == 0:
             T.mbarrier_arrive(empty[stage])
 
-    def step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, before, step, steps, warpgroup, warp, lane, buffer: int):
-        """Multiply what has been decoded, and decode the next step's tiles while that runs; `before`: steps of other tiles."""
+    def step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, ring, step, steps, warpgroup, warp, lane, buffer: int):
+        """Multiply what has been decoded, and decode the next step's tiles while that runs."""
 
         @T.macro
         def emit():
             T.warpgroup_arrive()
-            multiply(descriptor, A_r, acc, stage_of(before + step), buffer)
+            multiply(descriptor, A_r, acc, ring[0], buffer)
             T.warpgroup_commit_batch()
             if step > 0:
                 T.wait_wgmma(1)
-                release(empty, stage_of(before + step - 1), lane)
+                release(empty, T.if_then_else(ring[0] == 0, num_stages, ring[0]) - 1, lane)
             if step + 1 < steps:
-                T.barrier_wait(full[stage_of(before + step + 1)], phase_of(before + step + 1))
-                decode_tiles(W_s, own, A_r, stage_of(before + step + 1), warpgroup, warp, lane, 1 - buffer)
+                advance(ring)
+                T.barrier_wait(full[ring[0]], ring[1])
+                decode_tiles(W_s, own, A_r, ring[0], warpgroup, warp, lane, 1 - buffer)
 
         emit()
 
@@ -202,26 +202,28 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
         acc = T.alloc_local((tiles * sums,), "float32")
         # Of a tile. Allocated here: the compiler's passes take long over buffers in inner scopes.
         own = [T.alloc_local((words,), "uint32") for words in (lane_words, scale_words)]
+        ring = T.alloc_local((2,), "int32")  # stage and phase
         descriptor = T.alloc_wgmma_desc()
         warpgroup, warp, lane = thread // _WARPGROUP, thread % _WARPGROUP // 32, thread % 32
         T.initialize_wgmma_descriptor(descriptor, X_s.access_ptr("r"), _SWIZZLE_128B, 1, 1024 // _DESCRIPTOR)
+        ring[0], ring[1] = 0, 0
         T.pdl_sync()
         for turn in T.serial(T.ceildiv(items - block, num_blocks)):
             by = T.alloc_var("int32", T.truncdiv(turn * num_blocks + block, columns))
             row_tile = T.alloc_var("int32", (turn * num_blocks + block - by * columns) * tiles_of_block + warpgroup * tiles)
-            before = turn * steps
             for i in T.unroll(tiles * sums):
                 acc[i] = T.float32(0)
-            T.barrier_wait(full[stage_of(before)], phase_of(before))
-            decode_tiles(W_s, own, A_r, stage_of(before), warpgroup, warp, lane, 0)
+            T.barrier_wait(full[ring[0]], ring[1])
+            decode_tiles(W_s, own, A_r, ring[0], warpgroup, warp, lane, 0)
             for pair in T.serial(T.ceildiv(steps, 2)):
-                step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, before, 2 * pair, steps, warpgroup, warp, lane, 0)
+                step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, ring, 2 * pair, steps, warpgroup, warp, lane, 0)
                 if 2 * pair + 1 < steps:
                     step_of_turn(
-                        W_s, own, full, empty, A_r, acc, descriptor, before, 2 * pair + 1, steps, warpgroup, warp, lane, 1
+                        W_s, own, full, empty, A_r, acc, descriptor, ring, 2 * pair + 1, steps, warpgroup, warp, lane, 1
                     )
             T.wait_wgmma(0)
-            release(empty, stage_of(before + steps - 1), lane)
+            release(empty, ring[0], lane)
+            advance(ring)
             epilogue(sinks, acc, turn % 2, by * block_M, row_tile, warpgroup, thread % _WARPGROUP)
             release(taken, turn % 2, lane)
 
