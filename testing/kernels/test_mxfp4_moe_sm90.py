@@ -143,6 +143,7 @@ def run(module, config, kind, H, I):
     execute_one(module, gate_up, grid, x=sorted_x, scale_x=scale_x, sizes=sizes)
     used = list(case.rows)
     assert_close(tensors["hidden"][used], case.expected_hidden(x), dtype="bfloat16")
+    assert tensors["hidden"][2 * config.block_M :].isnan().all(), "a block without an expert ends at once"
 
     hidden, scale_hidden, exact = tensors["hidden"], scale_x, tensors["hidden"]
     if kind == "fp8":

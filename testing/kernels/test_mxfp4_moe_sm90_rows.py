@@ -95,3 +95,11 @@ def test_overlapping_launches_wait(name):
         assert waits[1].rstrip().endswith("} else {")
     else:
         assert (inside, len(waits)) == (0, 2)
+
+
+def test_sum_stays_inside():
+    """The text has its own limits: the pass that finds them is off."""
+    text = text_of(rows, rows.sum_slots())
+    accesses = re.findall(r"if \((.*)\) \{\n.*\*\(uint4\*\)\((?:partial|out) ", text)
+    assert len(accesses) == 9
+    assert all("< groups" in condition for condition in accesses)

@@ -16,7 +16,7 @@ TOKENS, TOP_K, GROUPS = 3, 10, 33  # more slots than are loaded at a time, and m
 
 @functools.cache
 def case(dtype):
-    """(partial, positions, out, expected): slots without a row hold NaN; slots added in another order give other bits."""
+    """(partial, positions, expected float32): slots without a row hold NaN; slots added in another order give other bits."""
     generator = torch.Generator().manual_seed(0)
     partial = torch.randn(TOKENS, TOP_K, GROUPS, 32, generator=generator)
     partial = (partial * torch.exp2(torch.randint(-9, 10, partial.shape, generator=generator).float())).to(dtype)
@@ -26,26 +26,28 @@ def case(dtype):
     for slot in range(TOP_K):
         expected += torch.where(positions[:, slot, None, None] >= 0, partial[:, slot].float(), 0)
     partial[positions < 0] = torch.nan
-    return partial, positions, expected.bfloat16()
+    return partial, positions, expected
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values(target, dtype):
     partial, positions, expected = case(dtype)
-    out = torch.full_like(expected, torch.nan)
-    runner(sum_slots("bfloat16", str(dtype).removeprefix("torch.")), target)(partial, positions, out)
-    assert torch.equal(out.view(torch.int16), expected.view(torch.int16))
+    out, name = torch.full_like(partial[:, 0], torch.nan), str(dtype).removeprefix("torch.")
+    runner(sum_slots(name, name), target)(partial, positions, out)
+    assert torch.equal(out.view(torch.uint8), expected.to(dtype).view(torch.uint8))
 
 
 @needs_compiler
-def test_cuda():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda(dtype):
     """Loads of 16 bytes, eight slots' before the first sum, and one store."""
-    partial, positions, expected = case(torch.bfloat16)
-    out = torch.full_like(expected, torch.nan)
-    text = lower(sum_slots("bfloat16", "bfloat16"), "sm_80")
+    partial, positions, expected = case(dtype)
+    out, name = torch.full_like(partial[:, 0], torch.nan), str(dtype).removeprefix("torch.")
+    text = lower(sum_slots(name, name), "sm_80")
     tensors = {"partial": partial, "positions": positions, "out": out}
-    execute(text, (TOKENS, 2), tensors, {"tokens": TOKENS, "top_k": TOP_K, "groups": GROUPS})
-    assert torch.equal(out.view(torch.int16), expected.view(torch.int16))
-    accesses = re.findall(r"= \*\(uint4\*\)\((partial) |(total_f) \+ .*= __\d|\*\(uint4\*\)\((out) ", text)
+    execute(text, (TOKENS, 3), tensors, {"tokens": TOKENS, "top_k": TOP_K, "groups": GROUPS})
+    assert torch.equal(out.view(torch.uint8), expected.to(dtype).view(torch.uint8))
+    vector = {"float32": "float4", "bfloat16": "uint4"}[name]
+    accesses = re.findall(rf"= \*\({vector}\*\)\((partial) |(total_f) \+ .*= __\d|\*\({vector}\*\)\((out) ", text)
     assert ["".join(access) for access in accesses] == ["partial"] * 8 + ["total_f"] * 8 + ["out"]
