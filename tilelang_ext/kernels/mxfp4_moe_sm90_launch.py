@@ -22,15 +22,18 @@ _TABLES = {
         # (most rows of an expert, most slots of all tokens, module, config)
         (6, 64, few, few.Config(8, 4, 2, 4)),  # few blocks: K is split, to fill the processors
         (6, _ANY, few, few.Config(8, 8, 1, 4)),
-        (24, _ANY, many, many.Config(32, 4, 6)),  # tokens are read for 512 rows
-        (80, _ANY, many, many.Config(96, 2, 8)),
+        (12, _ANY, few, few.Config(16, 8, 1, 3)),
+        (18, _ANY, many, many.Config(24, 4, 9)),  # tokens are read for 512 rows
+        (40, _ANY, many, many.Config(48, 2, 13)),
+        (80, _ANY, many, many.Config(80, 2, 9)),
         (1 << TOKEN_BITS, _ANY, many, many.Config(128, 2, 7)),
     ),
     "fp8": (
-        (6, _ANY, many, many.Config(8, 1, 8, 2)),
-        (12, _ANY, many, many.Config(16, 1, 8, 2)),
-        (24, _ANY, many, many.Config(32, 2, 8)),
-        (80, _ANY, many, many.Config(96, 2, 5)),
+        (6, _ANY, many, many.Config(8, 2, 11)),
+        (12, _ANY, many, many.Config(16, 2, 11)),
+        (18, _ANY, many, many.Config(24, 2, 10)),
+        (40, _ANY, many, many.Config(48, 2, 8)),
+        (80, _ANY, many, many.Config(80, 2, 6)),
         (1 << TOKEN_BITS, _ANY, many, many.Config(128, 2, 5)),
     ),
 }
