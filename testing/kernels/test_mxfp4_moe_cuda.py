@@ -40,7 +40,7 @@ EPILOGUES = ("reduce", "atomic")
 SMALL = SHAPES[0]
 
 
-HOPPER_SHAPES = [*SHAPES, (64, 1024, 512, 8, 2), (2000, 7168, 2048, 16, 8), (9000, 512, 256, 4, 4)]
+HOPPER_SHAPES = [*SHAPES, (64, 1024, 512, 8, 2), (256, 1024, 512, 8, 2), (2000, 7168, 2048, 16, 8), (9000, 512, 256, 4, 4)]
 
 
 def needed():
