@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernels.moe_operands import SWIGLU, TOP_K, arguments
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilelang_ext.kernels import mxfp4_moe_launch as launch
 
@@ -51,3 +52,21 @@ def test_few_tokens_have_few_blocks(tokens, most):
     expert_ids = launched["moe_sort"][6]
     assert tokens * TOP_K <= len(expert_ids) <= most
     assert expert_ids is launched["gate_up"][2]
+
+
+def test_x_is_copied_before_the_sort():
+    """Rows are put in order by a launch that reads x before the one before it has ended."""
+    (x, *rest), _ = arguments()
+    columns, events = x.t().contiguous().t(), []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            events.extend(["copy"] if function is torch.ops.aten.clone.default else [])
+            return function(*args, **(kwargs or {}))
+
+    def record(make, options, device):
+        return lambda *tensors: events.append(make.__name__)
+
+    with Record():
+        launch.launch(columns, *rest, SWIGLU, "bfloat16", "reduce", None, torch.empty_like(x), compiled=record)
+    assert events == ["copy", "moe_sort", "gate_up", "down", "sum_slots"]

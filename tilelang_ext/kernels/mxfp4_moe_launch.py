@@ -69,7 +69,8 @@ def launch(
         config = stages.pick_config(tokens, top_k, num_experts, "metal" if device.type == "mps" else "cuda")
     # No more experts have rows than there are slots: of few tokens, hardly a block of the launches that follow is empty.
     capacity = capacity_of(tokens, top_k, min(num_experts, topk_ids.numel()), config.block_M)
-    topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.float().contiguous()
+    # Here, since launches after the sort may read x before the launch before them has ended.
+    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous()
 
     routing = Routing(
         token_ids=torch.empty(capacity, dtype=torch.int32, device=device),
@@ -91,9 +92,9 @@ def launch(
         else x.new_empty((tokens, top_k, out.shape[1]), dtype=partial_dtype)
     )
     if module is not None:
-        hopper.run(module, config, activation, epilogue, x.contiguous(), routing, w13, w2, y, compiled)
+        hopper.run(module, config, activation, epilogue, x, routing, w13, w2, y, compiled)
     else:
-        _run(config, activation, kind, epilogue, x.contiguous(), routing, w13, w2, y, compiled)
+        _run(config, activation, kind, epilogue, x, routing, w13, w2, y, compiled)
     if epilogue == "atomic":
         out.copy_(y)
     else:
