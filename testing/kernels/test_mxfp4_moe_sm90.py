@@ -23,6 +23,7 @@ from tilelang_ext.kernels import mxfp4_moe_sm90_rows as rows
 from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_moe_launch import launch as launch_all
 from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import OPERANDS, TILE
+from tilelang_ext.kernels.mxfp4_moe_sort import moe_sort
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation
 from tilelang_ext.kernels.mxfp4_moe_weights import prepare_mxfp4_weights, tile_for_hopper
 
@@ -139,7 +140,7 @@ def run(module, config, kind, H, I):
         sorted_x = case.x
     sizes = {"groups": I // 32, "hidden_groups": H // 32, "H": H}
     gate_up = module.gate_up(config, Activation(), *([operand] if module is many else []))
-    grid = (config.num_blocks, 1) if module is many else (-(-2 * I // config.rows), 3)
+    grid = (many.num_processors(), 1) if module is many else (-(-2 * I // config.rows), 3)
     execute_one(module, gate_up, grid, x=sorted_x, scale_x=scale_x, sizes=sizes)
     used = list(case.rows)
     assert_close(tensors["hidden"][used], case.expected_hidden(x), dtype="bfloat16")
@@ -156,7 +157,7 @@ def run(module, config, kind, H, I):
         exact = hidden.double() * scale_hidden[:, None].double()
     sizes = {"groups": H // 32, "I": I} if module is many else {"groups": I // 32, "hidden_groups": H // 32}
     down = module.down(config, "reduce", *([operand] if module is many else []))
-    grid = (config.num_blocks, 1) if module is many else (-(-H // config.rows), 3)
+    grid = (many.num_processors(), 1) if module is many else (-(-H // config.rows), 3)
     execute_one(module, down, grid, hidden=hidden, scale_hidden=scale_hidden, sizes=sizes)
     expected = case.expected(exact)
     written = ~expected.isnan()
@@ -170,7 +171,7 @@ def run(module, config, kind, H, I):
     [
         (few, few.Config(16, 4, 2, 1), "bfloat16", (H, I)),
         (many, many.Config(32, 2, 3), "bfloat16", (H, I)),
-        (many, many.Config(8, 1, 3, 2), "fp8", LONG),
+        (many, many.Config(8, 1, 3), "fp8", LONG),
         (many, many.Config(32, 2, 3), "fp8", (H, I)),
     ],
     ids=str,
@@ -208,6 +209,8 @@ def test_rows():
 
 def emulated(make, arguments, device, pass_configs=()):
     """In place of the launches' `compiled`: kernels for Hopper by their text, those of every target on target c."""
+    if make is moe_sort:
+        arguments = arguments[:3]  # a launch on the CPU ends before the next one
     prim_func = make(*arguments)
     if not pass_configs:
         return tilelang.compile(prim_func, target="c")
@@ -252,8 +255,8 @@ def emulated(make, arguments, device, pass_configs=()):
     ("module", "config", "kind", "epilogue"),
     [
         (few, few.Config(8, 8, 1, 1), "bfloat16", "atomic"),  # blocks of two tiles of rows, of which there are five
-        (many, many.Config(8, 1, 2, 2), "bfloat16", "atomic"),
-        (many, many.Config(8, 1, 2, 2), "fp8", "reduce"),
+        (many, many.Config(8, 1, 2), "bfloat16", "atomic"),
+        (many, many.Config(8, 1, 2), "fp8", "reduce"),
     ],
     ids=str,
 )

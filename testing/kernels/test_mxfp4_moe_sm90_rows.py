@@ -3,6 +3,7 @@ launches that overlap do before the one before them has ended.
 """
 
 import re
+import types
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from cuda.toolkit import compile_texts, needs_nvcc
 from kernels.hopper import execute
 from kernels.test_mxfp4_moe_sm90 import ARCH, quantized, text_of
 
+from tilelang_ext.kernels import mxfp4_moe_sm90 as many
 from tilelang_ext.kernels import mxfp4_moe_sm90_few as few
 from tilelang_ext.kernels import mxfp4_moe_sm90_rows as rows
+from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import E4M3
+from tilelang_ext.kernels.mxfp4_moe_sort import moe_sort
 from tilelang_ext.kernels.mxfp4_moe_stages import Activation
 
 
@@ -95,6 +99,31 @@ def test_overlapping_launches_wait(name):
         assert waits[1].rstrip().endswith("} else {")
     else:
         assert (inside, len(waits)) == (0, 2)
+
+
+@pytest.mark.parametrize("stage", ["gate_up", "down"])
+def test_products_wait(stage):
+    """Threads that compute and threads that load wait for the launch before, ahead of all that it writes."""
+    options = [Activation()] if stage == "gate_up" else ["reduce"]
+    text = text_of(many, getattr(many, stage)(many.Config(8, 1, 2), *options, E4M3), stage)
+    body = text[text.rindex('extern "C" __global__') :].split("{", 1)[1]
+    before, computing, loading = body.split("cudaGridDependencySynchronize();")
+    others = re.compile(r"tma_load\(|scale_x|scale_hidden|(?:hidden|y) \+")
+    assert not others.search(before)
+    until_wait = computing[computing.rindex("} else {") :]
+    assert not others.search(until_wait)
+    assert others.search(computing)
+    assert others.search(loading)
+    assert "cudaTriggerProgrammaticLaunchCompletion();" not in before + computing
+    assert "cudaTriggerProgrammaticLaunchCompletion();" in loading
+
+
+def test_sort_lets_the_next_launch_begin():
+    own = types.SimpleNamespace(PASS_CONFIGS={})
+    first, second = (text_of(own, moe_sort(8, 64, "int32", overlapped), "sort") for overlapped in (False, True))
+    assert "cudaTriggerProgrammaticLaunchCompletion();" not in first
+    assert "cudaTriggerProgrammaticLaunchCompletion();" in second
+    assert "cudaGridDependencySynchronize();" not in second
 
 
 def test_sum_stays_inside():

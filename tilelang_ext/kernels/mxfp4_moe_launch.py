@@ -83,7 +83,8 @@ def launch(
     counts = torch.empty(-(-topk_ids.numel() // CHUNK), max_experts, dtype=torch.int32, device=device)
     if len(counts) > 1:
         compiled(count_slots, (max_experts, ids_dtype), device)(topk_ids, counts)
-    compiled(moe_sort, (config.block_M, max_experts, ids_dtype), device)(topk_ids, topk_weights, mask, counts, *routing)
+    sort = compiled(moe_sort, (config.block_M, max_experts, ids_dtype, module is not None), device)
+    sort(topk_ids, topk_weights, mask, counts, *routing)
 
     partial_dtype = torch.float32 if module is None else torch.bfloat16
     y = (

@@ -33,6 +33,7 @@ PASS_CONFIGS = {
 _WARPGROUP = 128  # threads
 _COMPUTING = 2  # warpgroups
 _COMPUTING_THREADS = _COMPUTING * _WARPGROUP
+_THREADS = _COMPUTING_THREADS + _WARPGROUP
 _LOADER_REGISTERS, _COMPUTER_REGISTERS = 40, 232
 _PART = 64  # columns that a warpgroup stores at a time
 _PAD = 8  # elements, against bank conflicts
@@ -45,34 +46,16 @@ _DESCRIPTOR = 16  # bytes that descriptors count in
 
 @dataclass(frozen=True)
 class Config:
-    """Tokens of a block; tiles of 64 rows of a computing warpgroup; stages of the ring; blocks a processor.
-
-    One block a processor: a warpgroup loads, and leaves its registers to the others.
-    """
+    """Tokens of a tile; bands of 64 rows of a computing warpgroup; stages of the ring."""
 
     block_M: int
     tiles: int
     num_stages: int
-    blocks: int = 1
 
     @property
     def rows(self) -> int:
         """Rows of weights of a block."""
         return _COMPUTING * self.tiles * TILE
-
-    @property
-    def loading(self) -> int:
-        """Threads that load."""
-        return _WARPGROUP if self.blocks == 1 else 32
-
-    @property
-    def threads(self) -> int:
-        return _COMPUTING_THREADS + self.loading
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of a launch: as many as are there at a time."""
-        return num_processors() * self.blocks
 
 
 def _product(config: Config, operand: Operand, fetch, epilogue):
@@ -83,12 +66,12 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
     needs beside them, `fetch(sinks, buffer, full, stage, expert, row0, row_tile)` has begun to copy, by one thread, under the
     barrier full[stage]: there are two buffers, of tiles in turn.
     """
-    block_M, tiles, num_stages, loading = config.block_M, config.tiles, config.num_stages, config.loading
+    block_M, tiles, num_stages = config.block_M, config.tiles, config.num_stages
     sums, lane_words, tile_words = block_M // 2, operand.lane_words, operand.tile_words
     tiles_of_block = _COMPUTING * tiles
     scale_words = operand.K // MX_GROUP // 2  # of a lane, for rows g and g + 8
     row_bytes = 128  # of a token in a stage
-    num_blocks = config.num_blocks
+    num_blocks = num_processors()
 
     @T.macro
     def advance(ring):
@@ -101,7 +84,7 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
     @T.macro
     def load_weights(w, W_s, full, expert, row_tile, row_tiles, step, stage):
         # Not T.tma_copy, which takes one dimension only where it can prove that it stays inside, and an expert is read.
-        if T.shuffle_elect(loading):
+        if T.shuffle_elect(_WARPGROUP):
             T.mbarrier_expect_tx(full[stage], tiles_of_block * tile_words * 4)
             for i in T.unroll(tiles_of_block):
                 tile = T.min(row_tile + i, row_tiles - 1)
@@ -112,8 +95,7 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
     @T.macro
     def load(x, w, expert_ids, X_s, W_s, full, empty, taken, sinks, block, items, columns, row_tiles, steps):
         """Fill the ring for every tile of the block."""
-        if config.blocks == 1:
-            T.dec_max_nreg(_LOADER_REGISTERS)
+        T.dec_max_nreg(_LOADER_REGISTERS)
         ring = T.alloc_local((2,), "int32")  # stage and phase
         ring[0], ring[1] = 0, 1
         T.pdl_sync()
@@ -133,7 +115,7 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
                 load_weights(w, W_s, full, expert, row_tile, row_tiles, step, stage)
                 if step == 0:
                     T.barrier_wait(taken[turn % 2], (turn // 2 & 1) ^ 1)
-                    if T.shuffle_elect(loading):
+                    if T.shuffle_elect(_WARPGROUP):
                         fetch(sinks, turn % 2, full, stage, expert, by * block_M, row_tile)
                 T.barrier_arrive(full[stage])
                 advance(ring)
@@ -196,8 +178,7 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
 
     @T.macro
     def compute(X_s, W_s, full, empty, taken, sinks, block, items, columns, steps, thread):
-        if config.blocks == 1:
-            T.inc_max_nreg(_COMPUTER_REGISTERS)
+        T.inc_max_nreg(_COMPUTER_REGISTERS)
         A_r = T.alloc_local((2 * tiles * _LEFT_WORDS,), "uint32")
         acc = T.alloc_local((tiles * sums,), "float32")
         # Of a tile. Allocated here: the compiler's passes take long over buffers in inner scopes.
@@ -232,8 +213,7 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
         X_s = T.alloc_shared((num_stages, block_M, operand.K), operand.dtype)
         W_s = T.alloc_shared((num_stages, tiles_of_block, tile_words), "uint32")
         T.annotate_layout({X_s: make_swizzled_layout(X_s)})
-        T.annotate_min_blocks_per_sm(config.blocks)
-        full = T.alloc_barrier([loading] * num_stages)
+        full = T.alloc_barrier([_WARPGROUP] * num_stages)
         empty = T.alloc_barrier([_COMPUTING_THREADS // 32] * num_stages)  # a warp each
         taken = T.alloc_barrier([_COMPUTING_THREADS // 32] * 2)
         tx = T.get_thread_binding()
@@ -399,7 +379,7 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
         bias13: T.Tensor((experts, row_tiles * TILE), "float32"),
         hidden: T.Tensor((blocks * block_M, I), "bfloat16"),
     ):
-        with T.Kernel(config.num_blocks, threads=config.threads) as block:
+        with T.Kernel(num_processors(), threads=_THREADS) as block:
             out_s = T.alloc_shared((_COMPUTING, block_M, _PART + _PAD), "bfloat16")
             bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for part in range(2))
             scale_s = T.alloc_shared((2, block_M), "float32")
@@ -500,7 +480,7 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
         bias2: T.Tensor((experts, row_tiles * TILE), "float32"),
         y: slots_type(epilogue, tokens, top_k, H),
     ):
-        with T.Kernel(config.num_blocks, threads=config.threads) as block:
+        with T.Kernel(num_processors(), threads=_THREADS) as block:
             out_s = T.alloc_shared((_COMPUTING, block_M, _PART + _PAD), "bfloat16")
             ids_s = T.alloc_shared((2, block_M), "int32")
             weights_s, scale_s = (T.alloc_shared((2, block_M), "float32") for part in range(2))

@@ -22,8 +22,8 @@ _TABLES = {
         # (most rows of an expert, most slots of all tokens, module, config)
         (6, 64, few, few.Config(8, 4, 2, 4)),  # few blocks: K is split, to fill the processors
         (6, _ANY, few, few.Config(8, 8, 1, 4)),
-        (12, _ANY, few, few.Config(16, 8, 1, 3)),
-        (18, _ANY, many, many.Config(24, 4, 9)),  # tokens are read for 512 rows
+        (12, _ANY, many, many.Config(16, 4, 10)),  # tokens are read for 512 rows
+        (18, _ANY, many, many.Config(24, 4, 9)),
         (40, _ANY, many, many.Config(48, 2, 13)),
         (80, _ANY, many, many.Config(80, 2, 9)),
         (1 << TOKEN_BITS, _ANY, many, many.Config(128, 2, 7)),

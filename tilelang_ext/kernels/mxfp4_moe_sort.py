@@ -87,7 +87,7 @@ def count_slots(max_experts: int, ids_dtype: str = "int32"):
     return count_slots
 
 
-def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
+def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", overlapped: bool = False):
     """The prim_func: (topk_ids, topk_weights, expert_mask, counts, token_ids, weights, expert_ids, num_valid, positions).
 
     | parameter | shape | dtype |
@@ -100,6 +100,8 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
     | expert_ids | (blocks,): number of the block's expert among the local ones, -1 past the last block in use | int32 |
     | num_valid | (1,): rows in use | int32 |
     | positions | (tokens, top_k): the row of a slot, -1 where it is dropped or its expert elsewhere | int32 |
+
+    On CUDA, the launch after one that is `overlapped` may begin before it has ended, and then waits for that end.
     """
     tokens, top_k, num_experts = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("num_experts")
     chunks, blocks = T.dynamic("chunks"), T.dynamic("blocks")
@@ -123,6 +125,8 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32"):
         positions: T.Tensor((tokens, top_k), "int32"),
     ):
         with T.Kernel(chunks, threads=_THREADS) as chunk:
+            if overlapped:
+                T.pdl_trigger()
             count_s = T.alloc_shared((width,), "int32")  # slots of this chunk
             rows_s = T.alloc_shared((width,), "int32")  # of an expert, in all chunks
             next_s = T.alloc_shared((width,), "int32")  # where this chunk's first row goes, -1 for experts elsewhere
