@@ -380,7 +380,11 @@ def main(command_line: list[str] | None = None) -> list[dict]:
         for count in arguments.tokens or tokens
         for a_dtype in arguments.a_dtype
     ]
-    rows = [row for case in progress(cases, "mixture of experts") for row in run(case, providers, arguments.seed)]
+    rows = []
+    for case in progress(cases, "mixture of experts"):
+        rows += run(case, providers, arguments.seed)
+        if arguments.csv:  # a run that is ended keeps what it has
+            write_csv(arguments.csv, rows)
 
     title = f"MXFP4 mixture of experts, target {target}, {describe(device)}"
     if device == "simulator":
@@ -396,8 +400,6 @@ def main(command_line: list[str] | None = None) -> list[dict]:
         notes += ["bytes floor: codes and scales of the experts in use, x and y, each once."]
         notes.append(METHOD[device] + (" Providers replay in turn." if device == "cuda" else ""))
     show(title, rows, columns, notes)
-    if arguments.csv:
-        write_csv(arguments.csv, rows)
     if arguments.plot:
         keys = {"panel": "case", "x": "tokens", "series": "line", "value": "us"}
         plot_lines(arguments.plot, lines(rows), **keys, title=title, label="us")

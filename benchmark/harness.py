@@ -24,7 +24,7 @@ L2_CACHES = 3  # inputs rotate through this many times the L2 cache
 MAX_ROTATION = 64
 REPLAYS = 20
 WARM_UP = 3  # replays before them
-CHAIN = 24  # calls of a graph at least
+CHAIN, CHAIN_US = 24, 3000.0  # calls of a graph at least, unless they take this long
 BARS_IN_A_ROW = 24  # of a chart
 MAC_CACHE_BYTES = 64 * 2**20  # more than the system-level cache of any Apple chip up to M4 Max
 
@@ -212,20 +212,28 @@ def time_cuda(calls: Sequence[Callable[[], None]], replays: int = REPLAYS) -> fl
 
 def time_cuda_in_turn(providers: Sequence[Sequence[Callable[[], None]]], replays: int = REPLAYS) -> list[float]:
     """`time_cuda` of several, one replay of each in turn, so that a GPU that slows down as it warms does so for all alike."""
-    # A replay begins with a gap of some microseconds, which many calls share.
-    providers = [list(calls) * math.ceil(CHAIN / len(calls)) for calls in providers]
+    # A replay begins with a gap of some microseconds, which many calls share. As many of each provider: a GPU may slow down.
+    one_round = min(_replay(_graph(calls), rounds=2) for calls in providers)
+    count = max(1, min(math.ceil(CHAIN / len(providers[0])), math.ceil(CHAIN_US / one_round)))
+    providers = [list(calls) * count for calls in providers]
     graphs = [_graph(calls) for calls in providers]
     times: list[list[float]] = [[] for _ in graphs]
     for replay in range(WARM_UP + replays):
         order = range(len(graphs)) if replay % 2 else range(len(graphs) - 1, -1, -1)
         for provider in order:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graphs[provider].replay()
-            end.record()
-            end.synchronize()
-            times[provider].append(start.elapsed_time(end) * 1e3)
+            times[provider].append(_replay(graphs[provider]))
     return [statistics.median(own[WARM_UP:]) / len(calls) for own, calls in zip(times, providers, strict=True)]
+
+
+def _replay(graph: torch.cuda.CUDAGraph, rounds: int = 1) -> float:
+    """Microseconds of the last of some replays."""
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) * 1e3
 
 
 def _graph(calls: Sequence[Callable[[], None]]) -> torch.cuda.CUDAGraph:
