@@ -55,7 +55,13 @@ class Case:
         self.w13, self.w2 = weights(2 * I, H, 64, "separated"), weights(H, I, 32, None)
         self.x = (torch.randn(TOKENS, H, generator=generator) * torch.exp2(torch.arange(TOKENS) - 2.0)[:, None]).bfloat16()
         self.block_M = block_M
-        self.rows = {0: (0, 0), 1: (3, 1), block_M: (4, 0), block_M + 1: (1, 1), block_M + 2: (0, 1)}  # row: token, slot
+        self.rows = {
+            0: (0, 0),
+            block_M - 1: (3, 1),
+            block_M: (4, 0),
+            block_M + 1: (1, 1),
+            block_M + 2: (0, 1),
+        }  # row: token, slot
         self.token_ids = torch.full((3 * block_M,), TOP_K << 24 | TOKENS, dtype=torch.int32)
         self.positions = torch.full((TOKENS, TOP_K), -1, dtype=torch.int32)
         for row, (token, slot) in self.rows.items():
@@ -170,7 +176,7 @@ def run(module, config, kind, H, I):
     ("module", "config", "kind", "sizes"),
     [
         (few, few.Config(16, 4, 2, 1), "bfloat16", (H, I)),
-        (many, many.Config(32, 2, 3), "bfloat16", (H, I)),
+        (many, many.Config(16, 4, 2), "bfloat16", (H, I)),
         (many, many.Config(8, 1, 3), "fp8", LONG),
         (many, many.Config(32, 2, 3), "fp8", (H, I)),
     ],

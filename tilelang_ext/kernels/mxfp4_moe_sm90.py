@@ -1,7 +1,7 @@
 """The two products of a mixture of experts on Hopper by products of a warpgroup: bfloat16 or E4M3 activations, MXFP4 weights.
 
 Weights are the left operand, so that decoded codes go into the matrix unit from registers, and tokens the columns. Blocks stay
-for all of the product and take every so many tiles of it, rows of weights by tokens of one expert. A loading warp or warpgroup
+for all of the product and take every so many tiles of it, rows of weights by tokens of one expert. A loading warpgroup
 keeps a ring of stages filled by bulk copies, and does not stop between tiles: the tokens, 128 bytes of each at a time, and the
 weights as they lie. Two computing warpgroups decode what the next step takes while the matrix unit multiplies this one's; they
 do not wait for each other, so that one stores while the other multiplies. Tokens are in sorted order, since a bulk copy cannot
