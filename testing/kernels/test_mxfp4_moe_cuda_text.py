@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import tilelang
 import torch
 from cuda.execute import execute, needs_compiler
 from cuda.kernels import lower
@@ -15,6 +16,7 @@ from tilelang_ext.kernels.mxfp4_moe_activations import quantize_rows
 from tilelang_ext.kernels.mxfp4_moe_sort import count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe_stages import down, gate_up, pick_config, sum_slots
 
+pytestmark = pytest.mark.skipif(tilelang.__version__.startswith("0.1.14"), reason="upstream's CUDA does not compile")
 LARGE = pick_config(4096, 4, 32, "cuda")  # 256 threads, and the most registers
 KERNELS = {
     "gate_up": lambda: gate_up(LARGE, SWIGLU, "mxfp8"),

@@ -70,3 +70,19 @@ def test_x_is_copied_before_the_sort():
     with Record():
         launch.launch(columns, *rest, SWIGLU, "bfloat16", "reduce", None, torch.empty_like(x), compiled=record)
     assert events == ["copy", "moe_sort", "gate_up", "down", "sum_slots"]
+
+
+def test_old_tilelang_on_nvidia(monkeypatch):
+    """An error of ours, not one of nvcc."""
+    monkeypatch.setattr(launch.tilelang, "__version__", "0.1.14")
+    monkeypatch.setattr(torch.version, "hip", None)
+    launch._check_tilelang(torch.device("cpu"))
+    with pytest.raises(
+        NotImplementedError, match=r"these weights need tilelang 0\.1\.15 on NVIDIA GPUs; got 0\.1\.14; upgrade"
+    ):
+        launch._check_tilelang(torch.device("cuda"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    launch._check_tilelang(torch.device("cuda"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(launch.tilelang, "__version__", "0.1.15")
+    launch._check_tilelang(torch.device("cuda"))

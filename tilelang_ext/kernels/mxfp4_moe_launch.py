@@ -66,6 +66,7 @@ def launch(
     if is_tiled(w13):
         module, config = hopper.pick(tokens, top_k, num_experts, kind)
     else:
+        _check_tilelang(device)
         config = stages.pick_config(tokens, top_k, num_experts, "metal" if device.type == "mps" else "cuda")
     # No more experts have rows than there are slots: of few tokens, hardly a block of the launches that follow is empty.
     capacity = capacity_of(tokens, top_k, min(num_experts, topk_ids.numel()), config.block_M)
@@ -104,6 +105,15 @@ def launch(
         else:
             sum_slots = compiled(rows.sum_slots, (), device, tuple(rows.PASS_CONFIGS.items()))
         sum_slots(y.unflatten(2, (-1, MX_GROUP)), routing.positions, out.unflatten(1, (-1, MX_GROUP)))
+
+
+def _check_tilelang(device: torch.device) -> None:
+    """Raise where upstream's CUDA of the general kernels does not compile."""
+    if device.type == "cuda" and torch.version.hip is None and tilelang.__version__.startswith("0.1.14"):
+        raise NotImplementedError(
+            f"mxfp4_moe: these weights need tilelang 0.1.15 on NVIDIA GPUs; got {tilelang.__version__}; "
+            "upgrade tilelang, or use tile_for_hopper on a Hopper GPU"
+        )
 
 
 _MASKS: dict[tuple[int, torch.device], Tensor] = {}

@@ -381,9 +381,9 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
     ):
         with T.Kernel(num_processors(), threads=_THREADS) as block:
             out_s = T.alloc_shared((_COMPUTING, block_M, _PART + _PAD), "bfloat16")
-            bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for part in range(2))
+            bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for name in ("bias", "power"))
             scale_s = T.alloc_shared((2, block_M), "float32")
-            rows_bias, rows_power = (T.alloc_local((2,), "float32") for part in range(2))
+            rows_bias, rows_power = (T.alloc_local((2,), "float32") for name in ("bias", "power"))
             sinks = SimpleNamespace(
                 scale=scale_x, power=scale13, bias=bias13, scale_s=scale_s, power_s=power_s, bias_s=bias_s, out_s=out_s,
                 rows_bias=rows_bias, rows_power=rows_power, hidden=hidden, I=I, row_tiles=row_tiles,
@@ -483,9 +483,9 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
         with T.Kernel(num_processors(), threads=_THREADS) as block:
             out_s = T.alloc_shared((_COMPUTING, block_M, _PART + _PAD), "bfloat16")
             ids_s = T.alloc_shared((2, block_M), "int32")
-            weights_s, scale_s = (T.alloc_shared((2, block_M), "float32") for part in range(2))
-            bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for part in range(2))
-            values, rows_bias, rows_power = (T.alloc_local((2,), "float32") for part in range(3))
+            weights_s, scale_s = (T.alloc_shared((2, block_M), "float32") for name in ("weights", "scale"))
+            bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for name in ("bias", "power"))
+            values, rows_bias, rows_power = (T.alloc_local((2,), "float32") for name in ("values", "bias", "power"))
             sinks = SimpleNamespace(
                 scale=scale_hidden, power=scale2, bias=bias2, scale_s=scale_s, power_s=power_s, bias_s=bias_s, out_s=out_s,
                 rows_bias=rows_bias, rows_power=rows_power, token_ids=token_ids, weights=weights, ids_s=ids_s,

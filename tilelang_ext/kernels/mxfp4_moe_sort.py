@@ -131,7 +131,7 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", overlappe
             rows_s = T.alloc_shared((width,), "int32")  # of an expert, in all chunks
             next_s = T.alloc_shared((width,), "int32")  # where this chunk's first row goes, -1 for experts elsewhere
             # Sums over this expert and those before it, read from one half and written to the other: blocks, and local experts.
-            blocks_s, locals_s = (T.alloc_shared((2, width), "int32") for _ in range(2))
+            blocks_s, locals_s = (T.alloc_shared((2, width), "int32") for name in ("blocks", "locals"))
             experts_f, ranks_f = T.alloc_fragment((CHUNK,), "int32"), T.alloc_fragment((CHUNK,), "int32")
             weights_f, local_f = T.alloc_fragment((CHUNK,), "float32"), T.alloc_fragment((width,), "int32")
             none = top_k << TOKEN_BITS | tokens
@@ -164,10 +164,10 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", overlappe
                 locals_s[0, e] = local_f[e]
             for scan in T.serial(scans):
                 for e in T.Parallel(width):
-                    before = T.max(e - (1 << scan), 0)
+                    added = T.max(e - (1 << scan), 0)
                     has = e >= 1 << scan
-                    blocks_s[(scan + 1) % 2, e] = blocks_s[scan % 2, e] + T.if_then_else(has, blocks_s[scan % 2, before], 0)
-                    locals_s[(scan + 1) % 2, e] = locals_s[scan % 2, e] + T.if_then_else(has, locals_s[scan % 2, before], 0)
+                    blocks_s[(scan + 1) % 2, e] = blocks_s[scan % 2, e] + T.if_then_else(has, blocks_s[scan % 2, added], 0)
+                    locals_s[(scan + 1) % 2, e] = locals_s[scan % 2, e] + T.if_then_else(has, locals_s[scan % 2, added], 0)
             for e in T.Parallel(width):
                 if next_s[e] >= 0:
                     next_s[e] += (blocks_s[scans % 2, e] - T.ceildiv(rows_s[e], block_m)) * block_m

@@ -284,6 +284,7 @@ def sum_slots(out_dtype: str, partial_dtype: str = "float32", overlaps: bool = F
     tokens, top_k, groups = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("groups")
     columns = 4 if partial_dtype == "float32" else 8  # of a thread: 16 bytes
     shape, per_group = (_SUM_THREADS, columns), MX_GROUP // columns
+    each_slot = range(_SUM_SLOTS)  # not within the kernel, where tilelang 0.1.14 takes it for a loop of the kernel
 
     @T.macro
     def load(partial, slot_f, token, slot, row, first, groups):
@@ -293,6 +294,18 @@ def sum_slots(out_dtype: str, partial_dtype: str = "float32", overlaps: bool = F
             inside = (row >= 0) & (group < groups)
             slot_f[i, v] = T.if_then_else(inside, partial[token, slot, group, column], T.cast(0, partial_dtype))
 
+    @T.macro
+    def add(total_f, slot_f):
+        for i, v in T.Parallel(*shape):
+            total_f[i, v] += T.cast(slot_f[i, v], "float32")
+
+    def load_and_add(partial, slots_f, total_f, token, first_slot, rows, first, groups):
+        """All loads, then all sums; no macro, where a loop of Python's is one of the kernel."""
+        for s, slot_f in enumerate(slots_f):
+            load(partial, slot_f, token, first_slot + s, rows[s], first, groups)
+        for slot_f in slots_f:
+            add(total_f, slot_f)
+
     @T.prim_func
     def sum_slots(
         partial: T.Tensor((tokens, top_k, groups, MX_GROUP), partial_dtype),
@@ -301,7 +314,7 @@ def sum_slots(out_dtype: str, partial_dtype: str = "float32", overlaps: bool = F
     ):
         # Tokens come first: CUDA has 65535 blocks at most along the others.
         with T.Kernel(tokens, T.ceildiv(groups * per_group, _SUM_THREADS), threads=_SUM_THREADS) as (token, bx):
-            slots_f = [T.alloc_fragment(shape, partial_dtype) for _ in range(_SUM_SLOTS)]
+            slots_f = [T.alloc_fragment(shape, partial_dtype) for _ in each_slot]
             total_f, out_f = T.alloc_fragment(shape, "float32"), T.alloc_fragment(shape, out_dtype)
             if overlaps:
                 T.pdl_sync()
@@ -314,11 +327,7 @@ def sum_slots(out_dtype: str, partial_dtype: str = "float32", overlaps: bool = F
                     rows[s] = -1
                     if step * _SUM_SLOTS + s < top_k:
                         rows[s] = positions[token, step * _SUM_SLOTS + s]
-                for s, slot_f in enumerate(slots_f):
-                    load(partial, slot_f, token, step * _SUM_SLOTS + s, rows[s], first, groups)
-                for slot_f in slots_f:
-                    for i, v in T.Parallel(*shape):
-                        total_f[i, v] += T.cast(slot_f[i, v], "float32")
+                load_and_add(partial, slots_f, total_f, token, step * _SUM_SLOTS, rows, first, groups)
             for i, v in T.Parallel(*shape):
                 out_f[i, v] = T.cast(total_f[i, v], out_dtype)
             for i, v in T.Parallel(*shape):

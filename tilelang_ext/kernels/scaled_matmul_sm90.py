@@ -92,6 +92,8 @@ def scaled_matmul(problem: Problem, config: Config):
     unrolled = num_stages if steps % num_stages == 0 and not fast else 1  # steps a turn of the loop; then a stage is a constant
     # Scales of all of K come with the stage that is filled for the second time in a tile: then the tile before is stored.
     staged = not grouped and steps > num_stages
+    # Written out here: within a kernel, tilelang 0.1.14 takes a call of range for a loop of the kernel.
+    each_band, each_step_of_turn, each_warpgroup, each_store = range(bands), range(unrolled), range(_COMPUTING), range(_STORES)
     part_K = BLOCK_K if steps > 1 else BLOCK_K // 2  # of a product that float32 adds; errors of a single one do not average out
 
     # Numbers that shape a tile reach macros as closures: a macro turns its arguments into variables.
@@ -174,7 +176,7 @@ def scaled_matmul(problem: Problem, config: Config):
         T.dec_max_nreg(_LOADER_REGISTERS)
         step = T.alloc_var("int32", init=0)
         place_M, place_N = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
-        scales = [T.alloc_local((fetched + (1 if grouped else fetched_b),), "float32") for _ in range(unrolled)]
+        scales = [T.alloc_local((fetched + (1 if grouped else fetched_b),), "float32") for _ in each_step_of_turn]
         for turn in T.serial(T.ceildiv(tiles_of_rows * columns - block, num_blocks)):
             place(turn * num_blocks + block, tiles_of_rows, place_M, place_N)
             row0, column0 = place_M[0] * block_M, place_N[0] * block_N
@@ -313,7 +315,7 @@ def scaled_matmul(problem: Problem, config: Config):
             T.inc_max_nreg(_COMPUTER_REGISTERS)
             step = T.alloc_var("int32", init=0)
             place_M, place_N = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
-            factors = [T.alloc_fragment((BAND,), "float32") for _ in range(bands)]
+            factors = [T.alloc_fragment((BAND,), "float32") for _ in each_band]
             for turn in T.serial(T.ceildiv(tiles_of_rows * columns - block, num_blocks)):
                 place(turn * num_blocks + block, tiles_of_rows, place_M, place_N)
                 if not fast:
@@ -339,9 +341,9 @@ def scaled_matmul(problem: Problem, config: Config):
             B_s = T.alloc_shared((num_stages, block_N, BLOCK_K), problem.b_dtype)
             scales_s = T.alloc_shared((num_stages, block_M) if grouped else (block_M + block_N,), "float32")
             # A buffer a store: upstream writes fragments by matrix instructions only where they fill a whole one.
-            outs = [[T.alloc_shared((BAND, store_N), out_dtype) for _ in range(_STORES)] for _ in range(_COMPUTING)]
-            sums = [[T.alloc_fragment((BAND, block_N), "float32") for _ in range(bands)] for _ in range(_COMPUTING)]
-            partials = [T.alloc_fragment((BAND, block_N), "float32") for _ in range(_COMPUTING)]
+            outs = [[T.alloc_shared((BAND, store_N), out_dtype) for _ in each_store] for _ in each_warpgroup]
+            sums = [[T.alloc_fragment((BAND, block_N), "float32") for _ in each_band] for _ in each_warpgroup]
+            partials = [T.alloc_fragment((BAND, block_N), "float32") for _ in each_warpgroup]
             T.annotate_layout({tile: make_swizzled_layout(tile) for tile in (A_s, B_s, *outs[0], *outs[1])})
             full = T.alloc_barrier([WARPGROUP] * num_stages)
             empty = T.alloc_barrier([_COMPUTING * WARPGROUP // 32] * num_stages)  # a warp each

@@ -11,6 +11,7 @@ rows are not stored.
 Floor on an H200: (M + N) K / 4.25e12 s, 7.0 us for 16x4096x7168; see docs/performance.md.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -31,6 +32,7 @@ from tilelang_ext.kernels.scaled_matmul_sm90 import (
 )
 
 MAX_M = 128
+CLUSTERS = "cluster_dims" in inspect.signature(T.Kernel).parameters  # not in tilelang 0.1.14
 _SHARED_BYTES = 225 * 1024  # of the 227 KB that a block may have; barriers take some
 _MAX_STAGES = 32
 
@@ -58,7 +60,7 @@ def pick_config(problem: Problem) -> Config | None:
     for block_N, few, many in table:
         tiles, warpgroups = -(-problem.N // block_N), few if block_M <= BAND else many
         if tiles <= num_blocks and warpgroups is not None:
-            num_splits = 2 if 2 * tiles <= num_blocks and steps > 1 else 1
+            num_splits = 2 if CLUSTERS and 2 * tiles <= num_blocks and steps > 1 else 1
             steps_of_block = -(-steps // num_splits)
             warpgroups = min(warpgroups, 1 << (steps_of_block.bit_length() - 1))
             config = Config(block_M, block_N, num_splits, warpgroups, 0)
@@ -95,6 +97,8 @@ def scaled_matmul(problem: Problem, config: Config):
     all_steps = -(-K // BLOCK_K)
     steps = -(-all_steps // num_splits)  # of a block
     part_N = block_N // num_splits  # columns that a block of a cluster finishes
+    in_clusters = {"cluster_dims": (num_splits, 1, 1)} if num_splits > 1 else {}
+    each_warpgroup = range(warpgroups)  # not within the kernel, where tilelang 0.1.14 takes it for a loop of the kernel
 
     @T.macro
     def load(a, b, A_s, B_s, full, empty, column0, first_step, count):
@@ -175,13 +179,13 @@ def scaled_matmul(problem: Problem, config: Config):
 
     @T.macro
     def matmul(a, scale_a, b, scale_b, bias, out):
-        with T.Kernel(num_splits, T.ceildiv(N, block_N), threads=computing + 32, cluster_dims=(num_splits, 1, 1)) as (rank, bx):
+        with T.Kernel(num_splits, T.ceildiv(N, block_N), threads=computing + 32, **in_clusters) as (rank, bx):
             A_s = T.alloc_shared((num_stages * block_M + band_M - block_M, BLOCK_K), problem.a_dtype)
             B_s = T.alloc_shared((num_stages, block_N, BLOCK_K), problem.b_dtype)
             factors_s = T.alloc_shared((steps if grouped else 1, block_M), "float32")
             sums_s = T.alloc_shared((num_splits, warpgroups, block_M, part_N), "float32")
-            sums = [T.alloc_fragment((band_M, block_N), "float32") for _ in range(warpgroups)]
-            partials = [T.alloc_fragment((band_M, block_N), "float32") for _ in range(warpgroups)]
+            sums = [T.alloc_fragment((band_M, block_N), "float32") for _ in each_warpgroup]
+            partials = [T.alloc_fragment((band_M, block_N), "float32") for _ in each_warpgroup]
             out_f = T.alloc_fragment((block_M, part_N), "float32")
             T.annotate_layout({tile: make_swizzled_layout(tile) for tile in (A_s, B_s)})
             full = T.alloc_barrier([32] * num_stages)
