@@ -43,7 +43,7 @@ def test_around_moe():
 
 @pytest.mark.parametrize("kind", OPERANDS)
 def test_moe_on_hopper(kind):
-    for _, _, module, config in hopper._TABLES[kind]:
+    for _, _, module, config in hopper._TABLES[kind][::3]:  # a kernel of few tokens, and of two and four bands
         operand = [OPERANDS[kind]] if module is hopper.many else []
         module.gate_up(config, ACTIVATION, *operand)
         for epilogue in EPILOGUES:
