@@ -214,7 +214,7 @@ def time_cuda_in_turn(providers: Sequence[Sequence[Callable[[], None]]], replays
     """`time_cuda` of several, one replay of each in turn, so that a GPU that slows down as it warms does so for all alike."""
     # A replay begins with a gap of some microseconds, which many calls share. As many of each provider: a GPU may slow down.
     one_round = min(_replay(_graph(calls), rounds=2) for calls in providers)
-    count = max(1, min(math.ceil(CHAIN / len(providers[0])), math.ceil(CHAIN_US / one_round)))
+    count = min(math.ceil(CHAIN / len(providers[0])), math.ceil(CHAIN_US / one_round))
     providers = [list(calls) * count for calls in providers]
     graphs = [_graph(calls) for calls in providers]
     times: list[list[float]] = [[] for _ in graphs]

@@ -27,6 +27,8 @@ def test_mask_of_every_expert_is_made_once(monkeypatch):
     assert kept is not of_graph
     assert launch._every_expert(8, device) is kept
     assert launch._every_expert(9, device) is not kept
+    cpu = torch.device("cpu")
+    assert launch._every_expert(8, cpu) is not launch._every_expert(8, cpu)
     capturing = True
     assert launch._every_expert(8, device) is kept
 
@@ -52,6 +54,21 @@ def test_few_tokens_have_few_blocks(tokens, most):
     expert_ids = launched["moe_sort"][6]
     assert tokens * TOP_K <= len(expert_ids) <= most
     assert expert_ids is launched["gate_up"][2]
+
+
+def test_ids_that_are_not_distinct_stay_inside():
+    """More slots of a token than experts: all rows are one expert's."""
+    (x, _, _, *weights), _ = arguments()
+    topk_ids, launched = torch.zeros(1, 64, dtype=torch.int32), {}
+    one = [w._replace(codes=w.codes[:1], scale=w.scale[:1], bias=w.bias[:1]) for w in weights]
+
+    def record(make, options, device):
+        return lambda *tensors: launched.update({make.__name__: tensors})
+
+    launch.launch(
+        x[:1], topk_ids, torch.ones(1, 64), *one, SWIGLU, "bfloat16", "reduce", None, torch.empty_like(x[:1]), compiled=record
+    )
+    assert len(launched["moe_sort"][4]) >= 64
 
 
 def test_x_is_copied_before_the_sort():

@@ -80,7 +80,7 @@ def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torc
         if id != top_k << TOKEN_BITS | tokens:
             assert token_ids[positions[id & 0xFFFFFF, id >> TOKEN_BITS]] == id
     assert (positions >= 0).sum() == (want.token_ids != top_k << TOKEN_BITS | tokens).sum()
-    assert positions.numel() == 0 or positions.min() >= -1
+    assert (positions >= -1).all()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -152,4 +152,5 @@ def test_launches(tokens, chunks):
     assert makes[:sort] == (count_slots,) * (chunks > 1)
     counts = operands[sort][3]
     assert counts.shape == (chunks, 128)
-    assert chunks == 1 or operands[0][1] is counts
+    if chunks > 1:
+        assert operands[0][1] is counts

@@ -69,7 +69,8 @@ def launch(
         _check_tilelang(device)
         config = stages.pick_config(tokens, top_k, num_experts, "metal" if device.type == "mps" else "cuda")
     # No more experts have rows than there are slots: of few tokens, hardly a block of the launches that follow is empty.
-    capacity = capacity_of(tokens, top_k, min(num_experts, topk_ids.numel()), config.block_M)
+    # Rows of ids that are not distinct have to fit too, hence top_k of them at least.
+    capacity = capacity_of(tokens, top_k, min(max(num_experts, top_k), topk_ids.numel()), config.block_M)
     # Here, since launches after the sort may read x before the launch before them has ended.
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous()
 
@@ -122,7 +123,8 @@ _MASKS: dict[tuple[int, torch.device], Tensor] = {}
 def _every_expert(num_experts: int, device: torch.device) -> Tensor:
     """Return the mask of experts that are all here, filled once; one made while a graph is captured is that graph's alone."""
     key = num_experts, device
-    if key not in _MASKS and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    of_graph = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if key not in _MASKS and (of_graph or device.type == "cpu"):  # on the CPU it may be a tensor without data
         return torch.ones(num_experts, dtype=torch.int32, device=device)
     if key not in _MASKS:
         _MASKS[key] = torch.ones(num_experts, dtype=torch.int32).to(device)  # which waits, so that any stream may read it

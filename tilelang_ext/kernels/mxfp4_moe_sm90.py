@@ -257,7 +257,9 @@ def _put_rows(block_M: int, width: int, put):
 
 
 def _fetch(config: Config, operand: Operand):
-    """The macros that begin to copy bias and power of a tile's rows, and a vector's elements for its tokens."""
+    """The macros that begin to copy bias and power of a tile's rows, and a vector's elements for its tokens; and the one that
+    takes what rows g and g + 8 need from the first.
+    """
     tiles, block_M = _COMPUTING * config.tiles, config.block_M
 
     @T.macro
@@ -275,7 +277,13 @@ def _fetch(config: Config, operand: Operand):
         T.mbarrier_expect_tx(full[stage], block_M * 4)
         T.tma_load(T.address_of(vector_s[buffer, 0]), T.address_of(vector[row0]), full[stage], block_M * 4, 0)
 
-    return fetch_rows, fetch_tokens
+    @T.macro
+    def take_rows(sinks, buffer, row):
+        for v in T.unroll(2):
+            sinks.rows_bias[v] = sinks.bias_s[buffer, row + v * 8]
+            sinks.rows_power[v] = _scale(operand, sinks.power_s, buffer, row + v * 8)
+
+    return fetch_rows, fetch_tokens, take_rows
 
 
 def _scale(operand: Operand, scale, *index):
@@ -325,7 +333,7 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
     features = TILE // 2  # of a tile
     tiles_of_part = min(tiles, _PART // features)
 
-    fetch_rows, fetch_tokens = _fetch(config, operand)
+    fetch_rows, fetch_tokens, take_rows = _fetch(config, operand)
 
     @T.macro
     def fetch(sinks, buffer, full, stage, expert, row0, row_tile):
@@ -347,9 +355,7 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
             def emit():
                 g, t, warp = thread % 32 // 4, thread % 4, thread // 32
                 row = (warpgroup * tiles + m) * TILE + warp * 16 + g
-                for v in T.unroll(2):
-                    sinks.rows_bias[v] = sinks.bias_s[buffer, row + v * 8]
-                    sinks.rows_power[v] = _scale(operand, sinks.power_s, buffer, row + v * 8)
+                take_rows(sinks, buffer, row)
                 feature = m % tiles_of_part * features + warp * 8 + g
                 for n in T.unroll(block_M // 8):
                     for i in T.unroll(2):
@@ -414,7 +420,7 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
     sums = block_M // 2
     put_atomic = put_pair("atomic")
 
-    fetch_rows, fetch_tokens = _fetch(config, operand)
+    fetch_rows, fetch_tokens, take_rows = _fetch(config, operand)
 
     @T.macro
     def fetch(sinks, buffer, full, stage, expert, row0, row_tile):
@@ -439,9 +445,7 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
             def emit():
                 g, t, warp = thread % 32 // 4, thread % 4, thread // 32
                 row = (warpgroup * tiles + m) * TILE + warp * 16 + g
-                for v in T.unroll(2):
-                    sinks.rows_bias[v] = sinks.bias_s[buffer, row + v * 8]
-                    sinks.rows_power[v] = _scale(operand, sinks.power_s, buffer, row + v * 8)
+                take_rows(sinks, buffer, row)
                 for n in T.unroll(block_M // 8):
                     for i in T.unroll(2):
                         place = n * 8 + t * 2 + i
@@ -464,6 +468,8 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
             finish(m)
             if epilogue == "reduce":
                 put_rows(sinks, buffer, warpgroup, thread, row0, row_tile + m)
+        if epilogue == "atomic":
+            _meet(warpgroup)  # as put_rows does last: then the buffer is given back
 
     product = _product(config, operand, fetch, store)
 
