@@ -133,6 +133,8 @@ inline uint __pack_half2(half_t low, half_t high) { return low.bits | high.bits 
 struct __half2 {
   uint bits;
 };
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline uint __byte_perm(uint x, uint y, uint selector) {
   const uint64_t bytes = uint64_t(y) << 32 | x;
   uint result = 0;

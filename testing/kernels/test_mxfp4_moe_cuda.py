@@ -40,7 +40,16 @@ EPILOGUES = ("reduce", "atomic")
 SMALL = SHAPES[0]
 
 
-HOPPER_SHAPES = [*SHAPES, (64, 1024, 512, 8, 2), (256, 1024, 512, 8, 2), (2000, 7168, 2048, 16, 8), (9000, 512, 256, 4, 4)]
+HOPPER_SHAPES = [
+    *SHAPES,
+    (64, 1024, 512, 8, 2),
+    (256, 1024, 512, 8, 2),
+    (800, 1024, 512, 8, 2),
+    (2000, 7168, 2048, 16, 8),
+    (9000, 512, 256, 4, 4),
+    (64, 2880, 2880, 32, 4),  # the products differ in rows a block, of 16 and of 24 or 32 tokens
+    (128, 2880, 2880, 32, 4),
+]
 
 
 def needed():

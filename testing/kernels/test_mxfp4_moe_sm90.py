@@ -179,6 +179,7 @@ def run(module, config, kind, H, I):
         (many, many.Config(16, 4, 2), "bfloat16", (H, I)),
         (many, many.Config(8, 1, 3), "fp8", LONG),
         (many, many.Config(32, 2, 3), "fp8", (H, I)),
+        (many, many.Config(96, 1, 2), "fp8", (H, I)),  # the tokens of a tile are stored in two parts, 24 ready at a time
     ],
     ids=str,
 )
@@ -282,6 +283,20 @@ def test_launch(module, config, kind, epilogue, monkeypatch):
     monkeypatch.setattr(door.activations, "between", lambda kind: kind)
     door._by_reference(*tokens, case.w13, case.w2, Activation(), kind, epilogue, mask, expected)
     assert_close(y, expected, dtype="bfloat16", max_error=3e-2, rms_error=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "rows", "num_experts", "expected"),
+    [
+        ("fp8", (16, 4, 5), 7168, 64, (16, 4, 5)),  # 7 rounds of 512 rows, 14 of 256
+        ("fp8", (16, 4, 5), 2880, 32, (16, 2, 11)),  # 2 rounds of 512 rows, the second half empty; 3 of 256
+        ("bfloat16", (24, 4, 9), 2880, 32, (24, 2, 17)),
+        ("fp8", (256, 1, 4), 2880, 32, (256, 1, 4)),  # has no other
+    ],
+)
+def test_fitting(kind, config, rows, num_experts, expected, monkeypatch):
+    monkeypatch.setattr(many, "num_processors", lambda: 132)
+    assert launch.fitting(many.Config(*config), kind, rows, num_experts) == many.Config(*expected)
 
 
 @needs_nvcc

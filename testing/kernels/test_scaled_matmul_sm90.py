@@ -71,9 +71,9 @@ def run(
 @pytest.mark.parametrize(
     ("recipes", "config", "K", "fast", "out"),
     [
-        (TENSORS, Config(128, 256, 3, 32, 2), 528, True, "float32"),  # sums in the unit; K ends inside a step
-        (ROWS, Config(128, 256, 2, 64, 2), 384, True, "bfloat16"),  # stores by matrix instructions; scales by the loader
-        (ROWS, Config(128, 256, 2, 32, 2), 256, True, "float32"),  # as many stages as steps: scales by the computers
+        (TENSORS, Config(128, 256, 3, 32, 2, 2), 528, True, "float32"),  # sums in the unit; K ends inside a step; late parts
+        (ROWS, Config(128, 256, 2, 64, 1, 3), 768, True, "bfloat16"),  # stores by matrix instructions; scales by the loader
+        (ROWS, Config(128, 256, 2, 32, 5, 1), 256, True, "float32"),  # as many stages as steps: scales by the computers
         (ROWS, Config(128, 128, 2, 16, 2), 384, False, "float32"),  # stages that do not divide the steps
         (ROWS, Config(128, 128, 2, 64, 2), 512, False, "bfloat16"),  # constant stages and scales by the loader
         (BLOCKS, Config(256, 128, 4, 32, 2), 512, False, "bfloat16"),  # two bands, constant stages
@@ -160,11 +160,11 @@ def h200(monkeypatch):
 @pytest.mark.parametrize(
     ("M", "N", "K", "recipes", "fast", "config"),
     [
-        (4096, 4096, 7168, ROWS, True, Config(128, 256, 4, 64, 132)),
+        (4096, 4096, 7168, ROWS, True, Config(128, 256, 4, 64, 132, 3)),
         (4096, 4096, 7168, ROWS, False, Config(256, 128, 4, 32, 132)),
         (4096, 4096, 7168, BLOCKS, True, Config(256, 128, 4, 32, 132)),  # blocks are never summed in the unit
         (512, 4096, 7168, ROWS, False, Config(128, 128, 4, 32, 132)),  # too few tiles of 256: 4 of its 5 stages divide 56
-        (256, 64, 384, ROWS, True, Config(128, 128, 3, 64, 132)),
+        (256, 64, 384, ROWS, True, Config(128, 128, 3, 64, 132, 1)),  # three steps: time for one late part
     ],
 )
 def test_pick_config(h200, M, N, K, recipes, fast, config):

@@ -116,6 +116,20 @@ def test_fast_accumulation_keeps_fewer_bits():
     assert error(fast, expected) <= 5e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(4096, 7168, 2048), (2000, 7168, 1536), (1100, 4096, 640), (513, 2112, 1536), (513, 64, 128)]
+)
+def test_fast_accumulation_of_several_tiles(M, N, K, dtype):
+    """Blocks of one tile and of several, whose last parts are stored late; fewer steps of K than those take."""
+    arguments, expected = case(M, N, K, (ROW, ROW))
+    out = torch.full((M, N), torch.nan, dtype=dtype, device="cuda")
+    scaled_mm(*arguments, out=out, use_fast_accum=True)
+    assert error(out, expected) <= 5e-2
+    again = scaled_mm(*arguments, output_dtype=dtype, use_fast_accum=True)
+    assert torch.equal(out, again)
+
+
 def test_strides_of_scales_and_rows():
     """Scales row by row as well as column by column; rows of mat_a apart."""
     (a, b, scale_a, _, scale_b, _), expected = case(70, 256, 512, (ROW_BLOCK, SQUARE_BLOCK))

@@ -9,8 +9,9 @@ pick rows.
 
 E4M3 sums of tokens are multiplied by the scale of the token and by the power of two of the row.
 
-A product reads 128 bytes of its tokens a step and 34 (bfloat16) or 68 (E4M3) of its rows: more rows than tokens a block spare
-the L2 cache, which is what bounds it; see docs/performance.md.
+A product reads 128 bytes of its tokens a step and 34 (bfloat16) or 68 (E4M3) of its rows: few tokens an expert take many rows a
+block, which reads tokens less often; many take 128 rows by up to 256 tokens, which decodes weights less often. What was
+measured is in docs/performance.md.
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ _COMPUTING_THREADS = _COMPUTING * _WARPGROUP
 _THREADS = _COMPUTING_THREADS + _WARPGROUP
 _LOADER_REGISTERS, _COMPUTER_REGISTERS = 40, 232
 _PART = 64  # columns that a warpgroup stores at a time
+_TOKENS_OF_PART = 72  # likewise, at most
+_READY = 4  # times eight tokens whose results a thread has before it stores the first: loads are not moved across a store
 _PAD = 8  # elements, against bank conflicts
 _LEFT_WORDS = 16  # registers of the left operand for a tile
 _PRODUCTS = 4  # of a step and tile, 32 bytes of K each
@@ -56,6 +59,16 @@ class Config:
     def rows(self) -> int:
         """Rows of weights of a block."""
         return _COMPUTING * self.tiles * TILE
+
+    @property
+    def part_M(self) -> int:
+        """Tokens that a warpgroup stores at a time: as many as divide the tile."""
+        return next(part for part in range(_TOKENS_OF_PART, 0, -8) if self.block_M % part == 0)
+
+    @property
+    def ready(self) -> int:
+        """Eights of tokens of a part whose results are ready before the first is stored."""
+        return next(eights for eights in range(_READY, 0, -1) if self.part_M // 8 % eights == 0)
 
 
 def _product(config: Config, operand: Operand, fetch, epilogue):
@@ -236,21 +249,21 @@ def _meet(warpgroup):
         T.sync_threads(barrier_id=2, arrive_count=_WARPGROUP)
 
 
-def _put_rows(block_M: int, width: int, put):
-    """The macro that stores what a warpgroup has in sinks.out_s (warpgroups, block_M, columns), and frees that.
+def _put_rows(part_M: int, width: int, put):
+    """The macro that stores what a warpgroup has in sinks.out_s (warpgroups, part_M, columns), and frees that.
 
-    `put(sinks, buffer, warpgroup, row0, row, first_tile, column)` stores eight elements.
+    `put(sinks, buffer, warpgroup, row0, part, row, first_tile, column)` stores eight elements of a row of the part.
     """
     pieces = width // 8
 
     @T.macro
-    def put_rows(sinks, buffer, warpgroup, thread, row0, first_tile):
+    def put_rows(sinks, buffer, warpgroup, thread, row0, part, first_tile):
         _meet(warpgroup)
-        for turn in T.serial(-(-block_M * pieces // _WARPGROUP)):
+        for turn in T.serial(-(-part_M * pieces // _WARPGROUP)):
             place = turn * _WARPGROUP + thread
             row, column = place // pieces, place % pieces * 8
-            if row < block_M:
-                put(sinks, buffer, warpgroup, row0, row, first_tile, column)
+            if row < part_M:
+                put(sinks, buffer, warpgroup, row0, part, row, first_tile, column)
         _meet(warpgroup)
 
     return put_rows
@@ -281,14 +294,27 @@ def _fetch(config: Config, operand: Operand):
     def take_rows(sinks, buffer, row):
         for v in T.unroll(2):
             sinks.rows_bias[v] = sinks.bias_s[buffer, row + v * 8]
-            sinks.rows_power[v] = _scale(operand, sinks.power_s, buffer, row + v * 8)
+            sinks.rows_power[v] = T.float32(1) if operand is BFLOAT16 else sinks.power_s[buffer, row + v * 8]
 
     return fetch_rows, fetch_tokens, take_rows
 
 
-def _scale(operand: Operand, scale, *index):
-    """Return what sums are multiplied by; bfloat16 has it within."""
-    return T.float32(1) if operand is BFLOAT16 else scale[index]
+def _take_tokens(config: Config, vector_s, own, buffer, first, t):
+    """Load what a thread of t needs of a vector for config.ready eights of tokens from `first` on."""
+
+    @T.macro
+    def emit():
+        for n in T.unroll(config.ready):
+            for i in T.vectorized(2):
+                own[n * 2 + i] = vector_s[buffer, first + n * 8 + t * 2 + i]
+
+    emit()
+
+
+def _sigmoid(x):
+    """Without the branches of an exact division, behind which nothing is moved ahead; bfloat16 holds less."""
+    exponential = T.call_pure_extern("float32", "__expf", -x)
+    return T.call_pure_extern("float32", "__fdividef", T.float32(1), T.float32(1) + exponential)
 
 
 def slots_type(epilogue: str, tokens, top_k, H):
@@ -297,16 +323,16 @@ def slots_type(epilogue: str, tokens, top_k, H):
 
 
 def put_pair(epilogue: str):
-    """The macro that stores two neighbours of a slot's row."""
+    """The macro that stores two neighbours of a slot's row, a pair of `values`."""
 
     @T.macro
-    def put_pair(y, token, slot, column, values):
+    def put_pair(y, token, slot, column, values, pair):
         if epilogue == "reduce":
             for v in T.vectorized(2):
-                y[token, slot, column + v] = T.cast(values[v], "bfloat16")
+                y[token, slot, column + v] = T.cast(values[pair * 2 + v], "bfloat16")
         else:
             for v in T.unroll(2):
-                T.atomic_add(y[token, column + v], values[v])
+                T.atomic_add(y[token, column + v], values[pair * 2 + v])
 
     return put_pair
 
@@ -329,7 +355,7 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
     scaled_tokens, scaled_experts, scaled_rows = (T.dynamic(f"scaled_{name}") for name in ("tokens", "experts", "rows"))
     I = groups * MX_GROUP
     block_M, tiles = config.block_M, config.tiles
-    sums = block_M // 2
+    part_M, ready, sums = config.part_M, config.ready, block_M // 2
     features = TILE // 2  # of a tile
     tiles_of_part = min(tiles, _PART // features)
 
@@ -342,35 +368,45 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
             fetch_tokens(sinks.scale, sinks.scale_s, buffer, full, stage, row0)
 
     @T.macro
-    def put(sinks, buffer, warpgroup, row0, row, first_tile, column):
+    def put(sinks, buffer, warpgroup, row0, part, row, first_tile, column):
         if first_tile * features + column < sinks.I:
             for v in T.vectorized(8):
-                sinks.hidden[row0 + row, first_tile * features + column + v] = sinks.out_s[warpgroup, row, column + v]
+                sinks.hidden[row0 + part * part_M + row, first_tile * features + column + v] = sinks.out_s[
+                    warpgroup, row, column + v
+                ]
 
-    put_rows = _put_rows(block_M, tiles_of_part * features, put)
+    put_rows = _put_rows(part_M, tiles_of_part * features, put)
 
     def store(sinks, acc, buffer, row0, row_tile, warpgroup, thread):
-        def activate(m: int):
+        def activate(m: int, part: int):
             @T.macro
             def emit():
                 g, t, warp = thread % 32 // 4, thread % 4, thread // 32
                 row = (warpgroup * tiles + m) * TILE + warp * 16 + g
                 take_rows(sinks, buffer, row)
                 feature = m % tiles_of_part * features + warp * 8 + g
-                for n in T.unroll(block_M // 8):
-                    for i in T.unroll(2):
-                        scale = _scale(operand, sinks.scale_s, buffer, n * 8 + t * 2 + i)
-                        gate = acc[m * sums + n * 4 + i] * (scale * sinks.rows_power[0]) + sinks.rows_bias[0]
-                        up = acc[m * sums + n * 4 + 2 + i] * (scale * sinks.rows_power[1]) + sinks.rows_bias[1]
-                        value = activation(gate, up)
-                        sinks.out_s[warpgroup, n * 8 + t * 2 + i, feature] = T.cast(value, "bfloat16")
+                for first in T.unroll(part_M // 8 // ready):
+                    if operand is not BFLOAT16:
+                        _take_tokens(config, sinks.scale_s, sinks.scales, buffer, part * part_M + first * ready * 8, t)
+                    for n in T.unroll(ready):
+                        for i in T.unroll(2):
+                            at = m * sums + (part * part_M // 8 + first * ready + n) * 4 + i
+                            scale = T.float32(1) if operand is BFLOAT16 else sinks.scales[n * 2 + i]
+                            gate = acc[at] * (scale * sinks.rows_power[0]) + sinks.rows_bias[0]
+                            up = acc[at + 2] * (scale * sinks.rows_power[1]) + sinks.rows_bias[1]
+                            sinks.values[n * 2 + i] = activation(gate, up, _sigmoid)
+                    for n in T.unroll(ready):
+                        for i in T.unroll(2):
+                            place = (first * ready + n) * 8 + t * 2 + i
+                            sinks.out_s[warpgroup, place, feature] = T.cast(sinks.values[n * 2 + i], "bfloat16")
 
             emit()
 
         for first in range(0, tiles, tiles_of_part):
-            for m in range(tiles_of_part):
-                activate(first + m)
-            put_rows(sinks, buffer, warpgroup, thread, row0, row_tile + first)
+            for part in range(block_M // part_M):
+                for m in range(tiles_of_part):
+                    activate(first + m, part)
+                put_rows(sinks, buffer, warpgroup, thread, row0, part, row_tile + first)
 
     product = _product(config, operand, fetch, store)
 
@@ -386,13 +422,15 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
         hidden: T.Tensor((blocks * block_M, I), "bfloat16"),
     ):
         with T.Kernel(num_processors(), threads=_THREADS) as block:
-            out_s = T.alloc_shared((_COMPUTING, block_M, _PART + _PAD), "bfloat16")
+            out_s = T.alloc_shared((_COMPUTING, part_M, tiles_of_part * features + _PAD), "bfloat16")
             bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for name in ("bias", "power"))
             scale_s = T.alloc_shared((2, block_M), "float32")
             rows_bias, rows_power = (T.alloc_local((2,), "float32") for name in ("bias", "power"))
+            scales, values = (T.alloc_local((2 * ready,), "float32") for name in ("scales", "values"))
             sinks = SimpleNamespace(
                 scale=scale_x, power=scale13, bias=bias13, scale_s=scale_s, power_s=power_s, bias_s=bias_s, out_s=out_s,
-                rows_bias=rows_bias, rows_power=rows_power, hidden=hidden, I=I, row_tiles=row_tiles,
+                rows_bias=rows_bias, rows_power=rows_power, scales=scales, values=values, hidden=hidden, I=I,
+                row_tiles=row_tiles,
             )  # fmt: skip
             product(x, w13, expert_ids, num_valid, sinks, block, T.ceildiv(2 * I, config.rows), row_tiles, steps)
 
@@ -417,8 +455,8 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
     scaled_tokens, scaled_experts, scaled_rows = (T.dynamic(f"scaled_{name}") for name in ("tokens", "experts", "rows"))
     H = groups * MX_GROUP
     block_M, tiles = config.block_M, config.tiles
-    sums = block_M // 2
-    put_atomic = put_pair("atomic")
+    part_M, ready, sums = config.part_M, config.ready, block_M // 2
+    add_pair = put_pair("atomic")
 
     fetch_rows, fetch_tokens, take_rows = _fetch(config, operand)
 
@@ -431,45 +469,57 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
             fetch_tokens(sinks.scale, sinks.scale_s, buffer, full, stage, row0)
 
     @T.macro
-    def put(sinks, buffer, warpgroup, row0, row, first_tile, column):
-        id = T.alloc_var("int32", sinks.ids_s[buffer, row])
+    def put(sinks, buffer, warpgroup, row0, part, row, first_tile, column):
+        id = T.alloc_var("int32", sinks.ids_s[buffer, part * part_M + row])
         if (id & _TOKEN) < sinks.tokens and first_tile * TILE + column < sinks.H:
             for v in T.vectorized(8):
                 sinks.y[id & _TOKEN, id >> TOKEN_BITS, first_tile * TILE + column + v] = sinks.out_s[warpgroup, row, column + v]
 
-    put_rows = _put_rows(block_M, TILE, put)
+    put_rows = _put_rows(part_M, TILE, put)
 
     def store(sinks, acc, buffer, row0, row_tile, warpgroup, thread):
-        def finish(m: int):
+        def finish(m: int, part: int):
             @T.macro
             def emit():
                 g, t, warp = thread % 32 // 4, thread % 4, thread // 32
                 row = (warpgroup * tiles + m) * TILE + warp * 16 + g
                 take_rows(sinks, buffer, row)
-                for n in T.unroll(block_M // 8):
-                    for i in T.unroll(2):
-                        place = n * 8 + t * 2 + i
-                        scale = _scale(operand, sinks.scale_s, buffer, place)
-                        for v in T.unroll(2):
-                            sum = acc[m * sums + n * 4 + v * 2 + i] * (scale * sinks.rows_power[v])
-                            sinks.values[v] = (sum + sinks.rows_bias[v]) * sinks.weights_s[buffer, place]
-                        if epilogue == "reduce":
-                            for v in T.vectorized(2):
-                                sinks.out_s[warpgroup, place, warp * 16 + 2 * g + v] = T.cast(sinks.values[v], "bfloat16")
-                        else:
-                            token = sinks.ids_s[buffer, place] & _TOKEN
-                            column = (row_tile + m) * TILE + warp * 16 + 2 * g
-                            if token < sinks.tokens and column < sinks.H:
-                                put_atomic(sinks.y, token, 0, column, sinks.values)
+                for first in T.unroll(part_M // 8 // ready):
+                    _take_tokens(config, sinks.weights_s, sinks.own_weights, buffer, part * part_M + first * ready * 8, t)
+                    if operand is not BFLOAT16:
+                        _take_tokens(config, sinks.scale_s, sinks.scales, buffer, part * part_M + first * ready * 8, t)
+                    for n in T.unroll(ready):
+                        for i in T.unroll(2):
+                            scale = T.float32(1) if operand is BFLOAT16 else sinks.scales[n * 2 + i]
+                            for v in T.unroll(2):
+                                at = m * sums + (part * part_M // 8 + first * ready + n) * 4 + v * 2 + i
+                                sum = acc[at] * (scale * sinks.rows_power[v]) + sinks.rows_bias[v]
+                                sinks.values[(n * 2 + i) * 2 + v] = sum * sinks.own_weights[n * 2 + i]
+                    for n in T.unroll(ready):
+                        for i in T.unroll(2):
+                            place = (first * ready + n) * 8 + t * 2 + i
+                            put_own(sinks, buffer, row_tile + m, warpgroup, part, place, warp * 16 + 2 * g, n * 2 + i)
 
             emit()
 
         for m in range(tiles):
-            finish(m)
-            if epilogue == "reduce":
-                put_rows(sinks, buffer, warpgroup, thread, row0, row_tile + m)
+            for part in range(block_M // part_M):
+                finish(m, part)
+                if epilogue == "reduce":
+                    put_rows(sinks, buffer, warpgroup, thread, row0, part, row_tile + m)
         if epilogue == "atomic":
             _meet(warpgroup)  # as put_rows does last: then the buffer is given back
+
+    @T.macro
+    def put_own(sinks, buffer, tile, warpgroup, part, place, column, pair):
+        """Store the neighbours that a thread has of a token: to shared memory, or where they are added."""
+        if epilogue == "reduce":
+            for v in T.vectorized(2):
+                sinks.out_s[warpgroup, place, column + v] = T.cast(sinks.values[pair * 2 + v], "bfloat16")
+        else:
+            token = sinks.ids_s[buffer, part * part_M + place] & _TOKEN
+            if token < sinks.tokens and tile * TILE + column < sinks.H:
+                add_pair(sinks.y, token, 0, tile * TILE + column, sinks.values, pair)
 
     product = _product(config, operand, fetch, store)
 
@@ -487,15 +537,18 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
         y: slots_type(epilogue, tokens, top_k, H),
     ):
         with T.Kernel(num_processors(), threads=_THREADS) as block:
-            out_s = T.alloc_shared((_COMPUTING, block_M, _PART + _PAD), "bfloat16")
+            out_s = T.alloc_shared((_COMPUTING, part_M, TILE + _PAD), "bfloat16")
             ids_s = T.alloc_shared((2, block_M), "int32")
             weights_s, scale_s = (T.alloc_shared((2, block_M), "float32") for name in ("weights", "scale"))
             bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for name in ("bias", "power"))
-            values, rows_bias, rows_power = (T.alloc_local((2,), "float32") for name in ("values", "bias", "power"))
+            rows_bias, rows_power = (T.alloc_local((2,), "float32") for name in ("bias", "power"))
+            scales, own_weights = (T.alloc_local((2 * ready,), "float32") for name in ("scales", "weights"))
+            values = T.alloc_local((4 * ready,), "float32")
             sinks = SimpleNamespace(
                 scale=scale_hidden, power=scale2, bias=bias2, scale_s=scale_s, power_s=power_s, bias_s=bias_s, out_s=out_s,
                 rows_bias=rows_bias, rows_power=rows_power, token_ids=token_ids, weights=weights, ids_s=ids_s,
-                weights_s=weights_s, values=values, tokens=tokens, H=H, row_tiles=row_tiles, y=y,
+                weights_s=weights_s, scales=scales, own_weights=own_weights, values=values, tokens=tokens, H=H,
+                row_tiles=row_tiles, y=y,
             )  # fmt: skip
             product(hidden, w2, expert_ids, num_valid, sinks, block, T.ceildiv(H, config.rows), row_tiles, steps)
 

@@ -275,7 +275,7 @@ def down(config: Config, epilogue: str):
                             row = column // 16 * 16 + column % 16 // 2 + v * 8
                             value = _sum(sums_s, m, row, splits) + bias_s[row]
                             values[v] = value * weights[row0 + m]
-                        put(y, token, slot, bx * rows + column, values)
+                        put(y, token, slot, bx * rows + column, values, 0)
 
         emit()
 

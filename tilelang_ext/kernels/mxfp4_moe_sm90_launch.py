@@ -26,16 +26,23 @@ _TABLES = {
         (18, _ANY, many, many.Config(24, 4, 9)),
         (40, _ANY, many, many.Config(48, 2, 13)),
         (80, _ANY, many, many.Config(80, 2, 9)),
-        (1 << TOKEN_BITS, _ANY, many, many.Config(128, 2, 7)),
+        (400, _ANY, many, many.Config(128, 2, 7)),
+        (1 << TOKEN_BITS, _ANY, many, many.Config(256, 1, 5)),
     ),
     "fp8": (
         (6, _ANY, many, many.Config(8, 2, 11)),
-        (12, _ANY, many, many.Config(16, 2, 11)),
-        (18, _ANY, many, many.Config(24, 2, 10)),
+        (12, _ANY, many, many.Config(16, 4, 5)),
+        (18, _ANY, many, many.Config(32, 2, 9)),
         (40, _ANY, many, many.Config(48, 2, 8)),
-        (80, _ANY, many, many.Config(80, 2, 6)),
-        (1 << TOKEN_BITS, _ANY, many, many.Config(128, 2, 5)),
+        (80, _ANY, many, many.Config(80, 2, 7)),
+        (400, _ANY, many, many.Config(144, 1, 7)),  # two tiles for 256 +- 16 rows
+        (1 << TOKEN_BITS, _ANY, many, many.Config(256, 1, 4)),  # a tile is decoded for twice the tokens
     ),
+}
+# Instead of blocks of 512 rows, where those leave more of the processors without work in the last round.
+_OF_256_ROWS = {
+    "bfloat16": {many.Config(16, 4, 10): many.Config(16, 2, 18), many.Config(24, 4, 9): many.Config(24, 2, 17)},
+    "fp8": {many.Config(16, 4, 5): many.Config(16, 2, 11)},
 }
 
 
@@ -68,6 +75,16 @@ def pick(tokens: int, top_k: int, num_experts: int, kind: str) -> tuple:
     )
 
 
+def fitting(config, kind: str, rows: int, num_experts: int):
+    """Return `config`, or one of fewer rows a block if weights (num_experts, rows) then take the processors a tenth less time."""
+    other = _OF_256_ROWS[kind].get(config, config)
+
+    def rows_of_a_processor(one) -> int:
+        return -(-num_experts * -(-rows // one.rows) // many.num_processors()) * one.rows
+
+    return other if rows_of_a_processor(other) < 0.9 * rows_of_a_processor(config) else config
+
+
 def run(module, config, activation, epilogue: str, x: Tensor, routing: Routing, w13, w2, y: Tensor, compiled: Callable) -> None:
     """Launch both products of x (tokens, H) with kernels that `compiled` makes runnable; y of `slots_type`."""
     token_ids, weights, expert_ids, num_valid, positions = routing
@@ -91,12 +108,13 @@ def run(module, config, activation, epilogue: str, x: Tensor, routing: Routing, 
         sorted_x, scale_x = x.new_empty(capacity, x.shape[1]), weights.new_empty(0)
         quantized = hidden, scale_x
         kernel(rows.scatter, configs=rows.PASS_CONFIGS)(x, positions, sorted_x)
-    kernel(many.gate_up, config, activation, operand)(
+    experts = w13.codes.shape[0]
+    kernel(many.gate_up, fitting(config, kind, 2 * w2.k, experts), activation, operand)(
         sorted_x, scale_x, expert_ids, num_valid, w13.codes, w13.scale, w13.bias, hidden
     )
     if kind == "fp8":
         kernel(rows.quantize_sorted, w2.k, configs=rows.PASS_CONFIGS)(hidden, positions.flatten(), *quantized)
-    down = kernel(many.down, config, epilogue, operand)
+    down = kernel(many.down, fitting(config, kind, w2.rows, experts), epilogue, operand)
     down(*quantized, token_ids, weights, expert_ids, num_valid, w2.codes, w2.scale, w2.bias, y)
 
 

@@ -14,7 +14,7 @@ from tilelang_ext import language as T
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe_activations import WIDE, Operand, between, store_tile, tensors, tile_dtype
 from tilelang_ext.kernels.mxfp4_moe_sort import TOKEN_BITS
-from tilelang_ext.language.swiglu import silu_of, swiglu_of
+from tilelang_ext.language.swiglu import sigmoid_of, silu_of, swiglu_of
 
 _GROUP_BYTES = MX_GROUP // CODES_PER_BYTE  # of weights that share a scale
 _TOKEN = (1 << TOKEN_BITS) - 1
@@ -33,9 +33,9 @@ class Activation:
     alpha: float = 1.702
     limit: float = 7.0
 
-    def __call__(self, g, u):
-        """The expression for float32 g and u."""
-        return silu_of(g, u) if self.name == "silu" else swiglu_of(g, u, self.alpha, self.limit)
+    def __call__(self, g, u, sigmoid=sigmoid_of):
+        """The expression for float32 g and u; a kernel of one target may have another `sigmoid`."""
+        return silu_of(g, u, sigmoid) if self.name == "silu" else swiglu_of(g, u, self.alpha, self.limit, sigmoid)
 
 
 @dataclass(frozen=True)

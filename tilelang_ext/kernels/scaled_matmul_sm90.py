@@ -13,6 +13,7 @@ Scales that cover all of K, or 1x128 beside 128x128. Floors on an H200: 2 M N K 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from tilelang.layout import make_swizzled_layout
@@ -33,37 +34,41 @@ _COMPUTING = 2  # warpgroups
 _LOADER_REGISTERS, _COMPUTER_REGISTERS = 40, 232  # a thread: 128 x 40 + 256 x 232 of the processor's 65,536
 _TILES_OF_ROWS = 8  # that are walked over together
 _STORES = 2  # of a part of the tile that a warpgroup has running
+_STEPS_OF_A_STORE = 2  # of the next tile, before the next late part is stored
 
 
 @dataclass(frozen=True)
 class Config:
-    """The tile of a block, the stages of its ring, the columns stored at once, the number of blocks."""
+    """The tile of a block, the stages of its ring, the columns stored at once, the number of blocks, and the parts of a tile that
+    are stored during the next one's steps.
+    """
 
     block_M: int
     block_N: int
     num_stages: int
     store_N: int
     num_blocks: int
+    late: int = 0
 
 
 def pick_config(problem: Problem) -> Config:
     """Return the largest tile of which every processor has one."""
     num_blocks = num_processors()
     table = [
-        # (whether the sums stay in the matrix unit, block_M, block_N, num_stages, bytes of a row stored at once)
-        (True, 128, 256, 4, 128),  # 128 registers of sums; reads least from the L2 cache
-        (True, 128, 128, 6, 128),
-        (False, 256, 128, 4, 64),  # 192 registers: the product of one band beside the sums of two; room for the factors
-        (False, 128, 128, 5, 64),
+        # (whether the sums stay in the matrix unit, block_M, block_N, num_stages, bytes of a row stored at once, late)
+        (True, 128, 256, 4, 128, 3),  # 128 registers of sums and 48 of late parts; reads least from the L2 cache
+        (True, 128, 128, 6, 128, 2),
+        (False, 256, 128, 4, 64, 0),  # 192 registers: the product of one band beside the sums of two; room for the factors
+        (False, 128, 128, 5, 64, 0),
     ]
     rows = [row for row in table if row[0] is _sums_stay(problem)]
-    for _, block_M, block_N, num_stages, store_bytes in rows:  # noqa: B007 -- the last one serves what fits none
+    for _, block_M, block_N, num_stages, store_bytes, late in rows:  # noqa: B007 -- the last one serves what fits none
         if -(-problem.max_M // block_M) * -(-problem.N // block_N) >= num_blocks:
             break
     steps = -(-problem.K // BLOCK_K)
     num_stages = 4 if steps % num_stages and steps % 4 == 0 else min(num_stages, steps)  # constant stages run 7% faster
     store_N = store_bytes * 8 // T.dtype(problem.out_dtype).bits
-    return Config(block_M, block_N, num_stages, store_N, num_blocks)
+    return Config(block_M, block_N, num_stages, store_N, num_blocks, min(late, steps // _STEPS_OF_A_STORE))
 
 
 def num_processors() -> int:
@@ -79,7 +84,7 @@ def scaled_matmul(problem: Problem, config: Config):
     """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one."""
     N, K, out_dtype = problem.N, problem.K, problem.out_dtype
     block_M, block_N, num_stages, num_blocks = config.block_M, config.block_N, config.num_stages, config.num_blocks
-    store_N = config.store_N
+    store_N, parts = config.store_N, config.block_N // config.store_N
     M = T.dynamic("M")
     a_type, b_type = T.Tensor((M, K), problem.a_dtype), T.Tensor((N, K), problem.b_dtype)
     scale_a_type = scale_type(problem, problem.layout_a, M, "scale_a")
@@ -94,6 +99,7 @@ def scaled_matmul(problem: Problem, config: Config):
     staged = not grouped and steps > num_stages
     # Written out here: within a kernel, tilelang 0.1.14 takes a call of range for a loop of the kernel.
     each_band, each_step_of_turn, each_warpgroup, each_store = range(bands), range(unrolled), range(_COMPUTING), range(_STORES)
+    each_late_part = range(parts - config.late, parts)
     part_K = BLOCK_K if steps > 1 else BLOCK_K // 2  # of a product that float32 adds; errors of a single one do not average out
 
     # Numbers that shape a tile reach macros as closures: a macro turns its arguments into variables.
@@ -200,7 +206,7 @@ def scaled_matmul(problem: Problem, config: Config):
         """The work of a computing warpgroup, as a macro."""
         first = warpgroup * bands * BAND  # row of the tile
 
-        def step_in_unit(A_s, B_s, scales_s, full, empty, sums, partial, factors, k, n, step, tx):
+        def step_in_unit(A_s, B_s, scales_s, full, empty, sums, late, partial, factors, turn, k, n, step, tx):
             """Issue the product of a step, then wait for the one before and give its stage back."""
             stage = step % num_stages
 
@@ -213,8 +219,9 @@ def scaled_matmul(problem: Problem, config: Config):
                     release(empty, (step - 1) % num_stages, tx)
 
             emit()
+            put_late(late, lambda part: (turn > 0) & (k == 1 + (part - each_late_part[0]) * _STEPS_OF_A_STORE))
 
-        def step_in_float32(A_s, B_s, scales_s, full, empty, sums, partial, factors, k, n, step, tx):
+        def step_in_float32(A_s, B_s, scales_s, full, empty, sums, late, partial, factors, turn, k, n, step, tx):
             """Add the products of a step to the sums, band by band."""
             stage = n if unrolled > 1 else step % num_stages
 
@@ -265,8 +272,30 @@ def scaled_matmul(problem: Problem, config: Config):
             for n in range(unrolled):
                 (step_in_unit if fast else step_in_float32)(*arguments, n, step + n, tx)
 
-        def store(scale_a, scale_b, scales_s, bias, out, sums, out_s, factors, row0, column0):
-            """Scale the sums, add the bias and write the tile; its last copies run on into the next tile."""
+        @T.macro
+        def put(out, out_s, out_f, row, column):
+            """Begin to store a part of the tile, through the shared memory of the last but one."""
+            T.tma_store_wait(_STORES - 1)
+            T.copy(out_f, out_s)
+            T.fence_proxy_async()
+            T.sync_threads(barrier_id=1 + warpgroup, arrive_count=WARPGROUP)
+            T.tma_copy(out_s, out[row : row + BAND, column : column + store_N])
+
+        def put_late(late, when):
+            """Begin to store each late part of the tile before, `when(part)`."""
+            for part, part_f in zip(each_late_part, late.parts_f, strict=True):
+
+                @T.macro
+                def emit():
+                    if when(part):
+                        put(late.out, late.out_s[part % _STORES], part_f, late.place[0], late.place[1] + part * store_N)
+
+                emit()
+
+        def store(scale_a, scale_b, scales_s, bias, out, sums, out_s, late, factors, row0, column0):
+            """Scale the sums, add the bias and begin to write the tile: all of it, since the others do so at the same time, would
+            keep the next products waiting for the L2 cache. Late parts stay in registers.
+            """
             for band in range(bands):
                 row = row0 + first + band * BAND
 
@@ -282,22 +311,30 @@ def scaled_matmul(problem: Problem, config: Config):
                         sums[band][i, j] = finished(sums[band][i, j], factors[band][i], scale_b, scales_s, bias, column0, j)
 
                 finish()
-                for part in range(block_N // store_N):
-                    place_in_ring = (band * (block_N // store_N) + part) % _STORES
-                    column = column0 + part * store_N
+                for part in range(parts):
 
                     @T.macro
-                    def emit():
-                        out_f = T.alloc_fragment((BAND, store_N), out_dtype)
+                    def round_to(out_f):
                         for i, j in T.Parallel(BAND, store_N, loop_layout=T.Fragment((BAND, store_N), forward_fn=of_product)):
                             out_f[i, j] = T.cast(sums[band][i, part * store_N + j], out_dtype)
-                        T.tma_store_wait(_STORES - 1)
-                        T.copy(out_f, out_s[place_in_ring])
-                        T.fence_proxy_async()
-                        T.sync_threads(barrier_id=1 + warpgroup, arrive_count=WARPGROUP)
-                        T.tma_copy(out_s[place_in_ring], out[row : row + BAND, column : column + store_N])
 
-                    emit()
+                    @T.macro
+                    def put_now():
+                        out_f = T.alloc_fragment((BAND, store_N), out_dtype)
+                        round_to(out_f)
+                        put(out, out_s[(band * parts + part) % _STORES], out_f, row, column0 + part * store_N)
+
+                    if part in each_late_part:
+                        round_to(late.parts_f[part - each_late_part[0]])
+                    else:
+                        put_now()
+
+            @T.macro
+            def remember():
+                late.place[0], late.place[1] = row0 + first, column0
+
+            if each_late_part:
+                remember()
 
         def finished(sum, factor, scale_b, scales_s, bias, column0, j):
             """A sum times what scales all of K, plus the bias; columns past the end are not stored."""
@@ -316,18 +353,35 @@ def scaled_matmul(problem: Problem, config: Config):
             step = T.alloc_var("int32", init=0)
             place_M, place_N = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
             factors = [T.alloc_fragment((BAND,), "float32") for _ in each_band]
+            late_place = T.alloc_local((2,), "int32")  # first row and column
+            late_f = [T.alloc_fragment((BAND, store_N), out_dtype) for _ in each_late_part]
+            clear(late_f)
+            late = SimpleNamespace(out=out, out_s=out_s, parts_f=late_f, place=late_place)
             for turn in T.serial(T.ceildiv(tiles_of_rows * columns - block, num_blocks)):
                 place(turn * num_blocks + block, tiles_of_rows, place_M, place_N)
                 if not fast:
                     clear(sums)
                 for k in T.serial(steps // unrolled):
-                    each_step(A_s, B_s, scales_s, full, empty, sums, partial, factors, k, step, tx)
+                    each_step(A_s, B_s, scales_s, full, empty, sums, late, partial, factors, turn, k, step, tx)
                     step = step + unrolled
                 if fast:
                     T.wait_wgmma(0)
                     release(empty, (step - 1) % num_stages, tx)
                     T.warpgroup_fence_operand(sums[0], num_regs=BAND * block_N // WARPGROUP)
-                store(scale_a, scale_b, scales_s, bias, out, sums, out_s, factors, place_M[0] * block_M, place_N[0] * block_N)
+                store(
+                    scale_a,
+                    scale_b,
+                    scales_s,
+                    bias,
+                    out,
+                    sums,
+                    out_s,
+                    late,
+                    factors,
+                    place_M[0] * block_M,
+                    place_N[0] * block_N,
+                )
+            put_late(late, lambda part: tiles_of_rows * columns > block)
             T.tma_store_wait(0)
 
         return compute

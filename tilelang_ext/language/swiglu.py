@@ -34,24 +34,25 @@ def silu_mul(gate_up, out, gate: str = "separated") -> None:
     _activate("T.silu_mul", gate_up, out, gate, silu_of)
 
 
-def swiglu_of(g: tirx.PrimExpr, u: tirx.PrimExpr, alpha: float, limit: float) -> tirx.PrimExpr:
+def sigmoid_of(x: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Return the logistic function of a float32."""
+    return T.float32(1) / (T.float32(1) + T.exp(-x))
+
+
+def swiglu_of(g: tirx.PrimExpr, u: tirx.PrimExpr, alpha: float, limit: float, sigmoid=sigmoid_of) -> tirx.PrimExpr:
     """Return gpt-oss's activation of one float32 gate and up."""
     g, u = _at_most(g, limit), -_at_most(-_at_most(u, limit), limit)
-    return g * _sigmoid(g * T.float32(alpha)) * (u + T.float32(1))
+    return g * sigmoid(g * T.float32(alpha)) * (u + T.float32(1))
 
 
-def silu_of(g: tirx.PrimExpr, u: tirx.PrimExpr) -> tirx.PrimExpr:
+def silu_of(g: tirx.PrimExpr, u: tirx.PrimExpr, sigmoid=sigmoid_of) -> tirx.PrimExpr:
     """Return silu(g) * u of one float32 gate and up."""
-    return g * _sigmoid(g) * u
+    return g * sigmoid(g) * u
 
 
 def _at_most(x: tirx.PrimExpr, limit: float) -> tirx.PrimExpr:
     """min(x, limit) that keeps NaN, which a target's own drops."""
     return T.Select(x > T.float32(limit), T.float32(limit), x)
-
-
-def _sigmoid(x: tirx.PrimExpr) -> tirx.PrimExpr:
-    return T.float32(1) / (T.float32(1) + T.exp(-x))
 
 
 def _activate(name: str, gate_up, out, gate: str, activation: Callable) -> None:
