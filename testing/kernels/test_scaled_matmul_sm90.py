@@ -1,5 +1,7 @@
 """The kernels for Hopper: values by running their CUDA text on the CPU, the machine code, which one a problem gets."""
 
+import re
+
 import pytest
 import torch
 from cuda.execute import needs_compiler
@@ -59,7 +61,11 @@ def run(
     scalars = {"M": M}
     for name, scale in (("scale_a", scale_a), ("scale_b", scale_b)):
         scalars |= {f"{name}_stride_{i}": stride for i, stride in enumerate(scale.stride())}
-    execute(text_of(module, kernel_problem, config), grid, tensors, boxes, scalars, cluster)
+    text = text_of(module, kernel_problem, config)
+    # One thread waits until shared memory has been stored; copies are done when issued here, so values do not show a race.
+    after_waits = re.findall(r"tma_store_wait<1, true>\(\);\n\s*(.*)", text)
+    assert all("__sync_thread_partial" in statement for statement in after_waits)
+    execute(text, grid, tensors, boxes, scalars, cluster)
     bounds = {"max_error": 1e-5, "rms_error": 1e-5} if out == "float32" else {}
     assert_close(tensors["out"], expected, dtype=out, **bounds)
 

@@ -76,7 +76,7 @@ def pick(tokens: int, top_k: int, num_experts: int, kind: str) -> tuple:
 
 
 def fitting(config, kind: str, rows: int, num_experts: int):
-    """Return `config`, or one of fewer rows a block if weights (num_experts, rows) then take the processors a tenth less time."""
+    """Return `config`, or one of fewer rows a block where weights (num_experts, rows) then take a tenth less of rounds."""
     other = _OF_256_ROWS[kind].get(config, config)
 
     def rows_of_a_processor(one) -> int:

@@ -39,8 +39,8 @@ _STEPS_OF_A_STORE = 2  # of the next tile, before the next late part is stored
 
 @dataclass(frozen=True)
 class Config:
-    """The tile of a block, the stages of its ring, the columns stored at once, the number of blocks, and the parts of a tile that
-    are stored during the next one's steps.
+    """The tile of a block, the stages of its ring, the columns of a part that is stored at once, the number of blocks, and how
+    many parts of a tile are stored during the next one's steps.
     """
 
     block_M: int
@@ -219,7 +219,7 @@ def scaled_matmul(problem: Problem, config: Config):
                     release(empty, (step - 1) % num_stages, tx)
 
             emit()
-            put_late(late, lambda part: (turn > 0) & (k == 1 + (part - each_late_part[0]) * _STEPS_OF_A_STORE))
+            put_late(late, turn, k)
 
         def step_in_float32(A_s, B_s, scales_s, full, empty, sums, late, partial, factors, turn, k, n, step, tx):
             """Add the products of a step to the sums, band by band."""
@@ -273,28 +273,44 @@ def scaled_matmul(problem: Problem, config: Config):
                 (step_in_unit if fast else step_in_float32)(*arguments, n, step + n, tx)
 
         @T.macro
-        def put(out, out_s, out_f, row, column):
-            """Begin to store a part of the tile, through the shared memory of the last but one."""
-            T.tma_store_wait(_STORES - 1)
+        def stage_part(out_s, out_f):
+            """Write a part of the tile to the shared memory of the last but one."""
+            T.tma_store_wait(_STORES - 1)  # by one thread; upstream adds a barrier here, but before a branch around all of it
             T.copy(out_f, out_s)
             T.fence_proxy_async()
             T.sync_threads(barrier_id=1 + warpgroup, arrive_count=WARPGROUP)
+
+        @T.macro
+        def put(out, out_s, row, column):
             T.tma_copy(out_s, out[row : row + BAND, column : column + store_N])
 
-        def put_late(late, when):
-            """Begin to store each late part of the tile before, `when(part)`."""
+        def put_late(late, turn, k):
+            """Begin to store each late part of the tile before, if there was one, in its step k."""
             for part, part_f in zip(each_late_part, late.parts_f, strict=True):
 
                 @T.macro
                 def emit():
-                    if when(part):
-                        put(late.out, late.out_s[part % _STORES], part_f, late.place[0], late.place[1] + part * store_N)
+                    if (turn > 0) & (k == 1 + (part - each_late_part[0]) * _STEPS_OF_A_STORE):
+                        stage_part(late.out_s[part % _STORES], part_f)
+                        put(late.out, late.out_s[part % _STORES], late.place[0], late.place[1] + part * store_N)
+
+                emit()
+
+        def put_last(late, any_tile):
+            """Store the late parts of the last tile, if the block had `any_tile`."""
+            for part, part_f in zip(each_late_part, late.parts_f, strict=True):
+
+                @T.macro
+                def emit():
+                    stage_part(late.out_s[part % _STORES], part_f)
+                    if any_tile:
+                        put(late.out, late.out_s[part % _STORES], late.place[0], late.place[1] + part * store_N)
 
                 emit()
 
         def store(scale_a, scale_b, scales_s, bias, out, sums, out_s, late, factors, row0, column0):
-            """Scale the sums, add the bias and begin to write the tile: all of it, since the others do so at the same time, would
-            keep the next products waiting for the L2 cache. Late parts stay in registers.
+            """Scale the sums, add the bias and begin to write the tile. Late parts stay in registers: blocks end their tiles
+            all at once, and would wait for each other's stores.
             """
             for band in range(bands):
                 row = row0 + first + band * BAND
@@ -322,7 +338,8 @@ def scaled_matmul(problem: Problem, config: Config):
                     def put_now():
                         out_f = T.alloc_fragment((BAND, store_N), out_dtype)
                         round_to(out_f)
-                        put(out, out_s[(band * parts + part) % _STORES], out_f, row, column0 + part * store_N)
+                        stage_part(out_s[(band * parts + part) % _STORES], out_f)
+                        put(out, out_s[(band * parts + part) % _STORES], row, column0 + part * store_N)
 
                     if part in each_late_part:
                         round_to(late.parts_f[part - each_late_part[0]])
@@ -354,6 +371,7 @@ def scaled_matmul(problem: Problem, config: Config):
             place_M, place_N = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
             factors = [T.alloc_fragment((BAND,), "float32") for _ in each_band]
             late_place = T.alloc_local((2,), "int32")  # first row and column
+            late_place[0], late_place[1] = 0, 0
             late_f = [T.alloc_fragment((BAND, store_N), out_dtype) for _ in each_late_part]
             clear(late_f)
             late = SimpleNamespace(out=out, out_s=out_s, parts_f=late_f, place=late_place)
@@ -381,7 +399,7 @@ def scaled_matmul(problem: Problem, config: Config):
                     place_M[0] * block_M,
                     place_N[0] * block_N,
                 )
-            put_late(late, lambda part: tiles_of_rows * columns > block)
+            put_last(late, tiles_of_rows * columns > block)
             T.tma_store_wait(0)
 
         return compute
