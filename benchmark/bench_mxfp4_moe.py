@@ -47,12 +47,9 @@ from numeric import measure  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from tvm.target import Target  # noqa: E402
 
-from tilelang_ext import metal, reference, simulate  # noqa: E402
+from tilelang_ext import Activation, MXFP4Weights, metal, mxfp4_moe, prepare_mxfp4_weights, reference, simulate, tile_for_hopper  # noqa: E402
 from tilelang_ext.formats import E2M1, BlockScaledLayout  # noqa: E402
-from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe  # noqa: E402
-from tilelang_ext.kernels.mxfp4_moe_launch import launch  # noqa: E402
-from tilelang_ext.kernels.mxfp4_moe_stages import Activation  # noqa: E402
-from tilelang_ext.kernels.mxfp4_moe_weights import MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper  # noqa: E402
+from tilelang_ext.kernels.mxfp4_moe.launch import launch  # noqa: E402
 
 TARGETS = ("auto", "metal", "metal4", "cuda")
 ASSUMED_ARCH = "sm_90a"  # when only lowering
@@ -192,7 +189,7 @@ def make_ours(case: Case, layer: Layer):
 
 
 PROVIDERS = (  # make(case, layer) returns bind(inputs, out), which returns the call that is timed
-    Provider("ours", "tilelang_ext.kernels.mxfp4_mxfp4_moe, sorting and quantisation included", TARGETS[1:], make_ours),
+    Provider("ours", "tilelang_ext.mxfp4_moe, sorting and quantisation included", TARGETS[1:], make_ours),
     Provider("triton_kernels", "of vLLM: matmul_ogs with fused SwiGLU, sum over slots", ("cuda",), peers.make_triton_kernels),
     Provider("humming", "both products, its activation kernel, a Triton kernel for the sum", ("cuda",), peers.make_humming),
 )

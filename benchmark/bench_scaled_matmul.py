@@ -42,11 +42,10 @@ from numeric import BOUNDS, assert_close  # noqa: E402
 from torch.nn.functional import ScalingType  # noqa: E402
 from tvm.target import Target  # noqa: E402
 
-from tilelang_ext import reference, simulate  # noqa: E402
-from tilelang_ext.kernels import scaled_matmul_tiled, scaled_matmul_vecmat  # noqa: E402
-from tilelang_ext.kernels.scaled_matmul import scaled_mm  # noqa: E402
-from tilelang_ext.kernels.scaled_matmul_arguments import LAYOUTS  # noqa: E402
-from tilelang_ext.kernels.scaled_matmul_problem import Problem, bucket_of  # noqa: E402
+from tilelang_ext import reference, scaled_mm, simulate  # noqa: E402
+from tilelang_ext.kernels.scaled_mm import tiled, vecmat  # noqa: E402
+from tilelang_ext.kernels.scaled_mm.arguments import LAYOUTS  # noqa: E402
+from tilelang_ext.kernels.scaled_mm.problem import Problem, bucket_of  # noqa: E402
 
 TARGETS = ("auto", "metal", "metal4", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")  # of the output
@@ -125,11 +124,11 @@ class Case:
     @property
     def kernel(self) -> tuple:
         """The prim_func without a tuned kernel of one architecture, and its configuration."""
-        if scaled_matmul_vecmat.takes(self.problem):
-            config = scaled_matmul_vecmat.pick_config(self.problem)
-            return scaled_matmul_vecmat.vecmat(self.problem, config), config
-        config = scaled_matmul_tiled.pick_config(self.problem)
-        return scaled_matmul_tiled.scaled_matmul(self.problem, config), config
+        if vecmat.takes(self.problem):
+            config = vecmat.pick_config(self.problem)
+            return vecmat.vecmat(self.problem, config), config
+        config = tiled.pick_config(self.problem)
+        return tiled.scaled_matmul(self.problem, config), config
 
     def by_blocks(self, seed: int, device: str = "cpu") -> Inputs:
         """Random operands on `device`, scales as kernels take them: every one differs."""
@@ -212,7 +211,7 @@ def make_deep_gemm(case: Case):
 
 
 PROVIDERS = (
-    Provider("ours", "tilelang_ext.kernels.scaled_matmul.scaled_mm", ("cuda", "mps", "simulator"), make_ours),
+    Provider("ours", "tilelang_ext.scaled_mm", ("cuda", "mps", "simulator"), make_ours),
     Provider("ours_fast", "the same, use_fast_accum", ("cuda",), partial(make_ours, fast_accum=True)),
     Provider("torch", "torch's scaled_mm", ("cuda",), make_torch),
     Provider("torch_fast", "the same, use_fast_accum", ("cuda",), partial(make_torch, fast_accum=True)),
@@ -275,12 +274,12 @@ def bare_minimum(case: Case) -> dict:
     """Whole tiles of products; A and B read once by each threadgroup that needs them, C written once; scales left out."""
     _, config = case.kernel
     written = case.M * case.N * case.torch_dtype.itemsize
-    if scaled_matmul_vecmat.takes(case.problem):
+    if vecmat.takes(case.problem):
         threadgroups = -(-case.N // (config.rows * config.groups))
         read = case.N * case.K + threadgroups * case.M * case.K
         return {"mma": 0, "device_bytes_read": read, "device_bytes_written": written}
     rows, cols = -(-case.M // config.block_M), -(-case.N // config.block_N)
-    block_K = scaled_matmul_tiled.BLOCK_K
+    block_K = tiled.BLOCK_K
     products = rows * cols * config.block_M * config.block_N * -(-case.K // block_K) * block_K
     read = cols * case.M * case.K + rows * case.N * case.K
     return {"mma": products // bench_matmul.MMA_MULTIPLICATIONS, "device_bytes_read": read, "device_bytes_written": written}

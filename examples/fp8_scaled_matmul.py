@@ -5,7 +5,7 @@ python examples/fp8_scaled_matmul.py
 
 import torch
 
-from tilelang_ext import formats, quantize, reference, simulate
+from tilelang_ext import formats, quantization, reference, simulate
 from tilelang_ext import language as T
 
 ACTIVATIONS, WEIGHTS = T.BlockScaledLayout.block(1, 128), T.BlockScaledLayout.block(128, 128)
@@ -42,8 +42,8 @@ def scaled_matmul(M, N, K, block_M=64, block_N=64, threads=128):
 def main() -> None:
     torch.manual_seed(0)
     M, N, K = 100, 192, 512
-    A, scale_a = quantize.quantize(torch.randn(M, K) * torch.rand(M, 1), formats.E4M3, ACTIVATIONS)
-    B, scale_b = quantize.quantize(torch.randn(N, K), formats.E4M3, WEIGHTS)
+    A, scale_a = quantization.quantize(torch.randn(M, K) * torch.rand(M, 1), formats.E4M3, ACTIVATIONS)
+    B, scale_b = quantization.quantize(torch.randn(N, K), formats.E4M3, WEIGHTS)
     C = torch.empty(M, N, dtype=torch.bfloat16)
     print(simulate(scaled_matmul(M, N, K), A, scale_a, B, scale_b, C, target="metal"))
     expected = reference.scaled_matmul(A, scale_a, B, scale_b, ACTIVATIONS, WEIGHTS)

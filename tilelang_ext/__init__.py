@@ -1,11 +1,19 @@
 """tilelang_ext: quantised tile intrinsics, a Metal backend with real fragments, and a simulator, on the installed tilelang.
 
-Importing registers the Metal backend, the fp8 products of CUDA and AMD, and what the CPU lacked, by name; nothing else.
+Importing registers the Metal backend, the FP8 GEMMs of CUDA and AMD, and what the CPU lacked, by name, and does nothing more:
+operators are loaded when they are first used.
+
+    from tilelang_ext import language as T, simulate             write a kernel, run its text on the CPU
+    from tilelang_ext import scaled_mm, mxfp4_moe, MXFP4Experts  ready operators
+    from tilelang_ext import quantize, dequantize                floats to codes and scales, and back
 """
 
 from __future__ import annotations
 
+import importlib as _importlib
 from importlib import metadata as _metadata
+
+__version__ = "0.1.0"  # pyproject.toml reads it from here
 
 SUPPORTED_TILELANG = ("0.1.14", "0.1.15")
 
@@ -36,6 +44,30 @@ _register_cpu()
 _register_cuda()
 _register_rocm()
 
-from tilelang_ext.simulation import simulate  # noqa: E402
+from tilelang_ext.kernels import PUBLIC as _OPERATORS  # noqa: E402
 
-__all__ = ["simulate"]
+# Public names beside the operators, and the modules that they are loaded from on first use.
+_LOADED_FROM = {
+    "dequantize": "tilelang_ext.reference",
+    "quantize": "tilelang_ext.quantization",
+    "simulate": "tilelang_ext.simulation",
+    **_OPERATORS,
+}
+
+__all__ = [
+    "SUPPORTED_TILELANG",
+    "__version__",
+    *_LOADED_FROM,
+]
+
+
+def __getattr__(name: str):
+    if name not in _LOADED_FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_importlib.import_module(_LOADED_FROM[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LOADED_FROM})

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from tilelang_ext.formats import E2M1, E4M3, BlockScaledLayout, FloatFormat, format_of
-from tilelang_ext.quantize import decode, expand_scale, quantize, unpack
+from tilelang_ext.quantization import decode, expand_scale, quantize, unpack
 
 Tensor = torch.Tensor
 
@@ -20,7 +20,7 @@ def dequantize(
 ) -> Tensor:
     """value[i, k] = decode(codes[i, k]) * scale[i // rows, k // k of a block], float64, exact.
 
-    codes: (..., rows, K) of an 8-bit format, or packed E2M1 (..., rows, K / 2); scale: as `quantize.expand_scale` takes it.
+    codes: (..., rows, K) of an 8-bit format, or packed E2M1 (..., rows, K / 2); scale: as `quantization.expand_scale` takes it.
     """
     values = decode(unpack(codes) if format is E2M1 else codes, format, dtype=torch.float64)
     return values * expand_scale(scale, layout, values.shape, zero_sentinel=zero_sentinel)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from cpu.run import compile_c
 
-from tilelang_ext import formats, quantize
+from tilelang_ext import formats, quantization
 from tilelang_ext import language as T
 from tilelang_ext.formats import E8M0
 
@@ -64,7 +64,7 @@ def test_every_code_is_decoded_and_moved_whole(dtype):
 
 def nearest_code(values, format):
     if format is not E8M0:
-        return quantize.encode(values, format)
+        return quantization.encode(values, format)
     # The nearest power of two, a tie going up: what lies below 1.5 * 2^e goes down.
     magnitude = values.double().abs()
     fraction, exponent = torch.frexp(magnitude)

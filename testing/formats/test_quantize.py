@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilelang_ext import quantize as q
+from tilelang_ext import quantization as q
 from tilelang_ext.formats import E2M1, E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, E8M0, MLX_MODES, BlockScaledLayout
 from tilelang_ext.reference import dequantize
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilelang_ext import quantize as q
+from tilelang_ext import quantization as q
 from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, E4M3, E5M2, E8M0, BlockScaledLayout
 

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch.nn.functional import ScalingType
 
-from tilelang_ext.kernels.scaled_matmul_arguments import LAYOUTS
-from tilelang_ext.kernels.scaled_matmul_problem import bucket_of
+from tilelang_ext.kernels.scaled_mm.arguments import LAYOUTS
+from tilelang_ext.kernels.scaled_mm.problem import bucket_of
 
 
 def compile_all(shapes, recipes) -> None:
@@ -33,16 +33,16 @@ def _in_processes(function, jobs) -> None:
 
 
 def _compile_moe(kernel) -> None:
-    from tilelang_ext.kernels.mxfp4_moe_launch import compiled
+    from tilelang_ext.kernels.mxfp4_moe.launch import compiled
 
     make, arguments, pass_configs = kernel
     compiled(make, arguments, torch.device("cuda"), pass_configs)
 
 
 def _compile(shape: tuple[int, int, int], recipes: tuple[int, int]) -> None:
-    from kernels.operands import as_torch
+    from kernels.scaled_mm.operands import as_torch
 
-    from tilelang_ext.kernels.scaled_matmul import scaled_mm
+    from tilelang_ext.kernels.scaled_mm.operator import scaled_mm
 
     M, N, K = shape
     scales = []

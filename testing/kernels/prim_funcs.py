@@ -4,18 +4,20 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from kernels.operands import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, problem
+from kernels.scaled_mm.operands import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, problem
 
-from tilelang_ext.kernels import mxfp4_moe_activations as activations
-from tilelang_ext.kernels import mxfp4_moe_sm90_launch as hopper
-from tilelang_ext.kernels import mxfp4_moe_sm90_rows as rows
-from tilelang_ext.kernels import mxfp4_moe_stages as stages
-from tilelang_ext.kernels import scaled_matmul_sm90, scaled_matmul_sm90_thin, scaled_matmul_vecmat
-from tilelang_ext.kernels.mxfp4_moe_sm90_tiles import OPERANDS
-from tilelang_ext.kernels.mxfp4_moe_sort import count_slots, moe_sort
-from tilelang_ext.kernels.scaled_matmul import KERNELS
+from tilelang_ext.kernels.mxfp4_moe import formats as activations
+from tilelang_ext.kernels.mxfp4_moe import sm90_launch as hopper
+from tilelang_ext.kernels.mxfp4_moe import sm90_scatter as rows
+from tilelang_ext.kernels.mxfp4_moe import tiled as stages
+from tilelang_ext.kernels.mxfp4_moe.activation import Activation
+from tilelang_ext.kernels.mxfp4_moe.routing import count_slots, moe_sort
+from tilelang_ext.kernels.mxfp4_moe.sm90_packing import OPERANDS
+from tilelang_ext.kernels.mxfp4_moe.sum_slots import sum_slots
+from tilelang_ext.kernels.scaled_mm import sm90_persistent, sm90_split_k, vecmat
+from tilelang_ext.kernels.scaled_mm.operator import KERNELS
 
-ACTIVATION, EPILOGUES = stages.Activation(), ("reduce", "atomic")
+ACTIVATION, EPILOGUES = Activation(), ("reduce", "atomic")
 ARCH = "sm_90a"
 
 
@@ -47,8 +49,8 @@ def around_moe() -> Iterator[Case]:
     yield Case("moe sort", moe_sort, (16, 64), {}, True)
     yield Case("moe sort int64", moe_sort, (16, 1024, "int64", True), {}, False)
     yield Case("moe count", count_slots, (64,), {}, True)
-    yield Case("moe sum_slots", stages.sum_slots, ("bfloat16",), {}, True)
-    yield Case("moe sm90 sum_slots", rows.sum_slots, (), rows.PASS_CONFIGS, False)
+    yield Case("moe sum_slots", sum_slots, ("bfloat16",), {}, True)
+    yield Case("moe sm90 sum_slots", sum_slots, ("bfloat16", "bfloat16", True), rows.PASS_CONFIGS, False)
     yield Case("moe sm90 scatter", rows.scatter, (), rows.PASS_CONFIGS, False)
     yield Case("moe sm90 scatter_quantized", rows.scatter_quantized, (7168,), rows.PASS_CONFIGS, False)
     yield Case("moe sm90 quantize_sorted", rows.quantize_sorted, (2048,), rows.PASS_CONFIGS, False)
@@ -71,10 +73,10 @@ def scaled_matmuls() -> Iterator[Case]:
         for (M, N, K), fast_accum in itertools.product([(2, 4096, 512), (128, 4096, 7168), (4096, 2112, 512)], (False, True)):
             of_shape = problem(M, N, K, recipes, kind="cuda", arch=ARCH, fast_accum=fast_accum)
             module = next(module for module in KERNELS if module.takes(of_shape))
-            make = module.vecmat if module is scaled_matmul_vecmat else module.scaled_matmul
-            is_hopper = module in (scaled_matmul_sm90, scaled_matmul_sm90_thin)
+            make = module.vecmat if module is vecmat else module.scaled_matmul
+            is_hopper = module in (sm90_persistent, sm90_split_k)
             name = f"scaled_mm {recipes[0].name} {M}x{N}x{K}{' fast' if fast_accum else ''}"
-            configs = scaled_matmul_sm90.PASS_CONFIGS if is_hopper else {}
+            configs = sm90_persistent.PASS_CONFIGS if is_hopper else {}
             yield Case(name, make, (of_shape, module.pick_config(of_shape)), configs, False)
 
 

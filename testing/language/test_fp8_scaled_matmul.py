@@ -8,7 +8,7 @@ import pytest
 import torch
 from numeric import assert_close
 
-from tilelang_ext import formats, metal, quantize, reference, simulate
+from tilelang_ext import formats, metal, quantization, reference, simulate
 from tilelang_ext import language as T
 
 L = T.BlockScaledLayout
@@ -28,7 +28,7 @@ def operand(rows, K, layout, dtype="float8_e4m3fn", seed=0, spread=4):
     if layout.k is not None:
         groups = torch.exp2(torch.randint(-spread, spread + 1, (1, -(-K // layout.k)), generator=generator).float())
         values *= groups.repeat_interleave(layout.k, 1)[:, :K]
-    codes, scale = quantize.quantize(values, FORMATS[dtype], layout)
+    codes, scale = quantization.quantize(values, FORMATS[dtype], layout)
     return codes, scale
 
 

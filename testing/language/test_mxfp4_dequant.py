@@ -4,7 +4,7 @@ import pytest
 import torch
 from language.mx_run import TARGETS, run
 
-from tilelang_ext import formats, quantize, reference
+from tilelang_ext import formats, quantization, reference
 from tilelang_ext import language as T
 
 MX = T.BlockScaledLayout.e8m0_k32()
@@ -48,7 +48,7 @@ def expected_of(W, scale, dtype):
     """The value in `dtype`; float8_e4m3fn saturates, as the host's encoder does and torch's cast does not."""
     value = reference.dequantize(W, scale, formats.E2M1, MX)
     if dtype == "float8_e4m3fn":
-        return quantize.encode(value, formats.E4M3).view(torch.float8_e4m3fn)
+        return quantization.encode(value, formats.E4M3).view(torch.float8_e4m3fn)
     return value.float().to(getattr(torch, dtype))
 
 
@@ -99,7 +99,7 @@ def test_without_scales():
 
     out = torch.full((N, K), 77.0).to(torch.float8_e4m3fn)
     run(kernel, W, out, target="metal")
-    assert_same_bits(out, quantize.decode(quantize.unpack(W), formats.E2M1))
+    assert_same_bits(out, quantization.decode(quantization.unpack(W), formats.E2M1))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from language.mx_run import TARGETS, run
 
-from tilelang_ext import formats, quantize
+from tilelang_ext import formats, quantization
 from tilelang_ext import language as T
 
 MX = T.BlockScaledLayout.e8m0_k32()
@@ -48,7 +48,7 @@ def quantizer(format, source, dtype):
 
 
 def check(target, format, source, x):
-    codes, scale = quantize.quantize(x, ELEMENTS[format], MX)
+    codes, scale = quantization.quantize(x, ELEMENTS[format], MX)
     out, out_scale = torch.full_like(codes.view(torch.uint8), 0x5A).view(codes.dtype), torch.full_like(scale, 0x5A)
     run(quantizer(format, source, str(x.dtype).removeprefix("torch.")), x, out, out_scale, target=target)
     assert torch.equal(out_scale, scale)

@@ -5,7 +5,7 @@ import torch
 from language.mx_run import run
 from numeric import assert_close
 
-from tilelang_ext import formats, quantize, reference
+from tilelang_ext import formats, quantization, reference
 from tilelang_ext import language as T
 
 L = T.BlockScaledLayout
@@ -21,7 +21,7 @@ def values(rows, K, seed):
 
 
 def weights(N, K, seed=1):
-    return quantize.quantize(values(N, K, seed), formats.E2M1, MX)
+    return quantization.quantize(values(N, K, seed), formats.E2M1, MX)
 
 
 def activations(kind, M, K, seed=0):
@@ -32,7 +32,7 @@ def activations(kind, M, K, seed=0):
         return codes, None, codes.double()
     element = {"fp8": formats.E4M3, "e5m2": formats.E5M2, "fp4": formats.E2M1}[kind.split()[0]]
     layout = ROW if kind.endswith("row") else MX
-    codes, scale = quantize.quantize(x, element, layout)
+    codes, scale = quantization.quantize(x, element, layout)
     return codes, scale, reference.dequantize(codes, scale, element, layout)
 
 

@@ -9,7 +9,7 @@ from numeric import assert_close
 from rocm.kernels import FP8, lower, scaled_matmul
 from rocm.test_compile import gate, gated
 
-from tilelang_ext import formats, quantize, reference, simulate
+from tilelang_ext import formats, quantization, reference, simulate
 from tilelang_ext import language as T
 from tilelang_ext.rocm import pipeline
 from tilelang_ext.rocm.instructions import UNITS, takes_scales
@@ -50,7 +50,7 @@ def test_fp8_scaled_matmul(a, b, K):
 
 
 def quantized(rows, K, dtype, seed):
-    return quantize.quantize(values(rows, K, seed), formats.format_of(dtype), MX)
+    return quantization.quantize(values(rows, K, seed), formats.format_of(dtype), MX)
 
 
 def test_a_region_ends_where_it_says():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tilelang_ext import formats, quantize
+from tilelang_ext import formats, quantization
 from tilelang_ext.rocm.device_text import decoder_name, decoder_text
 from tilelang_ext.rocm.toolchain import include_directory
 from tilelang_ext.simulator.toolchain import find_compiler
@@ -112,7 +112,7 @@ def test_stand_in_decodes(converted, format):
 def test_stand_in_encodes_as_the_project_does(converted, format):
     """Over all 65,536 halves; NaN may be any of a format's NaN codes."""
     halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
-    expected = quantize.encode(halves, format).view(torch.uint8).numpy()
+    expected = quantization.encode(halves, format).view(torch.uint8).numpy()
     found = converted[format][1]
     nan = np.isnan(halves.numpy())
     assert np.array_equal(found[~nan], expected[~nan])

@@ -5,17 +5,18 @@ import functools
 
 import pytest
 import torch
-from kernels.moe_operands import SWIGLU, arguments
+from kernels.mxfp4_moe.operands import SWIGLU, arguments
 from numeric import assert_close
 from rocm.test_compile import MOE, Gated, gate
 
 from tilelang_ext import simulate
-from tilelang_ext.kernels import mxfp4_moe as door
-from tilelang_ext.kernels import mxfp4_moe_activations as activations
-from tilelang_ext.kernels import mxfp4_moe_launch as moe_launch
-from tilelang_ext.kernels import mxfp4_moe_stages as stages
-from tilelang_ext.kernels.mxfp4_moe import mxfp4_moe
-from tilelang_ext.kernels.mxfp4_moe_sort import count_slots, moe_sort
+from tilelang_ext.kernels.mxfp4_moe import formats as activations
+from tilelang_ext.kernels.mxfp4_moe import launch as moe_launch
+from tilelang_ext.kernels.mxfp4_moe import operator as door
+from tilelang_ext.kernels.mxfp4_moe import tiled as stages
+from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
+from tilelang_ext.kernels.mxfp4_moe.routing import count_slots, moe_sort
+from tilelang_ext.kernels.mxfp4_moe.sum_slots import sum_slots
 from tilelang_ext.rocm import program
 
 PRODUCTS = (stages.gate_up, stages.down)
@@ -78,7 +79,7 @@ def test_values_and_machine_code(launched, kind, epilogue):
 MI200 = {
     stages.gate_up: (stages.Config(16), SWIGLU, "bfloat16"),
     stages.down: (stages.Config(16), "bfloat16", "reduce"),
-    stages.sum_slots: ("bfloat16",),
+    sum_slots: ("bfloat16",),
     count_slots: (64,),
     moe_sort: (16, 64),
     activations.quantize_rows: ("bfloat16",),
@@ -117,7 +118,7 @@ def test_kernels_are_compiled_for_the_architecture_of_the_device(monkeypatch):
     monkeypatch.setattr(
         moe_launch.tilelang, "compile", lambda prim_func, target, pass_configs: compiled.append((prim_func, target))
     )
-    moe_launch.compiled.__wrapped__(stages.sum_slots, ("bfloat16",), torch.device("cuda", 1))
+    moe_launch.compiled.__wrapped__(sum_slots, ("bfloat16",), torch.device("cuda", 1))
     ((prim_func, target),) = compiled
     assert target == {"kind": "hip", "mcpu": "gfx942"}
     assert prim_func.attrs["global_symbol"] == "sum_slots"
@@ -125,4 +126,4 @@ def test_kernels_are_compiled_for_the_architecture_of_the_device(monkeypatch):
 
 def test_devices_without_kernels():
     with pytest.raises(NotImplementedError, match="mxfp4_moe: tensors must be on cuda, mps or cpu; got xpu; move them"):
-        moe_launch.compiled.__wrapped__(stages.sum_slots, ("bfloat16",), torch.device("xpu"))
+        moe_launch.compiled.__wrapped__(sum_slots, ("bfloat16",), torch.device("xpu"))

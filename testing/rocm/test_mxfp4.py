@@ -9,7 +9,7 @@ from numeric import assert_close
 from rocm.kernels import ARCHS
 from rocm.test_compile import MOE, Gated, gate
 
-from tilelang_ext import formats, quantize, reference, simulate
+from tilelang_ext import formats, quantization, reference, simulate
 from tilelang_ext import language as T
 from tilelang_ext.rocm import program
 
@@ -93,7 +93,7 @@ def test_between_the_products(arch):
     row_weights = torch.rand(block_M, generator=torch.Generator().manual_seed(1))
     gathered = torch.cat([x, torch.zeros(1, K, dtype=x.dtype)])[token]
     element = {"mxfp8": formats.E4M3, "mxfp4": formats.E2M1}[format]
-    codes, scale = quantize.quantize(gathered, element, MX)
+    codes, scale = quantization.quantize(gathered, element, MX)
     read = gathered.double() if format == "mxfp8" else reference.dequantize(codes, scale, element, MX)
     act = reference.swiglu(read, gate="interleaved" if format == "mxfp8" else "separated") * row_weights[:, None].double()
 

@@ -2,23 +2,23 @@
 
 import pytest
 import torch
-from kernels.operands import E4M3, E5M2, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, operands, problem
-from kernels.test_scaled_mm_launch import kernels, key  # noqa: F401  (a fixture)
+from kernels.scaled_mm.operands import E4M3, E5M2, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, operands, problem
+from kernels.scaled_mm.test_launch import kernels, key  # noqa: F401  (a fixture)
 from numeric import assert_close
 from rocm.kernels import ARCHS
 from rocm.test_compile import SCALED, gate, gated
 
 from tilelang_ext import formats, simulate
-from tilelang_ext.kernels import scaled_matmul, scaled_matmul_tiled, scaled_matmul_vecmat
+from tilelang_ext.kernels.scaled_mm import operator, tiled, vecmat
 
 RECIPES = {"tensor": (TENSOR, TENSOR), "row": (ROW, ROW), "block": (ROW_BLOCK, SQUARE_BLOCK), "e8m0": (MX, MX)}
 
 
 def kernel_of(made):
     """The prim_func that a problem gets on AMD."""
-    if scaled_matmul_vecmat.takes(made):
-        return scaled_matmul_vecmat.vecmat(made, scaled_matmul_vecmat.pick_config(made))
-    return scaled_matmul_tiled.scaled_matmul(made, scaled_matmul_tiled.pick_config(made))
+    if vecmat.takes(made):
+        return vecmat.vecmat(made, vecmat.pick_config(made))
+    return tiled.scaled_matmul(made, tiled.pick_config(made))
 
 
 def hip(M, N, K, recipes, arch, **options):
@@ -36,7 +36,7 @@ def test_kernels_compile(arch):
     gates = {}
     for name in ("row", "block", "e8m0"):
         made = hip(4096, 4096, 1536, RECIPES[name], arch, out="bfloat16", bias="bfloat16")
-        config = scaled_matmul_tiled.pick_config(made)
+        config = tiled.pick_config(made)
         tiles = config.block_M // 16 * config.block_N // 16 // (config.threads // wave)
         gates[f"tiled_{name}"] = gated(kernel_of(made), arch, SCALED[name][arch], tiles)
     # Few rows are read by tilelang's casts, which know FNUZ alone on gfx942.
@@ -116,7 +116,7 @@ def rocm(kernels, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2fnuz])
 def test_problem_of_a_launch(rocm, dtype):
     """The architecture without its modes; every flavour."""
-    scaled_matmul._compile(key(a=dtype), False)
+    operator._compile(key(a=dtype), False)
     (made,) = rocm.problems
     assert (made.kind, made.arch, made.a_dtype) == ("hip", "gfx942", str(dtype).removeprefix("torch."))
     assert made.target == {"kind": "hip", "mcpu": "gfx942"}
@@ -127,7 +127,7 @@ def test_launch_makes_scales_contiguous(rocm, monkeypatch):
     (a, scale, b, _), _ = operands(5, 5, 256, (ROW_BLOCK, ROW_BLOCK))
     transposed = scale.t().contiguous().t()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    scaled_matmul._launch(rocm.compile_kernel(None), a, transposed, b, transposed, None, torch.empty(5, 5))
+    operator._launch(rocm.compile_kernel(None), a, transposed, b, transposed, None, torch.empty(5, 5))
     given = rocm.launches[-1]
     assert given[1].is_contiguous()
     assert given[3].is_contiguous()
@@ -136,10 +136,10 @@ def test_launch_makes_scales_contiguous(rocm, monkeypatch):
 
 def test_first_kernel_that_takes_a_problem():
     def taken(M):
-        return next(file for file in scaled_matmul.KERNELS if file.takes(hip(M, 64, 64, (ROW, ROW), "gfx950")))
+        return next(file for file in operator.KERNELS if file.takes(hip(M, 64, 64, (ROW, ROW), "gfx950")))
 
-    assert taken(4) is scaled_matmul_vecmat
-    assert taken(5) is scaled_matmul_tiled
+    assert taken(4) is vecmat
+    assert taken(5) is tiled
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_first_kernel_that_takes_a_problem():
      ("gfx950", {"b": formats.E4M3_FNUZ}, False)],
 )  # fmt: skip
 def test_a_flavour_that_casts_read_wrongly_goes_to_the_matrix_unit(arch, options, taken):
-    assert scaled_matmul_vecmat.takes(hip(1, 64, 64, (ROW, ROW), arch, **options)) is taken
+    assert vecmat.takes(hip(1, 64, 64, (ROW, ROW), arch, **options)) is taken

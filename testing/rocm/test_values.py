@@ -6,7 +6,7 @@ from language.test_fp8_scaled_matmul import operand
 from numeric import assert_close
 from rocm.kernels import ARCHS, FP8, LAYOUTS, attention_products, gemm, scaled_matmul, shared_accumulator
 
-from tilelang_ext import formats, quantize, reference, simulate
+from tilelang_ext import formats, quantization, reference, simulate
 from tilelang_ext import language as T
 
 E4M3, E5M2, E4M3_FNUZ, E5M2_FNUZ = FP8
@@ -25,7 +25,7 @@ def codes(rows, K, dtype, seed):
     finite = torch.tensor([c for c, v in enumerate(format.values) if abs(v) <= 4.0], dtype=torch.uint8)
     generator = torch.Generator().manual_seed(seed)
     drawn = finite[torch.randint(len(finite), (rows, K), generator=generator)]
-    return drawn.view(getattr(torch, format.torch_dtype)), quantize.decode(drawn, format, dtype=torch.float64)
+    return drawn.view(getattr(torch, format.torch_dtype)), quantization.decode(drawn, format, dtype=torch.float64)
 
 
 def nans(M, N):
@@ -122,7 +122,7 @@ def test_masked_tiles_of_e5m2(arch):
     M, N, K = 40, 150, 288
     layout = T.BlockScaledLayout.per_row()
     values = (torch.randn(rows, K, generator=torch.Generator().manual_seed(rows)) for rows in (M, N))
-    (A, SA), (B, SB) = (quantize.quantize(x, formats.E5M2, layout) for x in values)
+    (A, SA), (B, SB) = (quantization.quantize(x, formats.E5M2, layout) for x in values)
     C = nans(M, N)
     run(scaled_matmul("row", a=E5M2, b=E5M2, M=M, N=N, K=K), A, SA, B, SB, C, arch=arch)
     assert_close(C, reference.scaled_matmul(A, SA, B, SB, layout, layout), dtype="float32")

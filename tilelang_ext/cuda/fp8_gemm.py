@@ -42,7 +42,7 @@ class _Fp8Operands:
             if str(buffer.dtype) in _FNUZ:
                 raise NotImplementedError(
                     f"T.gemm: on NVIDIA GPUs fp8 operands must be float8_e4m3fn or float8_e5m2; got {buffer.dtype} ({name}, "
-                    f"{buffer.name}); convert codes and scale with tilelang_ext.quantize.fnuz_to_ocp, or use gfx942"
+                    f"{buffer.name}); convert codes and scale with tilelang_ext.quantization.fnuz_to_ocp, or use gfx942"
                 )
         super().__post_init__()
 

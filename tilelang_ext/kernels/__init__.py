@@ -1,1 +1,16 @@
-"""Whole kernels behind torch functions: which blocking, which checks at the door."""
+"""Whole kernels behind torch functions: one package per operator, each with the same file names.
+
+`operator` is the torch entry, `arguments` the checks, `problem` what a kernel is compiled for; the other files are kernels.
+"""
+
+# Public names, and the modules that they are loaded from on first use.
+PUBLIC = {
+    "Activation": "tilelang_ext.kernels.mxfp4_moe.activation",
+    "MXFP4Experts": "tilelang_ext.kernels.mxfp4_moe.experts",
+    "MXFP4Weights": "tilelang_ext.kernels.mxfp4_moe.weights",
+    "check_topk_ids": "tilelang_ext.kernels.mxfp4_moe.arguments",
+    "mxfp4_moe": "tilelang_ext.kernels.mxfp4_moe.operator",
+    "prepare_mxfp4_weights": "tilelang_ext.kernels.mxfp4_moe.weights",
+    "scaled_mm": "tilelang_ext.kernels.scaled_mm.operator",
+    "tile_for_hopper": "tilelang_ext.kernels.mxfp4_moe.weights",
+}

@@ -26,7 +26,7 @@ _FORMATS = {"mxfp4": E2M1, "mxfp8": E4M3}
 
 
 def mx_quantize(X, out, scale, format: str = "mxfp4") -> None:
-    """Write the codes and scales of X: bit for bit those of `quantize.quantize` with its default rounding.
+    """Write the codes and scales of X: bit for bit those of `quantization.quantize` with its default rounding.
 
     Nothing saturates. A group of zeros gets scale byte 127; a group with a NaN or an infinity gets the scale NaN (255), which
     the host refuses. K is a multiple of 32.
@@ -87,7 +87,7 @@ def _magnitude(x: Tile, i, k) -> tirx.PrimExpr:
 
 
 def _scale_of(amax: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
-    """Return the byte of 2^ceil(log2(amax / max of format)), amax as bits; the choice of `quantize.choose_e8m0`."""
+    """Return the byte of 2^ceil(log2(amax / max of format)), amax as bits; the choice of `quantization.choose_e8m0`."""
     mantissa = (1 << MANTISSA_BITS) - 1
     above = mask((bits_of(format.max) & mantissa) - (amax & mantissa))  # -1 or 0
     byte = T.max((amax >> MANTISSA_BITS) - format.max_exponent - above, 0)

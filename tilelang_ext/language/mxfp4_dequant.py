@@ -33,7 +33,7 @@ def mxfp4_dequant(W_packed, scale, out) -> None:
     Exact in float32 and bfloat16 to the ends of their range: built from bits, subnormals included, past the largest number
     Inf, scale byte 255 NaN. float16 is that value rounded to nearest even (exact for scale bytes 104 to 140), and
     float8_e4m3fn rounded so and saturated at 448 (exact for scale bytes 119 to 133: what
-    `quantize.fold_mxfp4_to_e4m3` brings weights into). Without scales every value is exact in each.
+    `quantization.fold_mxfp4_to_e4m3` brings weights into). Without scales every value is exact in each.
 
     Raises TypeError for dtypes and scopes, ValueError for shapes. Format: OCP Microscaling Formats (MX) 1.0.
     """

@@ -1,0 +1,315 @@
+"""`MXFP4Experts` against the experts of HF transformers, its names in checkpoints, and its errors by message."""
+
+import copy
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from numeric import assert_close
+from safetensors.torch import save_file
+from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssModel
+
+from tilelang_ext import reference
+from tilelang_ext.formats import E2M1, BlockScaledLayout
+from tilelang_ext.kernels.mxfp4_moe import experts as module_of_experts
+from tilelang_ext.kernels.mxfp4_moe import operator
+from tilelang_ext.kernels.mxfp4_moe.activation import Activation
+from tilelang_ext.kernels.mxfp4_moe.experts import NAMES, MXFP4Experts
+from tilelang_ext.kernels.mxfp4_moe.weights import tile_for_hopper
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[3] / "examples")]
+
+import gpt_oss_moe  # noqa: E402
+
+E, H, I, TOP_K, TOKENS = 5, 96, 64, 2, 7  # the last expert has no token
+PREFIX = "model.layers.3.mlp.experts."
+BOUNDS = {"dtype": "bfloat16", "max_error": 3e-2, "rms_error": 4e-3}
+
+
+def checkpoint(seed=0, prefix="") -> dict[str, torch.Tensor]:
+    """Every code and different scales in all rows and blocks; SwiGLU's limits are reached."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, rows, k in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
+        tensors |= {
+            f"{prefix}{name}_blocks": torch.randint(256, (E, rows, k // 32, 16), generator=generator, dtype=torch.uint8),
+            f"{prefix}{name}_scales": torch.randint(121, 127, (E, rows, k // 32), generator=generator, dtype=torch.uint8),
+            f"{prefix}{name}_bias": torch.randn(E, rows, generator=generator).bfloat16(),
+        }
+    return tensors
+
+
+def inputs(device="cpu"):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(TOKENS, H, generator=generator).bfloat16()
+    router_indices = torch.stack([torch.randperm(E - 1, generator=generator)[:TOP_K] for _ in range(TOKENS)])
+    routing_weights = torch.rand(TOKENS, TOP_K, generator=generator)
+    return x.to(device), router_indices.to(device), routing_weights.to(device)
+
+
+def hf_experts(tensors) -> GptOssExperts:
+    """transformers' module in float64, with the checkpoint's weights dequantised and transposed, as it loads them."""
+    config = GptOssConfig(
+        num_local_experts=E, hidden_size=H, intermediate_size=I, num_experts_per_tok=TOP_K, experts_implementation="eager"
+    )
+    experts = GptOssExperts(config).double()
+    state = {}
+    for name in ("gate_up_proj", "down_proj"):
+        codes, scale = tensors[f"{name}_blocks"].flatten(-2), tensors[f"{name}_scales"]
+        state[name] = reference.dequantize(codes, scale, E2M1, BlockScaledLayout.e8m0_k32()).mT
+        state[f"{name}_bias"] = tensors[f"{name}_bias"]
+    experts.load_state_dict(state)
+    return experts
+
+
+def expected():
+    x, router_indices, routing_weights = inputs()
+    with torch.no_grad():
+        return hf_experts(checkpoint())(x.double(), router_indices, routing_weights.double())
+
+
+def test_same_as_transformers():
+    want = expected()
+    assert_close(MXFP4Experts.from_checkpoint(checkpoint())(*inputs()), want, **BOUNDS)
+    limited = hf_experts(checkpoint())
+    limited.limit = 1e9
+    with torch.no_grad():
+        assert (limited(inputs()[0].double(), *inputs()[1:]) - want).abs().max() > 1  # the limit counts here
+
+
+def test_in_a_model():
+    """Two layers of gpt-oss in bfloat16, loaded by name: the error against float64 is no more than that of its own experts."""
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_local_experts": E,
+        "hidden_size": H,
+        "intermediate_size": I,
+        "num_experts_per_tok": TOP_K,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 8, "vocab_size": 64}
+    config = GptOssConfig(**sizes, **heads, attn_implementation="eager", experts_implementation="eager")
+    torch.manual_seed(4)
+    model, layers = GptOssModel(config).eval(), [checkpoint(seed) for seed in range(2)]
+    for layer, tensors in zip(model.layers, layers, strict=True):
+        torch.nn.init.normal_(layer.mlp.router.weight, std=0.5)
+        layer.mlp.experts.load_state_dict(hf_experts(tensors).state_dict())
+    token_ids = torch.arange(20)[None] * 7 % 64
+
+    def states(model):
+        with torch.no_grad():
+            return model(token_ids).last_hidden_state.double()
+
+    want, theirs = states(copy.deepcopy(model).double()), states(model.bfloat16())
+    for layer in model.layers:
+        layer.mlp.experts = MXFP4Experts(E, H, I)
+    by_name = {f"layers.{i}.mlp.experts.{name}": tensor for i, layer in enumerate(layers) for name, tensor in layer.items()}
+    model.load_state_dict({**model.state_dict(), **by_name})
+    error, their_error = ((result - want).square().mean().sqrt() for result in (states(model), theirs))
+    assert error < 0.03
+    assert error < 1.2 * their_error
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("epilogue", ["reduce", "atomic"])
+def test_same_as_transformers_on_a_gpu(epilogue):
+    experts = MXFP4Experts.from_checkpoint(checkpoint(), epilogue=epilogue, device="cuda")
+    assert_close(experts(*inputs("cuda")), expected(), **BOUNDS)
+    moved = MXFP4Experts.from_checkpoint(checkpoint(), epilogue=epilogue).to("cuda")
+    assert_close(moved(*inputs("cuda")), expected(), **BOUNDS)
+
+
+def test_files(tmp_path):
+    """One layer out of several, its tensors in two files; what is asked for is read, and nothing else."""
+    tensors = checkpoint(prefix=PREFIX)
+    names = sorted(tensors)
+    files = tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"
+    save_file({name: tensors[name] for name in names[:2]} | checkpoint(1, "model.layers.2.mlp.experts."), files[0])
+    save_file({name: tensors[name] for name in names[2:]} | {"lm_head.weight": torch.zeros(2)}, files[1])
+    want = MXFP4Experts.from_checkpoint(checkpoint()).state_dict()
+    for source in (files, [str(file) for file in files], tensors):
+        got = MXFP4Experts.from_checkpoint(source, PREFIX).state_dict()
+        assert all(torch.equal(got[name], want[name]) for name in NAMES)
+    one = MXFP4Experts.from_checkpoint(files[0], "model.layers.2.mlp.experts.")
+    assert torch.equal(one.down_proj_blocks, checkpoint(1)["down_proj_blocks"])
+    with pytest.raises(KeyError, match=r"layers.3.*down_proj_scales must be .*pass every file of the layer"):
+        MXFP4Experts.from_checkpoint(files[0], PREFIX)
+    with pytest.raises(KeyError, match=r"got 13 tensors; pass a prefix such as 'model.layers.2.mlp.experts.'"):
+        MXFP4Experts.from_checkpoint(files)
+
+
+def test_state_dict_is_a_checkpoint():
+    """It gives what it took, in a module's module too; gate and up rows lie apart inside."""
+    tensors = checkpoint()
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": MXFP4Experts(E, H, I)})})
+    model.load_state_dict({f"mlp.experts.{name}": tensor for name, tensor in tensors.items()})
+    state = model.state_dict()
+    assert sorted(state) == sorted(f"mlp.experts.{name}" for name in NAMES)
+    for name, tensor in tensors.items():
+        assert torch.equal(state[f"mlp.experts.{name}"], tensor.float() if name.endswith("bias") else tensor)
+        assert state[f"mlp.experts.{name}"].dtype == (torch.float32 if name.endswith("bias") else torch.uint8)
+    experts = model["mlp"]["experts"]
+    assert torch.equal(experts.gate_up_proj_blocks, torch.cat([tensors["gate_up_proj_blocks"][:, i::2] for i in (0, 1)], 1))
+    again = MXFP4Experts(E, H, I, device="meta")
+    assert {buffer.device.type for buffer in again.buffers()} == {"meta"}
+    again.load_state_dict(experts.state_dict(), assign=True)
+    assert torch.equal(again(*inputs()), experts(*inputs()))
+
+
+def test_moves_and_casts():
+    """bfloat16 holds a checkpoint's biases, and bytes are no numbers to cast."""
+    experts = MXFP4Experts.from_checkpoint(checkpoint())
+    want = experts(*inputs())
+    assert torch.equal(experts.to(torch.bfloat16)(*inputs()), want)
+    assert {buffer.device.type for buffer in experts.to("meta").buffers()} == {"meta"}
+
+
+def test_weights_are_prepared_once(monkeypatch):
+    """Not in each call, but again when others were loaded, and when a cast or a move replaced them."""
+    prepared, prepare = [], module_of_experts.prepare_mxfp4_weights
+    monkeypatch.setattr(
+        module_of_experts, "prepare_mxfp4_weights", lambda *a, **options: prepared.append(0) or prepare(*a, **options)
+    )
+    experts = MXFP4Experts.from_checkpoint(checkpoint())
+    first = experts(*inputs())
+    assert torch.equal(experts(*inputs()), first)
+    assert len(prepared) == 2
+    experts.load_state_dict(checkpoint(1))
+    other = experts(*inputs())
+    assert len(prepared) == 4
+    assert torch.equal(other, MXFP4Experts.from_checkpoint(checkpoint(1))(*inputs()))
+    assert not torch.equal(other, first)
+    prepared.clear()
+    assert torch.equal(copy.deepcopy(experts)(*inputs()), other)
+    experts.bfloat16()(*inputs())
+    assert len(prepared) == 2
+
+
+def test_tiles_on_hopper(monkeypatch):
+    """On a GPU of capability 9.0 both weights are in tiles, or neither where these cannot hold a scale."""
+    x = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16)
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    tiles_for = module_of_experts._tiles_for
+    assert tiles_for(x, None) == tiles_for(x, torch.bfloat16) == "bfloat16"
+    assert tiles_for(x, "fp8") == tiles_for(x, torch.float8_e4m3fn) == "fp8"
+    assert tiles_for(x, "mxfp8") is None
+    assert tiles_for(types.SimpleNamespace(device=x.device, dtype=torch.float16), None) is None
+    assert tiles_for(torch.zeros(1).bfloat16(), None) is None
+    capability[0] = (8, 0)
+    assert tiles_for(x, None) is None
+
+    given = []
+    monkeypatch.setattr(module_of_experts, "_tiles_for", lambda x, a_dtype: a_dtype or "bfloat16")
+    monkeypatch.setattr(
+        module_of_experts, "mxfp4_moe", lambda x, ids, weights, w13, w2, **options: given.append((w13, w2)) or x
+    )
+    experts = MXFP4Experts.from_checkpoint(checkpoint())
+    experts(*inputs())
+    experts(*inputs())
+    want = tile_for_hopper(experts.w13, gate=True), tile_for_hopper(experts.w2, gate=False)
+    for tiled, same in zip(given[0], want, strict=True):
+        assert torch.equal(tiled.codes, same.codes)
+        assert torch.equal(tiled.bias, same.bias)
+    assert given[1][0] is given[0][0]
+    large = checkpoint()
+    large["down_proj_scales"][0, 0, 0] = 130
+    experts.load_state_dict(large)
+    experts(*inputs())
+    assert all(w.codes.ndim == 3 for w in given[2])
+    experts.a_dtype = "fp8"
+    experts(*inputs())
+    assert torch.equal(given[3][0].codes, tile_for_hopper(experts.w13, gate=True, a_dtype="fp8").codes)
+    assert given[3][1].scale.shape == given[3][1].bias.shape
+
+
+def test_shapes_of_forward():
+    x, router_indices, routing_weights = inputs()
+    experts = MXFP4Experts.from_checkpoint(checkpoint(), epilogue="atomic")
+    want = experts(x, router_indices, routing_weights)
+    batched = experts(x[None], router_indices[None].int(), routing_weights[None])
+    assert torch.equal(batched, want[None])
+    assert experts(x[:0], router_indices[:0], routing_weights[:0]).shape == (0, H)
+    mask = torch.tensor([False] * 2 + [True] * E)
+    assert torch.equal(experts(x, router_indices + 2, routing_weights, expert_mask=mask), want)
+
+
+def test_scales_as_torch_has_them():
+    tensors = checkpoint()
+    want = MXFP4Experts.from_checkpoint(tensors)(*inputs())
+    tensors = {name: t.view(torch.float8_e8m0fnu) if name.endswith("scales") else t for name, t in tensors.items()}
+    assert torch.equal(MXFP4Experts.from_checkpoint(tensors)(*inputs()), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"down_proj_bias": None}, KeyError, "down_proj_bias must be in the checkpoint; got 5 tensors; pass every file"),
+        ({"down_proj_blocks": torch.zeros(E, H, I // 2)}, ValueError, "layer.down_proj_blocks must be .E, rows, K / 32, 16."),
+        ({"down_proj_scales": torch.zeros(E, H, 1, dtype=torch.uint8)}, ValueError, "down_proj_scales must have shape"),
+        ({"gate_up_proj_bias": torch.zeros(E, I)}, ValueError, "gate_up_proj_bias must have shape"),
+        (
+            {"down_proj_scales": torch.zeros(E, H, I // 32)},
+            TypeError,
+            "down_proj_scales: must be uint8 or torch.float8_e8m0fnu",
+        ),
+        ({"down_proj_bias": torch.zeros(E, H, dtype=torch.uint8)}, TypeError, "down_proj_bias must be a float tensor"),
+    ],
+)
+def test_errors_of_checkpoints(change, error, message):
+    tensors = {f"layer.{name}": tensor for name, tensor in (checkpoint() | change).items() if tensor is not None}
+    with pytest.raises(error, match=message):
+        MXFP4Experts.from_checkpoint(tensors, "layer.")
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="hidden_size must be a multiple of 32; got 100"):
+        MXFP4Experts(E, 100, I)
+    with pytest.raises(ValueError, match="num_experts must be at least 1"):
+        MXFP4Experts(0, H, I)
+    experts, tensors = MXFP4Experts(E, H, 2 * I), checkpoint()
+    with pytest.raises(RuntimeError, match="size mismatch for gate_up_proj_blocks"):
+        experts.load_state_dict(tensors)
+    with pytest.raises(RuntimeError, match=r"Missing key.*down_proj_scales"):
+        MXFP4Experts(E, H, I).load_state_dict({name: t for name, t in tensors.items() if name != "down_proj_scales"})
+
+
+def test_is_traced_whole():
+    experts, operands = MXFP4Experts.from_checkpoint(checkpoint()), inputs()
+    traced = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    for tokens in (TOKENS, 3):
+        given = [operand[:tokens] for operand in operands]
+        assert torch.equal(traced(*given), experts(*given))
+
+
+@pytest.mark.parametrize("a_dtype", ["mxfp8", torch.float4_e2m1fn_x2])
+def test_options_reach_the_operator(a_dtype):
+    operands = inputs()
+    experts = MXFP4Experts.from_checkpoint(checkpoint(), a_dtype=a_dtype, activation=Activation("silu"))
+    want = operator.mxfp4_moe(*operands, experts.w13, experts.w2, activation=Activation("silu"), a_dtype=a_dtype)
+    assert torch.equal(experts(*operands), want)
+    assert not torch.equal(MXFP4Experts.from_checkpoint(checkpoint(), activation=Activation("silu"))(*operands), want)
+    with pytest.raises(ValueError, match="epilogue must be one of"):
+        MXFP4Experts.from_checkpoint(checkpoint(), epilogue="sum")(*operands)
+
+
+def example_cosine(capsys, *arguments):
+    gpt_oss_moe.main([str(argument) for argument in arguments])
+    return float(re.search(r"at least ([\d.]+)", capsys.readouterr().out).group(1))
+
+
+@pytest.mark.parametrize(("a_dtype", "least"), [("bfloat16", 0.9999), ("fp8", 0.998), ("mxfp4", 0.95)])
+def test_example(capsys, a_dtype, least):
+    cosine = example_cosine(capsys, "--a-dtype", a_dtype, "--tokens", 5, "--device", "cpu")
+    assert least < cosine < (1.00001 if a_dtype == "bfloat16" else 0.9995)
+
+
+def test_example_reads_checkpoints(capsys, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file(checkpoint(prefix=PREFIX), file)
+    assert example_cosine(capsys, "--checkpoint", file, "--layer", 3, "--top-k", 2, "--device", "cpu") > 0.9999
+    with pytest.raises(KeyError, match=r"pass a prefix such as 'model.layers.3.mlp.experts.'"):
+        gpt_oss_moe.main(["--checkpoint", str(file)])

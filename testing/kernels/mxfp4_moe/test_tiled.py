@@ -1,0 +1,180 @@
+"""`mxfp4_moe` by its kernels, on target c and from their Metal text: the launches that a GPU gets, on memory full of NaN."""
+
+import functools
+
+import pytest
+import torch
+from kernels.mxfp4_moe.operands import LINEAR, MX, SWIGLU, arguments, one_hot
+from kernels.mxfp4_moe.targets import runner
+from numeric import assert_close
+
+from tilelang_ext import formats, quantization, reference
+from tilelang_ext.kernels.mxfp4_moe import operator as door
+from tilelang_ext.kernels.mxfp4_moe.activation import Activation
+from tilelang_ext.kernels.mxfp4_moe.launch import launch
+from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
+from tilelang_ext.kernels.mxfp4_moe.tiled import pick_config
+from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights, prepare_mxfp4_weights
+
+SIZE = 96  # of H and of I: a tile and a half
+
+
+@functools.cache
+def compiled(make, options, target):
+    return runner(make(*options), target)
+
+
+@pytest.fixture(params=["c", "metal"])
+def target(request, monkeypatch):
+    """Tensors on the CPU go the way of a GPU's; memory that is not written holds NaN and the largest integers."""
+
+    def of_target(make, arguments, device):
+        return compiled(make, arguments, request.param)
+
+    monkeypatch.setattr(door, "_by_reference", functools.partial(launch, compiled=of_target))
+    torch.use_deterministic_algorithms(True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+def cosine(result, expected):
+    return torch.nn.functional.cosine_similarity(result.double(), expected.double(), dim=1)
+
+
+CASES = [("metal", kind, "swiglu") for kind in ("bfloat16", "fp8", "mxfp4")]
+CASES += [("c", "bfloat16", "swiglu"), ("c", "mxfp8", "swiglu"), ("c", "float16", "silu")]
+
+
+@pytest.mark.parametrize(("target", "kind", "activation"), CASES, indirect=["target"])
+def test_values(target, kind, activation):
+    operands, expected = arguments(Activation(activation), kind=kind)
+    dtype = str(operands[0].dtype).removeprefix("torch.")
+    result = mxfp4_moe(*operands, activation=Activation(activation), a_dtype=None if kind == dtype else kind)
+    assert cosine(result, expected).mean() >= 0.9999
+    # A sum in another order rounds to another code now and then.
+    assert_close(result, expected, dtype=dtype, max_error=None if kind == dtype else 0.03)
+
+
+@pytest.mark.parametrize(("target", "kind"), [("c", "mxfp8"), ("metal", "fp8")], indirect=["target"])
+def test_not_finite(target, kind):
+    """A token with an infinity becomes NaN, and no other."""
+    (x, *rest), _ = arguments()
+    expected = mxfp4_moe(x, *rest, activation=SWIGLU, a_dtype=kind)
+    expected[2] = torch.nan
+    x = x.clone()
+    x[2, 40] = torch.inf
+    result = mxfp4_moe(x, *rest, activation=SWIGLU, a_dtype=kind)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_routing(target):
+    """No id in range, all tokens to one expert, one token, experts elsewhere: what reference.moe says."""
+    (x, topk_ids, topk_weights, w13, w2), _ = arguments()
+    everything = torch.ones(4, dtype=torch.bool)
+    mask = torch.tensor([False, True, False, True, True, False, True])  # four of seven live here
+
+    def check(x, topk_ids, expert_mask=None):
+        out = torch.full_like(x, torch.nan)
+        mxfp4_moe(x, topk_ids, topk_weights[: len(x)], w13, w2, activation=SWIGLU, expert_mask=expert_mask, out=out)
+        expected = reference_of(
+            x, topk_ids, topk_weights[: len(x)], w13, w2, everything if expert_mask is None else expert_mask
+        )
+        assert_close(out, expected, dtype="bfloat16")
+
+    check(x, torch.full_like(topk_ids, 3))
+    check(x, torch.tensor([[1, 2**32], [-1, 0], [1, 4], [2**32 + 3, 2], [2**63 - 1, -(2**63)]]))
+    check(x[:1], topk_ids[:1])
+    check(x, torch.tensor([[6, 0], [1, 2], [0, 2], [4, 3], [5, 7]]), mask)
+    # A mask that names more experts than there are weights: wrong, and yet nothing is read that is not there.
+    mxfp4_moe(x, topk_ids, topk_weights, w13, w2, activation=SWIGLU, expert_mask=torch.ones(7, dtype=torch.bool))
+
+
+def reference_of(x, topk_ids, topk_weights, w13, w2, mask):
+    half, I = w13.codes.shape[1] // 2, w13.rows // 2
+    rows = torch.cat([torch.arange(I), half + torch.arange(I)])
+    d13 = reference.dequantize(w13.codes, w13.scale, formats.E2M1, MX)[:, rows, : w13.k]
+    d2 = reference.dequantize(w2.codes, w2.scale, formats.E2M1, MX)[:, : w2.rows, : w2.k]
+    act = functools.partial(reference.swiglu, gate="separated")
+    bias = {"bias13": w13.bias[:, rows], "bias2": w2.bias[:, : w2.rows]}
+    return reference.moe(x, topk_ids, topk_weights, d13, d2, activation=act, between="bfloat16", expert_mask=mask, **bias)
+
+
+def test_padding_is_not_computed_with(target):
+    """The same bits whether weights are stored exactly, with NaN behind them, or with 1e30."""
+    (x, topk_ids, topk_weights, w13, w2), _ = arguments()
+    padded = mxfp4_moe(x, topk_ids, topk_weights, w13, w2, activation=SWIGLU)
+    half, I = w13.codes.shape[1] // 2, w13.rows // 2
+    rows13 = torch.cat([torch.arange(I), half + torch.arange(I)])
+
+    def exact(weights, rows):
+        codes, scale = weights.codes[:, rows, : weights.k // 2], weights.scale[:, rows, : weights.k // 32]
+        return MXFP4Weights(codes.contiguous(), scale.contiguous(), weights.bias[:, rows].contiguous(), weights.rows, weights.k)
+
+    def large(weights):
+        """2^99 = 6e29 for each NaN."""
+        scale = torch.where(weights.scale == 255, 226, weights.scale)
+        return weights._replace(scale=scale, bias=weights.bias.nan_to_num(nan=1e30))
+
+    exactly = mxfp4_moe(x, topk_ids, topk_weights, exact(w13, rows13), exact(w2, slice(w2.rows)), activation=SWIGLU)
+    assert torch.equal(padded, exactly)
+    assert torch.equal(padded, mxfp4_moe(x, topk_ids, topk_weights, large(w13), large(w2), activation=SWIGLU))
+
+
+def test_order_of_tokens(target):
+    """reduce: a token's result has the same bits wherever its rows are sorted to; atomic: the same values."""
+    (x, topk_ids, topk_weights, *weights), expected = arguments()
+    order = torch.tensor([3, 0, 4, 2, 1])
+    first = mxfp4_moe(x.t().contiguous().t(), topk_ids.t().contiguous().t(), topk_weights, *weights, activation=SWIGLU)
+    second = mxfp4_moe(x[order], topk_ids[order], topk_weights[order], *weights, activation=SWIGLU)
+    assert torch.equal(first[order], second)
+    out = torch.full_like(x, torch.nan)
+    mxfp4_moe(x, topk_ids, topk_weights, *weights, activation=SWIGLU, epilogue="atomic", out=out)
+    assert_close(out, expected, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("target", "kind"), [("c", "mxfp4"), ("metal", "bfloat16")], indirect=["target"])
+def test_one_hot(target, kind):
+    """x = 1 at one k of a token: the weights' column comes out bit for bit."""
+    tokens, layers, expected = one_hot()
+    for name, layer in layers.items():
+        if kind == "bfloat16" or name == "w2":  # of w13 the column itself is handed over
+            result = mxfp4_moe(*tokens, *layer, activation=LINEAR, a_dtype=None if kind == "bfloat16" else kind)
+            assert torch.equal(result, expected), name
+
+
+def test_wrong_weights_are_far_off(target):
+    """The cosine tells each mistake in reading weights from rounding; gate and up differ in size so that they can be told."""
+    E, tokens = 4, 8
+    generator = torch.Generator().manual_seed(2)
+    spread = torch.exp2(torch.randint(-3, 4, (E, 3 * SIZE, SIZE // 32), generator=generator).float()).repeat_interleave(32, -1)
+    values = torch.randn(E, 3 * SIZE, SIZE, generator=generator) * spread / 32
+    values[:, SIZE : 2 * SIZE] /= 8
+    codes, scale = quantization.quantize(values, formats.E2M1, MX)
+    x = torch.randn(tokens, SIZE, generator=generator).bfloat16()
+    topk_ids = torch.rand(tokens, E, generator=generator).topk(2).indices.int()
+    topk_weights = torch.rand(tokens, 2, generator=generator)
+
+    def run(codes, scale):
+        w13 = prepare_mxfp4_weights(codes[:, : 2 * SIZE], scale[:, : 2 * SIZE], gate="separated")
+        return mxfp4_moe(
+            x, topk_ids, topk_weights, w13, prepare_mxfp4_weights(codes[:, 2 * SIZE :], scale[:, 2 * SIZE :]), activation=SWIGLU
+        )
+
+    d = reference.dequantize(codes, scale, formats.E2M1, MX)
+    act = functools.partial(reference.swiglu, gate="separated")
+    expected = reference.moe(x, topk_ids, topk_weights, d[:, : 2 * SIZE], d[:, 2 * SIZE :], activation=act)
+    assert cosine(run(codes, scale), expected).min() >= 0.9999
+    swapped = torch.cat([codes[:, SIZE : 2 * SIZE], codes[:, :SIZE], codes[:, 2 * SIZE :]], 1)
+    swapped_scale = torch.cat([scale[:, SIZE : 2 * SIZE], scale[:, :SIZE], scale[:, 2 * SIZE :]], 1)
+    for wrong in (
+        (codes >> 4 | codes << 4, scale),
+        (swapped, swapped_scale),
+        (codes, scale.roll(1, 2)),
+        (codes, scale.roll(1, 1)),
+    ):
+        assert cosine(run(*wrong), expected).mean() < 0.5
+
+
+def test_tile_by_rows_of_an_expert():
+    assert [pick_config(tokens, 4, 32, "cuda").block_M for tokens in (1, 128, 256, 512, 4096)] == [16, 16, 32, 64, 128]
+    assert pick_config(4096, 4, 32, "metal").block_M == 64

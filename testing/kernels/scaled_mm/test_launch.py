@@ -1,0 +1,195 @@
+"""What `scaled_mm` does before a kernel runs: problems, the cache of kernels, memory it promises; stand-ins for devices."""
+
+import numpy as np
+import pytest
+import torch
+from kernels.scaled_mm.operands import E4M3, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, case, operands, problem
+from metal.test_run import FakeArray, RecordedShader, fake_mlx  # noqa: F401  (a fixture)
+
+from tilelang_ext import metal
+from tilelang_ext.kernels.scaled_mm import operator, vecmat
+from tilelang_ext.kernels.scaled_mm.problem import bucket_of, run_of
+
+CUDA = torch.device("cuda", 1)
+E4M3_TORCH, BF16 = torch.float8_e4m3fn, torch.bfloat16
+
+
+class Kernels:
+    """Stands in for a kernel file: keeps the problems it compiled and the arguments of each launch."""
+
+    def __init__(self):
+        self.problems, self.launches = [], []
+
+    def takes(self, problem):
+        return True
+
+    def compile_kernel(self, problem):
+        self.problems.append(problem)
+        return lambda *arguments: self.launches.append(arguments)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A stand-in for the kernels of an H200."""
+    stand_in = Kernels()
+    monkeypatch.setattr(operator, "KERNELS", (stand_in,))
+    monkeypatch.setattr(operator, "_launchers", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return stand_in
+
+
+def key(M=5, device=CUDA, a=E4M3_TORCH, b=E4M3_TORCH, recipes=(ROW, ROW), bias=BF16, out=BF16):
+    return (device, bucket_of(M), 64, 128, a, b, *(recipe.value for recipe in recipes), bias, out)
+
+
+def test_problem_of_a_launch(kernels):
+    run = operator._compile(key(recipes=(ROW_BLOCK, SQUARE_BLOCK)), True)
+    (made,) = kernels.problems
+    assert made == problem(
+        5, 64, 128, (ROW_BLOCK, SQUARE_BLOCK), kind="cuda", arch="sm_90a", bias="bfloat16", out="bfloat16", fast_accum=True
+    )
+    assert made.target == {"kind": "cuda", "arch": "sm_90a"}
+    assert operator._launchers == {(key(recipes=(ROW_BLOCK, SQUARE_BLOCK)), True): run}
+
+
+def test_problem_on_a_mac(kernels):
+    operator._compile(key(device=torch.device("mps", 0), bias=None), False)
+    assert kernels.problems == [problem(5, 64, 128, (ROW, ROW), out="bfloat16")]
+
+
+def test_other_devices(kernels):
+    with pytest.raises(NotImplementedError, match="tensors must be on cuda, mps or cpu; got xpu; move them"):
+        operator._compile(key(device=torch.device("xpu", 0)), False)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_fnuz_off_the_cpu(kernels, name):
+    with pytest.raises(NotImplementedError, match=f"mat_{name} must be .* on cuda; got float8_e5m2fnuz; convert"):
+        operator._compile(key(**{name: torch.float8_e5m2fnuz}), False)
+
+
+def launch(kernels, monkeypatch, a, b, bias=None, current=None):
+    """`_launch` on CPU tensors, whose device index is None; `current` is the current CUDA device."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    scale = torch.ones(1, 1)
+    out = torch.empty(a.shape[0], b.shape[0])
+    operator._launch(kernels.compile_kernel(None), a, scale, b, scale, bias, out)
+    return kernels.launches[-1]
+
+
+def test_launch_passes_memory_on(kernels, monkeypatch):
+    (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
+    given = launch(kernels, monkeypatch, a, b)
+    assert given[0] is a
+    assert given[2] is b
+    assert given[4] is None
+
+
+def test_launch_makes_rows_of_a_and_bias_contiguous(kernels, monkeypatch):
+    (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
+    wide, bias = a.repeat(1, 2)[:, :32], torch.arange(32.0)[::2]
+    given = launch(kernels, monkeypatch, wide, b, bias)
+    assert given[0].is_contiguous()
+    assert torch.equal(given[0].view(torch.uint8), a.view(torch.uint8))
+    assert given[4].is_contiguous()
+    assert torch.equal(given[4], bias)
+
+
+def test_launch_on_another_device(kernels, monkeypatch):
+    entered = []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
+    launch(kernels, monkeypatch, a, b, current=3)
+    assert entered == [a.device, "left"]
+
+
+def test_launch_refuses_what_kernels_cannot_read(kernels, monkeypatch):
+    (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
+    with pytest.raises(ValueError, match=r"mat_b must be column-major, as weight.t\(\) is; got strides \(16, 1\); pass"):
+        launch(kernels, monkeypatch, a, b.t().contiguous().t())
+    moved = torch.zeros(5 * 32 + 1, dtype=torch.uint8)[1:].view(5, 32).view(E4M3_TORCH)
+    for operand_a, operand_b, name in ((moved, b, "mat_a"), (a, moved, "mat_b")):
+        with pytest.raises(ValueError, match=f"{name} must start at a multiple of 16 bytes; got a slice"):
+            launch(kernels, monkeypatch, operand_a, operand_b)
+
+
+def test_kernels_without_bias_are_called_without_it():
+    calls = []
+    run = run_of(problem(1, 1, 1, (ROW, ROW)), lambda *arguments: calls.append(arguments))
+    run(1, 2, 3, 4, None, 5)
+    run = run_of(problem(1, 1, 1, (ROW, ROW), bias="float32"), lambda *arguments: calls.append(arguments))
+    run(1, 2, 3, 4, 5, 6)
+    assert calls == [(1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6)]
+
+
+# --- Metal -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("M", "name"), [(2, "vecmat"), (9, "scaled_matmul")])
+def test_mps_launch(monkeypatch, M, name):
+    """From the operator's arguments to the launch: the text, its buffers and its grid."""
+    shaders = []
+    monkeypatch.setattr(torch.mps, "compile_shader", lambda source: shaders.append(RecordedShader(source)) or shaders[-1])
+    monkeypatch.setattr(metal.program, "_check_tensor", lambda kernel, parameter, argument, device: argument)
+    monkeypatch.setattr(operator, "_launchers", {})
+    (a, scale_a, b, scale_b), _ = operands(M, 70, 128, (MX, MX))
+    run = operator._compile(
+        (torch.device("mps", 0), bucket_of(M), 70, 128, a.dtype, b.dtype, MX.value, MX.value, None, BF16),
+        False,
+    )
+    out = torch.empty(M, 70, dtype=BF16)
+    run(a, scale_a, b, scale_b, None, out)
+    (shader,) = shaders
+    ((kernel, buffers, threads, group),) = shader.calls
+    assert kernel == f"{name}_kernel"
+    assert [buffer.data_ptr() for buffer in buffers[:5]] == [t.data_ptr() for t in (a, scale_a, b, scale_b, out)]
+    assert threads[0] == (2 * 32 if name == "vecmat" else 2 * 128)  # ceil(70 / 64) threadgroups
+    assert group[0] == (32 if name == "vecmat" else 128)
+
+
+def test_mlx_launch(fake_mlx):  # noqa: F811
+    """The same text as an MLX kernel: codes and scale bytes are uint8 arrays, the result a new array."""
+    made = problem(1, 70, 128, (MX, MX), out="float16")
+    run = metal.to_mlx(metal.lower(vecmat.vecmat(made, vecmat.pick_config(made))))
+    inputs = [FakeArray(np.zeros(shape), "uint8") for shape in ((1, 128), (1, 4), (70, 128), (70, 4))]
+    out = run(*inputs)
+    assert out.shape == (1, 70)
+    assert out.dtype == np.float16
+    (record,) = fake_mlx.records
+    assert record["grid"] == (2 * 32, 1, 1)
+
+
+def test_the_operator_finds_its_kernel_once(kernels, monkeypatch):
+    """The whole way with CPU tensors that say they are elsewhere: one kernel for all batch sizes of a bucket."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    arguments, _ = case(5, 64, 128, (ROW, ROW), E4M3)
+
+    class Elsewhere:
+        """A tensor that says it is on CUDA; the operator asks nothing of it that needs a device."""
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        device = CUDA
+
+        def __getattr__(self, name):
+            value = getattr(self.tensor, name)
+            return (lambda *a: Elsewhere(value(*a))) if name in ("t", "contiguous", "reshape") else value
+
+    for M in (5, 16, 17):
+        a, scale_a = torch.zeros(M, 128).to(E4M3_TORCH), torch.ones(M, 1)
+        tensors = [Elsewhere(t) for t in (a, arguments[1], scale_a, arguments[4], torch.empty(M, 64))]
+        operator._scaled_mm_out(*tensors[:3], ROW.value, 0, tensors[3], ROW.value, 0, None, False, tensors[4])
+    assert [made.max_M for made in kernels.problems] == [16, 32]
+    assert len(kernels.launches) == 3

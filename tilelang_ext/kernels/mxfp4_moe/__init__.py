@@ -1,0 +1,1 @@
+"""A two-stage mixture of experts with MXFP4 weights."""

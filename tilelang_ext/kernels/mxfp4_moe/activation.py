@@ -1,0 +1,22 @@
+"""The activation between the two GEMMs of a mixture of experts."""
+
+from dataclasses import dataclass
+
+from tilelang_ext.language.swiglu import sigmoid_of, silu_of, swiglu_of
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What lies between the products, of gate g and up u.
+
+    silu: g * sigmoid(g) * u
+    swiglu, of gpt-oss: g * sigmoid(alpha * g) * (u + 1) with g = min(g, limit), u = clamp(u, -limit, limit)
+    """
+
+    name: str = "swiglu"  # or "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __call__(self, g, u, sigmoid=sigmoid_of):
+        """The expression for float32 g and u; a kernel of one target may have another `sigmoid`."""
+        return silu_of(g, u, sigmoid) if self.name == "silu" else swiglu_of(g, u, self.alpha, self.limit, sigmoid)

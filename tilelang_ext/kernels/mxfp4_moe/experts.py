@@ -1,0 +1,233 @@
+"""`MXFP4Experts`: the experts of a gpt-oss layer as a torch module that loads checkpoints by their own names.
+
+    g, u = rows ::2 and 1::2 of (gate_up_proj[e] . x[t] + gate_up_proj_bias[e])
+    y[t] = sum over slots s of routing_weights[t, s] * (down_proj[e] . swiglu(g, u) + down_proj_bias[e])
+
+with e = router_indices[t, s]. The router is the caller's, as in transformers' `GptOssExperts`, whose place this takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tilelang_ext import quantization
+from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E8M0, MX_GROUP
+from tilelang_ext.kernels.mxfp4_moe.activation import Activation
+from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
+from tilelang_ext.kernels.mxfp4_moe.sm90_packing import ScaleError
+from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper
+
+_GPT_OSS = Activation()
+_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
+_PARTS = {"blocks": E2M1, "scales": E8M0, "bias": None}  # of a projection, and the format of its bytes
+NAMES = tuple(f"{projection}_{part}" for projection in (_GATE_UP, _DOWN) for part in _PARTS)
+
+
+class MXFP4Experts(nn.Module):
+    """The experts of one layer, E of them, hidden size H, intermediate size I; both sizes multiples of 32.
+
+    | buffer and name in a checkpoint | shape | dtype |
+    | --- | --- | --- |
+    | gate_up_proj_blocks, gate_up_proj_scales | (E, 2I, H / 32, 16), (E, 2I, H / 32) | uint8 |
+    | gate_up_proj_bias | (E, 2I) | float32; loaded from any float |
+    | down_proj_blocks, down_proj_scales | (E, H, I / 32, 16), (E, H, I / 32) | uint8 |
+    | down_proj_bias | (E, H) | float32; loaded from any float |
+
+    A state dict, taken or given, is as checkpoints are: gate rows ::2, up rows 1::2. The buffers hold gate rows above up rows,
+    so `state_dict()` copies those of gate_up_proj. What the kernels read is made of the buffers by the first call after a load,
+    a move or a cast: to change weights, load others. It shares their codes, but on Hopper, beside bfloat16 and fp8 activations,
+    it is a second copy, of `tile_for_hopper`; call once before `torch.compile` there. A new module's buffers are undefined
+    until `load_state_dict`; `from_checkpoint` does both. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
+
+    Raises ValueError for sizes; load_state_dict raises TypeError for dtypes, RuntimeError for names and shapes.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: Activation = _GPT_OSS,
+        a_dtype: torch.dtype | str | None = None,
+        epilogue: str = "reduce",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+            if size < 1 or size % MX_GROUP:
+                raise ValueError(f"MXFP4Experts: {name} must be a multiple of {MX_GROUP}; got {size}; pad the weights")
+        if num_experts < 1:
+            raise ValueError(f"MXFP4Experts: num_experts must be at least 1; got {num_experts}; pass the model's")
+        self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.activation, self.a_dtype, self.epilogue = activation, a_dtype, epilogue
+        # By the activations that Hopper's tiles are for; None: as they are.
+        self._prepared: dict[str | None, tuple[list[Tensor], tuple[MXFP4Weights, MXFP4Weights]]] = {}
+        for projection, rows, k in ((_GATE_UP, 2 * intermediate_size, hidden_size), (_DOWN, hidden_size, intermediate_size)):
+            groups = k // MX_GROUP
+            shapes = {"blocks": (rows, groups, MX_GROUP // CODES_PER_BYTE), "scales": (rows, groups), "bias": (rows,)}
+            for part, shape in shapes.items():
+                dtype = torch.float32 if part == "bias" else torch.uint8
+                self.register_buffer(f"{projection}_{part}", torch.empty(num_experts, *shape, dtype=dtype, device=device))
+        self.register_load_state_dict_pre_hook(_separate_gate_up)
+        self.register_state_dict_post_hook(_interleave_gate_up)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        source: Mapping[str, Tensor] | str | PathLike | Iterable[str | PathLike],
+        prefix: str = "",
+        *,
+        activation: Activation = _GPT_OSS,
+        a_dtype: torch.dtype | str | None = None,
+        epilogue: str = "reduce",
+        device: torch.device | str = "cpu",
+    ) -> MXFP4Experts:
+        """Return the experts whose tensors are called `prefix` + name, with the sizes that the tensors have.
+
+        `source`: tensors by name, or one or several safetensors files, of which only these tensors are read.
+        `prefix` of layer 3 of gpt-oss: "model.layers.3.mlp.experts.".
+
+        Raises KeyError for names that are missing, ValueError for shapes, TypeError for dtypes.
+        """
+        tensors = _select(source, prefix)
+        blocks = {name: tensors[f"{name}_blocks"] for name in (_GATE_UP, _DOWN)}
+        for name, each in blocks.items():
+            if each.ndim != 4 or each.shape[-1] * CODES_PER_BYTE != MX_GROUP:
+                raise ValueError(
+                    f"MXFP4Experts: {prefix}{name}_blocks must be (E, rows, K / 32, 16); got {tuple(each.shape)}; "
+                    "pass the tensors of the checkpoint as they are"
+                )
+        hidden_size, intermediate_size = (blocks[name].shape[2] * MX_GROUP for name in (_GATE_UP, _DOWN))
+        experts = cls(
+            blocks[_GATE_UP].shape[0],
+            hidden_size,
+            intermediate_size,
+            activation=activation,
+            a_dtype=a_dtype,
+            epilogue=epilogue,
+            device=device,
+        )
+        for name in NAMES:
+            shape = tuple(getattr(experts, name).shape)
+            if tensors[name].shape != shape:
+                raise ValueError(
+                    f"MXFP4Experts: {prefix}{name} must have shape {shape}, by those of the blocks; "
+                    f"got {tuple(tensors[name].shape)}; check the checkpoint"
+                )
+        experts.load_state_dict(tensors)
+        return experts
+
+    @property
+    def w13(self) -> MXFP4Weights:
+        """Gate and up, of `prepare_mxfp4_weights`."""
+        return self._weights(None)[0]
+
+    @property
+    def w2(self) -> MXFP4Weights:
+        """Down, of `prepare_mxfp4_weights`."""
+        return self._weights(None)[1]
+
+    def _weights(self, tiled: str | None) -> tuple[MXFP4Weights, MXFP4Weights]:
+        """w13 and w2, of `tile_for_hopper` for these activations where asked for and where the scales allow it."""
+        buffers = [getattr(self, name) for name in NAMES]
+        prepared_from, weights = self._prepared.get(tiled, (None, None))
+        # Moved or cast, a module has other tensors.
+        if prepared_from is None or any(now is not then for now, then in zip(buffers, prepared_from, strict=True)):
+            w13 = prepare_mxfp4_weights(*buffers[:3], source="gpt_oss", gate="separated")
+            w2 = prepare_mxfp4_weights(*buffers[3:], source="gpt_oss")
+            weights = w13, w2
+            if tiled:
+                with contextlib.suppress(ScaleError):
+                    weights = tile_for_hopper(w13, gate=True, a_dtype=tiled), tile_for_hopper(w2, gate=False, a_dtype=tiled)
+            self._prepared[tiled] = buffers, weights
+        return weights
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        router_indices: Tensor,
+        routing_weights: Tensor,
+        *,
+        expert_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the experts add to the residual stream, in the shape and dtype of hidden_states.
+
+        hidden_states (..., H) bfloat16 or float16; router_indices (..., top_k) int32 or int64, distinct in a row;
+        routing_weights (..., top_k) float; expert_mask (all experts,) bool, true where one is held here.
+        """
+        top_k = router_indices.shape[-1]
+        y = mxfp4_moe(
+            hidden_states.reshape(-1, self.hidden_size),
+            router_indices.reshape(-1, top_k),
+            routing_weights.reshape(-1, top_k),
+            *self._weights(_tiles_for(hidden_states, self.a_dtype)),
+            activation=self.activation,
+            a_dtype=self.a_dtype,
+            epilogue=self.epilogue,
+            expert_mask=expert_mask,
+        )
+        return y.view(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
+        return f"{sizes}, activation={self.activation.name}, a_dtype={self.a_dtype}, epilogue={self.epilogue}"
+
+
+def _tiles_for(x: Tensor, a_dtype: torch.dtype | str | None) -> str | None:
+    """Which tiles for Hopper take this, if any."""
+    is_hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) == (9, 0) and torch.version.hip is None
+    if not is_hopper or x.dtype != torch.bfloat16:
+        return None
+    return {None: "bfloat16", torch.bfloat16: "bfloat16", torch.float8_e4m3fn: "fp8", "fp8": "fp8"}.get(a_dtype)
+
+
+def _select(source: Mapping[str, Tensor] | str | PathLike | Iterable[str | PathLike], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one layer, by name without the prefix."""
+    if isinstance(source, Mapping):
+        found, present = {name: source[prefix + name] for name in NAMES if prefix + name in source}, list(source)
+    else:
+        found, present = {}, []
+        for path in [source] if isinstance(source, str | PathLike) else source:
+            with safe_open(Path(path), framework="pt") as file:
+                keys = set(file.keys())
+                found |= {name: file.get_tensor(prefix + name) for name in NAMES if prefix + name in keys}
+                present += keys
+    missing = [prefix + name for name in NAMES if name not in found]
+    if missing:
+        prefixes = sorted({key.removesuffix(NAMES[0]) for key in present if key.endswith(NAMES[0])})
+        advice = f"pass a prefix such as {prefixes[0]!r}" if prefixes and not found else "pass every file of the layer"
+        raise KeyError(f"MXFP4Experts: {', '.join(missing)} must be in the checkpoint; got {len(present)} tensors; {advice}")
+    return found
+
+
+def _separate_gate_up(module, state_dict, prefix, *_) -> None:
+    """Bytes as uint8, and gate rows above up rows; what does not fit is left for torch to report."""
+    module._prepared.clear()
+    for name in NAMES:
+        key, (_, _, part) = prefix + name, name.rpartition("_")
+        if key not in state_dict:
+            continue
+        tensor, format = state_dict[key], _PARTS[part]
+        if format is not None:
+            tensor = quantization.raw_codes(tensor, format, key)
+        elif not tensor.dtype.is_floating_point:
+            raise TypeError(f"MXFP4Experts: {key} must be a float tensor; got {tensor.dtype}; convert it")
+        if name.startswith(_GATE_UP) and tensor.shape == getattr(module, name).shape:
+            tensor = torch.cat(quantization.split_gate_up(tensor, 1), 1)
+        state_dict[key] = tensor
+
+
+def _interleave_gate_up(module, state_dict, prefix, _) -> None:
+    """The inverse of `_separate_gate_up`."""
+    for name in NAMES:
+        if name.startswith(_GATE_UP):
+            gate, up = state_dict[prefix + name].chunk(2, 1)
+            state_dict[prefix + name] = quantization.interleave_gate_up(gate, up, 1)

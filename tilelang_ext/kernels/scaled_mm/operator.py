@@ -1,0 +1,221 @@
+"""`scaled_mm`: torch.nn.functional.scaled_mm for fp8 on CUDA, ROCm, the CPU and Metal, from kernels of this package.
+
+out[i, j] = sum over k of (scale_a mat_a)[i, k] * (scale_b mat_b)[k, j] + bias[j]
+
+The door checks what a kernel need not, finds the kernel in a table, and launches it. Source of names, shapes and strides:
+torch 2.13, torch.nn.functional.scaled_mm and torch._meta_registrations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tilelang.contrib import nvcc
+from torch import Tensor
+from torch.nn.functional import ScalingType, SwizzleType
+
+from tilelang_ext import reference
+from tilelang_ext.kernels.scaled_mm import sm90_persistent, sm90_split_k, tiled, vecmat
+from tilelang_ext.kernels.scaled_mm.arguments import (
+    FNUZ,
+    LAYOUTS,
+    check,
+    check_matrices,
+    check_output_dtype,
+    only_scale,
+    recipe_value,
+    swizzle_value,
+)
+from tilelang_ext.kernels.scaled_mm.problem import Problem, bucket_of
+
+KERNELS = (vecmat, sm90_split_k, sm90_persistent, tiled)  # the first that takes it
+ALIGNMENT = 16  # bytes: of bulk copies and of the widest loads
+_CONTRACTIONS = ((), (1, 0), (-1, -2), (-1, 0), (1, -2))
+
+
+def scaled_mm(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    scale_a: Tensor,
+    scale_recipe_a: ScalingType,
+    scale_b: Tensor,
+    scale_recipe_b: ScalingType,
+    swizzle_a: SwizzleType | None = None,
+    swizzle_b: SwizzleType | None = None,
+    bias: Tensor | None = None,
+    output_dtype: torch.dtype = torch.bfloat16,
+    contraction_dim: tuple[int, ...] | list[int] = (),
+    use_fast_accum: bool = False,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Multiply fp8 matrices, each times its scales: torch.nn.functional.scaled_mm, with an optional `out`.
+
+    mat_a (M, K) row-major and mat_b (K, N) column-major, that is `weight.t()`; any fp8 dtypes. Result (M, N) of
+    `output_dtype` (float32, float16, bfloat16), rounded once. bias (N,) of these dtypes; ignored, as torch does, if K is 0.
+
+    | recipe | scale_a | scale_b |
+    | --- | --- | --- |
+    | TensorWise | one float32 | one float32 |
+    | RowWise | float32 (M, 1) or (M,) | float32 (1, N), (N, 1) or (N,) |
+    | BlockWise1x128 | float32 (M, ceil(K/128)) | float32 (N, ceil(K/128)) |
+    | BlockWise128x128 | float32 (ceil(K/128), ceil(M/128)) | float32 (ceil(K/128), ceil(N/128)) |
+    | BlockWise1x32 | e8m0 or uint8 (M, K/32) | e8m0 or uint8 (N, K/32) |
+
+    Both operands share a recipe, or pair 1x128 with 128x128. float32 scales may have any strides; of 128x128 the first
+    extent may be padded, as torch pads it to a multiple of 4. SWIZZLE_32_4_4 is torch's padded 1-D or 2-D layout of 1x32
+    scales, which costs a small copy a call; NO_SWIZZLE costs none. `use_fast_accum` lets the sums of TensorWise and
+    RowWise products stay in the matrix unit, which keeps fewer bits on Hopper; elsewhere it changes nothing.
+
+    On CUDA a mat_a that is not contiguous is copied. TypeError for dtypes, ValueError for shapes and values,
+    NotImplementedError for recipes that this package lacks.
+    """
+    if tuple(contraction_dim) not in _CONTRACTIONS:
+        raise ValueError(
+            f"scaled_mm: contraction_dim must be () or (1, 0); got {tuple(contraction_dim)}; transpose the operand"
+        )
+    check_output_dtype("output_dtype", output_dtype)
+    arguments = (
+        mat_a,
+        mat_b,
+        only_scale("scale_a", scale_a),
+        recipe_value("scale_recipe_a", scale_recipe_a),
+        swizzle_value("swizzle_a", swizzle_a),
+        only_scale("scale_b", scale_b),
+        recipe_value("scale_recipe_b", scale_recipe_b),
+        swizzle_value("swizzle_b", swizzle_b),
+        bias,
+        use_fast_accum,
+    )
+    if out is None:
+        return torch.ops.tilelang_ext.scaled_mm(*arguments, output_dtype)
+    torch.ops.tilelang_ext.scaled_mm_out(*arguments, out)
+    return out
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+# Defined by their schema: torch.library.custom_op would cost ten times as much a call.
+
+_ARGUMENTS = (
+    "Tensor mat_a, Tensor mat_b, Tensor scale_a, int recipe_a, int swizzle_a, Tensor scale_b, int recipe_b, int swizzle_b, "
+    "Tensor? bias, bool use_fast_accum"
+)
+_TAGS = (torch.Tag.needs_exact_strides,)  # a compiler must not turn mat_b round
+torch.library.define("tilelang_ext::scaled_mm", f"({_ARGUMENTS}, ScalarType output_dtype) -> Tensor", tags=_TAGS)
+torch.library.define("tilelang_ext::scaled_mm_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=_TAGS)
+
+
+def _scaled_mm_out(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, use_fast_accum, out):
+    scale_a, scale_b = check(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, out)
+    (M, K), N = mat_a.shape, mat_b.shape[1]
+    if M == 0 or N == 0:
+        return
+    if K == 0:
+        out.zero_()
+    elif mat_a.device.type == "cpu":
+        product = reference.scaled_matmul(mat_a, scale_a, mat_b.t(), scale_b, LAYOUTS[recipe_a], LAYOUTS[recipe_b])
+        out.copy_(product if bias is None else product + bias.double())
+    else:
+        bias_dtype = None if bias is None else bias.dtype
+        key = (mat_a.device, bucket_of(M), N, K, mat_a.dtype, mat_b.dtype, recipe_a, recipe_b, bias_dtype, out.dtype)
+        run = _launchers.get((key, use_fast_accum)) or _compile(key, use_fast_accum)
+        _launch(run, mat_a, scale_a, mat_b.t(), scale_b, bias, out)
+
+
+def _scaled_mm(*arguments) -> Tensor:
+    *arguments, output_dtype = arguments
+    out = _empty(*arguments[:2], output_dtype)
+    _scaled_mm_out(*arguments, out)
+    return out
+
+
+def _fake_out(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, use_fast_accum, out) -> None:
+    check(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, out)
+
+
+def _fake(*arguments) -> Tensor:
+    *arguments, output_dtype = arguments
+    out = _empty(*arguments[:2], output_dtype)
+    _fake_out(*arguments, out)
+    return out
+
+
+def _empty(mat_a: Tensor, mat_b: Tensor, output_dtype: torch.dtype) -> Tensor:
+    check_matrices(mat_a, mat_b)
+    return mat_a.new_empty((mat_a.shape[0], mat_b.shape[1]), dtype=output_dtype)
+
+
+for _name_of_op, _implementation, _shape_of in (("scaled_mm", _scaled_mm, _fake), ("scaled_mm_out", _scaled_mm_out, _fake_out)):
+    torch.library.impl(f"tilelang_ext::{_name_of_op}", "CompositeExplicitAutograd", _implementation)
+    torch.library.register_fake(f"tilelang_ext::{_name_of_op}", _shape_of)
+
+
+# --- launch ----------------------------------------------------------------------------------------------------------
+
+_launchers: dict[tuple, Callable] = {}
+
+
+def _compile(key: tuple, use_fast_accum: bool) -> Callable:
+    """Compile the kernel of a new key and keep it."""
+    device, max_M, N, K, a_dtype, b_dtype, recipe_a, recipe_b, bias_dtype, out_dtype = key
+    if device.type == "cuda" and torch.version.hip is not None:
+        kind, arch = "hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    elif device.type == "cuda":
+        kind = "cuda"
+        arch = "sm_" + nvcc.get_target_arch("{}.{}".format(*torch.cuda.get_device_capability(device)))
+    elif device.type == "mps":
+        kind, arch = "metal", ""
+    else:
+        raise NotImplementedError(f"scaled_mm: tensors must be on cuda, mps or cpu; got {device.type}; move them")
+    for name, dtype in (("mat_a", a_dtype), ("mat_b", b_dtype)):
+        if dtype in FNUZ and kind != "hip":
+            raise NotImplementedError(
+                f"scaled_mm: {name} must be float8_e4m3fn or float8_e5m2 on {device.type}; got {_name(dtype)}; convert it with "
+                "quantize.fnuz_to_ocp, or move the tensors to the CPU"
+            )
+    problem = Problem(
+        kind=kind,
+        arch=arch,
+        max_M=max_M,
+        N=N,
+        K=K,
+        a_dtype=_name(a_dtype),
+        b_dtype=_name(b_dtype),
+        layout_a=LAYOUTS[recipe_a],
+        layout_b=LAYOUTS[recipe_b],
+        bias_dtype=None if bias_dtype is None else _name(bias_dtype),
+        out_dtype=_name(out_dtype),
+        fast_accum=use_fast_accum,
+    )
+    run = next(file for file in KERNELS if file.takes(problem)).compile_kernel(problem)
+    _launchers[key, use_fast_accum] = run
+    return run
+
+
+def _launch(run: Callable, a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Give a kernel what `problem` promises it."""
+    if not b.is_contiguous():
+        raise ValueError(
+            f"scaled_mm: mat_b must be column-major, as weight.t() is; got strides {tuple(b.stride()[::-1])}; pass "
+            "mat_b.t().contiguous().t(), made once"
+        )
+    a = a.contiguous()
+    for name, tensor in (("mat_a", a), ("mat_b", b)):
+        if tensor.data_ptr() % ALIGNMENT:
+            raise ValueError(
+                f"scaled_mm: {name} must start at a multiple of {ALIGNMENT} bytes; got a slice that does not; clone it"
+            )
+    if bias is not None:
+        bias = bias.contiguous()
+    if a.device.type == "mps" or torch.version.hip is not None:
+        scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
+    if a.device.type == "mps" or a.device.index == torch.cuda.current_device():
+        run(a, scale_a, b, scale_b, bias, out)
+    else:
+        with torch.cuda.device(a.device):
+            run(a, scale_a, b, scale_b, bias, out)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
