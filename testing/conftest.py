@@ -31,7 +31,8 @@ def pytest_runtest_setup(item):
 def pytest_collection_modifyitems(config, items):
     """A missing device is a visible skip; tests that download are run when asked for by name."""
     reasons = {
-        "cuda": "needs an NVIDIA GPU" if not _has_cuda() else None,
+        "cuda": "needs an NVIDIA GPU" if _gpus() < 1 else None,
+        "two_gpus": "needs two NVIDIA GPUs" if _gpus() < 2 else None,
         "hip": _no_amd_compiler(),
         "peers": "downloads other libraries' kernels: make test-peers" if "peers" not in config.option.markexpr else None,
     }
@@ -41,10 +42,10 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _has_cuda() -> bool:
+def _gpus() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()
 
 
 def _no_amd_compiler() -> str | None:

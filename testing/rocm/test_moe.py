@@ -104,26 +104,3 @@ def test_machine_code_of_larger_tiles(arch):
         made = lowered(stages.gate_up, (config, SWIGLU, "bfloat16"), arch)
         kernels[f"{made.name}_{tokens}"] = gated(stages.gate_up, made)
     gate(kernels, arch)
-
-
-def test_kernels_are_compiled_for_the_architecture_of_the_device(monkeypatch):
-    """Without its modes, on a ROCm build of torch."""
-
-    class Properties:
-        gcnArchName = "gfx942:sramecc+:xnack-"
-
-    compiled = []
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(
-        moe_launch.tilelang, "compile", lambda prim_func, target, pass_configs: compiled.append((prim_func, target))
-    )
-    moe_launch.compiled.__wrapped__(sum_slots, ("bfloat16",), torch.device("cuda", 1))
-    ((prim_func, target),) = compiled
-    assert target == {"kind": "hip", "mcpu": "gfx942"}
-    assert prim_func.attrs["global_symbol"] == "sum_slots"
-
-
-def test_devices_without_kernels():
-    with pytest.raises(NotImplementedError, match="mxfp4_moe: tensors must be on cuda, mps or cpu; got xpu; move them"):
-        moe_launch.compiled.__wrapped__(sum_slots, ("bfloat16",), torch.device("xpu"))

@@ -107,6 +107,7 @@ def rocm(kernels, monkeypatch):  # noqa: F811
 
     class Properties:
         gcnArchName = "gfx942:sramecc+:xnack-"
+        multi_processor_count = 304
 
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)

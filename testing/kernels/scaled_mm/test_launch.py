@@ -1,5 +1,7 @@
 """What `scaled_mm` does before a kernel runs: problems, the cache of kernels, memory it promises; stand-ins for devices."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,16 @@ from metal.test_run import FakeArray, RecordedShader, fake_mlx  # noqa: F401  (a
 from tilelang_ext import metal
 from tilelang_ext.kernels.scaled_mm import operator, vecmat
 from tilelang_ext.kernels.scaled_mm.problem import bucket_of, run_of
+from tilelang_ext.launch.device import target_of
 
 CUDA = torch.device("cuda", 1)
 E4M3_TORCH, BF16 = torch.float8_e4m3fn, torch.bfloat16
+
+
+class H200:
+    """What torch says of an H200, as far as it is asked."""
+
+    multi_processor_count = 132
 
 
 class Kernels:
@@ -34,7 +43,9 @@ def kernels(monkeypatch):
     stand_in = Kernels()
     monkeypatch.setattr(operator, "KERNELS", (stand_in,))
     monkeypatch.setattr(operator, "_launchers", {})
+    monkeypatch.setattr(operator, "target_of", target_of.__wrapped__)  # another machine's devices are not kept
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
     return stand_in
 
 
@@ -68,60 +79,40 @@ def test_fnuz_off_the_cpu(kernels, name):
         operator._compile(key(**{name: torch.float8_e5m2fnuz}), False)
 
 
-def launch(kernels, monkeypatch, a, b, bias=None, current=None):
-    """`_launch` on CPU tensors, whose device index is None; `current` is the current CUDA device."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+def launch(kernels, a, b, bias=None):
+    """`_launch` on CPU tensors."""
     scale = torch.ones(1, 1)
     out = torch.empty(a.shape[0], b.shape[0])
     operator._launch(kernels.compile_kernel(None), a, scale, b, scale, bias, out)
     return kernels.launches[-1]
 
 
-def test_launch_passes_memory_on(kernels, monkeypatch):
+def test_launch_passes_memory_on(kernels):
     (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
-    given = launch(kernels, monkeypatch, a, b)
+    given = launch(kernels, a, b)
     assert given[0] is a
     assert given[2] is b
     assert given[4] is None
 
 
-def test_launch_makes_rows_of_a_and_bias_contiguous(kernels, monkeypatch):
+def test_launch_makes_rows_of_a_and_bias_contiguous(kernels):
     (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
     wide, bias = a.repeat(1, 2)[:, :32], torch.arange(32.0)[::2]
-    given = launch(kernels, monkeypatch, wide, b, bias)
+    given = launch(kernels, wide, b, bias)
     assert given[0].is_contiguous()
     assert torch.equal(given[0].view(torch.uint8), a.view(torch.uint8))
     assert given[4].is_contiguous()
     assert torch.equal(given[4], bias)
 
 
-def test_launch_on_another_device(kernels, monkeypatch):
-    entered = []
-
-    class Guard:
-        def __init__(self, device):
-            self.device = device
-
-        def __enter__(self):
-            entered.append(self.device)
-
-        def __exit__(self, *_):
-            entered.append("left")
-
-    monkeypatch.setattr(torch.cuda, "device", Guard)
-    (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
-    launch(kernels, monkeypatch, a, b, current=3)
-    assert entered == [a.device, "left"]
-
-
-def test_launch_refuses_what_kernels_cannot_read(kernels, monkeypatch):
+def test_launch_refuses_what_kernels_cannot_read(kernels):
     (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
     with pytest.raises(ValueError, match=r"mat_b must be column-major, as weight.t\(\) is; got strides \(16, 1\); pass"):
-        launch(kernels, monkeypatch, a, b.t().contiguous().t())
+        launch(kernels, a, b.t().contiguous().t())
     moved = torch.zeros(5 * 32 + 1, dtype=torch.uint8)[1:].view(5, 32).view(E4M3_TORCH)
     for operand_a, operand_b, name in ((moved, b, "mat_a"), (a, moved, "mat_b")):
         with pytest.raises(ValueError, match=f"{name} must start at a multiple of 16 bytes; got a slice"):
-            launch(kernels, monkeypatch, operand_a, operand_b)
+            launch(kernels, operand_a, operand_b)
 
 
 def test_kernels_without_bias_are_called_without_it():
@@ -172,7 +163,7 @@ def test_mlx_launch(fake_mlx):  # noqa: F811
 
 def test_the_operator_finds_its_kernel_once(kernels, monkeypatch):
     """The whole way with CPU tensors that say they are elsewhere: one kernel for all batch sizes of a bucket."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     arguments, _ = case(5, 64, 128, (ROW, ROW), E4M3)
 
     class Elsewhere:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import tilelang
 import torch
-from tilelang.contrib import nvcc
 from torch import Tensor
 
-from tilelang_ext import metal
 from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import formats as activations
 from tilelang_ext.kernels.mxfp4_moe import sm90_launch as hopper
@@ -20,26 +17,13 @@ from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, Routing, capacity_of, count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe.sum_slots import sum_slots
 from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights, is_tiled
+from tilelang_ext.launch.compile import compiled as compile_kernel
+from tilelang_ext.launch.device import target_of
 
 
-@functools.cache
 def compiled(make: Callable, arguments: tuple, device: torch.device, pass_configs: tuple = ()) -> Callable:
-    """Return make(*arguments) as a function of tensors on `device`; `pass_configs` are pairs of name and value.
-
-    Raises NotImplementedError for devices other than cuda (ROCm's too) and mps.
-    """
-    prim_func = make(*arguments)
-    if device.type == "mps":
-        return metal.to_torch(metal.lower(prim_func))
-    if device.type != "cuda":
-        raise NotImplementedError(f"mxfp4_moe: tensors must be on cuda, mps or cpu; got {device.type}; move them")
-    if torch.version.hip is not None:
-        arch = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
-        target = {"kind": "hip", "mcpu": arch}
-    else:
-        arch = nvcc.get_target_arch("{}.{}".format(*torch.cuda.get_device_capability(device)))
-        target = {"kind": "cuda", "arch": f"sm_{arch}"}
-    return tilelang.compile(prim_func, target=target, pass_configs=dict(pass_configs))
+    """Return make(*arguments), a prim_func, as a function of tensors on `device`; see `tilelang_ext.launch.compile`."""
+    return compile_kernel(make, arguments, target_of("mxfp4_moe", device), pass_configs)
 
 
 def launch(

@@ -22,6 +22,7 @@ from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.arguments import check
 from tilelang_ext.kernels.mxfp4_moe.launch import launch
 from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights
+from tilelang_ext.launch.device import current
 
 _KINDS = {torch.float8_e4m3fn: "fp8", torch.float4_e2m1fn_x2: "mxfp4", **{kind: kind for kind in ("fp8", "mxfp8", "mxfp4")}}
 
@@ -103,7 +104,8 @@ def _mxfp4_moe_out(x, topk_ids, topk_weights, *rest) -> None:
         return
     inner = Activation(activation, alpha, limit)
     run = _by_reference if x.device.type == "cpu" else launch
-    run(x, topk_ids, topk_weights, w13, w2, inner, kind, epilogue, expert_mask, out)
+    with current(x.device):
+        run(x, topk_ids, topk_weights, w13, w2, inner, kind, epilogue, expert_mask, out)
 
 
 def _mxfp4_moe(x, *rest) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tilelang.contrib import nvcc
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
@@ -28,6 +27,7 @@ from tilelang_ext.kernels.scaled_mm.arguments import (
     swizzle_value,
 )
 from tilelang_ext.kernels.scaled_mm.problem import Problem, bucket_of
+from tilelang_ext.launch.device import current, target_of
 
 KERNELS = (vecmat, sm90_split_k, sm90_persistent, tiled)  # the first that takes it
 ALIGNMENT = 16  # bytes: of bulk copies and of the widest loads
@@ -159,24 +159,16 @@ _launchers: dict[tuple, Callable] = {}
 def _compile(key: tuple, use_fast_accum: bool) -> Callable:
     """Compile the kernel of a new key and keep it."""
     device, max_M, N, K, a_dtype, b_dtype, recipe_a, recipe_b, bias_dtype, out_dtype = key
-    if device.type == "cuda" and torch.version.hip is not None:
-        kind, arch = "hip", torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
-    elif device.type == "cuda":
-        kind = "cuda"
-        arch = "sm_" + nvcc.get_target_arch("{}.{}".format(*torch.cuda.get_device_capability(device)))
-    elif device.type == "mps":
-        kind, arch = "metal", ""
-    else:
-        raise NotImplementedError(f"scaled_mm: tensors must be on cuda, mps or cpu; got {device.type}; move them")
+    target = target_of("scaled_mm", device)
     for name, dtype in (("mat_a", a_dtype), ("mat_b", b_dtype)):
-        if dtype in FNUZ and kind != "hip":
+        if dtype in FNUZ and target.kind != "hip":
             raise NotImplementedError(
                 f"scaled_mm: {name} must be float8_e4m3fn or float8_e5m2 on {device.type}; got {_name(dtype)}; convert it with "
                 "quantize.fnuz_to_ocp, or move the tensors to the CPU"
             )
     problem = Problem(
-        kind=kind,
-        arch=arch,
+        kind=target.kind,
+        arch=target.arch,
         max_M=max_M,
         N=N,
         K=K,
@@ -210,11 +202,8 @@ def _launch(run: Callable, a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tenso
         bias = bias.contiguous()
     if a.device.type == "mps" or torch.version.hip is not None:
         scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
-    if a.device.type == "mps" or a.device.index == torch.cuda.current_device():
+    with current(a.device):
         run(a, scale_a, b, scale_b, bias, out)
-    else:
-        with torch.cuda.device(a.device):
-            run(a, scale_a, b, scale_b, bias, out)
 
 
 def _name(dtype: torch.dtype) -> str:
