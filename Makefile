@@ -1,6 +1,7 @@
 # make matmul   the matmul benchmark on the best device present (CUDA, MPS, else the simulator)
 # make test     the tests; TESTS=testing/metal runs a part of them; make test-peers runs other libraries' kernels too
 # make hip      installs the compiler for AMD GPUs (root and apt-get for clang), which runs the tests marked hip
+# make wheel    builds a wheel into dist; make sdist a source distribution
 # make venv     only prepare; make doctor says what is missing; make lint, make format, make clean
 # TILELANG=0.1.14 make test   the same with another supported tilelang, in .venv-0.1.14
 SHELL := /bin/sh
@@ -19,7 +20,7 @@ ifeq ($(wildcard requirements/tilelang-$(TILELANG).txt),)
 $(error TILELANG: must be one of $(patsubst requirements/tilelang-%.txt,%,$(wildcard requirements/tilelang-*.txt)); got $(TILELANG); pass one of these)
 endif
 
-.PHONY: venv matmul test test-peers hip doctor lint lint-ruff lint-format lint-spelling lint-cpp lint-types format clean always
+.PHONY: venv matmul test test-peers hip wheel sdist doctor lint lint-ruff lint-format lint-spelling lint-cpp lint-types format clean always
 
 venv: $(VENV)/.built
 
@@ -36,6 +37,13 @@ test-peers: venv
 
 hip: $(VENV)/.requirements
 	@requirements/install_hip.sh $(CURDIR)/$(BIN)/python
+
+# Built as anybody's pip builds them, in an environment of their own; into dist.
+wheel: $(VENV)/.requirements
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+sdist: $(VENV)/.requirements
+	$(BIN)/python -c 'from scikit_build_core.build import build_sdist; print(build_sdist("dist"))'
 
 doctor: venv
 	$(BIN)/tilelang-ext doctor
