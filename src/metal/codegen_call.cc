@@ -11,6 +11,8 @@
 namespace tilelang_ext {
 namespace metal {
 
+/*! \brief A call of a function of Metal or of the prelude, lane by lane; computed in float where the type is bfloat, or
+ * where it is half and the function is the prelude's. */
 std::string CodeGenMetal::Call_(const std::string& function, DataType out, const std::vector<PrimExpr>& args) {
   bool helper = Prelude::Has(function);
   return Chunked(out, args, [&](const Texts& x, DataType part) {
@@ -165,9 +167,11 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
     return;
   }
   // Functions, lane by lane.
-  static const std::map<std::string, std::string> kFunctions = {{"tl.abs2", "fabs"},        {"tl.fma2", "fma"},
-                                                                {"tl.max2_nan", "max_nan"}, {"tl.min2_nan", "min_nan"},
-                                                                {"tirx.isnan", "is_nan"},   {"tl.__exp", ""}};
+  static const std::map<std::string, std::string> kFunctions = {{"tl.abs2", "fabs"},
+                                                                {"tl.fma2", "fma"},
+                                                                {"tl.max2_nan", "max_nan"},
+                                                                {"tl.min2_nan", "min_nan"},
+                                                                {"tirx.isnan", "is_nan"}};
   std::string function;
   if (auto it = kFunctions.find(name); it != kFunctions.end()) function = it->second;
   if (function.empty()) function = MathFunction(name);

@@ -339,10 +339,5 @@ void CodeGenMetal::VisitExpr_(const FloatImmNode* op, std::ostream& os) {
   os << (t.bits() == 32 ? text : Type(t) + "(" + text + ")");
 }
 
-// ---- calls ---------------------------------------------------------------------------------------------------
-
-/*! \brief A function of Metal or of the prelude, lane by lane; in float where the type is bfloat or the helper needs
- * it. */
-
 }  // namespace metal
 }  // namespace tilelang_ext

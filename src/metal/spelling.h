@@ -34,7 +34,7 @@ int EncodeNarrow(const NarrowFloat& format, double value);
 /*!
  * \brief The type as Metal spells it in registers; fails with a TypeError that tells what to use instead.
  *
- * Up to 4 lanes: Metal's own vectors (codes of narrow floats are `uchar`s; FP4 codes are packed, two a byte). Beyond:
+ * Up to 4 lanes: Metal's own vectors (codes of narrow floats are `uchar`s; FP4 codes are packed, two per byte). Beyond:
  * 8-bit x8 and x16 and 16-bit x8 are packed into `uint2` and `uint4`; all else is `wide<chunk, n>`.
  */
 std::string TypeName(DataType t);

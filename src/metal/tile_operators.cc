@@ -30,7 +30,7 @@ constexpr int64_t kWorkspaceBytes = 4096;  // threadgroup memory that one reduct
 
 bool IsMetal(Target target) { return tl::TargetIsMetal(target); }
 
-/*! \brief Names of the reduction helpers. Up to 32 threads need no memory; more meet in threadgroup memory. */
+/*! \brief Names of the reduction helpers. Up to 32 threads need no memory; more exchange through threadgroup memory. */
 struct AllReduceNames {
   static bool AllReduceNeedsWorkspace(int threads, int, Target) { return threads > kSimdWidth; }
   static bool SupportsFp16Bf16NanReduce(Target) { return true; }
@@ -104,7 +104,7 @@ Stmt LowerReduce(const tl::ReduceOpNode& op, const tl::LowerArgs& args, arith::A
 struct FinalizeReducer : tl::backend::FinalizeReducerLowerer<FinalizeReducer>, AllReduceNames {};
 
 /*!
- * \brief One atomic call an element, in the layout that a parallel loop over them gets.
+ * \brief One atomic call per element, in the layout that a parallel loop over the elements gets.
  *
  * tilelang 0.1.15 has one more field at the end of LayoutInferArgs than 0.1.14; zeros behind the structure make a
  * library built with either work with both.
@@ -131,7 +131,7 @@ tl::LayoutMap InferAtomic(const Node& op, const tl::LayoutInferArgs& args, tl::I
   return tl::backend::AtomicReduce::InferLayout(op, args, level);
 }
 
-/*! \brief An inclusive scan in threadgroup memory, one simdgroup a line. */
+/*! \brief An inclusive scan in threadgroup memory, one simdgroup per line. */
 template <typename Node>
 Stmt LowerScan(const Node& op, const tl::LowerArgs& args, const char* combine) {
   if (!tl::IsSharedBuffer(op.src) || !tl::IsSharedBuffer(op.dst)) {

@@ -44,15 +44,15 @@ struct Simdgroup;
 struct Thread {
   Context context;
   Simdgroup* simdgroup;
-  Thread* next;          // to run, in the simdgroup's ring
+  Thread* next;          // the next to run: a circular list per simdgroup
   unsigned lane, index;  // in the simdgroup, in the threadgroup
   unsigned position[3];  // in the threadgroup
-  const Site* site;      // of the threadgroup barrier it waits at, and where in the program that is
+  const Site* site;      // the threadgroup barrier that it waits at, and its place in the program
   const void* pc;
 };
 
 struct Launch {
-  unsigned grid[3], threads[3];  // threadgroups; threads a threadgroup
+  unsigned grid[3], threads[3];  // threadgroups; threads per threadgroup
 };
 
 struct Counts {
@@ -75,13 +75,13 @@ struct Meeting {
 };
 using Operation = void (*)(const Meeting&);
 
-// Whom an operation needs: who is there, everybody who has not returned (a finding else), or every lane.
+// Which lanes an operation needs: those that are there, all that have not returned (otherwise a finding), or all.
 enum Needs { kAnyLanes, kLiveLanes, kAllLanes };
 
 // Waits for the other lanes of the simdgroup; the last to come runs `operation` for all of them.
 void meet(Operation operation, void* frame, const Site* site, Needs needs);
 
-// A fault that an operation sees in its operands; `lane` is whose.
+// Reports a fault that an operation sees in the operand of `lane`.
 void report_operand(const Site* site, int lane, const char* message);
 
 // Counts an instruction by name, which is a literal.
@@ -107,7 +107,7 @@ void* buffer(int index);
 
 template <class Array, unsigned Align, class Tag>
 __attribute__((always_inline, nodebug)) inline Array& threadgroup_alloc(const char* name, Tag) {
-  static int slot = -1;  // one a declaration and instantiation: Tag is a lambda of its own
+  static int slot = -1;  // one per declaration and instantiation, since each has its own lambda as Tag
   return *static_cast<Array*>(
       threadgroup_array(slot, name, sizeof(Array), Align > alignof(Array) ? Align : alignof(Array)));
 }
@@ -125,4 +125,4 @@ __attribute__((always_inline, nodebug)) inline void each_lane(const Meeting& m, 
 
 }  // namespace sim
 
-extern "C" void sim_kernel();  // the entry point, called once a thread
+extern "C" void sim_kernel();  // the entry point, called once per thread

@@ -1,4 +1,4 @@
-// Fibers: a stack each and a switch that saves nothing but where to continue; the compiler spills what is live.
+// Fibers. Each has its own stack; a switch saves only where to continue, and the compiler spills what is live.
 // The inlined switch jumps instead of returning, so lanes in step keep the branch predictors warm.
 #pragma once
 #include <stdint.h>

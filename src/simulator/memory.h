@@ -318,13 +318,13 @@ inline void access_device(const char* address, size_t size, Access access, Place
            kVerb[access], size, offset - size_t(buffer->offset), last, wrong);
 }
 
-bool is_own(const void* address);  // a stack, or what describes the threads
+bool is_own(const void* address);  // in a thread's stack or in the structures of the scheduler
 
 #ifdef __linux__
 extern "C" __attribute__((weak)) const char __executable_start[], _end[];  // by the linker
 #endif
 
-// Is it the program's own image?
+// Whether an address lies in the program's own image.
 inline bool in_program(const char* address) {
 #ifdef __linux__
   if (__executable_start && address >= __executable_start && address < _end) return true;
@@ -336,7 +336,7 @@ inline bool in_program(const char* address) {
   return true;
 }
 
-// Neither device nor threadgroup memory: a thread's own, or a table of the program.
+// Checks an access to neither device nor threadgroup memory: it must lie in a thread's stack or in the program.
 inline void access_other(const char* address, size_t size, Access access, Place place) {
   if (is_own(address) || in_program(address)) return;
   report(kOutOfBounds, place, "%s of %zu bytes at %p, which is no memory of this launch", kVerb[access], size,

@@ -1,4 +1,4 @@
-// Runs the threads of one threadgroup: simdgroup by simdgroup to its next barrier, lanes in a seeded ring.
+// Runs the threads of one threadgroup: each simdgroup to its next barrier, its lanes in a seeded circular order.
 #pragma once
 #include <string.h>
 
@@ -17,7 +17,7 @@ struct Call {
   const void* pc;  // where the program continues
 };
 
-// Where in the kernel's text: a function of a header that was inlined there counts as the line that calls it.
+// The line of the kernel's text; code inlined from a header counts as the line that calls it.
 inline uint32_t line_of(const void* pc, const Site* site) {
   uint32_t line = 0;
   const char* file;
@@ -25,20 +25,20 @@ inline uint32_t line_of(const void* pc, const Site* site) {
   return line ? line : site->_M_line;
 }
 
-// One operation of the text? The compiler may have copied it, so the program's addresses need not agree.
+// Whether two calls are the same operation of the text; the compiler may have duplicated it, so addresses may differ.
 inline bool same_call(const Call& a, const Call& b) {
   return a.site == b.site && a.operation == b.operation &&
          (a.pc == b.pc || line_of(a.pc, a.site) == line_of(b.pc, b.site));
 }
 
 struct Simdgroup {
-  int index, size;     // lanes that exist
-  int alive, arrived;  // not returned; of these, waiting or at the barrier
-  int held;            // of the arrived, those at the threadgroup's barrier
-  bool mixed;          // the waiting lanes came to different places: see lane_calls, not call
+  int index, size;     // its number in the threadgroup, its lanes
+  int alive, arrived;  // lanes that have not returned; of these, those waiting or at the threadgroup barrier
+  int held;            // of the arrived lanes, those at the threadgroup barrier
+  bool mixed;          // the waiting lanes came to different operations: lane_calls holds them, not call
   Call call, lane_calls[kLanes];
   uint8_t state[kLanes];
-  uint8_t order[kLanes];  // of running
+  uint8_t order[kLanes];  // in which the lanes run
   Meeting meeting;
   Thread threads[kLanes];
 };
@@ -90,7 +90,7 @@ inline void release(Simdgroup* s, LaneMask mask) {
     }
 }
 
-// A simdgroup of all lanes.
+// The mask of all lanes of a simdgroup.
 constexpr LaneMask kFullMask = ~LaneMask(0) >> (64 - kLanes);
 
 inline LaneMask full_mask(const Simdgroup* s) { return kFullMask >> (kLanes - s->size); }
@@ -107,7 +107,7 @@ inline void run_operation(Simdgroup* s, LaneMask mask, const Call& call) {
   running = nullptr;
 }
 
-// From here on every lane's own call is known.
+// Gives every waiting lane its own record of the operation that it waits for.
 __attribute__((noinline)) inline void split(Simdgroup* s) {
   for (int lane = 0; lane < s->size; ++lane)
     if (s->state[lane] == kWaiting) s->lane_calls[lane] = s->call;
@@ -136,7 +136,7 @@ __attribute__((noinline)) inline void resolve_divergence(Simdgroup* s) {
   release(s, mask);
 }
 
-// Everybody alive has arrived somewhere: release lanes, unless all are at the threadgroup barrier.
+// All lanes that have not returned have arrived: releases lanes, unless all are at the threadgroup barrier.
 inline void settle(Simdgroup* s) {
   if (s->held == s->alive) return;
   if (s->mixed || s->held) return resolve_divergence(s);
@@ -197,7 +197,7 @@ void simdgroup_barrier(unsigned memory, const Site* site) {
       &frame, site, kLiveLanes);
 }
 
-// A fiber's life: the kernel once for each threadgroup it is started for.
+// What a fiber runs: the kernel, once for each threadgroup that it is started for.
 inline void fiber_main() {
   sim_kernel();
   Thread* self = current;
@@ -209,7 +209,7 @@ inline void fiber_main() {
   __builtin_trap();
 }
 
-// One barrier of the text, in whatever instantiation of a template?
+// Whether two threads wait at the same barrier of the text; instantiations of a template count as one.
 inline bool same_barrier(const Thread& a, const Thread& b) {
   if (a.pc == b.pc) return true;
   const Site *s = a.site, *t = b.site;
@@ -217,7 +217,7 @@ inline bool same_barrier(const Thread& a, const Thread& b) {
          line_of(a.pc, s) == line_of(b.pc, t);
 }
 
-// All simdgroups stand at a barrier or are done.
+// Releases the threads when all have arrived at a barrier or returned; false when all have returned.
 inline bool pass_barrier(unsigned total) {
   const Thread *first = nullptr, *other = nullptr;
   unsigned waiting = 0;

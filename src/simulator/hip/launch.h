@@ -1,4 +1,4 @@
-// Qualifiers, the place of a thread, and what an entry function is called with.
+// Qualifiers, thread indices, and the arguments of an entry function.
 #pragma once
 #include "../engine.h"
 

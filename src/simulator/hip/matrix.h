@@ -15,7 +15,7 @@ namespace sim {
 enum class Unit { kMfma, kMfma64, kWmma3, kWmma4 };
 
 // D += A B with A rows x K, B K x rows. Of its row of A (column of B), which is l % rows, lane l holds the elements
-//   k(l, e) = e / run * (groups * run) + l / rows % groups * run + e % run, with run_bytes / bytes an element = run.
+//   k(l, e) = e / run * (groups * run) + l / rows % groups * run + e % run, with run = run_bytes / bytes per element.
 struct Shape {
   Unit unit;
   int rows, K;
@@ -23,7 +23,7 @@ struct Shape {
 
   constexpr int wave() const { return unit == Unit::kWmma3 || unit == Unit::kWmma4 ? 32 : 64; }
   constexpr int groups() const { return unit == Unit::kWmma3 ? 1 : wave() / rows; }  // RDNA 3: the upper half repeats
-  constexpr int operands() const { return K / groups(); }                            // a lane
+  constexpr int operands() const { return K / groups(); }                            // per lane
   constexpr int results() const { return rows * rows / wave(); }
   constexpr int k(int lane, int e, int bits) const {
     const int run = run_bytes * 8 / bits < operands() ? run_bytes * 8 / bits : operands();

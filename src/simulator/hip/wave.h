@@ -5,7 +5,7 @@
 
 namespace sim {
 
-// Each lane receives the value of lane `source`; 0, and a finding, where that lane is not there.
+// Each lane receives the value of lane `source`; 0, and a finding, where that lane does not exist.
 template <class T>
 inline T shuffle(T value, int source, const Site* site) {
   struct Frame {
@@ -25,7 +25,7 @@ inline T shuffle(T value, int source, const Site* site) {
   return frame.out;
 }
 
-// Everybody receives fold(of all values, in lane order).
+// Every lane receives fold(of all values, in lane order).
 template <class T, class Fold>
 inline T fold_lanes(T value, Fold, const Site* site) {
   struct Frame {
@@ -44,7 +44,7 @@ inline T fold_lanes(T value, Fold, const Site* site) {
   return frame.value;
 }
 
-// Votes of a whole group: two barriers, so that the next vote cannot begin before everybody has read this one.
+// Votes of a whole group: two barriers, so that the next vote cannot begin before every thread has read this one.
 inline int group_votes;
 inline int count_votes(bool vote, const Site* site) {
   if (!current->index) group_votes = 0;
@@ -120,7 +120,7 @@ inline void __builtin_amdgcn_wave_barrier(SIM_SITE) { sim::simdgroup_barrier(sim
 inline int __syncthreads_count(int vote, SIM_SITE) { return sim::count_votes(vote, site); }
 inline int __syncthreads_and(int vote, SIM_SITE) { return !sim::count_votes(!vote, site); }
 inline int __syncthreads_or(int vote, SIM_SITE) { return sim::count_votes(vote, site) != 0; }
-// Order is what barriers give here, and nothing runs ahead: these only tell a compiler or a scheduler something.
+// Fences and scheduling hints: no operation, since barriers alone order accesses here and nothing runs ahead.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 template <class... A>

@@ -97,7 +97,7 @@ SIM_FN inline T quad_shuffle_xor(T v, ushort mask, SIM_SITE) {
   return shuffle(v, v, mask & 3, from_xor(), site);
 }
 
-// Folds in lane order, over groups of `width` lanes. kAll gives everybody the whole; the others a prefix, with or
+// Folds in lane order, over groups of `width` lanes. kAll gives every lane the whole; the others a prefix, with or
 // without the lane itself.
 enum class Scan { kAll, kInclusive, kExclusive };
 template <Scan scan, int width = sim::kLanes, class T, class Fold>
