@@ -1,4 +1,4 @@
-"""Regenerate the code blocks of docs/architecture.md: what one kernel becomes at every step.
+"""Regenerate the code blocks of docs/design/architecture.md: what one kernel becomes at every step.
 
     python docs/update_architecture.py            # rewrite the document
     python docs/update_architecture.py --check    # say whether it is up to date
@@ -24,7 +24,7 @@ from tilelang_ext import metal, simulate
 from tilelang_ext.metal.layout import SIMDGROUP_MATRIX
 from tilelang_ext.metal.program import metal_target
 
-DOCUMENT = Path(__file__).resolve().parent / "architecture.md"
+DOCUMENT = Path(__file__).resolve().parent / "design" / "architecture.md"
 WIDTH = 128
 LEFT_OUT = ("#", "T.func_attr", "T.sblock_attr", "T.reads()", "T.writes()", "@I.ir_module", "class Module", "ty =", "tz =")
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md shows what the program prints today, on every supported tilelang."""
+"""docs/design/architecture.md shows what the program prints today, on every supported tilelang."""
 
 import runpy
 from pathlib import Path
@@ -14,7 +14,7 @@ def script():
 
 
 def test_document_is_up_to_date(script):
-    document = (ROOT / "docs" / "architecture.md").read_text()
+    document = (ROOT / "docs" / "design" / "architecture.md").read_text()
     for name, text in script["generate"]().items():
         assert text in document, f"block {name!r} is out of date: run python docs/update_architecture.py\n{text}"
 

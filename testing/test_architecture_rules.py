@@ -63,7 +63,7 @@ def files() -> list[Path]:
 def test_arrows(path):
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     package = ".".join(["tilelang_ext", *parts[:-1]])
-    assert not violations(parts[0], path.read_text(), package), "see the arrows in docs/architecture.md"
+    assert not violations(parts[0], path.read_text(), package), "see the import rules in docs/design/architecture.md"
 
 
 def test_no_room_without_a_question():

@@ -1,7 +1,7 @@
 """tilelang_ext: quantised tile intrinsics, a Metal backend with real fragments, and a simulator, on the installed tilelang.
 
-Importing registers the Metal backend, the FP8 GEMMs of CUDA and AMD, and what the CPU lacked, by name, and does nothing more:
-operators are loaded when they are first used.
+Importing registers the Metal backend, the pass lists and GEMMs of AMD and the CPU, and the FP8 GEMMs of CUDA, and does nothing
+more: operators are loaded when they are first used. What it replaces in tilelang is listed in docs/design/decisions.md.
 
     from tilelang_ext import language as T, simulate             write a kernel, run its text on the CPU
     from tilelang_ext import scaled_mm, mxfp4_moe, MXFP4Experts  ready operators

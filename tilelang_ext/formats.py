@@ -101,7 +101,7 @@ FNUZ_PER_OCP = 0.5  # value as FNUZ / value as OCP, of one byte
 E8M0_ZERO_SENTINELS = (0, 255)
 E8M0_ONE = E8M0.bias  # the byte of 2^0
 
-# E2M1 codes lie two a byte: code k in bits [4 * (k % 2), 4 * (k % 2) + 4) of byte k // 2, k along K; low nibble first.
+# Two E2M1 codes per byte: code k lies in bits [4 * (k % 2), 4 * (k % 2) + 4) of byte k // 2, k along K; low nibble first.
 CODES_PER_BYTE = 8 // E2M1.bits
 
 MX_GROUP = 32  # K elements that share an E8M0 scale
@@ -111,7 +111,7 @@ FP8_BLOCK = 128  # rows and K elements of DeepSeek's float32 blocks
 
 @dataclass(frozen=True)
 class BlockScaledLayout:
-    """How scales cover an operand of shape (rows, K): one scale a block of `rows` x `k` elements; None is the whole extent."""
+    """How scales cover an operand (rows, K): one scale per block of `rows` x `k` elements, where None is the whole extent."""
 
     rows: int | None
     k: int | None
@@ -124,28 +124,28 @@ class BlockScaledLayout:
 
     @classmethod
     def per_row(cls) -> BlockScaledLayout:
-        """A float scale a row of A (M) or of B (N): (rows,) or (rows, 1)."""
+        """One float scale per row of A (M) or of B (N): (rows,) or (rows, 1)."""
         return cls(1, None)
 
     @classmethod
     def block(cls, rows: int, k: int) -> BlockScaledLayout:
-        """A float scale a block: (ceil(rows / block), ceil(K / block)); edge blocks may be partial."""
+        """One float scale per block: (ceil(rows of the operand / rows), ceil(K / k)); blocks at the edges may be partial."""
         if rows < 1 or k < 1:
             raise ValueError(f"BlockScaledLayout.block: both extents must be at least 1; got ({rows}, {k}); use (1, 128)")
         return cls(rows, k)
 
     @classmethod
     def e8m0_k32(cls) -> BlockScaledLayout:
-        """MX: an E8M0 byte per 32 of K: (rows, K / 32), or (K / 32,) for all rows alike."""
+        """MX, one E8M0 byte per 32 of K: (rows, K / 32), or (K / 32,) if all rows share them."""
         return cls(1, MX_GROUP, E8M0)
 
     @classmethod
     def e4m3_k16(cls) -> BlockScaledLayout:
-        """NVFP4: an E4M3 byte per 16 of K: (rows, K / 16)."""
+        """NVFP4, one E4M3 byte per 16 of K: (rows, K / 16)."""
         return cls(1, NVFP4_GROUP, E4M3)
 
     def scale_shape(self, rows: int, k: int) -> tuple[int, int]:
-        """Return the shape of the scales of an operand (rows, k); groups with a byte as scale must be whole."""
+        """Return the shape of the scales of an operand (rows, k); ValueError if k ends inside a group whose scale is a byte."""
         if self.scale_format is not None and self.k is not None and k % self.k:
             raise ValueError(
                 f"BlockScaledLayout: K must be a multiple of {self.k}, which share a scale byte; got {k}; pad K with zeros"

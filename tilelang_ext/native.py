@@ -1,7 +1,8 @@
 """Find and load ``libtilelang_ext``, the Metal code generator and its tile operators.
 
 Loading registers global functions (``tilelang_ext.build_metal``, ...), TIR builtins (``tilelang_ext.metal_*``) and the
-tile operators that upstream lacks on Metal; nothing of upstream's is replaced by it.
+tile operators that upstream lacks on Metal. Of TVM it replaces, for target ``metal`` only, the rules that expand some math
+functions (``tanh``, ``erf``, ...; ``src/metal/builtin.cc`` lists them): they stay calls, which the generator spells.
 """
 
 from __future__ import annotations

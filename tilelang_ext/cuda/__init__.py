@@ -1,1 +1,1 @@
-"""The CUDA backend: upstream's, with fp8 products on every GPU and operand major."""
+"""The CUDA backend: upstream's, with `T.gemm` on fp8 operands for every GPU and for K-major and MN-major operands."""

@@ -1,4 +1,4 @@
-"""Moving rows between tokens and their experts: `T.moe_gather` and `T.moe_scatter`.
+"""`T.moe_gather` and `T.moe_scatter`: move rows between tokens and their experts.
 
 A row of a block belongs to the token `id & 0xFFFFFF` and its slot `id >> 24`, where id is an entry of `sorted_token_ids`
 (int32). A token that does not exist marks padding.
@@ -16,9 +16,9 @@ _ACCUMULATOR_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def moe_gather(X, sorted_token_ids, out) -> None:
-    """out[i, j] = X[token of row i, j], zero where there is no such token or column.
+    """Write out[i, j] = X[token of row i, j], or zero where there is no such token or column.
 
-    X: (tokens, columns) global, a buffer or a region of all its rows, whose first columns are those of `out`.
+    X: (tokens, columns) global, a buffer or a region of all its rows; its first column goes to out[:, 0].
     sorted_token_ids: (block_M,) int32. out: (block_M, block_K) of X's dtype, in a fragment or shared memory.
     Columns past the end of X's buffer are not read.
 
@@ -46,11 +46,11 @@ def moe_gather(X, sorted_token_ids, out) -> None:
 
 
 def moe_scatter(acc, sorted_token_ids, weights, Y, mode: str = "reduce") -> None:
-    """Write the weighted rows of a block where their tokens are: weights[i] * acc[i, j], computed in float32.
+    """Write the weighted rows of a block, weights[i] * acc[i, j] computed in float32, to their tokens in Y.
 
-    mode "atomic": added to Y (tokens, columns), float32, which the caller zeroes; the order of the sums is free.
-    mode "reduce": stored in Y (tokens, top_k, columns) by slot, to be summed over the slots afterwards: deterministic. float32,
-    float16 or bfloat16; slots that no row has are not written.
+    mode "atomic": they are added to Y (tokens, columns), float32, which the caller zeroes, in unspecified order.
+    mode "reduce": they are stored in Y (tokens, top_k, columns) by slot, to be summed over the slots afterwards, which is
+    deterministic; Y is float32, float16 or bfloat16, and slots that no row has are not written.
     acc: (block_M, block_N) float32, float16 or bfloat16, fragment or shared. sorted_token_ids: (block_M,) int32.
     weights: (block_M,) float32. Y: global, a buffer or a region of all its tokens (and slots). Rows without a token, slots
     past top_k and columns past the end of Y's buffer are dropped.

@@ -1,4 +1,4 @@
-"""`T.mx_quantize`: a tile as MX codes with a power of two as scale per 32 elements along its last axis.
+"""`T.mx_quantize`: a tile as MX codes with one power-of-two scale per 32 elements along its last axis.
 
     scale[i, g] = 2^ceil(log2(amax of group g / largest code));  out[i, k] = X[i, k] / scale[i, k // 32], ties to even
 
@@ -26,7 +26,7 @@ _FORMATS = {"mxfp4": E2M1, "mxfp8": E4M3}
 
 
 def mx_quantize(X, out, scale, format: str = "mxfp4") -> None:
-    """Write the codes and scales of X: bit for bit those of `quantization.quantize` with its default rounding.
+    """Write the codes and scales of X, bit for bit those of `quantization.quantize` with its default rounding.
 
     Nothing saturates. A group of zeros gets scale byte 127; a group with a NaN or an infinity gets the scale NaN (255), which
     the host refuses. K is a multiple of 32.
@@ -46,8 +46,8 @@ def mx_quantize(X, out, scale, format: str = "mxfp4") -> None:
     if K % MX_GROUP:
         raise ValueError(f"{_NAME}: K must be a multiple of {MX_GROUP}, which share a scale; got {K}; pad K with zeros")
     codes = K // CODES_PER_BYTE if format == "mxfp4" else K
-    o.check_shape(M, codes, hint="two codes a byte in mxfp4, one in mxfp8")
-    s.check_shape(M, K // MX_GROUP, hint="one scale a row and 32 of K")
+    o.check_shape(M, codes, hint="two codes per byte in mxfp4, one in mxfp8")
+    s.check_shape(M, K // MX_GROUP, hint="one scale per row and 32 of K")
     element = _FORMATS[format]
 
     @T.macro
@@ -82,12 +82,12 @@ def _bits(x: Tile, i, k) -> tirx.PrimExpr:
 
 
 def _magnitude(x: Tile, i, k) -> tirx.PrimExpr:
-    """Return |x| as bits: they are ordered as the numbers are, NaN above all, and no subnormal is flushed."""
+    """Return |x| as bits. They are ordered as the numbers are, with NaN above all, and no subnormal is flushed."""
     return _bits(x, i, k) & 0x7FFFFFFF
 
 
 def _scale_of(amax: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
-    """Return the byte of 2^ceil(log2(amax / max of format)), amax as bits; the choice of `quantization.choose_e8m0`."""
+    """Return the byte of 2^ceil(log2(amax / max of format)), as `quantization.choose_e8m0` does; amax is given as bits."""
     mantissa = (1 << MANTISSA_BITS) - 1
     above = mask((bits_of(format.max) & mantissa) - (amax & mantissa))  # -1 or 0
     byte = T.max((amax >> MANTISSA_BITS) - format.max_exponent - above, 0)
@@ -96,7 +96,7 @@ def _scale_of(amax: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
 
 
 def _code(x: Tile, i, k, scale: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
-    """Return the code of x / scale: the scale is taken from the exponent, which a subnormal gets by conversion from integer."""
+    """Return the code of x / scale: the scale is subtracted from the exponent, which subnormals get by integer conversion."""
     magnitude = _magnitude(x, i, k)
     units = T.reinterpret(T.cast(magnitude, "float32"), "int32") - ((BIAS + MANTISSA_BITS - 1) << MANTISSA_BITS)
     is_subnormal = mask(magnitude - (1 << MANTISSA_BITS))

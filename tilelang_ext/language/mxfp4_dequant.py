@@ -1,4 +1,4 @@
-"""`T.mxfp4_dequant`: MXFP4 weights as numbers.
+"""`T.mxfp4_dequant`: decode MXFP4 weights.
 
     out[j, k] = decode(W[j, k]) * 2^(scale[j, k // 32] - 127)
 
@@ -30,22 +30,22 @@ SCALE_DTYPES = ("uint8", E8M0.dtype)
 def mxfp4_dequant(W_packed, scale, out) -> None:
     """Write the values of packed MXFP4 weights to `out`.
 
-    Exact in float32 and bfloat16 to the ends of their range: built from bits, subnormals included, past the largest number
-    Inf, scale byte 255 NaN. float16 is that value rounded to nearest even (exact for scale bytes 104 to 140), and
-    float8_e4m3fn rounded so and saturated at 448 (exact for scale bytes 119 to 133: what
-    `quantization.fold_mxfp4_to_e4m3` brings weights into). Without scales every value is exact in each.
+    float32 and bfloat16 are exact, subnormals included; past the largest number the result is Inf, and scale byte 255 gives
+    NaN. float16 is that value rounded to nearest even (exact for scale bytes 104 to 140). float8_e4m3fn is rounded likewise
+    and saturated at 448 (exact for scale bytes 119 to 133, where `quantization.fold_mxfp4_to_e4m3` brings weights). Without
+    scales every value is exact in each dtype.
 
     Raises TypeError for dtypes and scopes, ValueError for shapes. Format: OCP Microscaling Formats (MX) 1.0.
     """
     w, o = tile(_NAME, "W_packed", W_packed), tile(_NAME, "out", out)
-    w.check_dtype("uint8", hint="pack two codes a byte, low nibble first")
+    w.check_dtype("uint8", hint="pack two codes per byte, low nibble first")
     o.check_dtype(*_OUT_DTYPES, hint="cast what one of these gives")
     o.check_scope("fragment", "shared", "global")
     o.check_constant()
     N, K = o.shape
     if (K % MX_GROUP and scale is not None) or K % CODES_PER_BYTE:
         raise ValueError(f"{_NAME}: K must be a multiple of {MX_GROUP}, which share a scale; got {K}; pad K with zeros")
-    w.check_shape(N, K // CODES_PER_BYTE, hint="slice the weights as out is, two codes a byte")
+    w.check_shape(N, K // CODES_PER_BYTE, hint="slice the weights as out is, two codes per byte")
     s = None if scale is None else scale_tile(_NAME, "scale", scale, N, K)
 
     @T.macro
@@ -58,15 +58,15 @@ def mxfp4_dequant(W_packed, scale, out) -> None:
 
 
 def scale_tile(intrinsic: str, name: str, scale, rows: int, K) -> Tile:
-    """Read E8M0 scales of an operand of (rows, K), one a row and 32 of K."""
+    """Return the checked tile of E8M0 scales of an operand (rows, K): one per row and 32 of K."""
     s = tile(intrinsic, name, scale)
     s.check_dtype(*SCALE_DTYPES, hint="MX scales are bytes of E8M0")
-    s.check_shape(rows, K // MX_GROUP, hint="slice the scales as the operand is sliced, one a row and 32 of K")
+    s.check_shape(rows, K // MX_GROUP, hint="slice the scales as the operand is sliced, one per row and 32 of K")
     return s
 
 
 def mxfp4_value(w: Tile, s: Tile | None, j, k, dtype: str) -> tirx.PrimExpr:
-    """Return element (j, k) of packed weights times its scale (None: 1) as an expression of `dtype`."""
+    """Return element (j, k) of packed weights times its scale (1 if `s` is None) as an expression of `dtype`."""
     byte = T.cast(w[j, k // CODES_PER_BYTE], "int32")
     nibble = (byte >> (k % CODES_PER_BYTE * E2M1.bits)) & 0xF
     scale = T.int32(E8M0.bias) if s is None else scale_byte(s[j, k // MX_GROUP])
@@ -85,11 +85,11 @@ def scale_byte(value: tirx.PrimExpr) -> tirx.PrimExpr:
 
 
 def _float32_bits(nibble: tirx.PrimExpr, scale: tirx.PrimExpr) -> tirx.PrimExpr:
-    """Return the magnitude of one value as the bits of a float32, int32; in integers, since a device may flush subnormals.
+    """Return the magnitude of one value as the bits of a float32, in an int32; a device may flush float subnormals.
 
-    `field` counts exponent and first mantissa bit of the result, two steps a binade: 2 * scale + code - 2 but at code 1 (0.5).
-    Below 2 the result is subnormal. Bits are then in units of 2^21, and three numbers occur: 1 (2^-128), 2 (2^-127) and
-    3 (1.5 * 2^-127).
+    `field` is the exponent and the first mantissa bit of the result, two steps per binade: 2 * scale + code - 2, except at
+    code 1 (0.5). Below 2 the result is subnormal. Its bits are then in units of 2^21, and three numbers occur: 1 (2^-128),
+    2 (2^-127) and 3 (1.5 * 2^-127).
     """
     code = nibble & 7
     field = scale * 2 + code - 2 + mask((code ^ 1) - 1)

@@ -1,18 +1,18 @@
-"""`T.mxfp4_scaled_matmul`: a product with MXFP4 weights, of activations in 16, 8 or 4 bits.
+"""`T.mxfp4_scaled_matmul`: GEMM of activations in 16, 8 or 4 bits with MXFP4 weights.
 
     C[i, j] += sum over k of (scale_a A)[i, k] * (scale_w W)[j, k]
 
 | operand | shape | dtype | scope |
 | --- | --- | --- | --- |
 | A | (M, K); packed (M, K / 2) | bfloat16, float16 (a16w4); fp8 (a8w4); packed uint8 (a4w4) | shared, global, fragment |
-| scale_a | None of a16w4; of fp8 (M,), (M, 1) or (M, K / 32); of a4w4 (M, K / 32) | float32 a row; uint8 or e8m0 per 32 | any |
+| scale_a | a16w4: None; fp8: (M,), (M, 1) or (M, K / 32); a4w4: (M, K / 32) | float32 per row; uint8 or e8m0 per 32 | any |
 | W_packed | (N, K / 2), low nibble = even k | uint8 | any |
 | scale_w | (N, K / 32) | uint8 or e8m0 | any |
 | C | (M, N) | float32, float16, bfloat16 | fragment, shared, global |
 
-Each may be a buffer or a region of one. Operands become tiles of one 16-bit type in shared memory, A's own or else bfloat16,
-which holds every scaled E2M1 and fp8 value exactly to the ends of its range; scales a row are applied to the sum. The sum
-is kept in float32 and C is rounded once.
+Each may be a buffer or a region of one. Operands become tiles of one 16-bit type in shared memory: A's own type, else bfloat16,
+which holds every scaled E2M1 and fp8 value exactly to the ends of its range. Per-row scales multiply the accumulator. The
+accumulator is float32 and C is rounded once.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _DECODED_BYTES = 16 * 1024  # for decoded tiles: half of what the smallest targe
 def mxfp4_scaled_matmul(A, scale_a, W_packed, scale_w, C, *, clear_accum: bool = False) -> None:
     """Add the product of activations and MXFP4 weights to C; with `clear_accum` overwrite C.
 
-    What C held is never scaled. M and N are constants; K is a multiple of 32, and symbolic if A and W_packed are global.
-    Weights beside a float16 A are rounded to float16: exact for scale bytes 104 to 140.
+    What C held is never scaled. M and N are constants; K is a multiple of 32, and may be symbolic if A and W_packed are global.
+    With a float16 A the weights are rounded to float16, which is exact for scale bytes 104 to 140.
 
     Raises TypeError for dtypes and scopes, ValueError for shapes.
     """
     a, w, c = tile(_NAME, "A", A), tile(_NAME, "W_packed", W_packed), tile(_NAME, "C", C)
     a.check_dtype(*_WIDE, *_FP8, "uint8", hint="cast A, or quantise it with T.mx_quantize")
-    w.check_dtype("uint8", hint="pack two codes a byte, low nibble first")
+    w.check_dtype("uint8", hint="pack two codes per byte, low nibble first")
     c.check_dtype(*_ACCUMULATOR_DTYPES, hint="cast after the product")
     for each in (a, c):
         each.check_scope("fragment", "shared", "global")
@@ -105,7 +105,7 @@ def _columns(a: Tile, t, step: int, K):
 
 
 def _native(total, a: Tile, s_a: Tile | None, w: Tile, s_w: Tile, K) -> dict | None:
-    """Return the mark of a product of codes, for units that take them; None where A has no codes."""
+    """Return the annotation for matrix units that take codes and scales; None where A has no codes."""
     if a.dtype in _WIDE:
         return None
     A, scale_a, W, scale_w = (None if each is None else each.columns(0, each.shape[1]) for each in (a, s_a, w, s_w))
@@ -113,7 +113,7 @@ def _native(total, a: Tile, s_a: Tile | None, w: Tile, s_w: Tile, K) -> dict | N
 
 
 def _activation(a: Tile, s: Tile | None, i, k, dtype: str) -> tirx.PrimExpr:
-    """Return element (i, k) of A, times its scale per 32 where it has one, as an expression of `dtype`."""
+    """Return element (i, k) of A, times its scale if there is one per 32, as an expression of `dtype`."""
     if a.dtype == "uint8":
         return mxfp4_value(a, s, i, k, dtype)
     if a.dtype in _WIDE:
@@ -123,7 +123,7 @@ def _activation(a: Tile, s: Tile | None, i, k, dtype: str) -> tirx.PrimExpr:
 
 
 def _activation_scale(scale_a, a: Tile, M: int, K) -> tuple[Tile | None, Callable | None]:
-    """Return (scales per 32, i -> scale of row i), None for what there is not."""
+    """Return (scales per 32, i -> scale of row i), with None for the kind that A does not have."""
     if a.dtype in _WIDE:
         if scale_a is not None:
             raise ValueError(f"{_NAME}: scale_a must be None for A in {a.dtype}; got {scale_a}; scale the result")
@@ -135,12 +135,12 @@ def _activation_scale(scale_a, a: Tile, M: int, K) -> tuple[Tile | None, Callabl
     if a.dtype == "uint8" or s.dtype in SCALE_DTYPES:
         return scale_tile(_NAME, "scale_a", scale_a, M, K), None
     s.check_dtype("float32", *SCALE_DTYPES, hint="convert the scales")
-    s.check_shape(*(M, 1)[:ndim], hint="one scale a row, sliced as A is")
+    s.check_shape(*(M, 1)[:ndim], hint="one scale per row, sliced as A is")
     return None, lambda i: s[(i, 0)[:ndim]]
 
 
 def _step(M: int, N: int, K) -> Any:
-    """Return how many elements of K are decoded at a time: a divisor of K, since steps are whole."""
+    """Return how many elements of K are decoded at a time: a divisor of K, since there is no partial step."""
     for step in _STEPS[:-1]:
         if isinstance(K, int) and K % step == 0 and (M + N) * step * 2 <= _DECODED_BYTES:
             return step

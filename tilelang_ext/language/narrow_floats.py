@@ -1,6 +1,6 @@
-"""Codes of narrow floats from the bits of float32 and back, in integers: a target's own casts differ in flavour and saturation.
+"""Codes of narrow floats from float32 bits and back, in integers, since casts of targets differ in flavour and saturation.
 
-Without conditions: the simplifier takes minutes for a few nested ones. `mask(x)` selects by the sign instead.
+There are no conditions, since the simplifier takes minutes for a few nested ones; `mask(x)` selects by the sign instead.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ def mask(x: tirx.PrimExpr) -> tirx.PrimExpr:
 
 
 def encode(magnitude: tirx.PrimExpr, negative: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
-    """Return the code nearest to a float32, as int32: ties to even, saturating, NaN the format's NaN where it has one.
+    """Return the code nearest to a float32, as int32: ties to even, saturating; NaN becomes the format's NaN where it has one.
 
-    `magnitude` is the int32 of the float's bits without its sign, `negative` int32 0 or 1. Of a format with a negative zero
-    and subnormals: E4M3, E5M2, E2M1.
+    `magnitude` is the float's bits without its sign, as int32; `negative` is int32 0 or 1. The format must have a negative zero
+    and subnormals: E4M3, E5M2 or E2M1.
     """
     dropped = MANTISSA_BITS - format.mantissa_bits
     smallest_normal = bits_of(math.ldexp(1.0, 1 - format.bias))
     finite = T.min(magnitude, INF)
     rounded = finite + ((1 << (dropped - 1)) - 1) + ((finite >> dropped) & 1)
     normal = (rounded >> dropped) - ((BIAS - format.bias) << format.mantissa_bits)
-    # The unit of this sum's last place is the format's smallest subnormal: the addition rounds, the low bits are the code.
+    # The last place of this sum is worth the format's smallest subnormal, so the addition rounds and the low bits are the code.
     unit = math.ldexp(1.0, MANTISSA_BITS + 1 - format.bias - format.mantissa_bits)
     small = T.reinterpret(T.min(finite, smallest_normal), "float32")
     subnormal = T.reinterpret(small + T.float32(unit), "int32") - bits_of(unit)
-    # Codes of normals grow as the logarithm, which lies below its tangent: under the smallest normal the other one is larger.
+    # Codes of normals grow as the logarithm, which lies below its tangent: under the smallest normal `subnormal` is larger.
     code = T.min(T.max(normal, subnormal), format.values.index(format.max))
     if format.nan_codes:
         code = code | (mask(INF - magnitude) & format.nan_codes[0])
@@ -51,7 +51,7 @@ def encode(magnitude: tirx.PrimExpr, negative: tirx.PrimExpr, format: FloatForma
 
 
 def decode(code: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
-    """Return the value of an fp8 code (uint8) as float32, exact; on AMD a cast reads OCP bytes as FNUZ or not at all."""
+    """Return the value of an fp8 code (uint8) as float32, exactly; an AMD cast reads OCP bytes as FNUZ, or fails to compile."""
     byte = T.cast(code, "int32")
     magnitude = byte & (format.sign_mask - 1)
     is_subnormal = mask(magnitude - (1 << format.mantissa_bits))

@@ -1,4 +1,4 @@
-"""`T.swiglu` and `T.silu_mul`: the activations between the two products of an expert.
+"""`T.swiglu` and `T.silu_mul`: the activations between the two GEMMs of an expert.
 
     swiglu:   out = g * sigmoid(alpha * g) * (u + 1),  g = min(gate, limit),  u = clamp(up, -limit, limit)
     silu_mul: out = gate * sigmoid(gate) * up
@@ -8,8 +8,8 @@
 | gate_up | (M, 2 I): columns 2 i and 2 i + 1 (interleaved), or i and I + i (separated) | float32, float16, bfloat16 | any |
 | out | (M, I) | float32, float16, bfloat16 | fragment, shared, global |
 
-Each may be a buffer or a region of one. Computed in float32, rounded once. A gate_up in a fragment goes through shared
-memory (M * 2 I elements of it), since its columns lie in other threads than those of out.
+Each may be a buffer or a region of one. The result is computed in float32 and rounded once. A gate_up in a fragment is copied
+through shared memory (M * 2 I elements), since its columns lie in other threads than those of out.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 
 def swiglu(gate_up, out, alpha: float = 1.702, limit: float = 7.0, gate: str = "interleaved") -> None:
-    """Write gpt-oss's activation of `gate_up` to `out`; TypeError for dtypes and scopes, ValueError for shapes and `gate`."""
+    """Write gpt-oss's activation of `gate_up` to `out`.
+
+    Raises TypeError for dtypes and scopes, ValueError for shapes and `gate`.
+    """
     _activate("T.swiglu", gate_up, out, gate, lambda g, u: swiglu_of(g, u, alpha, limit))
 
 
 def silu_mul(gate_up, out, gate: str = "separated") -> None:
-    """Write silu(gate) * up of `gate_up` to `out`; errors as those of `T.swiglu`."""
+    """Write silu(gate) * up of `gate_up` to `out`.
+
+    Raises TypeError for dtypes and scopes, ValueError for shapes and `gate`.
+    """
     _activate("T.silu_mul", gate_up, out, gate, silu_of)
 
 
@@ -51,7 +57,7 @@ def silu_of(g: tirx.PrimExpr, u: tirx.PrimExpr, sigmoid=sigmoid_of) -> tirx.Prim
 
 
 def _at_most(x: tirx.PrimExpr, limit: float) -> tirx.PrimExpr:
-    """min(x, limit) that keeps NaN, which a target's own drops."""
+    """Return min(x, limit) that keeps NaN; the `min` of some targets drops it."""
     return T.Select(x > T.float32(limit), T.float32(limit), x)
 
 

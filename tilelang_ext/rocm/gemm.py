@@ -181,7 +181,7 @@ class MatrixUnitGemm:
         if product.register is not None and a_dtype in FP8_DTYPES and "require_native_fp8" in self.gemm_node.annotations:
             raise NotImplementedError(
                 f"T.gemm: require_native_fp8 needs an instruction for {a_dtype} and {b_dtype}; got {arch}, where they are "
-                f"decoded to {product.register}; compile for one that has it (docs/amd.md), or drop the requirement"
+                f"decoded to {product.register}; compile for one that has it (docs/guide/amd.md), or drop the requirement"
             )
         if a_dtype not in FP8_DTYPES and not self._fits():
             return None

@@ -1,4 +1,4 @@
-"""Tokens of preprocessed Metal text, and ways to walk and blank them without losing lines."""
+"""Tokens of preprocessed Metal or HIP text, and ways to walk and blank them without losing lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Token:
 
 
 def tokenize(text: str) -> list[Token]:
-    """All tokens, white space and line markers among them: joined, they are the text again, after one newline."""
+    """All tokens, including white space and line markers; joined, they are the text again, after one newline."""
     return [Token(m.lastgroup, m.group()) for m in _TOKEN.finditer("\n" + text)]
 
 
@@ -36,7 +36,7 @@ def significant(tokens: list[Token], start: int, step: int = 1) -> Iterator[int]
 
 
 def between(tokens: list[Token], start: int, end: int) -> list[int]:
-    """Significant places of [start, end)."""
+    """Indices in [start, end) of tokens that are neither white space nor blank."""
     return [i for i in range(start, end) if tokens[i].kind not in ("space", "newline") and tokens[i].text]
 
 
@@ -69,7 +69,7 @@ def matching(tokens: list[Token], i: int) -> int:
 
 
 def blank(tokens: list[Token], start: int, end: int) -> None:
-    """Remove [start, end) but keep its lines."""
+    """Remove the text of [start, end) but keep its newlines."""
     for t in tokens[start:end]:
         if t.kind != "newline":
             t.text = ""
