@@ -30,7 +30,7 @@ _BUILD = "target.build.tilelang_c"
 def register() -> None:
     """Register the pass list, the GEMM implementation and the C types of narrow floats; idempotent.
 
-    A kernel that upstream's CPU backend compiles is left to it, and its text does not change.
+    A kernel that upstream's CPU backend compiles is left to it, to the letter of its text.
     """
     narrow_floats.register()
     register_gemm_impl("cpu.scalar", GEMM_INST_SCALAR, lambda target: _is_cpu(target) and not _has_key(target), GemmScalar)
@@ -51,8 +51,8 @@ def _has_key(target: Target) -> bool:
 
 @functools.cache
 def lowering_key() -> str:
-    """Return the target key that names these passes: upstream caches a kernel under its target, so text that
-    other passes made is never reused."""
+    """Return the target key that names these passes: upstream caches a kernel under its target, so that text of other
+    passes is never met."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.iterdir()):
         if path.suffix in (".py", ".h"):
@@ -79,7 +79,7 @@ def _without_key(target: Target) -> Target:
 
 
 def lower(mod: IRModule, target: Target) -> IRModule:
-    """Lower a kernel that upstream's pass list refuses by ours, and every other one by upstream's."""
+    """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
     return CPUPassPipelineBody(mod, _without_key(target))
@@ -99,7 +99,7 @@ def _wrap_builder() -> None:
 
 
 def _replace_manifest() -> None:
-    """Replace the pass list of `c` in upstream's private table of backends, since upstream has no hook for it."""
+    """Replace the pass list of `c` in upstream's table, a private touch: there is no hook for it."""
     backends = getattr(backend_module, "_BACKENDS", None)
     if not isinstance(backends, dict) or "cpu" not in backends:
         raise ImportError(
@@ -111,7 +111,7 @@ def _replace_manifest() -> None:
 
 
 def _add_parameter_types() -> None:
-    """Add the C types as which tensors of narrow floats are passed to upstream's private table of parameter types."""
+    """Say what C type a tensor of codes is passed as, in upstream's table of those types, a private touch too."""
     types = getattr(getattr(wrapper, "TLCPUSourceWrapper", None), "_TYPE_MAP", None)
     if not isinstance(types, dict):
         raise ImportError(

@@ -17,11 +17,8 @@ from tilelang_ext.cuda.fp8_gemm import Fp8GemmFMA, Fp8GemmMMA, Fp8GemmWGMMA
 
 
 def register() -> None:
-    """Register the GEMM implementations and the target's key; idempotent.
-
-    Each is a subclass of the one that it replaces, and changes what happens to fp8 operands only.
-    """
-    # An exception that a pass raises comes back through TVM as a RuntimeError unless its class is registered.
+    """Register the GEMM implementations and the target's key; idempotent. Without fp8 operands each is upstream's."""
+    # What a pass raises comes back through TVM as a RuntimeError, unless its class is registered.
     tvm_ffi.register_error("NotImplementedError", NotImplementedError)
     register_gemm_impl("cuda.mma", GEMM_INST_MMA, _is_ampere_or_later, Fp8GemmMMA)
     register_gemm_impl("cuda.wgmma", GEMM_INST_WGMMA, target_is_cuda, Fp8GemmWGMMA)
@@ -35,8 +32,8 @@ def _is_ampere_or_later(target: Target) -> bool:
 
 @functools.cache
 def lowering_key() -> str:
-    """Return the target key that names these implementations: upstream caches a kernel under its target, so a kernel
-    that another version lowered is never reused."""
+    """Return the target key that names these implementations: upstream caches a kernel under its target, and another
+    version's is none of ours."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

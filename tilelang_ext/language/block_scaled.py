@@ -1,4 +1,4 @@
-"""The annotation of statements that multiply codes with one E8M0 scale per 32 of K: some matrix units take both as they are.
+"""The mark on statements that multiply codes with E8M0 scales per 32 of K: some matrix units take both as they are.
 
 The statements decode, or scale partial sums, which every target can do. A target that has the instruction replaces them.
 """
@@ -11,7 +11,7 @@ BLOCK_SCALED = "block_scaled"
 
 
 def block_scaled(total, A, scale_a, B, scale_b, K, *, part: int = 0) -> dict:
-    """Return the annotation of a loop or T.gemm that computes only
+    """Return the annotation of a loop or T.gemm that does nothing but
 
         total[i, j] += sum over k < K of (scale_a A)[i, k] * (scale_b B)[j, k]
 
@@ -21,8 +21,8 @@ def block_scaled(total, A, scale_a, B, scale_b, K, *, part: int = 0) -> dict:
     | A, B | regions (M, K), (N, K) of an fp8 type, or packed E2M1: uint8, K / 2 columns; past K they hold zeros or end |
     | scale_a, scale_b | regions (M, K / 32), (N, K / 32) of E8M0 bytes; None for 1 |
 
-    If several consecutive statements compute it, each has the annotation, with its number as `part`: the scaled MMA replaces
-    part 0, and the other parts are removed.
+    Where it takes several statements in a row, each has the mark and its number: the product stands for part 0, nothing for the
+    others.
     """
     regions = [None if operand is None else to_buffer_region(operand) for operand in (total, A, scale_a, B, scale_b)]
     return {BLOCK_SCALED: [*regions, K, part]}

@@ -32,8 +32,7 @@ def mxfp4_dequant(W_packed, scale, out) -> None:
 
     float32 and bfloat16 are exact, subnormals included; past the largest number the result is Inf, and scale byte 255 gives
     NaN. float16 is that value rounded to nearest even (exact for scale bytes 104 to 140). float8_e4m3fn is rounded likewise
-    and saturated at 448 (exact for scale bytes 119 to 133, where `quantization.fold_mxfp4_to_e4m3` brings weights). Without
-    scales every value is exact in each dtype.
+    and saturated at 448 (exact for scale bytes 119 to 133). Without scales every value is exact in each dtype.
 
     Raises TypeError for dtypes and scopes, ValueError for shapes. Format: OCP Microscaling Formats (MX) 1.0.
     """

@@ -38,8 +38,8 @@ def register() -> None:
 
 @functools.cache
 def code_generator_key() -> str:
-    """Return the target key that names this code generator: upstream caches a kernel's text under its target, so text
-    that another version of the library or of the passes made is never reused."""
+    """Return the target key that names this code generator: upstream caches a kernel's text under its target, so that text
+    of another version of the library or of the passes is never met."""
     digest = hashlib.sha256(library_digest().encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -58,7 +58,7 @@ def normalize_target(target: TargetLike) -> Target | None:
 
 
 def _replace_manifest() -> None:
-    """Replace the pass list of `metal` in upstream's private table of backends, since upstream has no hook for it.
+    """Replace the pass list of the `metal` backend: the one private touch, since upstream has no hook for it.
 
     Objective-C launch code in the host's C is kept for macOS, the only place that compiles it. The `torch` execution backend
     compiles the text through MPS when a kernel is built; it is declared available only where torch has MPS, so that

@@ -35,8 +35,8 @@ def _mfma_gemm(gemm_node) -> MfmaGemm:
 
 @functools.cache
 def lowering_key() -> str:
-    """Return the target key that names these GEMM implementations: upstream caches a kernel under its target, so a kernel
-    that upstream lowered, which may read fp8 in the wrong flavour, is never taken for one of ours."""
+    """Return the target key that names these GEMM implementations: upstream caches a kernel under its target, so that a
+    kernel of upstream's, which may read fp8 in the wrong flavour, is never taken for one of ours."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -52,7 +52,7 @@ def normalize_target(target: TargetLike) -> Target | None:
 
 
 def _replace_manifest() -> None:
-    """Replace the pass list of `hip` in upstream's private table of backends, since upstream has no hook for it."""
+    """Replace the pass list of `hip` in upstream's table, a private touch: there is no hook for it."""
     backends = getattr(backend_module, "_BACKENDS", None)
     if not isinstance(backends, dict) or "rocm" not in backends:
         raise ImportError(
