@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tilelang.language as T
@@ -14,14 +14,14 @@ _SCOPES = {"local.fragment": "fragment", "shared.dyn": "shared", "": "global"}
 
 @dataclass(frozen=True)
 class Tile:
-    """A buffer, the leading indices that are fixed, and where the tile's own axes begin and how long they are."""
+    """A buffer, its leading indices, which are fixed, and the first element and the extent of each axis of the tile."""
 
     intrinsic: str  # for messages
     name: str
     buffer: tirx.Buffer
     lead: tuple
-    begin: tuple  # an int or an expression an axis, as `shape`
-    shape: tuple
+    begin: tuple  # one int or expression per axis
+    shape: tuple  # one int or expression per axis
 
     @property
     def dtype(self) -> str:
@@ -38,14 +38,22 @@ class Tile:
     def __getitem__(self, at) -> tirx.PrimExpr:
         return self.buffer[self.index(*at)]
 
+    def moved(self, *by) -> Tile:
+        """Return the tile that begins `by` elements further along each axis; it may reach past this one's end."""
+        return replace(self, begin=tuple(first + i for first, i in zip(self.begin, by, strict=True)))
+
+    def region(self, *axes) -> tirx.BufferRegion:
+        """Return the region of `axes`, one (first, count) per axis, counted from the tile's first element."""
+        starts = self.index(*(first for first, _ in axes))
+        counts = [1] * len(self.lead) + [count for _, count in axes]
+        return self.buffer[tuple(slice(at, at + count) for at, count in zip(starts, counts, strict=True))]
+
     def columns(self, first, count) -> tirx.BufferRegion | tirx.Buffer:
         """Return `count` columns of a matrix from `first` on, as an operand of T.copy or T.gemm; a whole buffer as itself."""
         rows, _ = self.shape
         if not self.lead and equal(count, self.buffer.shape[1]) and equal(rows, self.buffer.shape[0]):
             return self.buffer
-        row, col = self.begin[0], self.begin[1] + first
-        axes = *(slice(at, at + 1) for at in self.lead), slice(row, row + rows), slice(col, col + count)
-        return self.buffer[axes]
+        return self.region((0, rows), (first, count))
 
     def check_dtype(self, *allowed: str, hint: str) -> None:
         """Raise TypeError for a dtype that is not one of `allowed`."""
@@ -96,8 +104,8 @@ def tile(intrinsic: str, name: str, operand, ndim: int = 2) -> Tile:
         name,
         region.buffer,
         tuple(axis.min for axis in lead),
-        tuple(_integer(axis.min) for axis in own),
-        tuple(_integer(axis.extent) for axis in own),
+        tuple(integer(axis.min) for axis in own),
+        tuple(integer(axis.extent) for axis in own),
     )
 
 
@@ -122,7 +130,15 @@ def equal(first, second) -> bool:
     return arith.Analyzer().can_prove_equal(tirx.convert(first), tirx.convert(second))
 
 
-def _integer(extent) -> Any:
+def differ(first, second) -> bool:
+    """Whether two extents are provably different."""
+    if isinstance(first, int) and isinstance(second, int):
+        return first != second
+    return arith.Analyzer().can_prove(tirx.convert(first) != tirx.convert(second))
+
+
+def integer(extent) -> Any:
+    """Return a constant extent as an int, and any other as it is."""
     return int(extent) if isinstance(extent, (int, tirx.IntImm)) else extent
 
 
