@@ -12,7 +12,7 @@ BACKENDS = ("metal", "rocm", "cuda", "cpu")
 
 # room: what it may not import, as prefixes of module names; a reason each
 FORBIDDEN = {
-    "formats": ("tilelang_ext",),  # everybody imports it, so it imports nobody
+    **dict.fromkeys(("formats", "marks"), ("tilelang_ext", "tilelang", "tvm", "torch")),  # everybody imports them
     "language": tuple(f"tilelang_ext.{b}" for b in BACKENDS),  # no target branches: a macro is the same on each
     **dict.fromkeys(BACKENDS, ("tilelang_ext.language", "tilelang_ext.kernels")),  # a backend serves any kernel
     # It executes text, wherever that came from, and works where tilelang is not installed.
@@ -86,6 +86,7 @@ def test_code_generator_knows_no_kernel():
         ("simulator", "import tilelang.language", ["tilelang.language"]),
         ("simulator", "from tilelang_ext.metal import lower", ["tilelang_ext.metal.lower"]),
         ("formats", "from .quantization import pack", ["tilelang_ext.quantization.pack"]),
+        ("marks", "import math\nfrom tilelang_ext.formats import E2M1\nimport torch", ["tilelang_ext.formats.E2M1", "torch"]),
         ("reference", "import torch\nfrom tilelang_ext.metal import lower", ["tilelang_ext.metal.lower"]),
         ("reference", "import math\nimport torch\nfrom tilelang_ext import formats", []),
         ("kernels", "import time\nprint(time.time())", ["time", "print"]),

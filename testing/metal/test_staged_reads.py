@@ -7,8 +7,7 @@ from numeric import assert_close
 
 from tilelang_ext import language as T
 from tilelang_ext import metal, reference, simulate
-from tilelang_ext.language.fp8_scaled_matmul import READ_ONCE
-from tilelang_ext.metal import staged_reads
+from tilelang_ext.marks import READ_ONCE
 
 BLOCK_M, BLOCK_N, K = 32, 64, 512
 
@@ -173,7 +172,3 @@ def test_a_condition_on_another_variable_than_the_read():
     counts, C, row, _ = staged(lambda row, column, i, j: T.if_then_else(j < 60, row[3], T.float32(0)))
     assert counts.device_bytes_read == 60 * 4
     assert (C[5, 59], C[5, 60]) == (row[3, 0], 0)
-
-
-def test_the_annotation_is_spelled_as_the_language_spells_it():
-    assert staged_reads.READ_ONCE == READ_ONCE

@@ -7,6 +7,8 @@ from tilelang.tileop.gemm.gemm_base import GemmBase
 from tilelang.transform.simplify import _Simplify
 from tvm import tirx
 
+from tilelang_ext.marks import REQUIRE_NATIVE_FP8
+
 _PRODUCT_DTYPES = {"float64": "float64"}  # what C's dtype sums in; else float32 for floats, and C's own for integers
 
 
@@ -15,7 +17,7 @@ class OneThreadGemm(GemmBase):
 
     def __post_init__(self) -> None:
         """Take any two dtypes: each element is converted by itself."""
-        if "require_native_fp8" in self.gemm_node.annotations:
+        if REQUIRE_NATIVE_FP8 in self.gemm_node.annotations:
             raise NotImplementedError(
                 "T.gemm: require_native_fp8 needs a matrix unit that takes fp8; got target c, which decodes to float32; drop "
                 "the requirement, or compile for sm_89, sm_90, sm_120, gfx950 or gfx1201"

@@ -23,6 +23,7 @@ from tvm.target import Target
 from tilelang_ext.cuda.decoded_mma import DecodedEmitter
 from tilelang_ext.cuda.transposed_wgmma import TransposedWGMMA, needs_transposition
 from tilelang_ext.formats import FP8_OPERANDS, OCP_OF_FNUZ
+from tilelang_ext.marks import REQUIRE_NATIVE_FP8
 
 _FP8 = {format.dtype for format in FP8_OPERANDS}
 _FNUZ = {format.dtype for format in OCP_OF_FNUZ}
@@ -55,7 +56,7 @@ class _Fp8Operands:
         return self.is_fp8  # the instructions take any two
 
     def _refuse_if_native_is_required(self, target: Target, instead: str) -> None:
-        if self.is_fp8 and "require_native_fp8" in self.gemm_node.annotations:
+        if self.is_fp8 and REQUIRE_NATIVE_FP8 in self.gemm_node.annotations:
             raise NotImplementedError(
                 f"T.gemm: require_native_fp8 needs an fp8 instruction; got {target.attrs['arch']}, {instead}; compile for "
                 "sm_89, sm_90 (tiles of M % 64 == 0 on 128 threads or a multiple) or sm_120, or drop the requirement"

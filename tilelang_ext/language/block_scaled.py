@@ -1,4 +1,4 @@
-"""The mark on statements that multiply codes with E8M0 scales per 32 of K: some matrix units take both as they are.
+"""The mark of statements that multiply codes with E8M0 scales per 32 of K: some matrix units take codes and scales directly.
 
 The statements decode, or scale partial sums, which every target can do. A target that has the instruction replaces them.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tilelang.utils.language import to_buffer_region
 
-BLOCK_SCALED = "block_scaled"
+from tilelang_ext.marks import BLOCK_SCALED
 
 
 def block_scaled(total, A, scale_a, B, scale_b, K, *, part: int = 0) -> dict:
@@ -21,8 +21,8 @@ def block_scaled(total, A, scale_a, B, scale_b, K, *, part: int = 0) -> dict:
     | A, B | regions (M, K), (N, K) of an fp8 type, or packed E2M1: uint8, K / 2 columns; past K they hold zeros or end |
     | scale_a, scale_b | regions (M, K / 32), (N, K / 32) of E8M0 bytes; None for 1 |
 
-    Where it takes several statements in a row, each has the mark and its number: the product stands for part 0, nothing for the
-    others.
+    Where one product takes several statements in a row, each statement has the mark and its number `part`: a target that takes
+    scales replaces part 0 by the whole product and removes the others.
     """
     regions = [None if operand is None else to_buffer_region(operand) for operand in (total, A, scale_a, B, scale_b)]
     return {BLOCK_SCALED: [*regions, K, part]}

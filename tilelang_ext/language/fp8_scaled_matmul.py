@@ -23,8 +23,8 @@ from tilelang_ext.formats import E8M0, FP8_OPERANDS, BlockScaledLayout
 from tilelang_ext.language.block_scaled import block_scaled
 from tilelang_ext.language.scales import Scales, read_scales
 from tilelang_ext.language.tile import Tile, differ, equal, integer, tile
+from tilelang_ext.marks import READ_ONCE, REQUIRE_NATIVE_FP8
 
-READ_ONCE = "read_once"  # T.Parallel's annotation where scales are read: Metal stages them, see metal.staged_reads
 _NAME = "T.fp8_scaled_matmul"
 _OPERAND_DTYPES = tuple(format.dtype for format in FP8_OPERANDS)
 _ACCUMULATOR_DTYPES = ("float32", "float16", "bfloat16")
@@ -99,7 +99,7 @@ def fp8_scaled_matmul(
     stages = 2 if 2 * (M + N) * step <= _STAGING_BYTES else 1
     once = not staged and group >= K  # one product: the accumulator of the matrix unit is the sum
     factor_of_rows = _factor(scales, 0, grouped=False)
-    annotations = {"require_native_fp8": 1} if require_native else {}
+    annotations = {REQUIRE_NATIVE_FP8: 1} if require_native else {}
 
     # Constants reach macros as closures: a macro turns the numbers it is given into variables.
     @T.macro

@@ -21,6 +21,7 @@ from tilelang.utils.language import is_fragment, is_full_region, is_shared
 from tvm import tirx
 from tvm.ir import Op
 
+from tilelang_ext.marks import REQUIRE_NATIVE_FP8
 from tilelang_ext.metal.layout import (
     COOPERATIVE_TENSOR,
     LANES,
@@ -123,7 +124,7 @@ class FragmentGemm:
         self.trans_A, self.trans_B = bool(gemm.trans_A), bool(gemm.trans_B)
         self.policy = GemmWarpPolicy(int(gemm.policy.policy_type))
         self.dtype = product_dtype(str(self.A.dtype), str(self.B.dtype))
-        if "require_native_fp8" in gemm.annotations:
+        if REQUIRE_NATIVE_FP8 in gemm.annotations:
             raise NotImplementedError(
                 "T.gemm: require_native_fp8 needs a matrix unit that takes fp8; got Metal, which decodes to half; drop the "
                 "requirement, or compile for sm_89, sm_90, sm_120, gfx942 or gfx950"

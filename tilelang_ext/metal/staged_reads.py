@@ -1,13 +1,13 @@
-"""Read what the elements of a tile share from device memory once a threadgroup.
+"""Read what the elements of a tile share from device memory once per threadgroup.
 
     Before  parallel(i, j, READ_ONCE): C_f[i, j] *= scale_a[row + i] * scale_b[column + j]
     After   parallel(i): scale_a_s[i] = scale_a[row + i]
             parallel(j): scale_b_s[j] = scale_b[column + j]
             parallel(i, j): C_f[i, j] *= scale_a_s[i] * scale_b_s[j]
 
-A `T.Parallel` asks for it by its annotation. Staged are the largest expressions that read device memory alone, each element
+A `T.Parallel` asks for it by the mark READ_ONCE. Staged are the largest expressions that read device memory alone, each element
 once, that use some of the loop's variables but not all, and that are evaluated unconditionally; conditions inside move along.
-Buffers that the kernel writes are left alone. Other targets have caches, and ignore the annotation.
+Buffers that the kernel writes are left alone. Other targets have caches, and ignore the mark.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tvm.ir import Op
 from tvm.tirx.stmt_functor import ir_transform, post_order_visit, substitute
 from tvm.tirx.transform import prim_func_pass
 
-READ_ONCE = "read_once"  # as language.fp8_scaled_matmul spells it: backends import no language
+from tilelang_ext.marks import READ_ONCE
 
 _CONDITIONAL = (tirx.IfThenElse, tirx.And, tirx.Or)
 _IF_THEN_ELSE = Op.get("tirx.if_then_else")

@@ -22,9 +22,9 @@ from tvm.target import Target
 from tvm.tirx.stmt_functor import ir_transform
 
 from tilelang_ext.formats import E8M0_ONE, MX_GROUP
+from tilelang_ext.marks import BLOCK_SCALED
 from tilelang_ext.rocm.instructions import SCALED_K, codes_per_byte, takes_scales
 
-BLOCK_SCALED = "block_scaled"  # as language.block_scaled spells it: backends import no language
 TAKES_SCALES = "takes_scales"  # annotation of the T.gemm that has them
 
 _GROUPS = SCALED_K // MX_GROUP  # of an instruction

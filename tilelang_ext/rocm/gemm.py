@@ -23,6 +23,7 @@ from tilelang.transform.simplify import _Simplify
 from tilelang.utils.language import is_fragment, is_full_region, is_shared
 from tvm.error import InternalError
 
+from tilelang_ext.marks import REQUIRE_NATIVE_FP8
 from tilelang_ext.rocm.device_text import decoder_name, decoder_text, product_name, product_text
 from tilelang_ext.rocm.instructions import FP8_DTYPES, MFMA, TILE, Product, select_product
 from tilelang_ext.rocm.layout import Partition, accumulator_layout, operand_layout
@@ -178,7 +179,7 @@ class MatrixUnitGemm:
         product = select_product(arch, a_dtype, b_dtype, self.K)
         if product is None:
             return None
-        if product.register is not None and a_dtype in FP8_DTYPES and "require_native_fp8" in self.gemm_node.annotations:
+        if product.register is not None and a_dtype in FP8_DTYPES and REQUIRE_NATIVE_FP8 in self.gemm_node.annotations:
             raise NotImplementedError(
                 f"T.gemm: require_native_fp8 needs an instruction for {a_dtype} and {b_dtype}; got {arch}, where they are "
                 f"decoded to {product.register}; compile for one that has it (docs/guide/amd.md), or drop the requirement"

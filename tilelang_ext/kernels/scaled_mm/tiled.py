@@ -14,7 +14,7 @@ from functools import cache
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm.problem import Problem, compile_prim_func
-from tilelang_ext.language.fp8_scaled_matmul import READ_ONCE
+from tilelang_ext.marks import READ_ONCE
 
 BLOCK_K = FP8_BLOCK  # of K in a step: a float32 block of scales, and the most for one accumulator of the matrix unit
 

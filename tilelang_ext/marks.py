@@ -1,0 +1,12 @@
+"""Names of the annotations that a tile program carries to a backend: the language writes them, backends read them."""
+
+# On a T.Parallel loop: every element of a buffer with fewer axes, such as a scale, is read once, so a backend may load it
+# ahead of the loop. Metal stages such reads (`metal/staged_reads.py`).
+READ_ONCE = "read_once"
+
+# On a loop or a T.gemm that multiplies codes with E8M0 scales per 32 elements of K: the value is what
+# `language.block_scaled.block_scaled` returns. A target whose matrix unit takes scales replaces the statement.
+BLOCK_SCALED = "block_scaled"
+
+# On a T.gemm: a target whose matrix unit takes no fp8 must refuse the product instead of decoding the codes.
+REQUIRE_NATIVE_FP8 = "require_native_fp8"
