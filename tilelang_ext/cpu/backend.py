@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
 from pathlib import Path
 
 import tilelang.cpu.op.gemm  # noqa: F401  upstream's registration comes first, ours narrows it
 import tvm_ffi
-from tilelang.backend import module as backend_module
-from tilelang.backend.pass_pipeline import PassPipeline
 from tilelang.backend.target import TargetLike, register_target_normalizer
 from tilelang.cpu.op.gemm import GEMM_INST_SCALAR, GemmScalar
 from tilelang.cpu.pipeline import CPUPassPipelineBody
@@ -19,11 +14,12 @@ from tilelang.tileop.gemm.registry import register_gemm_impl
 from tvm import IRModule
 from tvm.target import Target
 
+from tilelang_ext import registration
 from tilelang_ext.cpu import narrow_floats, pipeline
 from tilelang_ext.cpu.gemm import OneThreadGemm
 from tilelang_ext.cpu.one_thread_blocks import needs_one_thread_blocks
+from tilelang_ext.registration import has_key
 
-_KEY = "tilelang_ext-"
 _BUILD = "target.build.tilelang_c"
 
 
@@ -33,11 +29,11 @@ def register() -> None:
     A kernel that upstream's CPU backend compiles is left to it, to the letter of its text.
     """
     narrow_floats.register()
-    register_gemm_impl("cpu.scalar", GEMM_INST_SCALAR, lambda target: _is_cpu(target) and not _has_key(target), GemmScalar)
-    register_gemm_impl("tilelang_ext.cpu", GEMM_INST_SCALAR, lambda target: _is_cpu(target) and _has_key(target), OneThreadGemm)
+    register_gemm_impl("cpu.scalar", GEMM_INST_SCALAR, lambda target: _is_cpu(target) and not has_key(target), GemmScalar)
+    register_gemm_impl("tilelang_ext.cpu", GEMM_INST_SCALAR, lambda target: _is_cpu(target) and has_key(target), OneThreadGemm)
     register_target_normalizer("c", normalize_target, override=True)
     _wrap_builder()
-    _replace_manifest()
+    registration.replace_pass_list("cpu", "c", lower)
     _add_parameter_types()
 
 
@@ -45,19 +41,9 @@ def _is_cpu(target: Target) -> bool:
     return target.kind.name in ("c", "llvm")
 
 
-def _has_key(target: Target) -> bool:
-    return any(key.startswith(_KEY) for key in target.keys)
-
-
-@functools.cache
 def lowering_key() -> str:
-    """Return the target key that names these passes: upstream caches a kernel under its target, so that text of other
-    passes is never met."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.iterdir()):
-        if path.suffix in (".py", ".h"):
-            digest.update(path.read_bytes())
-    return f"{_KEY}{digest.hexdigest()[:12]}"
+    """Return the target key that names these passes."""
+    return registration.lowering_key(Path(__file__).parent)
 
 
 def normalize_target(target: TargetLike) -> Target | None:
@@ -67,22 +53,14 @@ def normalize_target(target: TargetLike) -> Target | None:
     if isinstance(target, dict) and target.get("kind") != "c":
         return None
     target = target if isinstance(target, Target) else Target(target)
-    if target.kind.name != "c" or lowering_key() in target.keys:
-        return target if target.kind.name == "c" else None
-    described = Target({**target.export(), "keys": [*target.keys, lowering_key()]})
-    return Target(described, target.host) if target.host else described
-
-
-def _without_key(target: Target) -> Target:
-    plain = Target({**target.export(), "keys": [key for key in target.keys if not key.startswith(_KEY)]})
-    return Target(plain, target.host) if target.host else plain
+    return registration.with_key(target, lowering_key()) if target.kind.name == "c" else None
 
 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
-    return CPUPassPipelineBody(mod, _without_key(target))
+    return CPUPassPipelineBody(mod, registration.without_key(target))
 
 
 def _wrap_builder() -> None:
@@ -93,21 +71,9 @@ def _wrap_builder() -> None:
         tvm_ffi.register_global_func(f"{_BUILD}.upstream", upstream)
 
     def build(mod: IRModule, target: Target):
-        return upstream(mod, _without_key(target))
+        return upstream(mod, registration.without_key(target))
 
     tvm_ffi.register_global_func(_BUILD, build, override=True)
-
-
-def _replace_manifest() -> None:
-    """Replace the pass list of `c` in upstream's table, a private touch: there is no hook for it."""
-    backends = getattr(backend_module, "_BACKENDS", None)
-    if not isinstance(backends, dict) or "cpu" not in backends:
-        raise ImportError(
-            "tilelang_ext: needs tilelang.backend.module._BACKENDS['cpu'] to replace the pass list; "
-            "this tilelang has none; install tilelang 0.1.14 or 0.1.15"
-        )
-    cpu = backends["cpu"]
-    backends["cpu"] = dataclasses.replace(cpu, pipelines={**cpu.pipelines, "c": PassPipeline("c", lower)})
 
 
 def _add_parameter_types() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from pathlib import Path
 
 import tvm_ffi
@@ -13,6 +11,7 @@ from tilelang.cuda.target import normalize_cuda_target, target_is_cuda, target_i
 from tilelang.tileop.gemm.registry import register_gemm_impl
 from tvm.target import Target
 
+from tilelang_ext import registration
 from tilelang_ext.cuda.fp8_gemm import Fp8GemmFMA, Fp8GemmMMA, Fp8GemmWGMMA
 
 
@@ -30,14 +29,9 @@ def _is_ampere_or_later(target: Target) -> bool:
     return target_is_cuda(target) and not target_is_volta(target) and not target_is_turing(target)
 
 
-@functools.cache
 def lowering_key() -> str:
-    """Return the target key that names these implementations: upstream caches a kernel under its target, and another
-    version's is none of ours."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return f"tilelang_ext-{digest.hexdigest()[:12]}"
+    """Return the target key that names these GEMM implementations."""
+    return registration.lowering_key(Path(__file__).parent)
 
 
 def normalize_target(target: TargetLike) -> Target | None:
@@ -47,4 +41,4 @@ def normalize_target(target: TargetLike) -> Target | None:
         given = Target(given)
     if not isinstance(given, Target) or given.kind.name != "cuda" or "cutedsl" in given.keys or "arch" not in given.attrs:
         return None
-    return given if lowering_key() in given.keys else Target({**given.export(), "keys": [*given.keys, lowering_key()]})
+    return registration.with_key(given, lowering_key())
