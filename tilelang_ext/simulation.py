@@ -35,7 +35,7 @@ def simulate(
     options = {"check": check, "seed": seed, "timeout": timeout}
     if isinstance(kernel, rocm.HipProgram) or _is_hip(target):
         program = rocm.as_program(kernel, target)
-        launch = program.bind(arguments)
+        launch = program.bind(arguments, device="cpu")
         return execute_hip(
             program.source,
             program.name,
@@ -49,7 +49,7 @@ def simulate(
         )
     program = metal.as_program(kernel, target)
     launch = program.bind(arguments, device="cpu")
-    bound = [*launch.buffers, launch.scalars] if launch.scalars else list(launch.buffers)
+    bound = [*launch.tensors, program.slots(launch.numbers)] if launch.numbers else list(launch.tensors)
     return execute_msl(program.source, program.name, bound, grid=launch.grid, threads=launch.threads, **options)
 
 

@@ -11,6 +11,7 @@ from metal.kernels import gemm, poisoned, random_tensor
 
 from tilelang_ext import language as T
 from tilelang_ext import metal, simulate
+from tilelang_ext import program as program_module
 
 
 def scaled_rows(dtype="float16"):
@@ -98,7 +99,7 @@ def test_to_torch_launch(monkeypatch):
     monkeypatch.setattr(torch.mps, "compile_shader", compile_shader)
     program = metal.lower(scaled_rows())
     tensors = [torch.empty(5, 70, dtype=torch.float16, device="meta") for _ in range(3)]
-    monkeypatch.setattr(metal.program, "_check_tensor", lambda kernel, parameter, argument, device: argument)
+    monkeypatch.setattr(program_module, "_check_tensor", lambda kernel, parameter, argument, device: argument)
     run = metal.to_torch(program)
     run(tensors[0], 7, tensors[1], 0.5, tensors[2])
     run(tensors[0], 7, tensors[1], 0.5, tensors[2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilelang_ext.metal.program import Launch, MetalProgram, Parameter, lower
+from tilelang_ext.metal.program import MetalProgram, lower
 from tilelang_ext.metal.run import to_mlx, to_torch
 
-__all__ = ["Launch", "MetalProgram", "Parameter", "lower", "to_mlx", "to_torch"]
+__all__ = ["MetalProgram", "lower", "to_mlx", "to_torch"]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from tilelang_ext.metal.program import MetalProgram, Parameter, as_program
+from tilelang_ext.metal.program import MetalProgram, as_program
+from tilelang_ext.program import Parameter
 
 _MLX_CONSTANT_ELEMENTS = 8  # MLX binds an input with fewer elements in the constant address space
 _PARAMETER = re.compile(r"^\s*(?P<type>.*?[*&\s])(?P<name>\w+)\s*\[\[\s*(?P<attribute>[\w()]+)\s*\]\][,)]?\s*$")
@@ -30,9 +31,9 @@ def to_torch(kernel) -> Callable:
         launch = program.bind(arguments, device="mps")
         if function is None:
             function = getattr(torch.mps.compile_shader(program.source), program.name)
-        slots = [list(struct.unpack(f"<{len(launch.scalars) // 8}q", launch.scalars))] if launch.scalars else []
+        slots = [_slot_values(program, launch.numbers)] if launch.numbers else []
         threads = [groups * size for groups, size in zip(launch.grid, launch.threads, strict=True)]
-        function(*launch.buffers, *slots, threads=threads, group_size=list(launch.threads))
+        function(*launch.tensors, *slots, threads=threads, group_size=list(launch.threads))
 
     return run
 
@@ -82,8 +83,7 @@ def to_mlx(kernel, *, init_value: float | None = None) -> Callable:
         values = program.resolve(shapes, scalars)
         bound = [_at_least_constant_size(mx, given[i]) for i in bound_inputs]
         if has_scalars:
-            slots = program.slots(values)
-            bound.append(mx.array(list(struct.unpack(f"<{len(slots) // 8}q", slots)), dtype=mx.int64))
+            bound.append(mx.array(_slot_values(program, program.numbers(values)), dtype=mx.int64))
         results = compiled(
             inputs=bound,
             grid=tuple(groups * size for groups, size in zip(program.launch_grid(values), program.threads, strict=True)),
@@ -97,6 +97,12 @@ def to_mlx(kernel, *, init_value: float | None = None) -> Callable:
         return ordered[0] if len(ordered) == 1 else ordered
 
     return run
+
+
+def _slot_values(program: MetalProgram, numbers: Sequence[int | float]) -> list[int]:
+    """Return the slots of the struct of scalars as int64, the one type of 8 bytes that both libraries pass."""
+    slots = program.slots(numbers)
+    return list(struct.unpack(f"<{len(slots) // 8}q", slots))
 
 
 def _mlx_dtype(dtype: str) -> str:

@@ -1,54 +1,31 @@
-"""A kernel lowered to HIP text as data: what to bind where, how many threads to start, and how much LDS to add."""
+"""A kernel lowered to HIP text as data: for which architecture, how much LDS a launch adds, and which targets there are."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import tilelang
 from tilelang.rocm.target import target_get_mcpu, with_rocm_target_attrs
-from tvm import tirx
+from tvm import IRModule, tirx
+from tvm.ir.instrument import pass_instrument
+from tvm.ir.transform import PassContext
 from tvm.target import Target
 
-from tilelang_ext.metal.program import Binding, MetalProgram, Parameter
+from tilelang_ext.program import Program, only_kernel, parameter_sources, prim_func_of, read_program
 
 
 @dataclass(frozen=True)
-class HipLaunch:
-    """One launch with everything bound: tensors and numbers in the kernel's order, the grid, the threads of a group."""
+class HipProgram(Program):
+    """A prim_func lowered to HIP text for one architecture, such as "gfx942"; `dynamic_lds` is in bytes per block."""
 
-    arguments: tuple
-    grid: tuple[int, int, int]
-    threads: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class HipProgram:
-    """A prim_func lowered to HIP text for one architecture; `dynamic_lds` is in bytes a group.
-
-    `launchable` checks and binds arguments, which HIP does as Metal does.
-    """
-
-    source: str
-    name: str
     arch: str
     dynamic_lds: int
-    launchable: MetalProgram
 
     def get_kernel_source(self) -> str:
         """Return the whole text."""
         return self.source
-
-    def bind(self, arguments: Sequence) -> HipLaunch:
-        """Check torch CPU tensors and numbers in the user's order, and return what to launch; raises as Metal's does."""
-        program = self.launchable
-        launch = program.bind(arguments, device="cpu")
-        shapes = [None if p.shape is None else tuple(a.shape) for p, a in zip(program.parameters, arguments, strict=True)]
-        scalars = [a if p.shape is None else None for p, a in zip(program.parameters, arguments, strict=True)]
-        values = program.resolve(shapes, scalars)
-        bound = tuple(arguments[b.parameter] if b.is_tensor else values[b.var] for b in program.bindings)
-        return HipLaunch(bound, launch.grid, launch.threads)
 
 
 def hip_target(target: str | Target | Mapping) -> Target:
@@ -64,59 +41,42 @@ def hip_target(target: str | Target | Mapping) -> Target:
 
 
 def as_program(kernel, target: str | Target | Mapping) -> HipProgram:
-    """Return the HIP program of a prim_func, of a compiled tilelang kernel, or a program as it is."""
-    if isinstance(kernel, HipProgram):
-        return kernel
-    func = kernel if isinstance(kernel, tirx.PrimFunc) else getattr(kernel, "prim_func", None)
-    if not isinstance(func, tirx.PrimFunc):
-        raise TypeError(
-            "tilelang_ext: a kernel must be a prim_func, a compiled tilelang kernel or a HipProgram; "
-            f"got {type(kernel).__name__}; pass the function decorated with @T.prim_func"
-        )
-    return lower(func, target)
+    """Return the HIP program of a prim_func or of a compiled tilelang kernel; a program is returned as it is."""
+    return kernel if isinstance(kernel, HipProgram) else lower(prim_func_of(kernel, "HipProgram"), target)
 
 
 def lower(func: tirx.PrimFunc, target: str | Target | Mapping) -> HipProgram:
     """Lower one prim_func with one `T.Kernel` to HIP text; no GPU, ROCm or HIP compiler is needed."""
-    target = hip_target(target)
-    with target:
+    target, split = hip_target(target), _AfterSplit()
+    with target, split.context():
         artifact = tilelang.lower(func, target=target)
-    kernels = [f for _, f in artifact.device_mod.functions_items()]
-    if len(kernels) != 1:
-        raise NotImplementedError(
-            f"rocm.lower: a prim_func must hold exactly one T.Kernel; got {len(kernels)}; split it into one prim_func a kernel"
-        )
-    (kernel,) = kernels
-    name, source = str(kernel.attrs["global_symbol"]), artifact.kernel_source
-    dynamic = int(kernel.attrs.get("dyn_shared_memory_buf", 0))
-    return HipProgram(source, name, target_get_mcpu(target), dynamic, _launchable(func, kernel, name, source))
-
-
-def _launchable(func: tirx.PrimFunc, kernel: tirx.PrimFunc, name: str, source: str) -> MetalProgram:
-    parameters, places = [], {}  # the user's parameters; a variable's name -> its parameter, and axis of a shape
-    for i, param in enumerate(func.params):
-        if param not in func.buffer_map:
-            parameters.append(Parameter(param.name, str(param.dtype), None, param))
-            places[param.name] = (i, None)
-            continue
-        buffer = func.buffer_map[param]
-        shape = tuple(int(e) if isinstance(e, tirx.IntImm) else e for e in buffer.shape)
-        parameters.append(Parameter(buffer.name, str(buffer.dtype), shape, param))
-        places[buffer.data.name] = (i, None)
-        for axis, extent in enumerate(shape):
-            if isinstance(extent, tirx.Var):
-                places.setdefault(extent.name, (i, axis))
-    extents = kernel.attrs["thread_extent"]
-    bindings = tuple(Binding(var, *places[var.name]) for var in kernel.params)
-    read_only = {int(i) for i in kernel.attrs.get("tl.readonly_param_indices", [])}
-    written = frozenset(b.parameter for i, b in enumerate(bindings) if b.is_tensor and i not in read_only)
-    return MetalProgram(
-        source=source,
-        name=name,
-        parameters=tuple(parameters),
-        bindings=bindings,
-        written=written,
-        read_and_written=written,
-        grid=tuple(extents.get(f"blockIdx.{axis}", 1) for axis in "xyz"),
-        threads=tuple(int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz"),
+    kernel = only_kernel(artifact.device_mod, "rocm.lower")
+    sources = parameter_sources(split.module)[str(kernel.attrs["global_symbol"])]
+    return HipProgram(
+        **vars(read_program(func, kernel, artifact.kernel_source, sources)),
+        arch=target_get_mcpu(target),
+        dynamic_lds=int(kernel.attrs.get("dyn_shared_memory_buf", 0)),
     )
+
+
+@pass_instrument
+class _AfterSplit:
+    """Keeps the module as upstream's pass list has it right after SplitHostDevice, for `parameter_sources`."""
+
+    def __init__(self) -> None:
+        self.module: IRModule | None = None
+
+    def run_after_pass(self, mod: IRModule, info) -> None:
+        if info.name == "tl.SplitHostDevice":
+            self.module = mod
+
+    def context(self) -> PassContext:
+        """Return the caller's pass context with this instrument."""
+        current = PassContext.current()
+        return PassContext(
+            current.opt_level,
+            required_pass=list(current.required_pass),
+            disabled_pass=list(current.disabled_pass),
+            instruments=[*(current.instruments or []), self],
+            config=dict(current.config),
+        )
