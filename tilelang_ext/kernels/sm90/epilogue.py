@@ -1,0 +1,119 @@
+"""The epilogue of a consumer warpgroup: subtiles of the result go through shared memory to TMA stores.
+
+Each warpgroup has a few shared buffers, so that a store reads one while the next subtile is written to another. Deferred
+subtiles stay in registers and are stored between the MMAs of the next tile: all blocks end their tiles at about the same time
+and would otherwise wait for each other's stores.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tilelang_ext import language as T
+from tilelang_ext.kernels.sm90.roles import warpgroup_sync
+
+
+def accumulator_layout(rows: int, columns: int):
+    """Return the layout of a WGMMA accumulator: which thread of the warpgroup, and which of its registers, holds (i, j)."""
+
+    def place(i, j):
+        return i // 16 * 32 + i % 8 * 4 + j % 8 // 2, j // 8 * 4 + i % 16 // 8 * 2 + j % 2
+
+    return T.Fragment((rows, columns), forward_fn=place)
+
+
+@dataclass(frozen=True, eq=False)
+class SubtileStores:
+    """The TMA stores of one consumer warpgroup: at most one in flight per shared buffer.
+
+    Subtiles are numbered by the order in which they are stored; a subtile takes the buffer `number % len(buffers)`. The buffers
+    are allocated one by one: upstream writes a fragment by matrix instructions only where it fills a whole buffer.
+    """
+
+    warpgroup: int
+    out: Any  # (M, N) in global memory
+    buffers: list  # of shared memory, (rows, columns) each
+
+    def store(self, number: int, values_f, row, column, condition=None) -> None:
+        """Copy a subtile from registers to its shared buffer and issue its TMA store to (row, column) of out.
+
+        With `condition`, which is the same in all threads, the store is issued only where it holds.
+        """
+        out, out_s = self.out, self.buffers[number % len(self.buffers)]
+        rows, columns = map(int, out_s.shape)
+        in_flight, warpgroup = len(self.buffers) - 1, self.warpgroup
+
+        @T.macro
+        def write():
+            # One thread waits for the store that last read this buffer. Upstream adds a barrier of the warpgroup behind it, but
+            # ahead of a branch that surrounds all of this.
+            T.tma_store_wait(in_flight)
+            T.copy(values_f, out_s)
+            T.fence_proxy_async()
+            warpgroup_sync(warpgroup)
+
+        @T.macro
+        def issue(row, column):
+            T.tma_copy(out_s, out[row : row + rows, column : column + columns])
+
+        @T.macro
+        def issue_if():
+            if condition:
+                issue(row, column)
+
+        write()
+        if condition is None:
+            issue(row, column)
+        else:
+            issue_if()
+
+    def drain(self):
+        """Wait until every store has read its buffer; a block must not end before."""
+        return T.tma_store_wait(0)
+
+
+@dataclass(frozen=True, eq=False)
+class DeferredSubtiles:
+    """The last subtiles of a tile, kept in registers until the next tile's main loop.
+
+    Subtile i of `values` has number first + i, is `columns` wide, and is stored in K block 1 + i * interval of the next tile.
+    """
+
+    stores: SubtileStores
+    values: list  # fragments (rows, columns) of the result's dtype
+    coord: Any  # int32 (2,): first row and column of the tile in out
+    first: int
+    interval: int  # K blocks from one store to the next
+
+    def defer(self, row, column) -> None:
+        """Remember where the tile lies whose subtiles `values` now holds."""
+        coord = self.coord
+
+        @T.macro
+        def emit():
+            coord[0], coord[1] = row, column
+
+        if self.values:
+            emit()
+
+    def store_due(self, k, any_deferred) -> None:
+        """In K block k of a tile, store the deferred subtile whose turn it is, if there are `any_deferred`."""
+        for i, _ in enumerate(self.values):
+            self._store_if(i, any_deferred & (k == 1 + i * self.interval))
+
+    def store_all(self, any_deferred) -> None:
+        """After the last tile, store what is still deferred, if there are `any_deferred`."""
+        for i, _ in enumerate(self.values):
+            self._store(i, any_deferred)
+
+    def _store_if(self, i: int, due) -> None:
+        @T.macro
+        def emit():
+            if due:
+                self._store(i)
+
+        emit()
+
+    def _store(self, i: int, condition=None) -> None:
+        number = self.first + i
+        columns = int(self.values[i].shape[1])
+        self.stores.store(number, self.values[i], self.coord[0], self.coord[1] + number * columns, condition)

@@ -1,0 +1,125 @@
+"""A pipeline of stages in shared memory between a producer and its consumers, ordered by two mbarriers per stage.
+
+| barrier | arrivals that complete a phase | who waits for it |
+| --- | --- | --- |
+| full[stage] | every producer thread, and the bytes of the TMA loads that name the barrier | every consumer thread |
+| empty[stage] | one lane of every consumer warp that reads the stage | every producer thread |
+
+    producer                                            consumer
+    acquire(stage, phase)                               wait(stage, phase)
+    T.tma_copy(..., barrier=pipeline.full[stage])       MMAs that read the stage
+    commit(stage)                                       release(stage, lane)
+
+A phase is the parity bit of the mbarrier's phase that is waited for. Consumers begin with phase 0. Producers begin with 1,
+the phase before the first one, which counts as complete: the first round of `acquire` returns at once. Where a stage is
+comes from a count of steps (`stage`, `full_phase`, `empty_phase`), or from a `PipelineState`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tilelang_ext import language as T
+
+PRODUCER_START, CONSUMER_START = 1, 0  # phases
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """The barriers of `num_stages` stages; the buffers of the stages belong to the kernel."""
+
+    num_stages: int
+    full: Any  # barriers (num_stages,)
+    empty: Any
+
+    def stage(self, step):
+        """Return the stage of a step; a remainder is cheap if `num_stages` is a power of two."""
+        return step % self.num_stages
+
+    def full_phase(self, step):
+        """Return the phase that a consumer waits for in a step."""
+        return (step // self.num_stages) & 1
+
+    def empty_phase(self, step):
+        """Return the phase that the producer waits for in a step."""
+        return self.full_phase(step) ^ 1
+
+    def acquire(self, stage, phase):
+        """Producer: wait until the consumers have released the stage."""
+        return T.barrier_wait(self.empty[stage], phase)
+
+    def commit(self, stage):
+        """Producer: arrive after issuing the loads of a stage. Every producer thread calls it."""
+        return T.barrier_arrive(self.full[stage])
+
+    def wait(self, stage, phase):
+        """Consumer: wait until the loads of a stage have landed."""
+        return T.barrier_wait(self.full[stage], phase)
+
+    def release(self, stage, lane) -> None:
+        """Consumer: hand the stage back, one arrival per warp, once its last MMA that reads the stage is complete."""
+        arrive_once(self.empty, stage, lane)
+
+
+def alloc_pipeline(num_stages: int, producer_arrivals: int, consumer_arrivals: int) -> Pipeline:
+    """Allocate the barriers: arrivals are producer threads, and consumer warps that read a stage."""
+
+    @T.macro
+    def alloc():
+        full = T.alloc_barrier([producer_arrivals] * num_stages)
+        empty = T.alloc_barrier([consumer_arrivals] * num_stages)
+        return full, empty
+
+    return Pipeline(num_stages, *alloc())
+
+
+@T.macro
+def arrive_once(barriers, index, lane):
+    """Arrive at barriers[index], once per warp."""
+    if lane == 0:
+        T.mbarrier_arrive(barriers[index])
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineState:
+    """The stage and the phase of one role, in two registers: for numbers of stages that are no powers of two."""
+
+    num_stages: int
+    registers: Any  # int32 (2,)
+
+    @property
+    def stage(self):
+        return self.registers[0]
+
+    @property
+    def phase(self):
+        return self.registers[1]
+
+    @property
+    def previous_stage(self):
+        """The stage before this one, for a consumer that releases a stage one step late."""
+        return T.if_then_else(self.registers[0] == 0, self.num_stages, self.registers[0]) - 1
+
+    def advance(self) -> None:
+        """Go on to the next stage; the phase flips when the stages begin again."""
+        registers, num_stages = self.registers, self.num_stages
+
+        @T.macro
+        def emit():
+            registers[0] = registers[0] + 1
+            if registers[0] == num_stages:
+                registers[0] = 0
+                registers[1] = registers[1] ^ 1
+
+        emit()
+
+
+def start_state(num_stages: int, phase: int) -> PipelineState:
+    """Allocate the state of a role at stage 0: `phase` is PRODUCER_START or CONSUMER_START."""
+
+    @T.macro
+    def alloc():
+        state = T.alloc_local((2,), "int32")
+        state[0], state[1] = 0, phase
+        return state
+
+    return PipelineState(num_stages, alloc())
