@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "testing")]
 
 _SHARED = re.compile(r"^ *void\* (\w+) = \(\(void\*\)\(\(char\*\)buf_dyn_shmem \+ (\d+)\)\);\n", re.MULTILINE)
 # An identifier that is no function, template, member or part of a qualified name.
-_VARIABLE = re.compile(r"(?<![\w.:])[A-Za-z_]\w*\b(?!\s*[(<]|::)")
+_VARIABLE = re.compile(r"(?<![\w.:])[A-Za-z_]\w*\b(?!\s*\(|<|::)")
 _KEPT = {
     *[
         "const",
