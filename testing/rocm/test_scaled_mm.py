@@ -119,7 +119,7 @@ def test_problem_of_a_launch(rocm, dtype):
     """The architecture without its modes; every flavour."""
     operator._compile(key(a=dtype), False)
     (made,) = rocm.problems
-    assert (made.kind, made.arch, made.a_dtype) == ("hip", "gfx942", str(dtype).removeprefix("torch."))
+    assert (made.target_kind, made.arch, made.a_dtype) == ("hip", "gfx942", str(dtype).removeprefix("torch."))
     assert made.target == {"kind": "hip", "mcpu": "gfx942"}
 
 

@@ -53,4 +53,5 @@ def case(M, N, K, recipes, format_a=E4M3, format_b=E4M3):
 def problem(M, N, K, recipes, *, kind="metal", arch="", a=E4M3, b=E4M3, bias=None, out="float32", fast_accum=False):
     """What a kernel for these operands is compiled for."""
     layouts = [LAYOUTS[recipe.value] for recipe in recipes]
-    return Problem(kind, arch, bucket_of(M), N, K, a.dtype, b.dtype, *layouts, bias, out, fast_accum)
+    num_sms = {"cuda": 132, "hip": 304, "metal": 0}[kind]  # of an H200, of an MI300X
+    return Problem(kind, arch, num_sms, bucket_of(M), N, K, a.dtype, b.dtype, *layouts, bias, out, fast_accum)

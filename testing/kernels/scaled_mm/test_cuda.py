@@ -121,7 +121,7 @@ def test_fast_accumulation_keeps_fewer_bits():
     ("M", "N", "K"), [(4096, 7168, 2048), (2000, 7168, 1536), (1100, 4096, 640), (513, 2112, 1536), (513, 64, 128)]
 )
 def test_fast_accumulation_of_several_tiles(M, N, K, dtype):
-    """Blocks of one tile and of several, whose last parts are stored late; fewer steps of K than those take."""
+    """Blocks of one tile and of several, whose last subtiles are deferred; fewer K blocks than their stores take."""
     arguments, expected = case(M, N, K, (ROW, ROW))
     out = torch.full((M, N), torch.nan, dtype=dtype, device="cuda")
     scaled_mm(*arguments, out=out, use_fast_accum=True)

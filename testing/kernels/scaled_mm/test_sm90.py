@@ -17,7 +17,7 @@ from tilelang_ext.kernels.scaled_mm import operator, sm90_persistent, sm90_split
 from tilelang_ext.kernels.scaled_mm.sm90_persistent import ARCH, BLOCK_K, PASS_CONFIGS
 
 TENSORS, ROWS, BLOCKS = (TENSOR, TENSOR), (ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK)
-Config, Thin = sm90_persistent.Config, sm90_split_k.Config
+Config, SplitK = sm90_persistent.Config, sm90_split_k.Config
 needs_clusters = pytest.mark.skipif(not sm90_split_k.CLUSTERS, reason="tilelang 0.1.14 has no clusters")
 
 
@@ -78,23 +78,23 @@ def run(
 @pytest.mark.parametrize(
     ("recipes", "config", "K", "fast", "out"),
     [
-        (TENSORS, Config(128, 256, 3, 32, 2, 2), 528, True, "float32"),  # sums in the unit; K ends inside a step; late parts
-        (ROWS, Config(128, 256, 2, 64, 1, 3), 768, True, "bfloat16"),  # stores by matrix instructions; scales by the loader
-        (ROWS, Config(128, 256, 2, 32, 5, 1), 256, True, "float32"),  # as many stages as steps: scales by the computers
-        (ROWS, Config(128, 128, 2, 16, 2), 384, False, "float32"),  # stages that do not divide the steps
-        (ROWS, Config(128, 128, 2, 64, 2), 512, False, "bfloat16"),  # constant stages and scales by the loader
-        (BLOCKS, Config(256, 128, 4, 32, 2), 512, False, "bfloat16"),  # two bands, constant stages
-        (BLOCKS, Config(128, 128, 1, 16, 3), 128, False, "float32"),  # one step, in two products
+        (TENSORS, Config(128, 256, 3, 32, 2, 2), 528, True, "float32"),  # not promoted; K ends inside a K block; deferred
+        (ROWS, Config(128, 256, 2, 64, 1, 3), 768, True, "bfloat16"),  # stmatrix; the producer loads scales
+        (ROWS, Config(128, 256, 2, 32, 5, 1), 256, True, "float32"),  # as many stages as K blocks: consumers load scales
+        (ROWS, Config(128, 128, 2, 16, 2), 384, False, "float32"),  # stages that do not divide the K blocks
+        (ROWS, Config(128, 128, 2, 64, 2), 512, False, "bfloat16"),  # constant stages; the producer loads scales
+        (BLOCKS, Config(256, 128, 4, 32, 2), 512, False, "bfloat16"),  # two MMA tiles per consumer, constant stages
+        (BLOCKS, Config(128, 128, 1, 16, 3), 128, False, "float32"),  # one K block, in two MMAs
     ],
 )
 def test_tiles(recipes, config, K, fast, out):
     """Two rows and two columns of tiles, neither full; more blocks than one, so that each walks over several tiles."""
     M, N = config.block_M + 40, config.block_N + 8
-    columns = min(BLOCK_K, K // 2)  # the products of a single step are of half of it
+    columns = min(BLOCK_K, K // 2)  # the MMAs of a single K block take half of it
     boxes = {
         "a": Box(config.block_M, columns),
         "b": Box(config.block_N, columns),
-        "out": Box(sm90_persistent.BAND, config.store_N),
+        "out": Box(sm90_persistent.WGMMA_M, config.subtile_N),
     }
     run(
         sm90_persistent, config, M, N, K, recipes,
@@ -106,12 +106,14 @@ def test_tiles(recipes, config, K, fast, out):
 @pytest.mark.parametrize(
     ("M", "recipes", "config", "K"),
     [
-        (7, ROWS, Thin(16, 32, 1, 4, 4), 1040),  # rows below a's are the next stages'
-        (40, BLOCKS, Thin(64, 32, 1, 2, 2), 640),
-        (100, ROWS, Thin(128, 32, 1, 2, 2), 256),  # two bands of a
-        pytest.param(7, BLOCKS, Thin(16, 32, 2, 4, 4), 896, marks=needs_clusters),  # two blocks share K, one has fewer steps
-        pytest.param(40, TENSORS, Thin(64, 32, 2, 1, 1), 256, marks=needs_clusters),
-        (16, ROWS, Thin(16, 64, 1, 2, 4), 384),  # one warpgroup has a step less
+        (7, ROWS, SplitK(16, 32, 1, 4, 4), 1040),  # MMAs read the next stages below the rows of a
+        (40, BLOCKS, SplitK(64, 32, 1, 2, 2), 640),
+        (100, ROWS, SplitK(128, 32, 1, 2, 2), 256),  # two MMAs per K block
+        pytest.param(
+            7, BLOCKS, SplitK(16, 32, 2, 4, 4), 896, marks=needs_clusters
+        ),  # two blocks split K, one has fewer K blocks
+        pytest.param(40, TENSORS, SplitK(64, 32, 2, 1, 1), 256, marks=needs_clusters),
+        (16, ROWS, SplitK(16, 64, 1, 2, 4), 384),  # one consumer has a K block less
     ],
 )
 def test_few_rows(M, recipes, config, K):
@@ -126,7 +128,7 @@ def test_few_rows(M, recipes, config, K):
 
 @needs_compiler
 def test_mixed_operands():
-    config = Thin(16, 32, 1, 2, 2)
+    config = SplitK(16, 32, 1, 2, 2)
     boxes = {"a": Box(16, BLOCK_K), "b": Box(32, BLOCK_K)}
     run(sm90_split_k, config, 9, 32, 256, ROWS, grid=(1, 1), boxes=boxes, formats=(E5M2, E4M3))
 
@@ -136,7 +138,7 @@ def test_mixed_operands():
 
 @needs_nvcc
 def test_instructions():
-    """Warpgroup products that are not serialized, fed by bulk copies; no register spilled."""
+    """WGMMAs that are not serialized, fed by TMA; no register spilled."""
     cases = {
         "fast": (sm90_persistent, 4096, ROWS, True),
         "rows": (sm90_persistent, 4096, ROWS, False),
@@ -158,23 +160,24 @@ def test_instructions():
 # --- choices ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def h200(monkeypatch):
-    for module in (sm90_persistent, sm90_split_k):
-        monkeypatch.setattr(module, "num_processors", lambda: 132)
-
-
 @pytest.mark.parametrize(
     ("M", "N", "K", "recipes", "fast", "config"),
     [
         (4096, 4096, 7168, ROWS, True, Config(128, 256, 4, 64, 132, 3)),
         (4096, 4096, 7168, ROWS, False, Config(256, 128, 4, 32, 132)),
-        (4096, 4096, 7168, BLOCKS, True, Config(256, 128, 4, 32, 132)),  # blocks are never summed in the unit
-        (512, 4096, 7168, ROWS, False, Config(128, 128, 4, 32, 132)),  # too few tiles of 256: 4 of its 5 stages divide 56
-        (256, 64, 384, ROWS, True, Config(128, 128, 3, 64, 132, 1)),  # three steps: time for one late part
+        (4096, 4096, 7168, BLOCKS, True, Config(256, 128, 4, 32, 132)),  # blockwise scales are always promoted
+        (
+            512,
+            4096,
+            7168,
+            ROWS,
+            False,
+            Config(128, 128, 4, 32, 132),
+        ),  # too few tiles of 256; 4 stages divide 56 K blocks, 5 do not
+        (256, 64, 384, ROWS, True, Config(128, 128, 3, 64, 132, 1)),  # three K blocks: time for one deferred subtile
     ],
 )
-def test_pick_config(h200, M, N, K, recipes, fast, config):
+def test_pick_config(M, N, K, recipes, fast, config):
     kernel_problem = hopper_problem(M, N, K, recipes, out="bfloat16", fast_accum=fast)
     assert sm90_persistent.pick_config(kernel_problem) == config
 
@@ -182,21 +185,21 @@ def test_pick_config(h200, M, N, K, recipes, fast, config):
 @pytest.mark.parametrize(
     ("M", "N", "K", "config"),
     [
-        (16, 4096, 7168, Thin(16, 32, 1, 4, 32)),
-        pytest.param(64, 2112, 7168, Thin(64, 32, 2, 4, 8), marks=needs_clusters),  # 66 tiles: two blocks each
-        (128, 4096, 7168, Thin(128, 32, 1, 2, 8)),
-        (128, 7168, 2048, Thin(128, 64, 1, 2, 4)),
-        (16, 4096, 384, Thin(16, 32, 1, 2, 4)),  # three steps: stages that two warpgroups share would race
-        pytest.param(16, 64, 256, Thin(16, 32, 2, 1, 1), marks=needs_clusters),
+        (16, 4096, 7168, SplitK(16, 32, 1, 4, 32)),
+        pytest.param(64, 2112, 7168, SplitK(64, 32, 2, 4, 8), marks=needs_clusters),  # 66 tiles: two blocks each
+        (128, 4096, 7168, SplitK(128, 32, 1, 2, 8)),
+        (128, 7168, 2048, SplitK(128, 64, 1, 2, 4)),
+        (16, 4096, 384, SplitK(16, 32, 1, 2, 4)),  # three K blocks: a stage that two consumers use would race
+        pytest.param(16, 64, 256, SplitK(16, 32, 2, 1, 1), marks=needs_clusters),
     ],
 )
-def test_pick_thin_config(h200, M, N, K, config):
+def test_pick_split_k_config(M, N, K, config):
     assert sm90_split_k.pick_config(hopper_problem(M, N, K, ROWS)) == config
 
 
 @pytest.mark.parametrize("recipes", [ROWS, BLOCKS], ids=["rows", "blocks"])
-def test_thin_configs_fit(h200, recipes):
-    """Every stage is one warpgroup's or used once, and the memory of a block suffices."""
+def test_split_k_configs_fit(recipes):
+    """A stage has one consumer or is used once, and a block has enough shared memory."""
     for M in (16, 32, 64, 128):
         for N in (8, 64, 2112, 4096, 7168, 16896):
             for K in (16, 128, 256, 384, 1536, 2880, 7168, 16384):
@@ -204,18 +207,18 @@ def test_thin_configs_fit(h200, recipes):
                 config = sm90_split_k.pick_config(kernel_problem)
                 if config is None:
                     continue
-                steps = -(-K // (BLOCK_K * config.num_splits))
-                assert config.num_stages % config.warpgroups == 0 or config.num_stages >= steps, (M, N, K)
-                ring = config.num_stages * (config.block_M + config.block_N) * BLOCK_K
-                assert ring + sm90_split_k._fixed_bytes(kernel_problem, config) <= 225 * 1024, (M, N, K)
+                k_blocks = -(-K // (BLOCK_K * config.num_splits))
+                assert config.num_stages % config.num_consumers == 0 or config.num_stages >= k_blocks, (M, N, K)
+                stages = config.num_stages * (config.block_M + config.block_N) * BLOCK_K
+                assert stages + sm90_split_k._fixed_bytes(kernel_problem, config) <= 225 * 1024, (M, N, K)
 
 
-def test_first_kernel_that_takes_a_problem(h200):
+def test_first_kernel_that_takes_a_problem():
     def kernel_of(M, N=4096, K=4096, recipes=ROWS, **options):
         return next(file for file in operator.KERNELS if file.takes(hopper_problem(M, N, K, recipes, **options)))
 
     assert kernel_of(5) is kernel_of(128) is sm90_split_k
     assert kernel_of(129) is kernel_of(4096, recipes=BLOCKS) is sm90_persistent
-    assert kernel_of(128, N=32768) is sm90_persistent  # more tiles than processors
+    assert kernel_of(128, N=32768) is sm90_persistent  # more tiles than SMs
     for problem_of_others in ({"recipes": (MX, MX)}, {"recipes": (ROW_BLOCK, ROW_BLOCK)}, {"K": 72}, {"N": 33}):
         assert kernel_of(4096, **problem_of_others) is tiled

@@ -62,7 +62,7 @@ def test_every_weight_is_read_once(M, recipes):
     """Bytes are those of the weights, of a once a threadgroup, and of the scales that a thread needs for what it loads."""
     N, K = 128, 4096 + 32  # the second round of loads is not full
     config = pick_config(problem(M, N, K, recipes))
-    threadgroups = -(-N // (config.rows * config.groups))
+    threadgroups = -(-N // (config.rows * config.passes))
     loads = N * K // 16 // config.rows  # by threads, each of `rows` rows
     scales = {ROW: 2 * 4 * M * N, MX: loads * (M + config.rows), ROW_BLOCK: 4 * loads * (M + 1)}[recipes[0]]
     counts = run(M, N, K, recipes)

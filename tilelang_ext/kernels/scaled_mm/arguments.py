@@ -1,7 +1,8 @@
-"""The door of `scaled_mm`: which arguments torch's scaled_mm takes, and scales as kernels read them.
+"""The checks of `scaled_mm`: which arguments torch's scaled_mm takes, and scales as kernels read them.
 
-Kernels read scales as (blocks of rows, groups of K), whatever orientation torch gives a recipe: views of the caller's memory,
-except of swizzled scales. Source of shapes and strides: torch 2.13, torch._meta_registrations, _scaled_mm_v2.
+Kernels read scales as (row blocks, groups of K), whatever orientation torch gives a recipe: as views of the caller's memory,
+except for swizzled scales, which are copied. Source of shapes and strides:
+torch 2.13, torch._meta_registrations, _scaled_mm_v2.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _PADDING = 4  # torch pads the groups of 128x128 scales to a multiple of it
 
 
 def recipe_value(name: str, recipe) -> int:
-    """Return the value of one ScalingType, also in a list of one, as torch takes it."""
+    """Return the value of a ScalingType; torch also takes a list of one."""
     recipe = _only(name, recipe)
     if not isinstance(recipe, ScalingType):
         raise TypeError(f"scaled_mm: {name} must be a torch.nn.functional.ScalingType; got {type(recipe).__name__}; pass one")
@@ -42,7 +43,7 @@ def recipe_value(name: str, recipe) -> int:
 
 
 def swizzle_value(name: str, swizzle) -> int:
-    """Return the value of one SwizzleType, also in a list of one or of none; None is NO_SWIZZLE."""
+    """Return the value of a SwizzleType; torch also takes a list of one. None and an empty list are NO_SWIZZLE."""
     swizzle = SwizzleType.NO_SWIZZLE if swizzle is None or swizzle == [] else _only(name, swizzle)
     if not isinstance(swizzle, SwizzleType):
         raise TypeError(f"scaled_mm: {name} must be a torch.nn.functional.SwizzleType; got {type(swizzle).__name__}; pass one")
@@ -50,7 +51,7 @@ def swizzle_value(name: str, swizzle) -> int:
 
 
 def only_scale(name: str, scale) -> Tensor:
-    """Return one tensor of scales, also in a list of one."""
+    """Return the tensor of scales; torch also takes a list of one."""
     return _only(name, scale)
 
 
@@ -83,7 +84,7 @@ def check_matrices(mat_a: Tensor, mat_b: Tensor) -> None:
 
 
 def check(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, out) -> tuple[Tensor, Tensor]:
-    """Check every argument and return the scales by blocks: (blocks of rows, groups of K)."""
+    """Check every argument and return the scales as kernels read them: (row blocks, groups of K)."""
     check_matrices(mat_a, mat_b)
     (M, K), N = mat_a.shape, mat_b.shape[1]
     if (recipe_a, recipe_b) not in _PAIRS:
@@ -111,7 +112,7 @@ def check(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle
 
 
 def _by_blocks(name: str, scale: Tensor, recipe: int, swizzle: int, rows: int, K: int) -> Tensor:
-    """Return scales as (blocks of rows, groups of K), for an operand of `rows` rows."""
+    """Return scales as (row blocks, groups of K), for an operand of `rows` rows."""
     if recipe == MX:
         if scale.dtype not in _MX_SCALES:
             raise TypeError(f"scaled_mm: {name} must be float8_e8m0fnu or uint8; got {scale.dtype}; pass the stored bytes")
@@ -155,7 +156,10 @@ def _check_shape(name: str, scale: Tensor, *shapes: tuple[int, ...]) -> None:
 
 
 def _unswizzled(name: str, scale: Tensor, rows: int, groups: int) -> Tensor:
-    """Scale (row, group) lies in tile (row / 128, group / 4) at byte row % 32 * 16 + row % 128 / 32 * 4 + group % 4."""
+    """Return (rows, groups) scales from SWIZZLE_32_4_4.
+
+    Scale (row, group) lies in tile (row / 128, group / 4) at byte row % 32 * 16 + row % 128 / 32 * 4 + group % 4.
+    """
     row_tiles, group_tiles = -(-rows // _SWIZZLE_ROWS), -(-groups // _SWIZZLE_GROUPS)
     size = row_tiles * group_tiles * _SWIZZLE_ROWS * _SWIZZLE_GROUPS
     if scale.numel() != size or not scale.is_contiguous():

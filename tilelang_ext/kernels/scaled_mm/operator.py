@@ -2,7 +2,7 @@
 
 out[i, j] = sum over k of (scale_a mat_a)[i, k] * (scale_b mat_b)[k, j] + bias[j]
 
-The door checks what a kernel need not, finds the kernel in a table, and launches it. Source of names, shapes and strides:
+The operator checks what a kernel need not, finds the kernel in a table, and launches it. Source of names, shapes and strides:
 torch 2.13, torch.nn.functional.scaled_mm and torch._meta_registrations.
 """
 
@@ -29,8 +29,8 @@ from tilelang_ext.kernels.scaled_mm.arguments import (
 from tilelang_ext.kernels.scaled_mm.problem import Problem, bucket_of
 from tilelang_ext.launch.device import current, target_of
 
-KERNELS = (vecmat, sm90_split_k, sm90_persistent, tiled)  # the first that takes it
-ALIGNMENT = 16  # bytes: of bulk copies and of the widest loads
+KERNELS = (vecmat, sm90_split_k, sm90_persistent, tiled)  # the first that takes a problem compiles it
+ALIGNMENT = 16  # bytes: of TMA and of the widest loads
 _CONTRACTIONS = ((), (1, 0), (-1, -2), (-1, 0), (1, -2))
 
 
@@ -65,8 +65,8 @@ def scaled_mm(
 
     Both operands share a recipe, or pair 1x128 with 128x128. float32 scales may have any strides; of 128x128 the first
     extent may be padded, as torch pads it to a multiple of 4. SWIZZLE_32_4_4 is torch's padded 1-D or 2-D layout of 1x32
-    scales, which costs a small copy a call; NO_SWIZZLE costs none. `use_fast_accum` lets the sums of TensorWise and
-    RowWise products stay in the matrix unit, which keeps fewer bits on Hopper; elsewhere it changes nothing.
+    scales, which costs a small copy per call; NO_SWIZZLE costs none. `use_fast_accum` lets the accumulators of TensorWise
+    and RowWise stay in the tensor core, which keeps fewer bits on Hopper; elsewhere it changes nothing.
 
     On CUDA a mat_a that is not contiguous is copied. TypeError for dtypes, ValueError for shapes and values,
     NotImplementedError for recipes that this package lacks.
@@ -95,13 +95,13 @@ def scaled_mm(
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
-# Defined by their schema: torch.library.custom_op would cost ten times as much a call.
+# Defined by their schema: torch.library.custom_op would cost ten times as much per call.
 
 _ARGUMENTS = (
     "Tensor mat_a, Tensor mat_b, Tensor scale_a, int recipe_a, int swizzle_a, Tensor scale_b, int recipe_b, int swizzle_b, "
     "Tensor? bias, bool use_fast_accum"
 )
-_TAGS = (torch.Tag.needs_exact_strides,)  # a compiler must not turn mat_b round
+_TAGS = (torch.Tag.needs_exact_strides,)  # a compiler must not transpose mat_b in memory
 torch.library.define("tilelang_ext::scaled_mm", f"({_ARGUMENTS}, ScalarType output_dtype) -> Tensor", tags=_TAGS)
 torch.library.define("tilelang_ext::scaled_mm_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=_TAGS)
 
@@ -167,8 +167,9 @@ def _compile(key: tuple, use_fast_accum: bool) -> Callable:
                 "quantize.fnuz_to_ocp, or move the tensors to the CPU"
             )
     problem = Problem(
-        kind=target.kind,
+        target_kind=target.kind,
         arch=target.arch,
+        num_sms=target.num_sms,
         max_M=max_M,
         N=N,
         K=K,
@@ -186,7 +187,7 @@ def _compile(key: tuple, use_fast_accum: bool) -> Callable:
 
 
 def _launch(run: Callable, a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Give a kernel what `problem` promises it."""
+    """Launch a kernel on arguments as `problem` promises them."""
     if not b.is_contiguous():
         raise ValueError(
             f"scaled_mm: mat_b must be column-major, as weight.t() is; got strides {tuple(b.stride()[::-1])}; pass "

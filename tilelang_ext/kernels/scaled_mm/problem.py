@@ -1,20 +1,20 @@
 """What a kernel of `scaled_mm` is compiled for, and what each one promises.
 
 A kernel file has `takes(problem) -> bool` and `compile_kernel(problem) -> run(a, scale_a, b, scale_b, bias, out)`;
-`operator.KERNELS` lists the files, and the first that takes a problem compiles it, once a problem. `run` is given, and
-need not check:
+`operator.KERNELS` lists the files, and the first that takes a problem compiles it, once per problem. These hold for the
+arguments of `run`, which need not check them:
 
 | argument | shape | memory |
 | --- | --- | --- |
 | a | (M, K), 0 < M <= max_M | contiguous, first byte at a multiple of 16 |
 | b | (N, K) | the same |
-| scale_a, scale_b | (blocks of rows, groups of K), see `Problem.scale` | any strides on CUDA, contiguous elsewhere |
+| scale_a, scale_b | (row blocks, groups of K), see `Problem.scale` | any strides on CUDA, contiguous elsewhere |
 | bias | (N,), or None where bias_dtype is None | contiguous |
 | out | (M, N) | contiguous |
 
 It writes out = sum over groups g of scale_a[i, g] * scale_b[j, g] * (a[i, g] . b[j, g]) + bias[j], rounded once, on the current
-stream, and is good for every M up to `max_M` (beyond VECMAT_MAX_M), so that a new batch size compiles nothing. A file whose
-kernel depends on less than the problem has a cache of its own for what it compiles (see `tiled`).
+stream, and serves every M up to `max_M` (beyond VECMAT_MAX_M), so that a new batch size compiles nothing. A file whose kernel
+depends on less than the problem has a cache of its own for what it compiles (see `tiled`).
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from tilelang_ext import language as T
 from tilelang_ext import metal
 from tilelang_ext.formats import BlockScaledLayout
 
-VECMAT_MAX_M = 4  # rows up to which a matrix unit is the wrong tool
+VECMAT_MAX_M = 4  # rows up to which matrix instructions are the wrong tool
 
 
 @dataclass(frozen=True)
 class Problem:
     """Everything that a kernel may depend on; dtypes by TileLang's names."""
 
-    kind: str  # "cuda", "hip" or "metal"
+    target_kind: str  # "cuda", "hip" or "metal"
     arch: str  # as "sm_90a" or "gfx942"; "" on Metal
+    num_sms: int  # streaming multiprocessors of the device, on AMD compute units; 0 on Metal, whose kernels do not ask
     max_M: int  # exactly M up to VECMAT_MAX_M, else a power of two; see `bucket_of`
     N: int
     K: int
@@ -46,14 +47,14 @@ class Problem:
     layout_b: BlockScaledLayout
     bias_dtype: str | None
     out_dtype: str
-    fast_accum: bool = False  # whether all of K may stay in the matrix unit's accumulator
+    fast_accum: bool = False  # whether all of K may stay in the tensor core's accumulator
 
     @property
     def target(self) -> dict | str:
-        """As tilelang.compile takes it."""
-        if self.kind == "metal":
-            return self.kind
-        return {"kind": self.kind, "arch" if self.kind == "cuda" else "mcpu": self.arch}
+        """The target as tilelang.compile takes it."""
+        if self.target_kind == "metal":
+            return self.target_kind
+        return {"kind": self.target_kind, "arch" if self.target_kind == "cuda" else "mcpu": self.arch}
 
     def scale(self, layout: BlockScaledLayout, rows, name: str):
         """Return the type of a scale parameter: (1, 1), (rows, 1), (rows, K/128), (rows/128, K/128) or (rows, K/32), rounded
@@ -62,7 +63,7 @@ class Problem:
         dtype = "float32" if layout.scale_format is None else "uint8"
         row_blocks = 1 if layout.rows is None else T.ceildiv(rows, layout.rows)
         shape = (row_blocks, 1 if layout.k is None else -(-self.K // layout.k))
-        if self.kind != "cuda":
+        if self.target_kind != "cuda":
             return T.Tensor(shape, dtype)
         return T.StridedTensor(shape, (T.dynamic(f"{name}_stride_0"), T.dynamic(f"{name}_stride_1")), dtype)
 
@@ -85,6 +86,6 @@ def run_of(problem: Problem, kernel: Callable) -> Callable:
 
 def compile_prim_func(problem: Problem, prim_func, pass_configs: dict | None = None) -> Callable:
     """Compile a prim_func (a, scale_a, b, scale_b, bias where there is one, out) for the problem's target."""
-    if problem.kind == "metal":
+    if problem.target_kind == "metal":
         return run_of(problem, metal.to_torch(metal.lower(prim_func)))
     return run_of(problem, tilelang.compile(prim_func, target=problem.target, pass_configs=pass_configs))

@@ -1,20 +1,43 @@
-"""Scaled matmul on Hopper for up to 128 rows: every block streams its own weights once, with most of a processor's memory.
+"""Scaled matmul on Hopper for up to 128 rows: split-K over the consumers of a block, and over a cluster of two blocks.
 
 out[i, j] = sum over groups g of scale_a[i, g] * scale_b[j, g] * (a[i, g] . b[j, g]) + bias[j]
 
-The time is that of the weights' bytes, so each processor has one block, and most of its shared memory is a ring of copies in
-flight. The matrix unit takes longer to begin a step of K than to do it: the warpgroups of a block take turns along K, each
-adding to sums of its own. Where the tiles are at most half as many as the processors, two blocks of a cluster share K as well,
-and each gives the other half of its sums. What a product reads below the rows of a is the next stage's, or nobody's: those
-rows are not stored.
+The time is that of the weights' bytes: every block streams columns of its own once, and most of its SM's shared memory is
+stages of TMA loads in flight. A warpgroup needs longer to begin the MMA of a K block than the MMA takes, so the consumers of a
+block take turns along K, each with an accumulator of its own. Where there are at most half as many tiles as SMs, the two blocks
+of a cluster split K as well.
 
-Floor on an H200: (M + N) K / 4.25e12 s, 7.0 us for 16x4096x7168; see docs/performance.md.
+Warp roles, one block per SM:
+
+| warps | role |
+| --- | --- |
+| 4 each, of 1 to 4 consumers | consumer warpgroup w: K blocks w, w + consumers, ... of the block; then the epilogue, together |
+| 1, the last | producer: TMA loads of A and B |
+
+Pipelines, producer role -> consumer role:
+
+| pipeline | carries | full | empty |
+| --- | --- | --- | --- |
+| producer -> the consumer whose K block it is | A and B of a K block of 128 | 32 threads, the bytes | 4 warps |
+| block -> the other block of the cluster | accumulators of half of the columns, once | the bytes | the whole cluster |
+
+Steady state:
+
+    producer    acquire | TMA B, TMA A | commit
+    consumer w  wait | MMA of its next K block, complete: release | promote: add the partial accumulator, times the row scales
+    at the end  accumulators to shared memory | exchange in the cluster | add, scale, add the bias, store
+
+An MMA has 64 rows, A may have fewer: it then reads the next stage, or padding, below them, and the rows that this gives are
+discarded.
+
+Takes what `sm90_persistent` takes. Floor on an H200: (M + N) K / 4.25e12 s, 7.0 us for 16x4096x7168; see docs/performance.md.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from typing import Any
 
 from tilelang.layout import make_swizzled_layout
 
@@ -22,233 +45,359 @@ from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm.problem import Problem
 from tilelang_ext.kernels.scaled_mm.sm90_persistent import (
-    BAND,
     BLOCK_K,
-    WARPGROUP,
+    WGMMA_M,
+    Operands,
     compile_hopper,
     fits_hopper,
-    num_processors,
+    scale_row,
     scale_type,
 )
+from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
+from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, dispatch
 
 MAX_M = 128
 CLUSTERS = "cluster_dims" in inspect.signature(T.Kernel).parameters  # not in tilelang 0.1.14
 _SHARED_BYTES = 225 * 1024  # of the 227 KB that a block may have; barriers take some
 _MAX_STAGES = 32
+_CONSUMERS_BARRIER = 1  # a named barrier of all consumer threads
 
 
 @dataclass(frozen=True)
 class Config:
-    """Rows of a, columns of a block, blocks and warpgroups that share K, stages of the ring."""
+    """Tile of a block, blocks and consumer warpgroups that split K, stages of the pipeline."""
 
     block_M: int
     block_N: int
     num_splits: int
-    warpgroups: int
+    num_consumers: int
     num_stages: int
 
 
 def pick_config(problem: Problem) -> Config | None:
-    """Return the narrowest tile that gives no processor two; None if the widest does."""
-    block_M, num_blocks, steps = problem.max_M, num_processors(), -(-problem.K // BLOCK_K)
+    """Return the narrowest tile that gives no SM two tiles; None if even the widest does."""
+    block_M, k_blocks = problem.max_M, -(-problem.K // BLOCK_K)
     table = [
-        # (block_N, warpgroups for up to 64 rows, for more): as many as the registers allow
+        # (block_N, consumers for up to 64 rows, for more): as many as the registers allow
         (32, 4, 2),
         (64, 4, 2),
         (128, 2, None),
     ]
-    for block_N, few, many in table:
-        tiles, warpgroups = -(-problem.N // block_N), few if block_M <= BAND else many
-        if tiles <= num_blocks and warpgroups is not None:
-            num_splits = 2 if CLUSTERS and 2 * tiles <= num_blocks and steps > 1 else 1
-            steps_of_block = -(-steps // num_splits)
-            warpgroups = min(warpgroups, 1 << (steps_of_block.bit_length() - 1))
-            config = Config(block_M, block_N, num_splits, warpgroups, 0)
+    for block_N, for_one_mma, for_two in table:
+        tiles, num_consumers = -(-problem.N // block_N), for_one_mma if block_M <= WGMMA_M else for_two
+        if tiles <= problem.num_sms and num_consumers is not None:
+            num_splits = 2 if CLUSTERS and 2 * tiles <= problem.num_sms and k_blocks > 1 else 1
+            k_blocks_of_block = -(-k_blocks // num_splits)
+            num_consumers = min(num_consumers, 1 << (k_blocks_of_block.bit_length() - 1))
+            config = Config(block_M, block_N, num_splits, num_consumers, 0)
             fitting = (_SHARED_BYTES - _fixed_bytes(problem, config)) // ((block_M + block_N) * BLOCK_K)
-            # Powers of two: k % num_stages is cheap, and a stage is one warpgroup's, or is used once. Were it another's before,
-            # a warpgroup could take the phase before its own for its own.
-            needed = 1 << (steps_of_block - 1).bit_length()
+            # Powers of two: k % num_stages is cheap, and all uses of a stage are one consumer's, or there is only one use. A
+            # consumer that shared a stage could take the phase of another consumer's K block for the phase that it waits for.
+            needed = 1 << (k_blocks_of_block - 1).bit_length()
             return replace(config, num_stages=min(needed, 1 << (fitting.bit_length() - 1), _MAX_STAGES))
     return None
 
 
 def _fixed_bytes(problem: Problem, config: Config) -> int:
-    """Shared memory beside the ring: sums, also those of the other block; rows below those of a; factors of the groups."""
-    sums = config.warpgroups * config.block_M * config.block_N * 4
-    received = sums // 2 if config.num_splits > 1 else 0
-    below = max(BAND - config.block_M, 0) * BLOCK_K
-    steps = -(-problem.K // (BLOCK_K * config.num_splits))
-    return sums + received + below + (steps * config.block_M * 4 if problem.layout_a.k is not None else 0)
+    """Shared memory beside the stages: accumulators, also those of the other block; padding below A; blockwise row scales."""
+    accumulators = config.num_consumers * config.block_M * config.block_N * 4
+    received = accumulators // 2 if config.num_splits > 1 else 0
+    padding = max(WGMMA_M - config.block_M, 0) * BLOCK_K
+    k_blocks = -(-problem.K // (BLOCK_K * config.num_splits))
+    return accumulators + received + padding + (k_blocks * config.block_M * 4 if problem.layout_a.k is not None else 0)
+
+
+# --- what a kernel is made of ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Traits:
+    """The host's constants of one kernel, and M."""
+
+    problem: Problem
+    config: Config
+    M: Any
+
+    @property
+    def blockwise(self) -> bool:
+        return self.problem.layout_a.k is not None
+
+    @property
+    def all_k_blocks(self) -> int:
+        return -(-self.problem.K // BLOCK_K)
+
+    @property
+    def k_blocks(self) -> int:
+        """K blocks of a block; the last one of the cluster may have fewer."""
+        return -(-self.all_k_blocks // self.config.num_splits)
+
+    @property
+    def mma_M(self) -> int:
+        """Rows of the accumulators: those of the tile, or of one MMA."""
+        return max(self.config.block_M, WGMMA_M)
+
+    @property
+    def split_N(self) -> int:
+        """Columns that a block of a cluster finishes."""
+        return self.config.block_N // self.config.num_splits
+
+    @property
+    def consumer_threads(self) -> int:
+        return self.config.num_consumers * WARPGROUP
+
+    @property
+    def cluster(self) -> dict:
+        """Arguments of T.Kernel."""
+        return {"cluster_dims": (self.config.num_splits, 1, 1)} if self.config.num_splits > 1 else {}
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """What the roles of a block share."""
+
+    A_s: Any  # (num_stages * block_M and padding, BLOCK_K)
+    B_s: Any  # (num_stages, block_N, BLOCK_K)
+    row_scales_s: Any  # (k_blocks, block_M), a's scale times b's; unused unless blockwise
+    accumulators_s: Any  # (num_splits, num_consumers, block_M, split_N)
+    pipeline: Pipeline
+    rank: Any  # of the block in its cluster
+    column: Any  # the first of the tile
+    first_k: Any  # K block
+    num_k: Any  # K blocks
+    thread: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Exchange:
+    """How a block of a cluster gets the other one's accumulators."""
+
+    received_s: Any  # (num_consumers, block_M, split_N)
+    arrived: Any  # a cluster barrier
 
 
 def scaled_matmul(problem: Problem, config: Config):
     """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one."""
-    N, K, layout_a, layout_b = problem.N, problem.K, problem.layout_a, problem.layout_b
-    block_M, block_N, num_stages = config.block_M, config.block_N, config.num_stages
-    num_splits, warpgroups = config.num_splits, config.warpgroups
-    M = T.dynamic("M")
+    M, N, K = T.dynamic("M"), problem.N, problem.K
+    traits = _Traits(problem, config, M)
     a_type, b_type = T.Tensor((M, K), problem.a_dtype), T.Tensor((N, K), problem.b_dtype)
-    scale_a_type = scale_type(problem, layout_a, M, "scale_a")
-    scale_b_type = scale_type(problem, layout_b, N, "scale_b")
+    scale_a_type = scale_type(problem, problem.layout_a, M, "scale_a")
+    scale_b_type = scale_type(problem, problem.layout_b, N, "scale_b")
     out_type = T.Tensor((M, N), problem.out_dtype)
-    grouped = layout_a.k is not None
-    band_M = max(block_M, BAND)  # rows of a product
-    computing = warpgroups * WARPGROUP  # threads; a warp loads
-    all_steps = -(-K // BLOCK_K)
-    steps = -(-all_steps // num_splits)  # of a block
-    part_N = block_N // num_splits  # columns that a block of a cluster finishes
-    in_clusters = {"cluster_dims": (num_splits, 1, 1)} if num_splits > 1 else {}
-    each_warpgroup = range(warpgroups)  # not within the kernel, where tilelang 0.1.14 takes it for a loop of the kernel
-
-    @T.macro
-    def load(a, b, A_s, B_s, full, empty, column0, first_step, count):
-        for k in T.serial(count):
-            stage, at = k % num_stages, (first_step + k) * BLOCK_K
-            T.barrier_wait(empty[stage], ((k // num_stages) & 1) ^ 1)
-            T.tma_copy(b[column0 : column0 + block_N, at : at + BLOCK_K], B_s[stage, :, :], barrier=full[stage])
-            T.tma_copy(a[0:block_M, at : at + BLOCK_K], A_s[stage * block_M : (stage + 1) * block_M, :], barrier=full[stage])
-            T.barrier_arrive(full[stage])
-
-    def computer(warpgroup: int):
-        """The work of a computing warpgroup, as a macro: its steps of K, then its sums to shared memory."""
-        turns = -(-(steps - warpgroup) // warpgroups)
-
-        def keep(sums, sums_s):
-            for split in range(num_splits):
-
-                @T.macro
-                def emit():
-                    for i, j in T.Parallel(band_M, part_N):
-                        if i < block_M:
-                            sums_s[split, warpgroup, i, j] = sums[i, split * part_N + j]
-
-                emit()
-
-        @T.macro
-        def compute(A_s, B_s, factors_s, sums_s, full, empty, count, tx, sums, partial):
-            factors_f = T.alloc_fragment((band_M,), "float32")
-            T.clear(sums)
-            # Not a loop to T.ceildiv(count - warpgroup, warpgroups): of one turn at most, upstream runs it always.
-            for turn in T.serial(turns):
-                k = turn * warpgroups + warpgroup
-                if all_steps % num_splits == 0 or k < count:
-                    stage = k % num_stages
-                    T.barrier_wait(full[stage], (k // num_stages) & 1)
-                    T.wgmma_gemm(
-                        A_s[stage * block_M : stage * block_M + band_M, :],
-                        B_s[stage, :, :],
-                        partial,
-                        transpose_B=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                        clear_accum=True,
-                    )
-                    if grouped:
-                        for i in T.Parallel(band_M):
-                            factors_f[i] = factors_s[k, T.min(i, block_M - 1)]
-                    T.wait_wgmma(0)
-                    if tx % 32 == 0:
-                        T.mbarrier_arrive(empty[stage])
-                    for i, j in T.Parallel(band_M, block_N):
-                        sums[i, j] += partial[i, j] * factors_f[i] if grouped else partial[i, j]
-            keep(sums, sums_s)
-
-        return compute
-
-    computers = [computer(warpgroup) for warpgroup in range(warpgroups)]
-
-    def compute(arguments, tx, sums, partials, warpgroup=0):
-        """Take every computing thread to the macro of its warpgroup."""
-        if warpgroup == warpgroups - 1:
-            computers[warpgroup](*arguments, tx, sums[warpgroup], partials[warpgroup])
-            return
-
-        @T.macro
-        def choose():
-            if tx < WARPGROUP * (warpgroup + 1):
-                computers[warpgroup](*arguments, tx, sums[warpgroup], partials[warpgroup])
-            else:
-                compute(arguments, tx, sums, partials, warpgroup + 1)
-
-        choose()
-
-    def finished(sum, scale_a, scale_b, bias, row, column):
-        """A sum times what scales all of K, plus the bias."""
-        if not grouped:
-            sum = sum * (scale_a[0 if layout_a.rows is None else row, 0] * scale_b[0 if layout_b.rows is None else column, 0])
-        return sum if bias is None else sum + T.cast(bias[column], "float32")
-
-    @T.macro
-    def matmul(a, scale_a, b, scale_b, bias, out):
-        with T.Kernel(num_splits, T.ceildiv(N, block_N), threads=computing + 32, **in_clusters) as (rank, bx):
-            A_s = T.alloc_shared((num_stages * block_M + band_M - block_M, BLOCK_K), problem.a_dtype)
-            B_s = T.alloc_shared((num_stages, block_N, BLOCK_K), problem.b_dtype)
-            factors_s = T.alloc_shared((steps if grouped else 1, block_M), "float32")
-            sums_s = T.alloc_shared((num_splits, warpgroups, block_M, part_N), "float32")
-            sums = [T.alloc_fragment((band_M, block_N), "float32") for _ in each_warpgroup]
-            partials = [T.alloc_fragment((band_M, block_N), "float32") for _ in each_warpgroup]
-            out_f = T.alloc_fragment((block_M, part_N), "float32")
-            T.annotate_layout({tile: make_swizzled_layout(tile) for tile in (A_s, B_s)})
-            full = T.alloc_barrier([32] * num_stages)
-            empty = T.alloc_barrier([WARPGROUP // 32] * num_stages)
-            if num_splits > 1:
-                received_s = T.alloc_shared((warpgroups, block_M, part_N), "float32")
-                arrived = T.alloc_cluster_barrier([1])
-            tx = T.get_thread_binding()
-            column0, first_step = bx * block_N, rank * steps
-            count = T.min(steps, all_steps - first_step)
-            if tx >= computing:
-                load(a, b, A_s, B_s, full, empty, column0, first_step, count)
-            else:
-                if grouped:
-                    for k, i in T.Parallel(steps, block_M):
-                        group = T.min(first_step + k, all_steps - 1)
-                        factors_s[k, i] = scale_a[T.min(i, M - 1), group] * scale_b[column0 // FP8_BLOCK, group]
-                    T.sync_threads(barrier_id=1, arrive_count=computing)
-                compute((A_s, B_s, factors_s, sums_s, full, empty, count), tx, sums, partials)
-                if num_splits > 1:
-                    T.fence_proxy_async()
-            if num_splits > 1:
-                # Both blocks are done with their rings, in whose memory the compiler may place what they receive.
-                T.cluster_sync()
-                T.copy_cluster(sums_s[1 - rank, :, :, :], received_s, dst_block=1 - rank, remote_barrier=arrived[0])
-                T.barrier_wait(arrived[0], 0)
-            else:
-                T.sync_threads()
-            if tx < computing:
-                T.clear(out_f)
-                for warpgroup in T.unroll(warpgroups):
-                    for i, j in T.Parallel(block_M, part_N):
-                        out_f[i, j] += sums_s[rank, warpgroup, i, j]
-                if num_splits > 1:
-                    for warpgroup in T.unroll(warpgroups):
-                        for i, j in T.Parallel(block_M, part_N):
-                            out_f[i, j] += received_s[warpgroup, i, j]
-                column1 = column0 + rank * part_N
-                for i, j in T.Parallel(block_M, part_N):
-                    if i < M and column1 + j < N:
-                        out[i, column1 + j] = T.cast(
-                            finished(out_f[i, j], scale_a, scale_b, bias, i, column1 + j), problem.out_dtype
-                        )
-            if num_splits > 1:
-                T.cluster_sync()  # what was sent has been read
 
     if problem.bias_dtype is None:
 
         @T.prim_func
         def scaled_matmul(a: a_type, scale_a: scale_a_type, b: b_type, scale_b: scale_b_type, out: out_type):
-            matmul(a, scale_a, b, scale_b, None, out)
+            _matmul(traits, Operands(a, scale_a, b, scale_b, None, out))
     else:
         bias_type = T.Tensor((N,), problem.bias_dtype)
 
         @T.prim_func
         def scaled_matmul(a: a_type, scale_a: scale_a_type, b: b_type, scale_b: scale_b_type, bias: bias_type, out: out_type):
-            matmul(a, scale_a, b, scale_b, bias, out)
+            _matmul(traits, Operands(a, scale_a, b, scale_b, bias, out))
 
     return scaled_matmul
 
 
+# --- block: shared memory, barriers, roles ---------------------------------------------------------------------------
+
+
+@T.macro
+def _matmul(traits, operands):
+    block_M, block_N, num_stages = traits.config.block_M, traits.config.block_N, traits.config.num_stages
+    num_splits, num_consumers = traits.config.num_splits, traits.config.num_consumers
+    threads = traits.consumer_threads + WARP
+    with T.Kernel(num_splits, T.ceildiv(traits.problem.N, block_N), threads=threads, **traits.cluster) as (rank, tile):
+        A_s = T.alloc_shared((num_stages * block_M + traits.mma_M - block_M, BLOCK_K), traits.problem.a_dtype)
+        B_s = T.alloc_shared((num_stages, block_N, BLOCK_K), traits.problem.b_dtype)
+        row_scales_s = T.alloc_shared((traits.k_blocks if traits.blockwise else 1, block_M), "float32")
+        accumulators_s = T.alloc_shared((num_splits, num_consumers, block_M, traits.split_N), "float32")
+        accumulators, partials = _alloc_accumulators(traits), _alloc_accumulators(traits)
+        out_f = T.alloc_fragment((block_M, traits.split_N), "float32")
+        T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in (A_s, B_s)})
+        pipeline = alloc_pipeline(num_stages, WARP, WARPGROUP // WARP)
+        exchange = _alloc_exchange(traits)
+        thread = T.get_thread_binding()
+        column, first_k = tile * block_N, rank * traits.k_blocks
+        num_k = T.min(traits.k_blocks, traits.all_k_blocks - first_k)
+        block = _Block(A_s, B_s, row_scales_s, accumulators_s, pipeline, rank, column, first_k, num_k, thread)
+        if thread >= traits.consumer_threads:
+            _produce(traits, operands, block)
+        else:
+            _multiply(traits, operands, block, accumulators, partials)
+        _meet(block, exchange)
+        if thread < traits.consumer_threads:
+            _store_tile(traits, operands, block, exchange, out_f)
+        if exchange is not None:
+            T.cluster_sync()  # the other block has received what this one sent: its memory may go
+
+
+def _alloc_accumulators(traits: _Traits) -> list:
+    shape = (traits.mma_M, traits.config.block_N)
+    return [T.alloc_fragment(shape, "float32") for _ in range(traits.config.num_consumers)]
+
+
+def _alloc_exchange(traits: _Traits) -> _Exchange | None:
+    if traits.config.num_splits == 1:
+        return None
+    shape = (traits.config.num_consumers, traits.config.block_M, traits.split_N)
+    return _Exchange(T.alloc_shared(shape, "float32"), T.alloc_cluster_barrier([1]))
+
+
+# --- producer --------------------------------------------------------------------------------------------------------
+
+
+@T.macro
+def _produce(traits, operands, block):
+    """Load every K block of the block."""
+    block_M, block_N, pipeline = traits.config.block_M, traits.config.block_N, block.pipeline
+    for k in T.serial(block.num_k):
+        stage, at = pipeline.stage(k), (block.first_k + k) * BLOCK_K
+        rows = slice(block.column, block.column + block_N)
+        pipeline.acquire(stage, pipeline.empty_phase(k))
+        T.tma_copy(operands.b[rows, at : at + BLOCK_K], block.B_s[stage, :, :], barrier=pipeline.full[stage])
+        T.tma_copy(
+            operands.a[0:block_M, at : at + BLOCK_K],
+            block.A_s[stage * block_M : (stage + 1) * block_M, :],
+            barrier=pipeline.full[stage],
+        )
+        pipeline.commit(stage)
+
+
+# --- consumers -------------------------------------------------------------------------------------------------------
+
+
+@T.macro
+def _multiply(traits, operands, block, accumulators, partials):
+    """Leave the accumulators of all consumers in shared memory."""
+    if traits.blockwise:
+        _load_row_scales(traits, operands, block)
+        T.sync_threads(barrier_id=_CONSUMERS_BARRIER, arrive_count=traits.consumer_threads)
+    _dispatch_consumers(traits, block, accumulators, partials)
+    if traits.config.num_splits > 1:
+        T.fence_proxy_async()
+
+
+@T.macro
+def _load_row_scales(traits, operands, block):
+    """Write the row scales of every K block of the block: a's scale times b's."""
+    for k, i in T.Parallel(traits.k_blocks, traits.config.block_M):
+        group = T.min(block.first_k + k, traits.all_k_blocks - 1)
+        block.row_scales_s[k, i] = (
+            operands.scale_a[T.min(i, traits.M - 1), group] * operands.scale_b[block.column // FP8_BLOCK, group]
+        )
+
+
+def _dispatch_consumers(traits: _Traits, block: _Block, accumulators: list, partials: list) -> None:
+    consumers = [
+        (WARPGROUP, functools.partial(_consume, traits, block, consumer, accumulators[consumer], partials[consumer]))
+        for consumer in range(traits.config.num_consumers)
+    ]
+    dispatch(block.thread, *consumers)
+
+
+def _consume(traits: _Traits, block: _Block, consumer: int, accumulator, partial) -> None:
+    """Multiply every K block of one consumer, then write its accumulator to shared memory."""
+    num_consumers, all_k_blocks, pipeline = traits.config.num_consumers, traits.all_k_blocks, block.pipeline
+    block_M, block_N, mma_M = traits.config.block_M, traits.config.block_N, traits.mma_M
+    iterations = -(-(traits.k_blocks - consumer) // num_consumers)
+    is_even_split = all_k_blocks % traits.config.num_splits == 0
+
+    @T.macro
+    def emit():
+        row_scales = T.alloc_fragment((mma_M,), "float32")
+        T.clear(accumulator)
+        # Not a loop to T.ceildiv(num_k - consumer, num_consumers): of one iteration at most, upstream runs it always.
+        for iteration in T.serial(iterations):
+            k = iteration * num_consumers + consumer
+            if is_even_split or k < block.num_k:
+                stage = pipeline.stage(k)
+                pipeline.wait(stage, pipeline.full_phase(k))
+                T.wgmma_gemm(
+                    block.A_s[stage * block_M : stage * block_M + mma_M, :],
+                    block.B_s[stage, :, :],
+                    partial,
+                    transpose_B=True,
+                    policy=T.GemmWarpPolicy.FullRow,
+                    clear_accum=True,
+                )
+                if traits.blockwise:
+                    for i in T.Parallel(mma_M):
+                        row_scales[i] = block.row_scales_s[k, T.min(i, block_M - 1)]
+                T.wait_wgmma(0)
+                pipeline.release(stage, block.thread % WARP)
+                for i, j in T.Parallel(mma_M, block_N):
+                    accumulator[i, j] += partial[i, j] * row_scales[i] if traits.blockwise else partial[i, j]
+
+    emit()
+    for split in range(traits.config.num_splits):
+        _write_accumulator(traits, block, consumer, accumulator, split)
+
+
+def _write_accumulator(traits: _Traits, block: _Block, consumer: int, accumulator, split: int) -> None:
+    """Write the columns that one block of the cluster finishes."""
+    accumulators_s, block_M, split_N = block.accumulators_s, traits.config.block_M, traits.split_N
+
+    @T.macro
+    def emit():
+        for i, j in T.Parallel(traits.mma_M, split_N):
+            if i < block_M:
+                accumulators_s[split, consumer, i, j] = accumulator[i, split * split_N + j]
+
+    emit()
+
+
+# --- epilogue --------------------------------------------------------------------------------------------------------
+
+
+@T.macro
+def _meet(block, exchange):
+    """Wait until the accumulators of all consumers are in shared memory, those of the other block of the cluster too."""
+    if exchange is not None:
+        # Both blocks are done with their stages, in whose memory the compiler may place what they receive.
+        T.cluster_sync()
+        other = 1 - block.rank
+        T.copy_cluster(
+            block.accumulators_s[other, :, :, :], exchange.received_s, dst_block=other, remote_barrier=exchange.arrived[0]
+        )
+        T.barrier_wait(exchange.arrived[0], 0)
+    else:
+        T.sync_threads()
+
+
+@T.macro
+def _store_tile(traits, operands, block, exchange, out_f):
+    """Add the accumulators, scale them, add the bias and store the columns that this block finishes."""
+    block_M, split_N = traits.config.block_M, traits.split_N
+    T.clear(out_f)
+    for consumer in T.unroll(traits.config.num_consumers):
+        for i, j in T.Parallel(block_M, split_N):
+            out_f[i, j] += block.accumulators_s[block.rank, consumer, i, j]
+    if exchange is not None:
+        for consumer in T.unroll(traits.config.num_consumers):
+            for i, j in T.Parallel(block_M, split_N):
+                out_f[i, j] += exchange.received_s[consumer, i, j]
+    column = block.column + block.rank * split_N
+    for i, j in T.Parallel(block_M, split_N):
+        if i < traits.M and column + j < traits.problem.N:
+            operands.out[i, column + j] = T.cast(
+                _finished(traits, operands, out_f[i, j], i, column + j), traits.problem.out_dtype
+            )
+
+
+def _finished(traits: _Traits, operands: Operands, value, row, column):
+    """Return an element of the result: its sum times the scales that cover all of K, plus the bias."""
+    problem, scale_a, scale_b = traits.problem, operands.scale_a, operands.scale_b
+    if not traits.blockwise:
+        value = value * (scale_a[scale_row(problem.layout_a, row), 0] * scale_b[scale_row(problem.layout_b, column), 0])
+    return value if operands.bias is None else value + T.cast(operands.bias[column], "float32")
+
+
+# --- host ------------------------------------------------------------------------------------------------------------
+
+
 def takes(problem: Problem) -> bool:
-    """What `sm90_persistent` takes, where the rows of a fit one tile and the tiles fit the processors once."""
+    """What `sm90_persistent` takes, where A has the rows of one tile at most and there is an SM for each tile."""
     return fits_hopper(problem) and problem.max_M <= MAX_M and pick_config(problem) is not None
 
 
@@ -257,6 +406,6 @@ def compile_kernel(problem: Problem) -> Callable:
     return _compile(problem, pick_config(problem))
 
 
-@cache
+@functools.cache
 def _compile(problem: Problem, config: Config) -> Callable:
     return compile_hopper(problem, scaled_matmul(problem, config))

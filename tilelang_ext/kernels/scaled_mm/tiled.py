@@ -1,9 +1,9 @@
-"""Scaled matmul by tiles, on every target: a pipelined loop over 128 of K around `T.fp8_scaled_matmul`.
+"""Scaled matmul by tiles, on every target: a pipelined loop over K blocks of 128 around `T.fp8_scaled_matmul`.
 
 out[i, j] = sum over groups g of scale_a[i, g] * scale_b[j, g] * (a[i, g] . b[j, g]) + bias[j]
 
-The kernel for every M, N and K; scales of groups are applied once a step of K, scales of all of K in the epilogue. Row
-strides of a and b that are no multiple of 16 bytes cost it the bulk copies. Tuned kernels of one architecture go before it in
+The kernel for every M, N and K. Scales of groups are applied in every K block, scales of all of K in the epilogue. Rows of a
+and b whose stride is no multiple of 16 bytes are loaded without TMA. Tuned kernels for one architecture come before it in
 `operator.KERNELS`.
 """
 
@@ -16,14 +16,14 @@ from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm.problem import Problem, compile_prim_func
 from tilelang_ext.marks import READ_ONCE
 
-BLOCK_K = FP8_BLOCK  # of K in a step: a float32 block of scales, and the most for one accumulator of the matrix unit
+BLOCK_K = FP8_BLOCK  # a float32 block of scales, and the most that one accumulator of Hopper's tensor cores may sum
 
-_LARGE_SHARED_MEMORY = ("sm_80", "sm_90a", "sm_100a", "sm_103a")  # at least 160 KB a block; the other GPUs have 99 KB
+_LARGE_SHARED_MEMORY = ("sm_80", "sm_90a", "sm_100a", "sm_103a")  # at least 160 KB per block; other GPUs have 99 KB
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes, depth of the pipeline and threads of a block."""
+    """Tile of a block, stages of the pipeline, threads of a block."""
 
     block_M: int
     block_N: int
@@ -32,26 +32,24 @@ class Config:
 
 
 def pick_config(problem: Problem) -> Config:
-    """Return the tile for a problem: the first row that it fits."""
+    """Return the first configuration of the table that fits the problem."""
+    kind = problem.target_kind
+    byte_scales = any(layout.scale_format is not None for layout in (problem.layout_a, problem.layout_b))
     table = [
         # (fits, config)
-        (problem.kind == "metal", Config(64, 64, 1, 128)),  # two tiles take 18 KB of the 32 KB of threadgroup memory
-        # AMD: the 64 KB of LDS that every chip has hold two blocks of these. No chip has timed them. With scales of 4 groups a
-        # step, more for each wave spills: RDNA 3, which also decodes the codes, has the fewest registers to spare.
-        (problem.kind == "hip" and _has_byte_scales(problem) and problem.arch.startswith("gfx11"), Config(32, 64, 1, 256)),
-        (problem.kind == "hip" and _has_byte_scales(problem), Config(64, 64, 1, 256)),
-        (problem.kind == "hip" and problem.max_M <= 64, Config(64, 64, 2, 128)),
-        (problem.kind == "hip", Config(128, 128, 1, 256)),
-        (_has_byte_scales(problem), Config(64, 64, 4, 128)),  # scales of 4 groups a step: larger tiles spill
+        (kind == "metal", Config(64, 64, 1, 128)),  # two tiles take 18 KB of the 32 KB of threadgroup memory
+        # AMD: the 64 KB of LDS that every chip has hold two blocks of these. No chip has timed them. With scales of 4 groups in
+        # a K block, more for each wave spills: RDNA 3, which also decodes the codes, has the fewest registers to spare.
+        (kind == "hip" and byte_scales and problem.arch.startswith("gfx11"), Config(32, 64, 1, 256)),
+        (kind == "hip" and byte_scales, Config(64, 64, 1, 256)),
+        (kind == "hip" and problem.max_M <= 64, Config(64, 64, 2, 128)),
+        (kind == "hip", Config(128, 128, 1, 256)),
+        (byte_scales, Config(64, 64, 4, 128)),  # scales of 4 groups per K block: larger tiles spill
         (problem.max_M <= 64, Config(64, 128, 4, 128)),  # no rows to fill a larger tile; 96 KB of stages fit everywhere
         (problem.arch in _LARGE_SHARED_MEMORY, Config(128, 128, 4, 256)),  # 128 KB of stages, a warpgroup for each 64 rows
         (True, Config(128, 128, 3, 256)),  # 96 KB
     ]
     return next(config for fits, config in table if fits)
-
-
-def _has_byte_scales(problem: Problem) -> bool:
-    return any(layout.scale_format is not None for layout in (problem.layout_a, problem.layout_b))
 
 
 def scaled_matmul(problem: Problem, config: Config):
@@ -65,38 +63,38 @@ def scaled_matmul(problem: Problem, config: Config):
     out_type = T.Tensor((M, N), problem.out_dtype)
     fast = problem.fast_accum and layout_a.k is None and layout_b.k is None
 
-    def of_step(scale, layout, row, rows, k):
-        """The scales of one tile and one step of K; 1 where they cover all of K."""
+    def block_scales(scale, layout, row, rows, k):
+        """Return the scales of one tile and one K block; 1 where they cover all of K."""
         if layout.k is None:
             return T.float32(1)
         row_block, groups = row // layout.rows, BLOCK_K // layout.k
         row_blocks = -(-rows // layout.rows)
         return scale[row_block : row_block + row_blocks, k * groups : (k + 1) * groups]
 
-    def of_row(scale, layout, row):
-        """The scale of one row that covers all of K; 1 where the scales were applied a group at a time."""
+    def row_scale(scale, layout, row):
+        """Return the scale of a row, if it covers all of K; 1 where scales of groups were applied in each K block."""
         if layout.k is not None:
             return T.float32(1)
         return scale[0 if layout.rows is None else row, 0]
 
-    def of_column(bias, column):
+    def column_bias(bias, column):
         return T.float32(0) if bias is None else T.cast(bias[column], "float32")
 
-    step_layouts = tuple(T.BlockScaledLayout.per_tensor() if layout.k is None else layout for layout in (layout_a, layout_b))
+    block_layouts = tuple(T.BlockScaledLayout.per_tensor() if layout.k is None else layout for layout in (layout_a, layout_b))
 
     @T.macro
-    def add_step(A_s, B_s, C_f, scale_a, scale_b, row, column, k):
+    def multiply(A_s, B_s, C_f, scale_a, scale_b, row, column, k):
         if fast:
             T.gemm(A_s, B_s, C_f, transpose_B=True)
         else:
             T.fp8_scaled_matmul(
                 A_s,
-                of_step(scale_a, layout_a, row, block_M, k),
+                block_scales(scale_a, layout_a, row, block_M, k),
                 B_s,
-                of_step(scale_b, layout_b, column, block_N, k),
+                block_scales(scale_b, layout_b, column, block_N, k),
                 C_f,
                 transpose_B=True,
-                scale_layout=step_layouts,
+                scale_layout=block_layouts,
             )
 
     @T.macro
@@ -110,12 +108,12 @@ def scaled_matmul(problem: Problem, config: Config):
             for k in T.Pipelined(T.ceildiv(K, BLOCK_K), num_stages=num_stages):
                 T.copy(a[by * block_M, k * BLOCK_K], A_s)
                 T.copy(b[bx * block_N, k * BLOCK_K], B_s)
-                add_step(A_s, B_s, C_f, scale_a, scale_b, by * block_M, bx * block_N, k)
+                multiply(A_s, B_s, C_f, scale_a, scale_b, by * block_M, bx * block_N, k)
             for i, j in T.Parallel(block_M, block_N, annotations={READ_ONCE: 1}):
                 # Rows and columns past the end are not stored: any scale will do for them.
-                C_f[i, j] = C_f[i, j] * of_row(scale_a, layout_a, T.min(by * block_M + i, M - 1)) * of_row(
+                C_f[i, j] = C_f[i, j] * row_scale(scale_a, layout_a, T.min(by * block_M + i, M - 1)) * row_scale(
                     scale_b, layout_b, T.min(bx * block_N + j, N - 1)
-                ) + of_column(bias, T.min(bx * block_N + j, N - 1))
+                ) + column_bias(bias, T.min(bx * block_N + j, N - 1))
             T.copy(C_f, out[by * block_M, bx * block_N])
 
     if problem.bias_dtype is None:
@@ -134,7 +132,7 @@ def scaled_matmul(problem: Problem, config: Config):
 
 
 def takes(problem: Problem) -> bool:
-    """Every problem."""
+    """Take every problem."""
     return True
 
 

@@ -1,11 +1,12 @@
-"""Scaled matmul for 1 to 4 rows: every weight is read once, by wide loads, and decoded in registers. No matrix unit.
+"""Scaled matmul for 1 to 4 rows: every weight is read once, by wide loads, and decoded in registers, without tensor cores.
 
 out[m, n] = sum over groups g of scale_a[m, g] * scale_b[n, g] * (a[m, g] . b[n, g]) + bias[n]
 
-A block owns some rows of b, and its threads share K: each loads 16 codes of every row and of a, so that no byte of a or b
-is loaded twice by a block and nothing is staged. Threads are summed by `T.warp_reduce_sum` (simd_sum, shuffles), warps through
-shared memory. The time is that of the bytes: 6.9 us for 1x4096x7168 at 4.25 TB/s (H200), which takes some 32 KB in flight on
-each of its processors; hence a thread's loads all come before its arithmetic. The source is one for CUDA, HIP and Metal.
+A block owns some rows of b, and its threads split K: each loads 16 codes of every row of b and of a, so that a block loads no
+byte twice and no operand goes through shared memory. Accumulators are reduced in a warp by `T.warp_reduce_sum` (shuffles,
+simd_sum) and over the warps through shared memory. The time is that of the bytes: 6.9 us for 1x4096x7168 at 4.25 TB/s (H200).
+That takes some 32 KB in flight on each SM; hence a thread issues all of its loads before its arithmetic. CUDA, HIP and Metal
+share this source.
 """
 
 import math
@@ -20,46 +21,46 @@ _LOAD_BYTES = 16  # the widest load of a thread
 _WARP = 32  # of T.warp_reduce_sum: on AMD's waves of 64, each half by itself
 _DECODED = 4  # codes decoded at a time
 _MAX_THREADS = 256
-_MAX_ROUNDS = 2  # loads in flight a thread and row
+_MAX_ROUNDS = 2  # loads in flight per thread and row
 
 
 @dataclass(frozen=True)
 class Config:
-    """`threads` share K in `slabs` of `rounds` loads each; a block computes `rows` columns of out at a time, `groups` times."""
+    """`threads` split K, in `slabs` of `rounds` loads per thread; a block computes `passes` times `rows` columns of out."""
 
     threads: int
     rounds: int
     slabs: int
     rows: int
-    groups: int
+    passes: int
 
 
 def pick_config(problem: Problem) -> Config:
-    """Return how threads share K, and how many rows of b a block has."""
-    loads = problem.K // _codes_a_load(problem)  # along K
+    """Return how threads split K, and how many rows of b a block has."""
+    loads = problem.K // _codes_per_load(problem)  # along K
     rounds_in_all = -(-loads // _MAX_THREADS)
     rounds = min(1 if problem.arch.startswith("gfx1") else _MAX_ROUNDS, rounds_in_all)  # more would spill on RDNA
     threads = -(-loads // (rounds_in_all * _WARP)) * _WARP
     table = [
-        # (kind, rows, groups)
-        ("cuda", 4, 1),  # 64 bytes in flight a thread and round; many small blocks even out over 132 processors
+        # (target_kind, rows, passes)
+        ("cuda", 4, 1),  # 64 bytes in flight per thread and round; many small blocks spread evenly over the SMs
         ("hip", 4, 1),  # as on CUDA; no chip has timed it
         ("metal", 4, 16),  # a is read once for 64 rows: at M = 1 it adds 1/64 to the weights' bytes
     ]
-    rows, groups = next((rows, groups) for kind, rows, groups in table if kind == problem.kind)
-    return Config(threads, rounds, -(-loads // (threads * rounds)), rows, groups)
+    rows, passes = next((rows, passes) for target_kind, rows, passes in table if target_kind == problem.target_kind)
+    return Config(threads, rounds, -(-loads // (threads * rounds)), rows, passes)
 
 
-def _codes_a_load(problem: Problem) -> int:
-    """16, or what keeps the loads of every row aligned."""
+def _codes_per_load(problem: Problem) -> int:
+    """Return 16, or fewer where rows would not be aligned to such loads."""
     return math.gcd(_LOAD_BYTES, problem.K)
 
 
 def vecmat(problem: Problem, config: Config):
     """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one."""
     M, N, K, layout_a, layout_b = problem.max_M, problem.N, problem.K, problem.layout_a, problem.layout_b
-    threads, rounds, slabs, rows, groups = config.threads, config.rounds, config.slabs, config.rows, config.groups
-    codes = _codes_a_load(problem)
+    threads, rounds, slabs, rows, passes = config.threads, config.rounds, config.slabs, config.rows, config.passes
+    codes = _codes_per_load(problem)
     decoded = min(_DECODED, codes)
     loads, warps = K // codes, threads // _WARP
     a_type, b_type = T.Tensor((M, K), problem.a_dtype), T.Tensor((N, K), problem.b_dtype)
@@ -68,38 +69,38 @@ def vecmat(problem: Problem, config: Config):
     out_type = T.Tensor((M, N), problem.out_dtype)
 
     def factor(scale, layout: BlockScaledLayout, row, k, whole_k: bool):
-        """The scale of a row at element k, if it covers all of K as `whole_k` says; else 1."""
+        """Return the scale of a row at element k if it covers all of K, or a group of K, as `whole_k` asks; else 1."""
         if (layout.k is None) is not whole_k:
             return T.float32(1)
         value = scale[0 if layout.rows is None else row // layout.rows, 0 if layout.k is None else k // layout.k]
         return T.e8m0_to_float(value) if layout.scale_format is not None else value
 
-    def of_column(bias, column):
+    def column_bias(bias, column):
         return T.float32(0) if bias is None else T.cast(bias[column], "float32")
 
     @T.macro
     def load(source, first_row, last_row, count, first_load, codes_f):
         for round in T.unroll(rounds):
-            place = first_load + round * threads
-            if place < loads:
+            index = first_load + round * threads
+            if index < loads:
                 for row in T.unroll(count):
                     for v in T.vectorized(codes):
-                        codes_f[(round * count + row) * codes + v] = source[T.min(first_row + row, last_row), place * codes + v]
+                        codes_f[(round * count + row) * codes + v] = source[T.min(first_row + row, last_row), index * codes + v]
 
     @T.macro
-    def multiply(a_codes, b_codes, scale_a, scale_b, first_row, first_load, sums):
+    def multiply(a_codes, b_codes, scale_a, scale_b, first_row, first_load, acc):
         a_f = T.alloc_local((M * decoded,), "float32")
         b_f = T.alloc_local((decoded,), "float32")
         partial = T.alloc_local((M * rows,), "float32")
         a_scales = T.alloc_local((M,), "float32")
         b_scales = T.alloc_local((rows,), "float32")
         for round in T.unroll(rounds):
-            place = first_load + round * threads
-            if place < loads:
+            index = first_load + round * threads
+            if index < loads:
                 for m in T.unroll(M):
-                    a_scales[m] = factor(scale_a, layout_a, m, place * codes, False)
+                    a_scales[m] = factor(scale_a, layout_a, m, index * codes, False)
                 for row in T.unroll(rows):
-                    b_scales[row] = factor(scale_b, layout_b, T.min(first_row + row, N - 1), place * codes, False)
+                    b_scales[row] = factor(scale_b, layout_b, T.min(first_row + row, N - 1), index * codes, False)
                 for i in T.unroll(M * rows):
                     partial[i] = 0
                 for part in T.unroll(codes // decoded):
@@ -114,42 +115,42 @@ def vecmat(problem: Problem, config: Config):
                                 partial[m * rows + row] += a_f[m * decoded + v] * b_f[v]
                 for m in T.unroll(M):
                     for row in T.unroll(rows):
-                        sums[m * rows + row] += partial[m * rows + row] * a_scales[m] * b_scales[row]
+                        acc[m * rows + row] += partial[m * rows + row] * a_scales[m] * b_scales[row]
 
     @T.macro
     def matmul(a, scale_a, b, scale_b, bias, out):
-        with T.Kernel(T.ceildiv(N, rows * groups), threads=threads) as bx:
+        with T.Kernel(T.ceildiv(N, rows * passes), threads=threads) as bx:
             tx = T.get_thread_binding()
             a_codes = T.alloc_local((rounds * M * codes,), problem.a_dtype)
             b_codes = T.alloc_local((rounds * rows * codes,), problem.b_dtype)
-            sums = T.alloc_local((M * rows,), "float32")
-            warp_sums = T.alloc_shared((warps, M * rows), "float32")
+            acc = T.alloc_local((M * rows,), "float32")
+            warp_acc_s = T.alloc_shared((warps, M * rows), "float32")
             if slabs == 1:
                 load(a, 0, M - 1, M, tx, a_codes)
-            for group in T.serial(groups):
-                first_row = (bx * groups + group) * rows
+            for number in T.serial(passes):
+                first_row = (bx * passes + number) * rows
                 for i in T.unroll(M * rows):
-                    sums[i] = 0
+                    acc[i] = 0
                 for slab in T.serial(slabs):
                     first_load = slab * rounds * threads + tx
                     load(b, first_row, N - 1, rows, first_load, b_codes)
                     if slabs > 1:
                         load(a, 0, M - 1, M, first_load, a_codes)
-                    multiply(a_codes, b_codes, scale_a, scale_b, first_row, first_load, sums)
+                    multiply(a_codes, b_codes, scale_a, scale_b, first_row, first_load, acc)
                 for i in T.unroll(M * rows):
-                    sums[i] = T.warp_reduce_sum(sums[i])
+                    acc[i] = T.warp_reduce_sum(acc[i])
                 if tx % _WARP == 0:
                     for i in T.unroll(M * rows):
-                        warp_sums[tx // _WARP, i] = sums[i]
+                        warp_acc_s[tx // _WARP, i] = acc[i]
                 if tx < M * rows:
                     m, n = tx // rows, first_row + tx % rows
                     if n < N:
-                        sums[0] = 0
+                        acc[0] = 0
                         for warp in T.unroll(warps):
-                            sums[0] += warp_sums[warp, tx]
+                            acc[0] += warp_acc_s[warp, tx]
                         out[m, n] = T.cast(
-                            sums[0] * factor(scale_a, layout_a, m, 0, True) * factor(scale_b, layout_b, n, 0, True)
-                            + of_column(bias, n),
+                            acc[0] * factor(scale_a, layout_a, m, 0, True) * factor(scale_b, layout_b, n, 0, True)
+                            + column_bias(bias, n),
                             problem.out_dtype,
                         )
 
@@ -169,8 +170,8 @@ def vecmat(problem: Problem, config: Config):
 
 
 def takes(problem: Problem) -> bool:
-    """Up to VECMAT_MAX_M rows; on AMD of the flavour that tilelang's casts read there, or values would be 4 times off."""
-    casts = problem.kind != "hip" or all(
+    """Up to VECMAT_MAX_M rows; on AMD only the flavour of fp8 that tilelang's casts read there."""
+    casts = problem.target_kind != "hip" or all(
         (format_of(dtype) in OCP_OF_FNUZ) is (problem.arch == "gfx942") for dtype in (problem.a_dtype, problem.b_dtype)
     )
     return casts and problem.max_M <= VECMAT_MAX_M

@@ -8,6 +8,7 @@
 | epilogue | subtiles of the result on their way through shared memory, TMA stores in flight, deferred subtiles |
 | pdl | programmatic dependent launch |
 
-Structs hold buffers and the host's constants; their methods emit statements and are called inside a kernel or a macro. Python
-numbers reach a macro as fields or closures, since a macro turns a number that it is given into a variable.
+Structs hold buffers and the host's constants. Functions and methods that return nothing emit their statements where they are
+called, in a kernel, in a macro, or in a plain function that one of those calls. Python numbers reach a macro as fields or
+closures, since a macro turns a number that it is given into a variable.
 """

@@ -15,10 +15,10 @@ from tilelang_ext.kernels.sm90.roles import warpgroup_sync
 def accumulator_layout(rows: int, columns: int):
     """Return the layout of a WGMMA accumulator: which thread of the warpgroup, and which of its registers, holds (i, j)."""
 
-    def place(i, j):
+    def thread_and_register(i, j):
         return i // 16 * 32 + i % 8 * 4 + j % 8 // 2, j // 8 * 4 + i % 16 // 8 * 2 + j % 2
 
-    return T.Fragment((rows, columns), forward_fn=place)
+    return T.Fragment((rows, columns), forward_fn=thread_and_register)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,32 +43,25 @@ class SubtileStores:
         in_flight, warpgroup = len(self.buffers) - 1, self.warpgroup
 
         @T.macro
-        def write():
+        def issue(row, column):
+            T.tma_copy(out_s, out[row : row + rows, column : column + columns])
+
+        @T.macro
+        def emit():
             # One thread waits for the store that last read this buffer. Upstream adds a barrier of the warpgroup behind it, but
             # ahead of a branch that surrounds all of this.
             T.tma_store_wait(in_flight)
             T.copy(values_f, out_s)
             T.fence_proxy_async()
             warpgroup_sync(warpgroup)
-
-        @T.macro
-        def issue(row, column):
-            T.tma_copy(out_s, out[row : row + rows, column : column + columns])
-
-        @T.macro
-        def issue_if():
-            if condition:
+            if condition is None or condition:
                 issue(row, column)
 
-        write()
-        if condition is None:
-            issue(row, column)
-        else:
-            issue_if()
+        emit()
 
-    def drain(self):
+    def drain(self) -> None:
         """Wait until every store has read its buffer; a block must not end before."""
-        return T.tma_store_wait(0)
+        T.evaluate(T.tma_store_wait(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,3 +110,23 @@ class DeferredSubtiles:
         number = self.first + i
         columns = int(self.values[i].shape[1])
         self.stores.store(number, self.values[i], self.coord[0], self.coord[1] + number * columns, condition)
+
+
+def alloc_deferred(stores: SubtileStores, subtiles: int, count: int, interval: int) -> DeferredSubtiles:
+    """Allocate the registers of the last `count` of a tile's `subtiles`, each of the shape and the dtype of a shared buffer."""
+    (rows, columns), dtype = map(int, stores.buffers[0].shape), stores.buffers[0].dtype
+
+    @T.macro
+    def alloc_coord():
+        coord = T.alloc_local((2,), "int32")
+        coord[0], coord[1] = 0, 0
+        return coord
+
+    @T.macro
+    def alloc_values():
+        values_f = T.alloc_fragment((rows, columns), dtype)
+        T.clear(values_f)
+        return values_f
+
+    coord = alloc_coord()
+    return DeferredSubtiles(stores, [alloc_values() for _ in range(count)], coord, subtiles - count, interval)

@@ -8,11 +8,11 @@ blocks that have not begun, so a persistent kernel, all blocks of which run, tri
 from tilelang_ext import language as T
 
 
-def wait():
+def wait() -> None:
     """Wait until the kernels before this one on the stream have ended and their writes can be seen."""
-    return T.pdl_sync()
+    T.evaluate(T.pdl_sync())
 
 
-def trigger():
+def trigger() -> None:
     """Let the next kernel of the stream begin, once every block of this one has come here or ended."""
-    return T.pdl_trigger()
+    T.evaluate(T.pdl_trigger())

@@ -43,17 +43,17 @@ class Pipeline:
         """Return the phase that the producer waits for in a step."""
         return self.full_phase(step) ^ 1
 
-    def acquire(self, stage, phase):
+    def acquire(self, stage, phase) -> None:
         """Producer: wait until the consumers have released the stage."""
-        return T.barrier_wait(self.empty[stage], phase)
+        T.evaluate(T.barrier_wait(self.empty[stage], phase))
 
-    def commit(self, stage):
+    def commit(self, stage) -> None:
         """Producer: arrive after issuing the loads of a stage. Every producer thread calls it."""
-        return T.barrier_arrive(self.full[stage])
+        T.evaluate(T.barrier_arrive(self.full[stage]))
 
-    def wait(self, stage, phase):
+    def wait(self, stage, phase) -> None:
         """Consumer: wait until the loads of a stage have landed."""
-        return T.barrier_wait(self.full[stage], phase)
+        T.evaluate(T.barrier_wait(self.full[stage], phase))
 
     def release(self, stage, lane) -> None:
         """Consumer: hand the stage back, one arrival per warp, once its last MMA that reads the stage is complete."""

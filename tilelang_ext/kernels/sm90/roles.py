@@ -35,13 +35,13 @@ class Roles:
         """Threads of a block."""
         return WARPGROUP + self.consumer_threads
 
-    def begin_producer(self):
+    def begin_producer(self) -> None:
         """Give up the registers that a producer does not need; every warp of the warpgroup must get here."""
-        return T.dec_max_nreg(self.producer_registers)
+        T.evaluate(T.dec_max_nreg(self.producer_registers))
 
-    def begin_consumer(self):
+    def begin_consumer(self) -> None:
         """Take the registers that the producer gave up; every warp of the warpgroup must get here."""
-        return T.inc_max_nreg(self.consumer_registers)
+        T.evaluate(T.inc_max_nreg(self.consumer_registers))
 
 
 def dispatch(thread, *roles: tuple[int, Callable[[], object]]) -> None:
@@ -68,9 +68,9 @@ def _dispatch(thread, first: int, roles) -> None:
         emit()
 
 
-def warpgroup_sync(warpgroup: int):
+def warpgroup_sync(warpgroup: int) -> None:
     """Wait for the other threads of consumer `warpgroup`, a Python number, at a named barrier of its own.
 
     A barrier whose number is no constant would make the compiler reserve all sixteen of the block.
     """
-    return T.sync_threads(barrier_id=1 + warpgroup, arrive_count=WARPGROUP)
+    T.evaluate(T.sync_threads(barrier_id=1 + warpgroup, arrive_count=WARPGROUP))
