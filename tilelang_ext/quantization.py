@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -307,67 +306,6 @@ def _checked(codes: Tensor, scale: Tensor, format: FloatFormat, layout: BlockSca
     if layout.scale_format is not None:
         scale = raw_codes(scale, layout.scale_format, "scale")
     return (raw if format is E2M1 else raw.view(getattr(torch, format.torch_dtype))), scale
-
-
-# --- MXFP4 as E4M3 ---------------------------------------------------------------------------------------------------
-
-
-class E4M3Fold(NamedTuple):
-    """MXFP4 weights as E4M3 weights: codes * scale equals the weights wherever `fits`; elsewhere the scale is NaN."""
-
-    codes: Tensor  # float8_e4m3fn (..., N, K)
-    scale: Tensor  # float32 (..., N, K / group_k), powers of two
-    fits: Tensor  # bool (..., N, K / group_k)
-
-
-def fold_mxfp4_to_e4m3(codes: Tensor, scale: Tensor, group_k: int | None = None) -> E4M3Fold:
-    """Rewrite MXFP4 weights (codes, scale) as E4M3 with one scale per row, or per `group_k` of K, without any error.
-
-    An E2M1 value times 2^d is an E4M3 value for every d in an interval that depends on the value: [-8, 6] serves them all.
-    A group fits when one exponent puts every block, as the codes that it really holds allow, inside its interval;
-    blocks of zeros fit anywhere, a NaN scale nowhere. Needs about 16 bytes an element: fold an expert at a time.
-    """
-    codes, scale = _checked(codes, scale, *formats.MLX_MODES["mxfp4"])
-    k = codes.shape[-1] * formats.CODES_PER_BYTE
-    group_k = k if group_k is None else group_k
-    if group_k < 1 or group_k % formats.MX_GROUP or k % group_k:
-        raise ValueError(f"group_k: must be a multiple of 32 that divides K = {k}; got {group_k}; use 128 or None")
-    shifts = _fold_table(codes.device)
-    blocks = unpack(codes).unflatten(-1, (-1, formats.MX_GROUP)).int()
-    exponent = scale.int() - E8M0.bias
-    # The group's exponent must lie in [exponent - high, exponent - low] of each of its blocks.
-    least = (exponent - shifts.high[blocks].amin(-1)).unflatten(-1, (-1, group_k // formats.MX_GROUP)).amax(-1)
-    most = (exponent - shifts.low[blocks].amax(-1)).unflatten(-1, (-1, group_k // formats.MX_GROUP)).amin(-1)
-    chosen = least.clamp(min=math.frexp(_SMALLEST_SCALE)[1] - 1)
-    nan = (scale == E8M0.nan_codes[0]).unflatten(-1, (-1, group_k // formats.MX_GROUP)).any(-1)
-    fits = (chosen <= most) & ~nan
-    shift = exponent - chosen.repeat_interleave(group_k // formats.MX_GROUP, dim=-1)
-    column = (shift - _FOLD_SHIFTS[0]).clamp(0, len(_FOLD_SHIFTS) - 1)
-    folded = shifts.codes[blocks, column.unsqueeze(-1)].flatten(-2)
-    folded_scale = torch.where(fits, _power_of_two(chosen).float(), math.nan)
-    return E4M3Fold(folded.view(torch.float8_e4m3fn), folded_scale, fits)
-
-
-_FOLD_SHIFTS = range(-16, 17)  # wider than the interval of any E2M1 value but zero
-
-
-class _FoldTable(NamedTuple):
-    codes: Tensor  # uint8 (16, shifts): the E4M3 code of E2M1 value * 2^shift, where there is one
-    low: Tensor  # int32 (16,): the least and the greatest shift with a code
-    high: Tensor
-
-
-@cache
-def _fold_table(device: torch.device) -> _FoldTable:
-    values = torch.tensor(E2M1.values, dtype=torch.float64)[:, None]
-    shifts = torch.tensor(_FOLD_SHIFTS, dtype=torch.int32)
-    shifted = values * _power_of_two(shifts)
-    codes = encode(shifted, E4M3)
-    exact = decode(codes, E4M3, dtype=torch.float64) == shifted
-    unlimited, zero = 1 << 16, values[:, 0] == 0
-    low = torch.where(exact, shifts, unlimited).amin(-1).masked_fill(zero, -unlimited)
-    high = torch.where(exact, shifts, -unlimited).amax(-1).masked_fill(zero, unlimited)
-    return _FoldTable(codes.to(device), low.to(device), high.to(device))
 
 
 def _check_nibbles(raw: Tensor, format: FloatFormat) -> None:
