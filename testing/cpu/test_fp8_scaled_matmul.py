@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cpu.run import check, compile_c
-from language.test_fp8_scaled_matmul import E8M0, LAYOUTS, ROW, L, dtype_of, operand, trace, whole
+from language.fp8_cases import E8M0, LAYOUTS, ROW, L, dtype_of, operand, trace, whole
 from numeric import assert_close
 
 from tilelang_ext import language as T

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from cuda.cases import DECODED_CASES, TRANSPOSED_CASES, problem
 from cuda.kernels import run_on_gpu
-from cuda.test_values import DECODED_CASES, TRANSPOSED_CASES, problem
 from numeric import assert_close
 from tvm.target import Target
 

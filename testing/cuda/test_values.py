@@ -2,31 +2,15 @@
 
 import pytest
 import torch
+from cuda.cases import DECODED_CASES, TRANSPOSED_CASES, problem
 from cuda.execute import execute, needs_compiler
-from cuda.kernels import E4M3, E5M2, LAYOUTS, ROW, lower, matmul
-from language.test_fp8_scaled_matmul import operand
+from cuda.kernels import E4M3, E5M2, lower, matmul
 from numeric import assert_close
 
 from tilelang_ext import language as T
-from tilelang_ext import reference
 
 pytestmark = needs_compiler
 WITHOUT_TMA = {"tl.disable_tma_lower": True, "tl.disable_warp_specialized": True}
-
-
-def problem(M=40, N=72, K=160, layouts=ROW, a=E4M3, b=E4M3, trans_A=False, trans_B=True, spread=4, **options):
-    """A kernel, its tensors, the grid, and what C must be."""
-    (A, SA), (B, SB) = operand(M, K, layouts[0], a, 1, spread), operand(N, K, layouts[1], b, 2, spread)
-    tensors = {
-        "A": A.t().contiguous() if trans_A else A,
-        "SA": SA,
-        "B": B if trans_B else B.t().contiguous(),
-        "SB": SB,
-        "C": torch.full((M, N), torch.nan),
-    }
-    kernel = matmul(M, N, K, layouts, a, b, trans_A=trans_A, trans_B=trans_B, **options)
-    grid = -(-N // options.get("block_N", 64)), -(-M // options.get("block_M", 64))
-    return kernel, tensors, grid, reference.scaled_matmul(A, SA, B, SB, *layouts)
 
 
 def check(arch, expects=(), **options):
@@ -38,19 +22,7 @@ def check(arch, expects=(), **options):
 
 
 DECODED = ("kFloat16, tl::DataType::kFloat16", "__byte_perm")
-DECODED_CASES = {
-    "both transposed": {"trans_A": True, "trans_B": False, "b": E5M2},
-    "e8m0": {"layouts": LAYOUTS["e8m0"], "a": E5M2},
-    "blocks, K below an instruction's": {"layouts": LAYOUTS["block"], "K": 20, "trans_B": False, "block_M": 32, "block_N": 32},
-    "A in registers": {"A_scope": "fragment", "K": 64, "M": 32, "block_M": 32, "block_N": 48},
-}
 TRANSPOSED = ("tl::wgmma_", "__byte_perm", "tl::fence_proxy_async();\n    __syncthreads();")
-TRANSPOSED_CASES = {
-    "both": {"trans_A": True, "trans_B": False, "a": E5M2},
-    "A": {"trans_A": True, "layouts": LAYOUTS["block"], "K": 288, "block_M": 128, "block_N": 48},
-    "B, 32 of K": {"trans_B": False, "layouts": LAYOUTS["e8m0"], "K": 64, "N": 24, "block_N": 24},
-    "B, A in registers": {"trans_B": False, "A_scope": "fragment", "K": 96, "M": 64},
-}
 
 
 @pytest.mark.parametrize("options", DECODED_CASES.values(), ids=DECODED_CASES)

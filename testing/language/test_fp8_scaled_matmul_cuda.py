@@ -3,7 +3,7 @@
 import pytest
 import tilelang
 import torch
-from language.test_fp8_scaled_matmul import LAYOUTS, dtype_of, operand
+from language.fp8_cases import LAYOUTS, dtype_of, operand
 from numeric import assert_close
 
 from tilelang_ext import language as T

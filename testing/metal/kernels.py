@@ -1,5 +1,7 @@
 """Kernels and reference values that the Metal tests share."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -85,3 +87,115 @@ def gemm(
 def gemm_reference(A: torch.Tensor, B: torch.Tensor, trans_A=False, trans_B=False) -> np.ndarray:
     a, b = float64(A), float64(B)
     return (a.T if trans_A else a) @ (b.T if trans_B else b)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+
+
+EPILOGUES = {
+    "none": lambda c, bias, row, col, residual: c,
+    "bias": lambda c, bias, row, col, residual: c + bias,
+    "row_and_column_scale": lambda c, bias, row, col, residual: c * row[:, None] * col,
+    "relu": lambda c, bias, row, col, residual: np.maximum(c + bias, 0),
+    "gelu": lambda c, bias, row, col, residual: gelu(c),
+    "residual": lambda c, bias, row, col, residual: c + residual,
+}
+
+
+def gemm_with_epilogue(M, N, K, epilogue, out, block=64, block_K=32):
+    """C = A @ B, then one of EPILOGUES on the accumulator."""
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, K), "float16"),
+        B: T.Tensor((K, N), "float16"),
+        bias: T.Tensor((N,), "float32"),
+        row: T.Tensor((M,), "float32"),
+        col: T.Tensor((N,), "float32"),
+        residual: T.Tensor((M, N), out),
+        C: T.Tensor((M, N), out),
+    ):
+        with T.Kernel(T.ceildiv(N, block), T.ceildiv(M, block), threads=128) as (bx, by):
+            A_s = T.alloc_shared((block, block_K), "float16")
+            B_s = T.alloc_shared((block_K, block), "float16")
+            C_f = T.alloc_fragment((block, block), "float32")
+            T.clear(C_f)
+            for k in T.Pipelined(T.ceildiv(K, block_K), num_stages=2):
+                T.copy(A[by * block, k * block_K], A_s)
+                T.copy(B[k * block_K, bx * block], B_s)
+                T.gemm(A_s, B_s, C_f)
+            for i, j in T.Parallel(block, block):
+                if epilogue == "bias":
+                    C_f[i, j] += bias[bx * block + j]
+                elif epilogue == "row_and_column_scale":
+                    C_f[i, j] = C_f[i, j] * row[by * block + i] * col[bx * block + j]
+                elif epilogue == "relu":
+                    C_f[i, j] = T.max(C_f[i, j] + bias[bx * block + j], 0.0)
+                elif epilogue == "gelu":
+                    C_f[i, j] = 0.5 * C_f[i, j] * (1.0 + T.erf(C_f[i, j] * 0.7071067811865476))
+                elif epilogue == "residual":
+                    C_f[i, j] += T.cast(residual[by * block + i, bx * block + j], "float32")
+            T.copy(C_f, C[by * block, bx * block])
+
+    return kernel
+
+
+def attention(S, D, block_M, block_N, threads, dtype):
+    """The inner loop of flash attention, with keys past S masked."""
+    scale = 1.4426950408889634 / D**0.5
+
+    @T.prim_func
+    def kernel(Q: T.Tensor((S, D), dtype), K: T.Tensor((S, D), dtype), V: T.Tensor((S, D), dtype), O: T.Tensor((S, D), dtype)):
+        with T.Kernel(T.ceildiv(S, block_M), threads=threads) as bx:
+            Q_s = T.alloc_shared((block_M, D), dtype)
+            K_s = T.alloc_shared((block_N, D), dtype)
+            V_s = T.alloc_shared((block_N, D), dtype)
+            s = T.alloc_fragment((block_M, block_N), "float32")
+            p = T.alloc_fragment((block_M, block_N), dtype)
+            o = T.alloc_fragment((block_M, D), "float32")
+            m = T.alloc_fragment((block_M,), "float32")
+            m_old = T.alloc_fragment((block_M,), "float32")
+            rescale = T.alloc_fragment((block_M,), "float32")
+            row_sum = T.alloc_fragment((block_M,), "float32")
+            length = T.alloc_fragment((block_M,), "float32")
+            T.copy(Q[bx * block_M, 0], Q_s)
+            T.fill(o, 0)
+            T.fill(length, 0)
+            T.fill(m, -T.infinity("float32"))
+            for k in T.Pipelined(T.ceildiv(S, block_N), num_stages=1):
+                T.copy(K[k * block_N, 0], K_s)
+                T.copy(V[k * block_N, 0], V_s)
+                for i, j in T.Parallel(block_M, block_N):
+                    s[i, j] = T.if_then_else(k * block_N + j < S, 0.0, -T.infinity("float32"))
+                T.gemm(Q_s, K_s, s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                T.copy(m, m_old)
+                T.reduce_max(s, m, dim=1, clear=False)
+                for i in T.Parallel(block_M):
+                    rescale[i] = T.exp2((m_old[i] - m[i]) * scale)
+                for i, j in T.Parallel(block_M, block_N):
+                    s[i, j] = T.exp2((s[i, j] - m[i]) * scale)
+                T.reduce_sum(s, row_sum, dim=1)
+                for i in T.Parallel(block_M):
+                    length[i] = length[i] * rescale[i] + row_sum[i]
+                for i, j in T.Parallel(block_M, D):
+                    o[i, j] *= rescale[i]
+                T.copy(s, p)
+                T.gemm(p, V_s, o, policy=T.GemmWarpPolicy.FullRow)
+            for i, j in T.Parallel(block_M, D):
+                o[i, j] /= length[i]
+            T.copy(o, O[bx * block_M, 0])
+
+    return kernel
+
+
+@T.prim_func
+def scale(
+    A: T.Tensor((64, 32), "float16"),
+    B: T.Tensor((64, 32), "bfloat16"),
+    s: T.float32,
+    n: T.int32,
+):
+    with T.Kernel(2, threads=32) as bx:
+        for i, j in T.Parallel(32, 32):
+            B[bx * 32 + i, j] = (A[bx * 32 + i, j].astype("float32") * s + n).astype("bfloat16")

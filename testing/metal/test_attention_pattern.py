@@ -3,58 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from metal.kernels import float64, poisoned, random_tensor
+from metal.kernels import attention, float64, poisoned, random_tensor
 from numeric import assert_close
 
 from tilelang_ext import language as T
 from tilelang_ext import simulate
-
-
-def attention(S, D, block_M, block_N, threads, dtype):
-    scale = 1.4426950408889634 / D**0.5
-
-    @T.prim_func
-    def kernel(Q: T.Tensor((S, D), dtype), K: T.Tensor((S, D), dtype), V: T.Tensor((S, D), dtype), O: T.Tensor((S, D), dtype)):
-        with T.Kernel(T.ceildiv(S, block_M), threads=threads) as bx:
-            Q_s = T.alloc_shared((block_M, D), dtype)
-            K_s = T.alloc_shared((block_N, D), dtype)
-            V_s = T.alloc_shared((block_N, D), dtype)
-            s = T.alloc_fragment((block_M, block_N), "float32")
-            p = T.alloc_fragment((block_M, block_N), dtype)
-            o = T.alloc_fragment((block_M, D), "float32")
-            m = T.alloc_fragment((block_M,), "float32")
-            m_old = T.alloc_fragment((block_M,), "float32")
-            rescale = T.alloc_fragment((block_M,), "float32")
-            row_sum = T.alloc_fragment((block_M,), "float32")
-            length = T.alloc_fragment((block_M,), "float32")
-            T.copy(Q[bx * block_M, 0], Q_s)
-            T.fill(o, 0)
-            T.fill(length, 0)
-            T.fill(m, -T.infinity("float32"))
-            for k in T.Pipelined(T.ceildiv(S, block_N), num_stages=1):
-                T.copy(K[k * block_N, 0], K_s)
-                T.copy(V[k * block_N, 0], V_s)
-                for i, j in T.Parallel(block_M, block_N):
-                    s[i, j] = T.if_then_else(k * block_N + j < S, 0.0, -T.infinity("float32"))
-                T.gemm(Q_s, K_s, s, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
-                T.copy(m, m_old)
-                T.reduce_max(s, m, dim=1, clear=False)
-                for i in T.Parallel(block_M):
-                    rescale[i] = T.exp2((m_old[i] - m[i]) * scale)
-                for i, j in T.Parallel(block_M, block_N):
-                    s[i, j] = T.exp2((s[i, j] - m[i]) * scale)
-                T.reduce_sum(s, row_sum, dim=1)
-                for i in T.Parallel(block_M):
-                    length[i] = length[i] * rescale[i] + row_sum[i]
-                for i, j in T.Parallel(block_M, D):
-                    o[i, j] *= rescale[i]
-                T.copy(s, p)
-                T.gemm(p, V_s, o, policy=T.GemmWarpPolicy.FullRow)
-            for i, j in T.Parallel(block_M, D):
-                o[i, j] /= length[i]
-            T.copy(o, O[bx * block_M, 0])
-
-    return kernel
 
 
 @pytest.mark.parametrize(

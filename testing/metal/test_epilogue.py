@@ -1,63 +1,12 @@
 """Work on an accumulator after T.gemm: bias, scales, activations, casts, residuals, with ragged tails."""
 
-import numpy as np
 import pytest
 import torch
-from metal.kernels import float64, gemm_reference, poisoned, random_tensor
+from metal.kernels import EPILOGUES, float64, gemm_reference, gemm_with_epilogue, poisoned, random_tensor
 from numeric import assert_close
 
 from tilelang_ext import language as T
 from tilelang_ext import simulate
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.vectorize(__import__("math").erf)(x / np.sqrt(2)))
-
-
-EPILOGUES = {
-    "none": lambda c, bias, row, col, residual: c,
-    "bias": lambda c, bias, row, col, residual: c + bias,
-    "row_and_column_scale": lambda c, bias, row, col, residual: c * row[:, None] * col,
-    "relu": lambda c, bias, row, col, residual: np.maximum(c + bias, 0),
-    "gelu": lambda c, bias, row, col, residual: gelu(c),
-    "residual": lambda c, bias, row, col, residual: c + residual,
-}
-
-
-def gemm_with_epilogue(M, N, K, epilogue, out, block=64, block_K=32):
-    @T.prim_func
-    def kernel(
-        A: T.Tensor((M, K), "float16"),
-        B: T.Tensor((K, N), "float16"),
-        bias: T.Tensor((N,), "float32"),
-        row: T.Tensor((M,), "float32"),
-        col: T.Tensor((N,), "float32"),
-        residual: T.Tensor((M, N), out),
-        C: T.Tensor((M, N), out),
-    ):
-        with T.Kernel(T.ceildiv(N, block), T.ceildiv(M, block), threads=128) as (bx, by):
-            A_s = T.alloc_shared((block, block_K), "float16")
-            B_s = T.alloc_shared((block_K, block), "float16")
-            C_f = T.alloc_fragment((block, block), "float32")
-            T.clear(C_f)
-            for k in T.Pipelined(T.ceildiv(K, block_K), num_stages=2):
-                T.copy(A[by * block, k * block_K], A_s)
-                T.copy(B[k * block_K, bx * block], B_s)
-                T.gemm(A_s, B_s, C_f)
-            for i, j in T.Parallel(block, block):
-                if epilogue == "bias":
-                    C_f[i, j] += bias[bx * block + j]
-                elif epilogue == "row_and_column_scale":
-                    C_f[i, j] = C_f[i, j] * row[by * block + i] * col[bx * block + j]
-                elif epilogue == "relu":
-                    C_f[i, j] = T.max(C_f[i, j] + bias[bx * block + j], 0.0)
-                elif epilogue == "gelu":
-                    C_f[i, j] = 0.5 * C_f[i, j] * (1.0 + T.erf(C_f[i, j] * 0.7071067811865476))
-                elif epilogue == "residual":
-                    C_f[i, j] += T.cast(residual[by * block + i, bx * block + j], "float32")
-            T.copy(C_f, C[by * block, bx * block])
-
-    return kernel
 
 
 # Every pair of an epilogue, a dtype and a shape, which never meet all at once: a ragged tile masks what an epilogue loads, and

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import tilelang
 import torch
-from metal.kernels import float64, gemm, gemm_reference, poisoned, random_tensor
-from metal.test_attention_pattern import attention
-from metal.test_epilogue import EPILOGUES, gemm_with_epilogue
+from metal.kernels import EPILOGUES, attention, float64, gemm, gemm_reference, gemm_with_epilogue, poisoned, random_tensor
 from numeric import assert_close
 from tvm.target import Target
 

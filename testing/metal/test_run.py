@@ -1,13 +1,12 @@
 """Launching on a Mac, checked off one: text, launch shape and argument order, with recorded stand-ins for torch and MLX."""
 
 import struct
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
 from metal.kernels import gemm, poisoned, random_tensor
+from metal.recording import FakeArray, RecordedShader
 
 from tilelang_ext import language as T
 from tilelang_ext import metal, simulate
@@ -75,20 +74,6 @@ def test_kernel_only_source():
     assert program.get_kernel_source(kernel_only=False).startswith("#include <metal_stdlib>")
 
 
-class RecordedShader:
-    """Stands in for what `torch.mps.compile_shader` returns."""
-
-    def __init__(self, source):
-        self.source = source
-        self.calls = []
-
-    def __getattr__(self, name):
-        def launch(*arguments, threads, group_size):
-            self.calls.append((name, arguments, threads, group_size))
-
-        return launch
-
-
 def test_to_torch_launch(monkeypatch):
     shaders = []
 
@@ -121,50 +106,6 @@ def test_to_torch_launch(monkeypatch):
     assert struct.unpack("<i", values["N"][:4]) == (70,)
     assert threads == [3 * 32, 5, 1]
     assert group_size == [32, 1, 1]
-
-
-class FakeArray:
-    """As much of `mx.array` as the launch needs, over numpy."""
-
-    def __init__(self, values, dtype=None):
-        self.values = np.asarray(values, dtype=dtype)
-
-    shape = property(lambda self: self.values.shape)
-    size = property(lambda self: self.values.size)
-
-    @property
-    def dtype(self):
-        return self.values.dtype
-
-    def reshape(self, *shape):
-        return FakeArray(self.values.reshape(*shape))
-
-
-@pytest.fixture
-def fake_mlx(monkeypatch):
-    """A stand-in for `mlx.core` whose metal_kernel records what it is given."""
-    core = types.ModuleType("mlx.core")
-    core.array = FakeArray
-    for name in ("float16", "float32", "int64", "uint8", "int32"):
-        setattr(core, name, np.dtype(name))
-    core.bool_ = np.dtype(bool)
-    core.zeros = lambda shape, dtype: FakeArray(np.zeros(shape, dtype))
-    core.concatenate = lambda arrays: FakeArray(np.concatenate([a.values for a in arrays]))
-    core.records = []
-
-    def metal_kernel(**definition):
-        def launch(**call):
-            core.records.append({**definition, **call})
-            return [FakeArray(np.zeros(s, d)) for s, d in zip(call["output_shapes"], call["output_dtypes"], strict=True)]
-
-        return launch
-
-    core.fast = types.SimpleNamespace(metal_kernel=metal_kernel)
-    package = types.ModuleType("mlx")
-    package.core = core
-    monkeypatch.setitem(sys.modules, "mlx", package)
-    monkeypatch.setitem(sys.modules, "mlx.core", core)
-    return core
 
 
 def test_to_mlx_launch(fake_mlx):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from language.test_fp8_scaled_matmul import F8, LAYOUTS, dtype_of, operand
+from language.fp8_cases import F8, LAYOUTS, dtype_of, operand
 from numeric import assert_close
 
 from tilelang_ext import language as T

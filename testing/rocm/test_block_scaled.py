@@ -4,10 +4,10 @@
 
 import pytest
 import torch
-from language.test_mxfp4_scaled_matmul import KINDS, activations, tiled, values, weights
+from language.mxfp4_cases import KINDS, activations, tiled, values, weights
 from numeric import assert_close
+from rocm.gates import gate, gated
 from rocm.kernels import FP8, lower, scaled_matmul
-from rocm.test_compile import gate, gated
 
 from tilelang_ext import formats, quantization, reference, simulate
 from tilelang_ext import language as T

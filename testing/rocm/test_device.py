@@ -5,10 +5,10 @@ import tilelang
 import torch
 from kernels.mxfp4_moe.operands import SWIGLU, arguments
 from kernels.scaled_mm.operands import PAIRS, case
-from language.test_mxfp4_scaled_matmul import KINDS, activations, tiled, weights
+from language.mxfp4_cases import KINDS, activations, tiled, weights
 from numeric import assert_close
 from rocm.kernels import FP8, LAYOUTS, gemm, scaled_matmul
-from rocm.test_values import codes, quantized
+from rocm.operands import codes, quantized
 
 from tilelang_ext import reference
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernels.mxfp4_moe.operands import SWIGLU, arguments
 from numeric import assert_close
-from rocm.test_compile import MOE, Gated, gate
+from rocm.gates import MOE, Gated, gate
 
 from tilelang_ext import simulate
 from tilelang_ext.kernels.mxfp4_moe import formats as activations

@@ -4,10 +4,10 @@
 
 import pytest
 import torch
-from language.test_mxfp4_scaled_matmul import activations, tiled, values, weights
+from language.mxfp4_cases import activations, tiled, values, weights
 from numeric import assert_close
+from rocm.gates import MOE, Gated, gate
 from rocm.kernels import ARCHS
-from rocm.test_compile import MOE, Gated, gate
 
 from tilelang_ext import formats, quantization, reference, simulate
 from tilelang_ext import language as T

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from kernels.scaled_mm.operands import E4M3, E5M2, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, operands, problem
-from kernels.scaled_mm.test_launch import kernels, key  # noqa: F401  (a fixture)
+from kernels.scaled_mm.recording import key, record_kernels
 from numeric import assert_close
+from rocm.gates import SCALED, gate, gated
 from rocm.kernels import ARCHS
-from rocm.test_compile import SCALED, gate, gated
 
 from tilelang_ext import formats, simulate
 from tilelang_ext.kernels.scaled_mm import operator, tiled, vecmat
@@ -102,7 +102,7 @@ def test_mixed_flavours(arch, format_b):
 
 
 @pytest.fixture
-def rocm(kernels, monkeypatch):  # noqa: F811
+def rocm(monkeypatch):
     """A ROCm build of torch on a machine with an MI300."""
 
     class Properties:
@@ -111,7 +111,7 @@ def rocm(kernels, monkeypatch):  # noqa: F811
 
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    return kernels
+    return record_kernels(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2fnuz])

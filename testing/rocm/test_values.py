@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from language.test_fp8_scaled_matmul import operand
 from numeric import assert_close
 from rocm.kernels import ARCHS, FP8, LAYOUTS, attention_products, gemm, scaled_matmul, shared_accumulator
+from rocm.operands import codes, quantized
 
 from tilelang_ext import formats, quantization, reference, simulate
 from tilelang_ext import language as T
@@ -17,15 +17,6 @@ def run(kernel, *arguments, arch):
     report = simulate(kernel, *arguments, target={"kind": "hip", "mcpu": arch})
     assert not report.findings, str(report)
     return report
-
-
-def codes(rows, K, dtype, seed):
-    """Random finite codes of every magnitude, subnormals included, as the type; and their values."""
-    format = formats.format_of(dtype)
-    finite = torch.tensor([c for c, v in enumerate(format.values) if abs(v) <= 4.0], dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = finite[torch.randint(len(finite), (rows, K), generator=generator)]
-    return drawn.view(getattr(torch, format.torch_dtype)), quantization.decode(drawn, format, dtype=torch.float64)
 
 
 def nans(M, N):
@@ -97,13 +88,6 @@ def test_every_code(dtype, arch):
     found = C[torch.arange(256), torch.arange(256) % 32].double()
     expected = torch.tensor(format.values, dtype=torch.float64)
     assert torch.equal(found.nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
-
-
-def quantized(layout, M, N, K):
-    """A, its scales, B and its scales; scales differ in every row and group."""
-    a, b = LAYOUTS[layout]
-    (A, SA), (B, SB) = operand(M, K, a, seed=0), operand(N, K, b, seed=1)
-    return A, SA.reshape(a.scale_shape(M, K)), B, SB.reshape(b.scale_shape(N, K))
 
 
 @pytest.mark.parametrize("arch", ARCHS)

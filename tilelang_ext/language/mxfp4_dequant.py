@@ -30,16 +30,9 @@ SCALE_DTYPES = ("uint8", E8M0.dtype)
 def mxfp4_dequant(W_packed, scale, out) -> None:
     """Write the values of packed MXFP4 weights to `out`.
 
-<<<<<<< HEAD
     float32 and bfloat16 are exact, subnormals included; past the largest number the result is Inf, and scale byte 255 gives
     NaN. float16 is that value rounded to nearest even (exact for scale bytes 104 to 140). float8_e4m3fn is rounded likewise
     and saturated at 448 (exact for scale bytes 119 to 133). Without scales every value is exact in each dtype.
-=======
-    Exact in float32 and bfloat16 to the ends of their range: built from bits, subnormals included, past the largest number
-    Inf, scale byte 255 NaN. float16 is that value rounded to nearest even (exact for scale bytes 104 to 140), and
-    float8_e4m3fn rounded so and saturated at 448 (exact for scale bytes 119 to 133). Without scales every value is exact in
-    each.
->>>>>>> 9701829 (quantization: the fold of MXFP4 into E4M3 that no kernel used is gone; tile_for_hopper has the one that is left)
 
     Raises TypeError for dtypes and scopes, ValueError for shapes. Format: OCP Microscaling Formats (MX) 1.0.
     """

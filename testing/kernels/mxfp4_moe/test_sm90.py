@@ -8,13 +8,12 @@ import torch
 from cuda.execute import needs_compiler
 from cuda.toolkit import compile_texts, needs_nvcc
 from kernels.hopper import Box, execute
+from kernels.mxfp4_moe.sm90_cases import ARCH, quantized, text_of
 from numeric import assert_close
 from tilelang import tvm
-from tilelang.engine.lower import lower
-from tvm.target import Target
 
-from tilelang_ext import quantization, reference
-from tilelang_ext.formats import E2M1, E4M3, BlockScaledLayout
+from tilelang_ext import reference
+from tilelang_ext.formats import E2M1, BlockScaledLayout
 from tilelang_ext.kernels.mxfp4_moe import operator as door
 from tilelang_ext.kernels.mxfp4_moe import sm90_launch as launch
 from tilelang_ext.kernels.mxfp4_moe import sm90_mma as few
@@ -27,16 +26,9 @@ from tilelang_ext.kernels.mxfp4_moe.routing import moe_sort
 from tilelang_ext.kernels.mxfp4_moe.sm90_packing import OPERANDS, TILE
 from tilelang_ext.kernels.mxfp4_moe.weights import prepare_mxfp4_weights, tile_for_hopper
 
-ARCH = "sm_90a"
 EXPERTS, TOKENS, TOP_K = 3, 5, 2
 H, I = 96, 160  # K of one step and a half, and of two and a half; rows that fill no tile
 LONG = (288, 416)  # the same in steps of E4M3, more than a ring has stages
-
-
-def text_of(module, prim_func, name="product"):
-    target = Target({"kind": "cuda", "arch": ARCH})
-    with tvm.transform.PassContext(config=module.PASS_CONFIGS), target:
-        return lower(prim_func.with_attr("global_symbol", name), target=target, enable_device_compile=False).kernel_source
 
 
 class Case:
@@ -96,12 +88,6 @@ class Case:
 
 def dequantized(weights):
     return reference.dequantize(weights.codes, weights.scale, E2M1, BlockScaledLayout.e8m0_k32())
-
-
-def quantized(x):
-    """(codes, scale) of rows."""
-    codes, scale = quantization.quantize(x, E4M3, BlockScaledLayout.per_row())
-    return codes.view(torch.float8_e4m3fn), scale.flatten()
 
 
 def run(module, config, kind, H, I):

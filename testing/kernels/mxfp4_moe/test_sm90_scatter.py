@@ -10,7 +10,7 @@ import torch
 from cuda.execute import needs_compiler
 from cuda.toolkit import compile_texts, needs_nvcc
 from kernels.hopper import execute
-from kernels.mxfp4_moe.test_sm90 import ARCH, quantized, text_of
+from kernels.mxfp4_moe.sm90_cases import ARCH, quantized, text_of
 
 from tilelang_ext.kernels.mxfp4_moe import sm90_mma as few
 from tilelang_ext.kernels.mxfp4_moe import sm90_scatter as rows

@@ -6,51 +6,12 @@ import numpy as np
 import pytest
 import torch
 from kernels.scaled_mm.operands import E4M3, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, case, operands, problem
-from metal.test_run import FakeArray, RecordedShader, fake_mlx  # noqa: F401  (a fixture)
+from kernels.scaled_mm.recording import BF16, CUDA, E4M3_TORCH, key
+from metal.recording import FakeArray, RecordedShader, record_mlx
 
 from tilelang_ext import metal
 from tilelang_ext.kernels.scaled_mm import operator, vecmat
 from tilelang_ext.kernels.scaled_mm.problem import bucket_of, run_of
-from tilelang_ext.launch.device import target_of
-
-CUDA = torch.device("cuda", 1)
-E4M3_TORCH, BF16 = torch.float8_e4m3fn, torch.bfloat16
-
-
-class H200:
-    """What torch says of an H200, as far as it is asked."""
-
-    multi_processor_count = 132
-
-
-class Kernels:
-    """Stands in for a kernel file: keeps the problems it compiled and the arguments of each launch."""
-
-    def __init__(self):
-        self.problems, self.launches = [], []
-
-    def takes(self, problem):
-        return True
-
-    def compile_kernel(self, problem):
-        self.problems.append(problem)
-        return lambda *arguments: self.launches.append(arguments)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """A stand-in for the kernels of an H200."""
-    stand_in = Kernels()
-    monkeypatch.setattr(operator, "KERNELS", (stand_in,))
-    monkeypatch.setattr(operator, "_launchers", {})
-    monkeypatch.setattr(operator, "target_of", target_of.__wrapped__)  # another machine's devices are not kept
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
-    return stand_in
-
-
-def key(M=5, device=CUDA, a=E4M3_TORCH, b=E4M3_TORCH, recipes=(ROW, ROW), bias=BF16, out=BF16):
-    return (device, bucket_of(M), 64, 128, a, b, *(recipe.value for recipe in recipes), bias, out)
 
 
 def test_problem_of_a_launch(kernels):
@@ -149,8 +110,9 @@ def test_mps_launch(monkeypatch, M, name):
     assert group[0] == (32 if name == "vecmat" else 128)
 
 
-def test_mlx_launch(fake_mlx):  # noqa: F811
+def test_mlx_launch(monkeypatch):
     """The same text as an MLX kernel: codes and scale bytes are uint8 arrays, the result a new array."""
+    fake_mlx = record_mlx(monkeypatch)
     made = problem(1, 70, 128, (MX, MX), out="float16")
     run = metal.to_mlx(metal.lower(vecmat.vecmat(made, vecmat.pick_config(made))))
     inputs = [FakeArray(np.zeros(shape), "uint8") for shape in ((1, 128), (1, 4), (70, 128), (70, 4))]
