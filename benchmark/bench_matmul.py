@@ -8,7 +8,6 @@ Every result is checked against float64 before anything is timed or counted. Wit
 the simulator, which counts operations and says nothing of speed.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -21,20 +20,27 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "examples"), str(
 
 import tilelang  # noqa: E402
 from harness import (  # noqa: E402
+    LOWERED,
+    METHOD,
+    MMA_MULTIPLICATIONS,
+    SIMULATOR_SECONDS,
+    TIMES,
     Column,
     Provider,
     cache_bytes,
     choose,
+    describe,
+    find_device,
     options,
     plot,
     progress,
     rotation,
     show,
+    sizes_of,
     time_cuda,
     time_mlx,
     time_mps,
     time_wall,
-    usable_cuda,
     write_csv,
 )
 from matmul import matmul  # noqa: E402
@@ -46,8 +52,6 @@ from tilelang_ext import metal, simulate  # noqa: E402
 
 TARGETS = ("auto", "metal", "metal4", "cuda", "hip", "c")
 DTYPES = ("float16", "bfloat16", "float32")
-MMA_MULTIPLICATIONS = 8 * 8 * 8  # of one simdgroup matrix product
-SIMULATOR_SECONDS = 600.0
 ASSUMED = {"cuda": {"kind": "cuda", "arch": "sm_90"}, "hip": {"kind": "hip", "mcpu": "gfx942"}}  # when only lowering
 SIZES = {
     "cuda": [(1024,) * 3, (4096,) * 3, (8192,) * 3, (4096, 7168, 2048), (128, 4096, 7168)],
@@ -171,22 +175,7 @@ COUNTS = (  # 79 columns of text, so that it fits a terminal
     Column("findings", "find-\nings"),
     Column("max_error", "max\nerror", ".1e"),
 )
-TIMES = (
-    Column("case", "M x N x K"),
-    Column("provider", "provider"),
-    Column("us", "us", ",.1f"),
-    Column("tflops", "TFLOP/s", ".1f"),
-    Column("gbps", "GB/s", ",.0f"),
-    Column("speed_of_torch", "speed / torch's", ".2f"),
-    Column("max_error", "max error", ".1e"),
-)
 CPU_TIMES = tuple(column for column in TIMES if column.key not in ("tflops", "gbps"))
-LOWERED = (
-    Column("case", "M x N x K"),
-    Column("provider", "provider"),
-    Column("lines", "lines of text"),
-    Column("status", "status"),
-)
 
 
 def count(case: Case, providers: list[Provider], seed: int) -> list[dict]:
@@ -299,33 +288,6 @@ def lower(case: Case, providers: list[Provider], seed: int, reason: str) -> list
     return [{**row, "lines": source.count("\n"), "status": f"lowered for {arch}, not run: {reason}"}]
 
 
-def find_device(target: str) -> tuple[str, str, str | None]:
-    """Return the target that "auto" stands for, the device it runs on here, and why on none."""
-    mps = torch.backends.mps.is_available()
-    no_gpu = usable_cuda()
-    if target == "auto":
-        target = "metal" if no_gpu else "hip" if torch.version.hip else "cuda"
-    if target == "c":
-        return target, "cpu", None
-    if target in ("metal", "metal4"):
-        return target, "mps" if mps else "simulator", None
-    if not no_gpu and (target == "hip") != bool(torch.version.hip):
-        no_gpu = f"this torch is built for {'ROCm' if torch.version.hip else 'CUDA'}"
-    return target, "none" if no_gpu else "cuda", no_gpu
-
-
-def sizes(arguments: argparse.Namespace, default: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """--m, --n and --k together: as many cases as the longest list; a single value serves all."""
-    lists = [arguments.m, arguments.n, arguments.k]
-    if not any(lists):
-        return default
-    lists = [given or next(other for other in lists if other) for given in lists]
-    cases = max(len(given) for given in lists)
-    if any(len(given) not in (1, cases) for given in lists):
-        raise SystemExit(f"--m, --n, --k: must have one value or as many each; got {[len(v) for v in lists]}; repeat values")
-    return list(zip(*(given * (cases // len(given)) for given in lists), strict=True))
-
-
 def main(command_line: list[str] | None = None) -> list[dict]:
     """Run the benchmark and return its rows."""
     names = [provider.name for provider in PROVIDERS]
@@ -347,7 +309,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     tilelang.set_log_level("WARNING")
     torch.backends.cuda.matmul.allow_tf32 = True  # as T.gemm does; see Case.max_error
     run = {"simulator": count, "none": partial(lower, reason=reason)}.get(device, measure_time)
-    cases = [Case(*size, arguments.dtype, target, device) for size in sizes(arguments, SIZES[key])]
+    cases = [Case(*size, arguments.dtype, target, device) for size in sizes_of(arguments, SIZES[key])]
     rows = [row for case in progress(cases, "matmul") for row in run(case, providers, arguments.seed)]
 
     title = f"matmul, {arguments.dtype}, target {target}, {describe(device)}"
@@ -369,19 +331,6 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     if arguments.plot:
         plot(arguments.plot, rows, case="case", series="provider", value=value, title=title, label=label)
     return rows
-
-
-METHOD = {
-    "cuda": "Time: one CUDA graph over rotated inputs (more than the L2 cache), median replay / calls; results checked first.",
-    "mps": "Time: calls queued over rotated inputs, wall clock, median / calls; results checked first.",
-    "cpu": "CPU time, ours on one thread, torch perhaps on more. This target is for correctness.",
-}
-
-
-def describe(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name(0)
-    return {"mps": "Apple GPU", "simulator": "in the simulator", "cpu": "on the CPU", "none": "no device"}[device]
 
 
 def _has_mlx(notes: list[str]) -> bool:

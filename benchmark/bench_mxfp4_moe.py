@@ -26,13 +26,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "testing")]
 
 import mxfp4_moe_peers as peers  # noqa: E402
 import tilelang  # noqa: E402
-from bench_matmul import METHOD, SIMULATOR_SECONDS, describe, find_device  # noqa: E402
 from harness import (  # noqa: E402
     L2_CACHES,
+    METHOD,
+    SIMULATOR_SECONDS,
     Column,
     Provider,
     cache_bytes,
     choose,
+    describe,
+    find_device,
     options,
     plot_lines,
     progress,

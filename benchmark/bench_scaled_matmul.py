@@ -21,19 +21,25 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "testing")]
 
-import bench_matmul  # noqa: E402
 import tilelang  # noqa: E402
-from bench_matmul import LOWERED, METHOD, SIMULATOR_SECONDS, TIMES, describe, find_device  # noqa: E402
 from harness import (  # noqa: E402
+    LOWERED,
+    METHOD,
+    MMA_MULTIPLICATIONS,
+    SIMULATOR_SECONDS,
+    TIMES,
     Column,
     Provider,
     cache_bytes,
     choose,
+    describe,
+    find_device,
     options,
     plot,
     progress,
     rotation,
     show,
+    sizes_of,
     time_cuda_in_turn,
     time_mps,
     write_csv,
@@ -282,7 +288,7 @@ def bare_minimum(case: Case) -> dict:
     block_K = tiled.BLOCK_K
     products = rows * cols * config.block_M * config.block_N * -(-case.K // block_K) * block_K
     read = cols * case.M * case.K + rows * case.N * case.K
-    return {"mma": products // bench_matmul.MMA_MULTIPLICATIONS, "device_bytes_read": read, "device_bytes_written": written}
+    return {"mma": products // MMA_MULTIPLICATIONS, "device_bytes_read": read, "device_bytes_written": written}
 
 
 def measure_time(case: Case, providers: list[Provider], seed: int) -> list[dict]:
@@ -353,7 +359,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
         raise SystemExit("--providers: at least one must exist here; " + "; ".join(notes))
     tilelang.set_log_level("WARNING")
     run = {"simulator": count, "none": partial(lower, reason=reason)}.get(device, measure_time)
-    sizes = bench_matmul.sizes(arguments, SIZES[key])
+    sizes = sizes_of(arguments, SIZES[key])
     cases = [Case(*size, recipe, arguments.dtype, target, device) for size in sizes for recipe in arguments.recipes]
     rows = [row for case in progress(cases, "scaled matmul") for row in run(case, providers, arguments.seed)]
 

@@ -27,6 +27,13 @@ WARM_UP = 3  # replays before them
 CHAIN, CHAIN_US = 24, 3000.0  # calls of a graph at least, unless they take this long
 BARS_IN_A_ROW = 24  # of a chart
 MAC_CACHE_BYTES = 64 * 2**20  # more than the system-level cache of any Apple chip up to M4 Max
+MMA_MULTIPLICATIONS = 8 * 8 * 8  # of one simdgroup matrix product
+SIMULATOR_SECONDS = 600.0
+METHOD = {
+    "cuda": "Time: one CUDA graph over rotated inputs (more than the L2 cache), median replay / calls; results checked first.",
+    "mps": "Time: calls queued over rotated inputs, wall clock, median / calls; results checked first.",
+    "cpu": "CPU time, ours on one thread, torch perhaps on more. This target is for correctness.",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,23 @@ class Column:
         return "-" if value is None else format(value, self.form)
 
 
+TIMES = (
+    Column("case", "M x N x K"),
+    Column("provider", "provider"),
+    Column("us", "us", ",.1f"),
+    Column("tflops", "TFLOP/s", ".1f"),
+    Column("gbps", "GB/s", ",.0f"),
+    Column("speed_of_torch", "speed / torch's", ".2f"),
+    Column("max_error", "max error", ".1e"),
+)
+LOWERED = (
+    Column("case", "M x N x K"),
+    Column("provider", "provider"),
+    Column("lines", "lines of text"),
+    Column("status", "status"),
+)
+
+
 def options(description: str, targets: Sequence[str], auto: str, providers: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser of a benchmark's command line with what every one has; `auto` says what the first target means."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,6 +86,18 @@ def options(description: str, targets: Sequence[str], auto: str, providers: Sequ
     parser.add_argument("--plot", metavar="FILE", help="draw a chart (png, svg or pdf)")
     parser.add_argument("--seed", type=int, default=0, help="of what is random: inputs, the simulator's order of threads")
     return parser
+
+
+def sizes_of(arguments: argparse.Namespace, default: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """--m, --n and --k together: as many cases as the longest list; a single value serves all."""
+    lists = [arguments.m, arguments.n, arguments.k]
+    if not any(lists):
+        return default
+    lists = [given or next(other for other in lists if other) for given in lists]
+    cases = max(len(given) for given in lists)
+    if any(len(given) not in (1, cases) for given in lists):
+        raise SystemExit(f"--m, --n, --k: must have one value or as many each; got {[len(v) for v in lists]}; repeat values")
+    return list(zip(*(given * (cases // len(given)) for given in lists), strict=True))
 
 
 def choose(providers: Iterable[Provider], names: Sequence[str], target: str) -> tuple[list[Provider], list[str]]:
@@ -286,3 +322,24 @@ def usable_cuda() -> str | None:
     except RuntimeError as error:
         return str(error).partition("\n")[0]
     return None
+
+
+def find_device(target: str) -> tuple[str, str, str | None]:
+    """Return the target that "auto" stands for, the device it runs on here, and why on none."""
+    mps = torch.backends.mps.is_available()
+    no_gpu = usable_cuda()
+    if target == "auto":
+        target = "metal" if no_gpu else "hip" if torch.version.hip else "cuda"
+    if target == "c":
+        return target, "cpu", None
+    if target in ("metal", "metal4"):
+        return target, "mps" if mps else "simulator", None
+    if not no_gpu and (target == "hip") != bool(torch.version.hip):
+        no_gpu = f"this torch is built for {'ROCm' if torch.version.hip else 'CUDA'}"
+    return target, "none" if no_gpu else "cuda", no_gpu
+
+
+def describe(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    return {"mps": "Apple GPU", "simulator": "in the simulator", "cpu": "on the CPU", "none": "no device"}[device]

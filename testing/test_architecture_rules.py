@@ -106,3 +106,29 @@ def test_code_generator_knows_no_kernel():
 def test_the_rules_see_a_violation(room, text, found):
     package = f"tilelang_ext.{room}" if room in (*BACKENDS, "language", "kernels") else "tilelang_ext"
     assert violations(room, text, package) == found
+
+
+def borrowed(text: str, prefix: str) -> list[str]:
+    """Return what a file takes from files whose names begin with `prefix`."""
+    return [name for name in imports(text, "own") if any(part.startswith(prefix) for part in name.split("."))]
+
+
+@pytest.mark.parametrize(("folder", "prefix"), [("testing", "test_"), ("benchmark", "bench_")])
+def test_no_test_imports_a_test_and_no_bench_a_bench(folder, prefix):
+    """What two of them share is a module of its own, so that neither is run or changed for the other's sake."""
+    found = {str(path.relative_to(ROOT)): borrowed(path.read_text(), prefix) for path in (ROOT / folder).rglob("*.py")}
+    assert not {path: names for path, names in found.items() if names}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("from metal.test_run import FakeArray", ["metal.test_run.FakeArray"]),
+        ("from .test_run import FakeArray", ["own.test_run.FakeArray"]),
+        ("from metal import test_run", ["metal.test_run"]),
+        ("def late():\n    import test_run as t", ["test_run"]),
+        ("from metal.recording import FakeArray\nimport testing", []),
+    ],
+)
+def test_the_rule_sees_a_borrowed_name(text, found):
+    assert borrowed(text, "test_") == found

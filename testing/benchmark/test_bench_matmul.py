@@ -77,7 +77,7 @@ def test_files(tmp_path):
 @pytest.mark.parametrize("target", ["cuda", "hip"])
 @pytest.mark.parametrize("dtype", bench_matmul.DTYPES)
 def test_lowers_without_a_device_and_says_so(target, dtype, monkeypatch):
-    monkeypatch.setattr(bench_matmul, "usable_cuda", lambda: "no driver")
+    monkeypatch.setattr(harness, "usable_cuda", lambda: "no driver")
     big, small = run("--target", target, "--dtype", dtype, "--m", 4096, 64, "--n", 4096, "--k", 512)
     for row in (big, small):
         assert row["lines"] > 20
@@ -96,10 +96,10 @@ def test_c_target_runs_on_the_cpu(dtype):
     ("no GPU", False, ("metal", "simulator")), ("no GPU", True, ("metal", "mps")), (None, False, ("cuda", "cuda")),
 ])  # fmt: skip
 def test_auto_takes_the_best_device(monkeypatch, cuda, mps, expected):
-    monkeypatch.setattr(bench_matmul, "usable_cuda", lambda: cuda)
+    monkeypatch.setattr(harness, "usable_cuda", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert bench_matmul.find_device("auto")[:2] == expected
+    assert harness.find_device("auto")[:2] == expected
 
 
 def test_bad_arguments():

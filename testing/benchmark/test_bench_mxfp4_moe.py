@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmark")]
 
-import bench_matmul  # noqa: E402
 import bench_mxfp4_moe as bench  # noqa: E402
+import harness  # noqa: E402
 from bench_mxfp4_moe import MODELS, Case  # noqa: E402
 
 from tilelang_ext import quantization, reference  # noqa: E402
@@ -69,7 +69,7 @@ def test_lowers_without_a_device_and_says_so(monkeypatch):
         return lower(prim_func, **options) if names[-1] == "sum_slots" else types.SimpleNamespace(kernel_source="a\nb\n")
 
     monkeypatch.setattr(bench.tilelang, "lower", shortest)
-    monkeypatch.setattr(bench_matmul, "usable_cuda", lambda: "no driver")
+    monkeypatch.setattr(harness, "usable_cuda", lambda: "no driver")
     (row,) = run("--target", "cuda", "--models", "gpt-oss-20b", "--tokens", 1)
     assert (names[0], names[-1]) == ("moe_sort", "sum_slots")
     assert row["lines"] > 2 * (len(names) - 1) + 20

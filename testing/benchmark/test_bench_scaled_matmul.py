@@ -11,8 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmark")]
 
-import bench_matmul  # noqa: E402
 import bench_scaled_matmul as bench  # noqa: E402
+import harness  # noqa: E402
 from bench_scaled_matmul import Case  # noqa: E402
 
 
@@ -62,7 +62,7 @@ def test_wrong_result_stops_the_benchmark(monkeypatch):
 
 
 def test_lowers_without_a_device_and_says_so(monkeypatch):
-    monkeypatch.setattr(bench_matmul, "usable_cuda", lambda: "no driver")
+    monkeypatch.setattr(harness, "usable_cuda", lambda: "no driver")
     for row in run("--target", "cuda", "--m", 1, 4096, "--n", 4096, "--k", 512, "--recipes", "row"):
         assert row["lines"] > 20
         assert row["status"] == "lowered for sm_90a, not run: no driver"
