@@ -28,6 +28,7 @@ from tilelang_ext.kernels.scaled_mm.arguments import (
 )
 from tilelang_ext.kernels.scaled_mm.problem import Problem, bucket_of
 from tilelang_ext.launch.device import current, target_of
+from tilelang_ext.launch.gradient import without_gradient
 
 KERNELS = (vecmat, sm90_split_k, sm90_persistent, tiled)  # the first that takes a problem compiles it
 ALIGNMENT = 16  # bytes: of TMA and of the widest loads
@@ -69,7 +70,7 @@ def scaled_mm(
     and RowWise stay in the tensor core, which keeps fewer bits on Hopper; elsewhere it changes nothing.
 
     On CUDA a mat_a that is not contiguous is copied. TypeError for dtypes, ValueError for shapes and values,
-    NotImplementedError for recipes that this package lacks.
+    NotImplementedError for recipes that this package lacks, and in a backward pass that reaches the result.
     """
     if tuple(contraction_dim) not in _CONTRACTIONS:
         raise ValueError(
@@ -89,9 +90,10 @@ def scaled_mm(
         use_fast_accum,
     )
     if out is None:
-        return torch.ops.tilelang_ext.scaled_mm(*arguments, output_dtype)
-    torch.ops.tilelang_ext.scaled_mm_out(*arguments, out)
-    return out
+        out = torch.ops.tilelang_ext.scaled_mm(*arguments, output_dtype)
+    else:
+        torch.ops.tilelang_ext.scaled_mm_out(*arguments, out)
+    return without_gradient("scaled_mm", out, mat_a, mat_b, arguments[2], arguments[5], bias)
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
