@@ -4,11 +4,11 @@
     python benchmark/bench_mxfp4_moe.py --target cuda --a-dtype bf16 fp8 --path site --csv moe.csv --plot moe.png
     python benchmark/bench_mxfp4_moe.py --target metal --tokens 1 16
 
-A figure is the whole layer behind its router: both products, biases, gpt-oss's SwiGLU and the weighted sum over the slots.
+A figure is for the whole layer behind its router: both GEMMs, biases, gpt-oss's SwiGLU and the weighted sum over the slots.
 Ours also quantises x and sorts tokens by expert; peers are given sorted tokens. Every result is checked against float64 before
 anything is timed or counted. Without a Mac, targets metal and metal4 run in the simulator, which counts operations and says
-nothing of speed. Peers take part where they can be imported, also from the folders of --path: triton_kernels is in vLLM's
-third_party, humming on PyPI as humming-kernels.
+nothing about speed. Peers take part where they can be imported, also from the folders of --path: triton_kernels is in vLLM's
+third_party, humming is on PyPI as humming-kernels.
 """
 
 import math
@@ -50,15 +50,26 @@ from numeric import measure  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from tvm.target import Target  # noqa: E402
 
-from tilelang_ext import Activation, MXFP4Weights, metal, mxfp4_moe, prepare_mxfp4_weights, reference, simulate, tile_for_hopper  # noqa: E402
+from tilelang_ext import (  # noqa: E402
+    Activation,
+    HopperWeights,
+    MXFP4Weights,
+    metal,
+    mxfp4_moe,
+    prepare_mxfp4_weights,
+    reference,
+    simulate,
+    tile_for_hopper,
+)
 from tilelang_ext.formats import E2M1, BlockScaledLayout  # noqa: E402
-from tilelang_ext.kernels.mxfp4_moe.launch import launch  # noqa: E402
+from tilelang_ext.kernels.mxfp4_moe.arguments import Operands  # noqa: E402
+from tilelang_ext.kernels.mxfp4_moe.launch import launch, problem_of  # noqa: E402
 
 TARGETS = ("auto", "metal", "metal4", "cuda")
 ASSUMED_ARCH = "sm_90a"  # when only lowering
 A_DTYPES = {"bf16": None, "fp8": "fp8", "mxfp8": "mxfp8", "mxfp4": "mxfp4"}  # as mxfp4_moe takes them
-LEAST_COSINE = {"bf16": 0.9999, "fp8": 0.995, "mxfp8": 0.995, "mxfp4": 0.95}  # of any row, against nothing quantised
-MAX_ERROR = {"bf16": 3e-2}  # likewise, of ours; beside quantised activations the cosine says more
+LEAST_COSINE = {"bf16": 0.9999, "fp8": 0.995, "mxfp8": 0.995, "mxfp4": 0.95}  # of any row with the unquantised result
+MAX_ERROR = {"bf16": 3e-2}  # of ours; with quantised activations the cosine says more
 
 
 class Model(NamedTuple):
@@ -89,8 +100,8 @@ DEFAULTS = {  # models and tokens
 class Layer(NamedTuple):
     """Weights of a layer, random in every bit of the codes; gate rows lie above up rows."""
 
-    w13: MXFP4Weights
-    w2: MXFP4Weights
+    w13: MXFP4Weights | HopperWeights
+    w2: MXFP4Weights | HopperWeights
 
 
 class Inputs(NamedTuple):
@@ -103,7 +114,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One layer and batch size, what the products take activations in, and the target and device it runs on."""
+    """One layer and batch size, what the GEMMs take activations in, and the target and device it runs on."""
 
     model: Model
     tokens: int
@@ -134,7 +145,7 @@ class Case:
         return Layer(weights(2 * intermediate, hidden, "separated"), weights(hidden, intermediate, None))
 
     def inputs(self, seed: int, device: str) -> Inputs:
-        """Every token goes to top_k experts, each as likely as another."""
+        """Every token goes to top_k experts; all experts are equally likely."""
         generator = torch.Generator(device).manual_seed(seed)
         _, hidden, _, experts, top_k = self.model
         logits = torch.randn(self.tokens, experts, generator=generator, device=device)
@@ -143,12 +154,12 @@ class Case:
         return Inputs(x, topk_ids.int(), values.softmax(-1))
 
     def output(self, device: str) -> torch.Tensor:
-        """An output full of NaN, so that an element nobody writes is seen."""
+        """An output full of NaN, so that an element that is not written is seen."""
         return torch.full((self.tokens, self.model.hidden), torch.nan, dtype=torch.bfloat16, device=device)
 
 
 def expected(layer: Layer, inputs: Inputs) -> torch.Tensor:
-    """float64 with nothing quantised or rounded on the way, on the inputs' device; an expert in use at a time."""
+    """The result in float64 with nothing quantised or rounded, on the device of the inputs, one expert in use at a time."""
     y = torch.zeros(inputs.x.shape, dtype=torch.float64, device=inputs.x.device)
     for expert in inputs.topk_ids.unique().tolist():
         (d13, bias13), (d2, bias2) = (dequantized(weights, expert) for weights in layer)
@@ -180,9 +191,9 @@ def check(case: Case, provider: str, y: torch.Tensor, want: torch.Tensor) -> dic
 
 
 def make_ours(case: Case, layer: Layer):
-    tiles = {"bf16": "bfloat16", "fp8": "fp8"}.get(case.a_dtype)
-    if tiles and case.device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
-        layer = Layer(*(tile_for_hopper(w, gate=w is layer.w13, a_dtype=tiles) for w in layer))
+    tiled_for = {"bf16": "bfloat16", "fp8": "fp8"}.get(case.a_dtype)
+    if tiled_for and case.device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+        layer = Layer(*(tile_for_hopper(w, gate=w is layer.w13, a_dtype=tiled_for) for w in layer))
 
     def bind(inputs: Inputs, out: torch.Tensor):
         options = {"activation": Activation(), "a_dtype": A_DTYPES[case.a_dtype], "out": out}
@@ -194,7 +205,7 @@ def make_ours(case: Case, layer: Layer):
 PROVIDERS = (  # make(case, layer) returns bind(inputs, out), which returns the call that is timed
     Provider("ours", "tilelang_ext.mxfp4_moe, sorting and quantisation included", TARGETS[1:], make_ours),
     Provider("triton_kernels", "of vLLM: matmul_ogs with fused SwiGLU, sum over slots", ("cuda",), peers.make_triton_kernels),
-    Provider("humming", "both products, its activation kernel, a Triton kernel for the sum", ("cuda",), peers.make_humming),
+    Provider("humming", "both GEMMs, its activation kernel, a Triton kernel for the sum", ("cuda",), peers.make_humming),
 )
 TAKES = {"ours": tuple(A_DTYPES), "triton_kernels": ("bf16",), "humming": ("bf16", "fp8")}  # activations of each
 COUNTS = (
@@ -223,7 +234,7 @@ LOWERED = (*COUNTS[:4], Column("lines", "lines of text", ","), Column("status", 
 
 
 def installed(provider: Provider) -> bool:
-    """Whether a provider's library is here."""
+    """Whether the library of a provider can be imported."""
     return provider.name == "ours" or find_spec(provider.name) is not None
 
 
@@ -231,17 +242,18 @@ def installed(provider: Provider) -> bool:
 
 
 def launch_all(case: Case, layer: Layer, inputs: Inputs, out: torch.Tensor, compiled) -> None:
-    """The operator's own launches, each prim_func made runnable by `compiled(make, options, device)`."""
-    kind = A_DTYPES[case.a_dtype] or "bfloat16"
-    launch(*inputs, *layer, Activation(), kind, "reduce", None, out, compiled=compiled)
+    """The launches of the operator, with `compiled(make, options, device, pass_configs)` to make a prim_func runnable."""
+    operands = Operands(*inputs, *layer, expert_mask=None)
+    problem = problem_of(operands, Activation(), A_DTYPES[case.a_dtype] or "bfloat16", "reduce")
+    launch(problem, operands, out, compiled=compiled)
 
 
 def count(case: Case, providers: list[Provider], seed: int) -> list[dict]:
-    """Run the Metal text of every launch in the simulator: counts beside the fewest bytes there are."""
+    """Run the Metal text of every launch in the simulator: its counts, and the least bytes that have to be moved."""
     layer, inputs, out = case.layer(seed, "cpu"), case.inputs(seed, "cpu"), case.output("cpu")
     reports = []
 
-    def simulated(make, options, device):
+    def simulated(make, options, device, pass_configs):
         program = metal.lower(make(*options), case.target)
 
         def run(*tensors):
@@ -277,7 +289,7 @@ def described(case: Case, provider: str) -> dict:
 
 
 def measure_time(case: Case, providers: list[Provider], seed: int, copy_speed: float | None) -> list[dict]:
-    """Check, then time: every provider on the same inputs, which rotate through more than the cache."""
+    """Check, then time every provider on the same inputs, which rotate through more than the cache holds."""
     device, cache = case.device, cache_bytes(case.device)
     maker = device if device == "cuda" else "cpu"  # float64, for what is expected
     active = case.inputs(seed, maker).topk_ids.unique().numel()
@@ -307,25 +319,25 @@ def measure_time(case: Case, providers: list[Provider], seed: int, copy_speed: f
 
 
 def moved(tensors: tuple, device: str):
-    """A tuple of tensors, of tuples of them and of numbers, on `device`."""
+    """A tuple of tensors, of tuples of them and of other values, with the tensors on `device`."""
     return type(tensors)(
-        *(t.to(device) if torch.is_tensor(t) else moved(t, device) if type(t) is not int else t for t in tensors)
+        *(t.to(device) if torch.is_tensor(t) else moved(t, device) if isinstance(t, tuple) else t for t in tensors)
     )
 
 
 def copy_speed() -> float:
-    """Bytes a microsecond of a large copy by a kernel, reads and writes; the driver's own copies are slower on an H200."""
+    """Bytes per microsecond, read and written, of a large copy by a kernel; the driver's copies are slower on an H200."""
     source = torch.empty(2**28, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / time_cuda([lambda: torch.mul(source, 1.0, out=target)])
 
 
 def lower(case: Case, providers: list[Provider], seed: int, reason: str) -> list[dict]:
-    """Lower every launch to text without a device; nothing runs."""
+    """Lower every launch to text, without a device; nothing runs."""
     lines = []
     target = Target({"kind": "cuda", "arch": ASSUMED_ARCH})
 
-    def lowered(make, options, device):
+    def lowered(make, options, device, pass_configs):
         with target:
             source = tilelang.lower(make(*options), target=target, enable_device_compile=False).kernel_source
         lines.append(source.count("\n"))
@@ -338,7 +350,7 @@ def lower(case: Case, providers: list[Provider], seed: int, reason: str) -> list
 
 
 def lines(rows: list[dict]) -> list[dict]:
-    """Rows of the plot: what was measured, and the time that a copy of the fewest bytes takes."""
+    """Rows of the plot: what was measured, and the time that copying the least bytes takes."""
     drawn = [{**row, "line": f"{row['provider']}, {row['a_dtype']}"} for row in rows]
     floors = {(row["case"], row["tokens"]): row["us"] * row["share_of_copy"] for row in rows if row.get("share_of_copy")}
     return drawn + [{"case": case, "tokens": n, "us": us, "line": "bytes at copy speed"} for (case, n), us in floors.items()]
@@ -350,7 +362,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     parser = options(__doc__, TARGETS, "CUDA, else a Mac, else the simulator", names)
     parser.add_argument("--models", nargs="+", choices=MODELS, help="by their sizes; weights are random")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="of a batch, one or several")
-    parser.add_argument("--a-dtype", nargs="+", choices=A_DTYPES, default=["bf16"], help="what products take activations in")
+    parser.add_argument("--a-dtype", nargs="+", choices=A_DTYPES, default=["bf16"], help="what the GEMMs take activations in")
     parser.add_argument(
         "--path", nargs="+", default=[], metavar="FOLDER", help="folders to import triton_kernels and humming from"
     )
@@ -388,8 +400,10 @@ def main(command_line: list[str] | None = None) -> list[dict]:
 
     title = f"MXFP4 mixture of experts, target {target}, {describe(device)}"
     if device == "simulator":
-        notes.append("Counts from executing the Metal text of every launch on the CPU; no measure of speed. MMA: 8x8x8.")
-        notes.append("minimum: codes and scales of the experts in use and x read once, y written once.")
+        notes.append(
+            "Counts are from executing the Metal text of every launch on the CPU; they do not measure speed. MMA: 8x8x8."
+        )
+        notes.append("minimum: codes and scales of the experts in use and x are read once, y is written once.")
         title += " (counts, no speed)"
         columns = COUNTS
     elif device == "none":
@@ -397,7 +411,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     else:
         columns = TIMES
         notes += [f"{provider.name}: {provider.what}" for provider in providers]
-        notes += ["bytes floor: codes and scales of the experts in use, x and y, each once."]
+        notes += ["bytes floor: codes and scales of the experts in use, x and y, each moved once."]
         notes.append(METHOD[device] + (" Providers replay in turn." if device == "cuda" else ""))
     show(title, rows, columns, notes)
     if arguments.plot:

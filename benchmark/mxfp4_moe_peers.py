@@ -1,6 +1,6 @@
-"""Other libraries' mixtures of experts for bench_mxfp4_moe.py, called as vLLM 0.26.0 calls them on Hopper.
+"""Mixtures of experts of other libraries for bench_mxfp4_moe.py, called as vLLM 0.26.0 calls them on Hopper.
 
-Both are given tokens that are sorted by expert already, and swizzled weights: neither is timed.
+Both are given tokens already sorted by expert, and swizzled weights; neither the sort nor the swizzling is timed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ALPHA, LIMIT = 1.702, 7.0  # of gpt-oss's SwiGLU
 
 
 def make_triton_kernels(case, layer):
-    """Two matmul_ogs: the first gathers and applies SwiGLU, the second weighs, and a kernel adds the slots. bfloat16."""
+    """Two calls of matmul_ogs in bfloat16: the first gathers and applies SwiGLU, the second weights and adds the slots."""
     from triton_kernels.matmul_ogs import FlexCtx, FnSpecs, FusedActivation, PrecisionConfig, matmul_ogs
     from triton_kernels.matmul_ogs_details import opt_flags
     from triton_kernels.numerics import InFlexData
@@ -60,7 +60,7 @@ def make_triton_kernels(case, layer):
 
 
 def triton_kernels_routing(topk_ids, topk_weights, experts: int):
-    """(RoutingData, GatherIndx, ScatterIndx) of slots sorted by expert; an index counts slots."""
+    """Return (RoutingData, GatherIndx, ScatterIndx) for slots sorted by expert; indices count slots."""
     from triton_kernels import routing
 
     flat = topk_ids.flatten()
@@ -73,14 +73,14 @@ def triton_kernels_routing(topk_ids, topk_weights, experts: int):
     return data, routing.GatherIndx(src_indx=slot, dst_indx=place), routing.ScatterIndx(src_indx=place, dst_indx=slot)
 
 
-# gpt-oss's SwiGLU in CUDA C++ of gate a and up b
+# gpt-oss's SwiGLU of gate a and up b, in CUDA C++
 HUMMING_SWIGLU = (
     f"fminf(a, {LIMIT}f) / (1.0f + __expf(-{ALPHA}f * fminf(a, {LIMIT}f))) * (fminf(fmaxf(b, -{LIMIT}f), {LIMIT}f) + 1.0f)"
 )
 
 
 def make_humming(case, layer):
-    """Two indexed products around its activation kernel, which quantises rows for fp8, and a kernel that adds the slots."""
+    """Two indexed GEMMs, its activation kernel between them, which quantises rows for fp8, and a kernel that adds the slots."""
     from humming.forward import humming_forward, may_process_input
     from humming.schema.humming import HummingInputSchema, HummingWeightSchema
     from humming.transform import prepare_layer_config, transform_humming_tensors
@@ -106,11 +106,11 @@ def make_humming(case, layer):
         locks = torch.zeros(2048, dtype=torch.int32, device=weights.codes.device)
         return config, tuning, {"locks": locks, **transform_humming_tensors(config, tensors)}
 
-    products = [prepared(layer.w13), prepared(layer.w2)]
+    gemms = [prepared(layer.w13), prepared(layer.w2)]
     gate_up, down = (layer.w13.bias.new_empty(slots, n, dtype=torch.bfloat16) for n in (2 * intermediate, hidden))
 
-    def product(which: int, x, scale, rows, out, slots_of_row: int):
-        config, tuning, tensors = products[which]
+    def gemm(which: int, x, scale, rows, out, slots_of_row: int):
+        config, tuning, tensors = gemms[which]
         names = ("sorted_ids", "expert_ids", "num_tokens_padded")
         options = {
             "top_k": slots_of_row,
@@ -120,13 +120,13 @@ def make_humming(case, layer):
         humming_forward(config, x, outputs=out, input_scale=scale, **dict(zip(names, rows, strict=True)), **tensors, **options)
 
     def bind(inputs, out):
-        rows = [humming_rows(inputs.topk_ids, experts, tuning["block_shape"][0]) for _, tuning, _ in products]
+        rows = [humming_rows(inputs.topk_ids, experts, tuning["block_shape"][0]) for _, tuning, _ in gemms]
         activation = {"activation_type": "binary_split", "activation_impl": HUMMING_SWIGLU}
 
         def call():
-            product(0, inputs.x, None, rows[0], gate_up, top_k)
-            between, _, scale = may_process_input(products[1][0], gate_up, **activation)
-            product(1, between, scale, rows[1], down, 1)
+            gemm(0, inputs.x, None, rows[0], gate_up, top_k)
+            between, _, scale = may_process_input(gemms[1][0], gate_up, **activation)
+            gemm(1, between, scale, rows[1], down, 1)
             weighted_sum(down, inputs.topk_weights, out)
 
         return call
@@ -135,7 +135,7 @@ def make_humming(case, layer):
 
 
 def humming_rows(topk_ids, experts: int, block: int):
-    """(slots by expert, each expert padded to whole blocks with the number of slots, expert of each block, rows)."""
+    """Return the slots by expert, each expert padded to whole blocks with the number of slots; the expert per block; rows."""
     flat, device = topk_ids.flatten(), topk_ids.device
     order, of_block = [], []
     for expert in range(experts):

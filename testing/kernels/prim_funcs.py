@@ -6,19 +6,16 @@ from typing import NamedTuple
 
 from kernels.scaled_mm.operands import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, problem
 
-from tilelang_ext.kernels.mxfp4_moe import formats as activations
-from tilelang_ext.kernels.mxfp4_moe import sm90_launch as hopper
-from tilelang_ext.kernels.mxfp4_moe import sm90_scatter as rows
-from tilelang_ext.kernels.mxfp4_moe import tiled as stages
+from tilelang_ext.kernels.mxfp4_moe import formats, sm90_mma, sm90_scatter, sm90_wgmma, tiled
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.routing import count_slots, moe_sort
-from tilelang_ext.kernels.mxfp4_moe.sm90_packing import OPERANDS
-from tilelang_ext.kernels.mxfp4_moe.sum_slots import sum_slots
+from tilelang_ext.kernels.mxfp4_moe.sm90_decode import TILE_FORMATS
+from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
 from tilelang_ext.kernels.scaled_mm import sm90_persistent, sm90_split_k, vecmat
 from tilelang_ext.kernels.scaled_mm.operator import KERNELS
 
 ACTIVATION, EPILOGUES = Activation(), ("reduce", "atomic")
-ARCH = "sm_90a"
+ARCH, NUM_SMS = "sm_90a", 132  # of an H200
 
 
 class Case(NamedTuple):
@@ -32,39 +29,48 @@ class Case(NamedTuple):
 
 
 def tiled_moe() -> Iterator[Case]:
-    """The products of `mxfp4_moe` that every target has, and what quantises for them."""
-    for kind in ("bfloat16", "fp8", "mxfp8", "mxfp4"):
-        config, between = stages.pick_config(64, 4, 32, "cuda"), activations.between(kind)
-        yield Case(f"moe gate_up {kind}", stages.gate_up, (config, ACTIVATION, kind), {}, True)
+    """The GEMMs of `mxfp4_moe` that every target has, and the quantisation for them."""
+    config = tiled.Config(16)
+    for a_format in ("bfloat16", "fp8", "mxfp8", "mxfp4"):
+        hidden_format = formats.hidden_format(a_format)
+        yield Case(f"moe gate_up {a_format}", tiled.gate_up, (config, ACTIVATION, a_format), {}, True)
         for epilogue in EPILOGUES:
-            yield Case(f"moe down {kind} {epilogue}", stages.down, (config, between, epilogue), {}, True)
-        if kind == "fp8":
-            yield Case("moe quantize_rows", activations.quantize_rows, ("bfloat16",), {}, True)
-        elif kind != "bfloat16":
-            yield Case(f"moe quantize_groups {kind}", activations.quantize_groups, (kind, "bfloat16"), {}, True)
+            yield Case(f"moe down {a_format} {epilogue}", tiled.down, (config, hidden_format, epilogue), {}, True)
+        if a_format == "fp8":
+            yield Case("moe quantize_rows", formats.quantize_rows, ("bfloat16",), {}, True)
+        elif a_format != "bfloat16":
+            yield Case(f"moe quantize_groups {a_format}", formats.quantize_groups, (a_format, "bfloat16"), {}, True)
 
 
 def around_moe() -> Iterator[Case]:
-    """What runs before, between and after the products of `mxfp4_moe`."""
+    """What runs before, between and after the GEMMs of `mxfp4_moe`."""
+    pass_configs = sm90_scatter.PASS_CONFIGS
     yield Case("moe sort", moe_sort, (16, 64), {}, True)
     yield Case("moe sort int64", moe_sort, (16, 1024, "int64", True), {}, False)
     yield Case("moe count", count_slots, (64,), {}, True)
     yield Case("moe sum_slots", sum_slots, ("bfloat16",), {}, True)
-    yield Case("moe sm90 sum_slots", sum_slots, ("bfloat16", "bfloat16", True), rows.PASS_CONFIGS, False)
-    yield Case("moe sm90 scatter", rows.scatter, (), rows.PASS_CONFIGS, False)
-    yield Case("moe sm90 scatter_quantized", rows.scatter_quantized, (7168,), rows.PASS_CONFIGS, False)
-    yield Case("moe sm90 quantize_sorted", rows.quantize_sorted, (2048,), rows.PASS_CONFIGS, False)
+    yield Case("moe sm90 sum_slots", sum_slots, ("bfloat16", "bfloat16", True), PDL_PASS_CONFIGS, False)
+    yield Case("moe sm90 scatter", sm90_scatter.scatter, (), pass_configs, False)
+    yield Case("moe sm90 scatter_quantized", sm90_scatter.scatter_quantized, (7168,), pass_configs, False)
+    yield Case("moe sm90 quantize_sorted", sm90_scatter.quantize_sorted, (2048,), pass_configs, False)
 
 
 def moe_on_hopper() -> Iterator[Case]:
-    """The products of `mxfp4_moe` on Hopper: a kernel of few tokens, and of two and four bands of rows."""
-    for kind in OPERANDS:
-        for _, _, module, config in hopper._TABLES[kind][::3]:
-            operand = (OPERANDS[kind],) if module is hopper.many else ()
-            name = f"moe sm90 {kind} {config.block_M}"
-            yield Case(f"{name} gate_up", module.gate_up, (config, ACTIVATION, *operand), module.PASS_CONFIGS, False)
-            for epilogue in EPILOGUES:
-                yield Case(f"{name} down {epilogue}", module.down, (config, epilogue, *operand), module.PASS_CONFIGS, False)
+    """The GEMMs of `mxfp4_moe` on Hopper: for few tokens, and with one, two and four tiles of rows per warpgroup."""
+    kernels = [("bfloat16", sm90_mma, sm90_mma.Config(8, 4, 2, 4), ())]
+    for a_format, configs in {
+        "bfloat16": [(24, 4, 9), (128, 2, 7)],
+        "fp8": [(8, 2, 11), (48, 2, 8), (256, 1, 4)],
+    }.items():
+        tile_format = (TILE_FORMATS[a_format],)
+        kernels += [(a_format, sm90_wgmma, sm90_wgmma.Config(*sizes), tile_format) for sizes in configs]
+    for a_format, module, config, tile_format in kernels:
+        name, blocks = f"moe sm90 {a_format} {config.block_M}", (NUM_SMS,) if tile_format else ()
+        first = config, *blocks, ACTIVATION, *tile_format
+        yield Case(f"{name} gate_up", module.gate_up, first, module.PASS_CONFIGS, False)
+        for epilogue in EPILOGUES:
+            second = config, *blocks, epilogue, *tile_format
+            yield Case(f"{name} down {epilogue}", module.down, second, module.PASS_CONFIGS, False)
 
 
 def scaled_matmuls() -> Iterator[Case]:

@@ -76,10 +76,10 @@ def test_scaled_mm(recipes, M, device):
 
 
 @pytest.mark.parametrize("epilogue", ["reduce", "atomic"])
-@pytest.mark.parametrize("kind", ["bfloat16", "fp8", "mxfp8", "mxfp4"])
-def test_mxfp4_moe(kind, epilogue, device):
-    given, expected = arguments(kind=kind)
-    a_dtype = None if kind == "bfloat16" else kind
+@pytest.mark.parametrize("a_format", ["bfloat16", "fp8", "mxfp8", "mxfp4"])
+def test_mxfp4_moe(a_format, epilogue, device):
+    given, expected = arguments(a_format=a_format)
+    a_dtype = None if a_format == "bfloat16" else a_format
     result = mxfp4_moe(*on(device, given), activation=SWIGLU, a_dtype=a_dtype, epilogue=epilogue).cpu()
     assert torch.nn.functional.cosine_similarity(result.double(), expected, dim=1).mean() >= 0.9999
     assert_close(result, expected, dtype="bfloat16", max_error=0.03)

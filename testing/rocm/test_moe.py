@@ -1,25 +1,25 @@
-"""`mxfp4_moe` on AMD: what it launches is executed from its text and compiled, each kernel lowered once; the door of ROCm's
-torch."""
+"""`mxfp4_moe` on AMD: what it launches is executed from its text and compiled, each kernel lowered once; and what the operator
+does on a ROCm build of torch.
+"""
 
 import functools
 
 import pytest
 import torch
-from kernels.mxfp4_moe.operands import SWIGLU, arguments
+from kernels.mxfp4_moe.operands import SWIGLU, arguments, problem
 from numeric import assert_close
 from rocm.gates import MOE, Gated, gate
 
 from tilelang_ext import simulate
-from tilelang_ext.kernels.mxfp4_moe import formats as activations
+from tilelang_ext.kernels.mxfp4_moe import formats, tiled
 from tilelang_ext.kernels.mxfp4_moe import launch as moe_launch
-from tilelang_ext.kernels.mxfp4_moe import operator as door
-from tilelang_ext.kernels.mxfp4_moe import tiled as stages
+from tilelang_ext.kernels.mxfp4_moe import operator as moe_operator
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_moe.routing import count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe.sum_slots import sum_slots
 from tilelang_ext.rocm import program
 
-PRODUCTS = (stages.gate_up, stages.down)
+GEMMS = (tiled.gate_up, tiled.down)
 COSINE = 0.9999  # of the mean row, as other targets' tests have it
 
 
@@ -30,10 +30,10 @@ def lowered(make, options, arch):
 
 @pytest.fixture
 def launched(request, monkeypatch):
-    """Tensors on the CPU go the way of a GPU's, on memory full of NaN; returns (function that made it, program) of launches."""
+    """Tensors on the CPU get the launches of a GPU, on memory full of NaN; returns (function that made it, program) of each."""
     arch, programs = request.param, []
 
-    def compiled(make, options, device):
+    def compiled(make, options, device, pass_configs):
         made = lowered(make, options, arch)
         programs.append((make, made))
 
@@ -43,64 +43,64 @@ def launched(request, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(door, "_by_reference", functools.partial(moe_launch.launch, compiled=compiled))
+    monkeypatch.setattr(moe_operator, "_by_reference", functools.partial(moe_launch.launch, compiled=compiled))
     torch.use_deterministic_algorithms(True)
     yield programs
     torch.use_deterministic_algorithms(False)
 
 
-# Both epilogues on every chip, and of every kind of activations.
+# Both epilogues on every chip, and for every format of activations.
 CASES = [
-    (arch, kind, ("reduce", "atomic")[(i + j) % 2])
+    (arch, a_format, ("reduce", "atomic")[(i + j) % 2])
     for i, arch in enumerate(("gfx942", "gfx950", "gfx1100", "gfx1201"))
-    for j, kind in enumerate(("bfloat16", "fp8", "mxfp4"))
+    for j, a_format in enumerate(("bfloat16", "fp8", "mxfp4"))
 ]
 
 
 def gated(make, made):
-    return Gated(made.source, made.dynamic_lds, MOE[made.arch] if make in PRODUCTS else None)
+    return Gated(made.source, made.dynamic_lds, MOE[made.arch] if make in GEMMS else None)
 
 
 @pytest.mark.hip
-@pytest.mark.parametrize(("launched", "kind", "epilogue"), CASES, indirect=["launched"])
-def test_values_and_machine_code(launched, kind, epilogue):
-    operands, expected = arguments(kind=kind)
-    a_dtype = None if kind == "bfloat16" else kind
+@pytest.mark.parametrize(("launched", "a_format", "epilogue"), CASES, indirect=["launched"])
+def test_values_and_machine_code(launched, a_format, epilogue):
+    operands, expected = arguments(a_format=a_format)
+    a_dtype = None if a_format == "bfloat16" else a_format
     out = torch.full_like(operands[0], torch.nan)
     mxfp4_moe(*operands, activation=SWIGLU, a_dtype=a_dtype, epilogue=epilogue, out=out)
     assert torch.nn.functional.cosine_similarity(out.double(), expected, dim=1).mean() >= COSINE
     assert_close(out, expected, dtype="bfloat16", max_error=None if a_dtype is None else 0.03)
     arch = launched[0][1].arch
     assert [made.arch for _, made in launched] == [arch] * len(launched)
-    assert {make for make, _ in launched} >= set(PRODUCTS)
+    assert {make for make, _ in launched} >= set(GEMMS)
     gate({f"{made.name}_{i}": gated(make, made) for i, (make, made) in enumerate(launched)}, arch)
 
 
 MI200 = {
-    stages.gate_up: (stages.Config(16), SWIGLU, "bfloat16"),
-    stages.down: (stages.Config(16), "bfloat16", "reduce"),
+    tiled.gate_up: (tiled.Config(16), SWIGLU, "bfloat16"),
+    tiled.down: (tiled.Config(16), "bfloat16", "reduce"),
     sum_slots: ("bfloat16",),
     count_slots: (64,),
     moe_sort: (16, 64),
-    activations.quantize_rows: ("bfloat16",),
-    activations.quantize_groups: ("mxfp4", "bfloat16"),
+    formats.quantize_rows: ("bfloat16",),
+    formats.quantize_groups: ("mxfp4", "bfloat16"),
 }
 
 
 @pytest.mark.hip
 def test_machine_code_of_mi200():
-    """Its instruction for bfloat16 is another than MI300's; the rest of the text is the same."""
+    """Its instruction for bfloat16 differs from that of MI300; the rest of the text is the same."""
     gate({make.__name__: gated(make, lowered(make, options, "gfx90a")) for make, options in MI200.items()}, "gfx90a")
 
 
 @pytest.mark.hip
 @pytest.mark.parametrize("arch", MOE)
 def test_machine_code_of_larger_tiles(arch):
-    """The tiles that `pick_config` has for more tokens; gate and up hold twice the sums of down."""
+    """The tiles that `pick_config` returns for more tokens; gate_up holds twice the accumulators of down."""
     kernels = {}
     for tokens in (32, 64, 128):
-        config = stages.pick_config(tokens, 1, 1, "hip")
+        config = tiled.pick_config(problem(tokens, 1, 1, target_kind="hip"))
         assert config.block_M == tokens
-        made = lowered(stages.gate_up, (config, SWIGLU, "bfloat16"), arch)
-        kernels[f"{made.name}_{tokens}"] = gated(stages.gate_up, made)
+        made = lowered(tiled.gate_up, (config, SWIGLU, "bfloat16"), arch)
+        kernels[f"{made.name}_{tokens}"] = gated(tiled.gate_up, made)
     gate(kernels, arch)

@@ -6,6 +6,7 @@
 # Public names, and the modules that they are loaded from on first use.
 PUBLIC = {
     "Activation": "tilelang_ext.kernels.mxfp4_moe.activation",
+    "HopperWeights": "tilelang_ext.kernels.mxfp4_moe.weights",
     "MXFP4Experts": "tilelang_ext.kernels.mxfp4_moe.experts",
     "MXFP4Weights": "tilelang_ext.kernels.mxfp4_moe.weights",
     "check_topk_ids": "tilelang_ext.kernels.mxfp4_moe.arguments",

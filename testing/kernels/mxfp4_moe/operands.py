@@ -1,11 +1,17 @@
-"""Operands of a small mixture of experts, as `mxfp4_moe` takes them, whose weights are stored wider than they are."""
+"""Operands of a small mixture of experts, as `mxfp4_moe` takes them, with weights that are stored wider than they are."""
 
+import dataclasses
 import functools
 
 import torch
 
 from tilelang_ext import formats, quantization, reference
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
+from tilelang_ext.kernels.mxfp4_moe.arguments import Operands
+from tilelang_ext.kernels.mxfp4_moe.formats import hidden_format
+from tilelang_ext.kernels.mxfp4_moe.launch import compiled as compiled_for_device
+from tilelang_ext.kernels.mxfp4_moe.launch import launch, problem_of
+from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, Problem
 from tilelang_ext.kernels.mxfp4_moe.weights import prepare_mxfp4_weights
 
 SWIGLU = Activation()
@@ -14,6 +20,23 @@ TOKENS, TOP_K, E, H, I = 5, 2, 4, 96, 96
 STORED_H, STORED_I, STORED_K13, STORED_K2 = 104, 104, 160, 128
 MX = formats.BlockScaledLayout.e8m0_k32()
 TOPK_IDS = torch.tensor([[0, 1], [1, 3], [3, 0], [1, 0], [0, 9]])  # none to expert 2; no expert 9
+
+
+def problem(tokens: int, top_k: int, num_experts: int, **changes) -> Problem:
+    """A problem for CUDA with bfloat16 activations and weights in the general layout, but for `changes`."""
+    fields = {"num_local_experts": num_experts, "hidden_size": 2880, "intermediate_size": 2880, "dtype": "bfloat16"}
+    fields |= {"ids_dtype": "int64", "a_format": "bfloat16", "weights_layout": GENERAL_LAYOUT, "activation": SWIGLU}
+    fields |= {"epilogue": "reduce", "target_kind": "cuda", "num_sms": 132}
+    return Problem(tokens, top_k, num_experts, **fields | changes)
+
+
+def launch_kernels(
+    tensors, out, activation=SWIGLU, a_format="bfloat16", epilogue="reduce", mask=None, compiled=compiled_for_device, **changes
+) -> None:
+    """Launch what a GPU gets for (x, topk_ids, topk_weights, w13, w2); `changes` are made to the problem."""
+    operands = Operands(*tensors, mask)
+    problem = dataclasses.replace(problem_of(operands, activation, a_format, epilogue), **changes)
+    launch(problem, operands, out, compiled=compiled)
 
 
 def stored(rows, k, generator):
@@ -38,10 +61,10 @@ def case():
     return x, torch.rand(TOKENS, TOP_K, generator=generator), (w13, s13, b13), (w2, s2, b2), d13, d2, biases
 
 
-def arguments(activation=SWIGLU, mask=None, kind="bfloat16"):
-    """Operands whose padding is NaN, as mxfp4_moe takes them, and the float64 result with activations rounded to `kind`."""
+def arguments(activation=SWIGLU, mask=None, a_format="bfloat16"):
+    """Operands with padding of NaN, as mxfp4_moe takes them, and the float64 result with activations rounded to `a_format`."""
     x, topk_weights, w13, w2, d13, d2, (bias13, bias2) = case()
-    x = x.half() if kind == "float16" else x
+    x = x.half() if a_format == "float16" else x
     weights = (
         prepare_mxfp4_weights(*w13, gate="separated", rows=d13.shape[1], k=d13.shape[2]),
         prepare_mxfp4_weights(*w2, rows=d2.shape[1], k=d2.shape[2]),
@@ -51,18 +74,18 @@ def arguments(activation=SWIGLU, mask=None, kind="bfloat16"):
         "activation": functools.partial(act, gate="separated"),
         "bias13": bias13,
         "bias2": bias2,
-        "between": "mxfp8" if kind == "fp8" else kind,
+        "between": hidden_format(a_format),
         "expert_mask": mask,
     }
-    expected = reference.moe(reference.requantize(x, kind), TOPK_IDS, topk_weights, d13, d2, **options)
+    expected = reference.moe(reference.requantize(x, a_format), TOPK_IDS, topk_weights, d13, d2, **options)
     return (x, TOPK_IDS, topk_weights, *weights), expected
 
 
 @functools.cache
 def one_hot():
-    """Tokens whose x is 1 at one k, layers of 8 experts that give a column of random weights under LINEAR, and those columns.
+    """Tokens whose x is 1 at one k, layers of 8 experts that return a column of random weights with LINEAR, and those columns.
 
-    Of layer "w2" the columns are of w2, of "gate" and "up" of the halves of w13; all else is the identity, or a constant.
+    Layer "w2" returns columns of w2, layers "gate" and "up" those of a half of w13; the other weights are the identity or zero.
     """
     experts, size = 8, 96
     generator = torch.Generator().manual_seed(1)

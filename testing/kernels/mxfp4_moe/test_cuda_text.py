@@ -8,7 +8,7 @@ import torch
 from cuda.execute import execute, needs_compiler
 from cuda.kernels import lower
 from cuda.toolkit import compile_texts, needs_nvcc
-from kernels.mxfp4_moe.operands import MX, SWIGLU, TOP_K, TOPK_IDS, E, H, I, arguments, case
+from kernels.mxfp4_moe.operands import MX, SWIGLU, TOP_K, TOPK_IDS, E, H, I, arguments, case, problem
 from numeric import assert_close
 
 from tilelang_ext import formats, quantization, reference
@@ -18,7 +18,7 @@ from tilelang_ext.kernels.mxfp4_moe.sum_slots import sum_slots
 from tilelang_ext.kernels.mxfp4_moe.tiled import down, gate_up, pick_config
 
 pytestmark = pytest.mark.skipif(tilelang.__version__.startswith("0.1.14"), reason="upstream's CUDA does not compile")
-LARGE = pick_config(4096, 4, 32, "cuda")  # 256 threads, and the most registers
+LARGE = pick_config(problem(4096, 4, 32))  # 256 threads, and the most registers
 KERNELS = {
     "gate_up": lambda: gate_up(LARGE, SWIGLU, "mxfp8"),
     "down": lambda: down(LARGE, "mxfp8", "reduce"),
@@ -49,7 +49,7 @@ def test_machine_code(arch, names, unit):
 
 @needs_compiler
 def test_values():
-    """Both products, a block of threads after the other; what is padded is poison."""
+    """Both GEMMs, one block of threads after the other; padding is poison."""
     x, topk_weights, w13, w2, *_ = case()
     rows = reference.moe_sort(TOPK_IDS, topk_weights, E, LARGE.block_M)
     blocks, tokens = len(rows.expert_ids), len(x)
@@ -70,4 +70,4 @@ def test_values():
     run("down", w2)
     assert tensors["y"][4, 1].isnan().all(), "no expert 9 wrote"
     tensors["y"][4, 1] = 0
-    assert_close(tensors["y"].sum(1), arguments(kind="mxfp8")[1], dtype="float32")
+    assert_close(tensors["y"].sum(1), arguments(a_format="mxfp8")[1], dtype="float32")

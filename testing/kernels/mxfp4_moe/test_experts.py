@@ -19,7 +19,7 @@ from tilelang_ext.kernels.mxfp4_moe import experts as module_of_experts
 from tilelang_ext.kernels.mxfp4_moe import operator
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.experts import NAMES, MXFP4Experts
-from tilelang_ext.kernels.mxfp4_moe.weights import tile_for_hopper
+from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights, tile_for_hopper
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[3] / "examples")]
 
@@ -82,7 +82,7 @@ def test_same_as_transformers():
 
 
 def test_in_a_model():
-    """Two layers of gpt-oss in bfloat16, loaded by name: the error against float64 is no more than that of its own experts."""
+    """Two layers of gpt-oss in bfloat16, loaded by name: the error against float64 is hardly above that of its own experts."""
     sizes = {
         "num_hidden_layers": 2,
         "num_local_experts": E,
@@ -123,7 +123,7 @@ def test_same_as_transformers_on_a_gpu(epilogue):
 
 
 def test_files(tmp_path):
-    """One layer out of several, its tensors in two files; what is asked for is read, and nothing else."""
+    """One layer out of several, with its tensors in two files; only the tensors asked for are read."""
     tensors = checkpoint(prefix=PREFIX)
     names = sorted(tensors)
     files = tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"
@@ -142,7 +142,7 @@ def test_files(tmp_path):
 
 
 def test_state_dict_is_a_checkpoint():
-    """It gives what it took, in a module's module too; gate and up rows lie apart inside."""
+    """It returns what was loaded, in a nested module too; inside, gate and up rows lie apart."""
     tensors = checkpoint()
     model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": MXFP4Experts(E, H, I)})})
     model.load_state_dict({f"mlp.experts.{name}": tensor for name, tensor in tensors.items()})
@@ -168,7 +168,7 @@ def test_moves_and_casts():
 
 
 def test_weights_are_prepared_once(monkeypatch):
-    """Not in each call, but again when others were loaded, and when a cast or a move replaced them."""
+    """They are not prepared in each call, but again after a load, and after a cast or a move replaced the buffers."""
     prepared, prepare = [], module_of_experts.prepare_mxfp4_weights
     monkeypatch.setattr(
         module_of_experts, "prepare_mxfp4_weights", lambda *a, **options: prepared.append(0) or prepare(*a, **options)
@@ -189,7 +189,7 @@ def test_weights_are_prepared_once(monkeypatch):
 
 
 def test_tiles_on_hopper(monkeypatch):
-    """On a GPU of capability 9.0 both weights are in tiles, or neither where these cannot hold a scale."""
+    """On a GPU of capability 9.0 both weights are tiled, and neither where tiles cannot hold a scale."""
     x = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16)
     capability = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
@@ -212,18 +212,19 @@ def test_tiles_on_hopper(monkeypatch):
     experts(*inputs())
     want = tile_for_hopper(experts.w13, gate=True), tile_for_hopper(experts.w2, gate=False)
     for tiled, same in zip(given[0], want, strict=True):
-        assert torch.equal(tiled.codes, same.codes)
+        assert isinstance(tiled, HopperWeights)
+        assert torch.equal(tiled.tiles, same.tiles)
         assert torch.equal(tiled.bias, same.bias)
     assert given[1][0] is given[0][0]
     large = checkpoint()
     large["down_proj_scales"][0, 0, 0] = 130
     experts.load_state_dict(large)
     experts(*inputs())
-    assert all(w.codes.ndim == 3 for w in given[2])
+    assert all(isinstance(weights, MXFP4Weights) for weights in given[2])
     experts.a_dtype = "fp8"
     experts(*inputs())
-    assert torch.equal(given[3][0].codes, tile_for_hopper(experts.w13, gate=True, a_dtype="fp8").codes)
-    assert given[3][1].scale.shape == given[3][1].bias.shape
+    assert torch.equal(given[3][0].tiles, tile_for_hopper(experts.w13, gate=True, a_dtype="fp8").tiles)
+    assert given[3][1].row_scale.shape == given[3][1].bias.shape
 
 
 def test_shapes_of_forward():

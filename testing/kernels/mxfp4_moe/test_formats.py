@@ -1,4 +1,4 @@
-"""Quantisation of activations on the device: codes and scales of the host's quantiser, bit for bit, ties included."""
+"""Quantisation of activations on the device: the codes and scales of the host's quantiser, bit for bit, ties included."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ ROWS, K = 48, 288
 
 
 def values(dtype):
-    """Rows of all magnitudes; from row 4 on mostly odd multiples of 1/32 of the row's largest: ties of the codes."""
+    """Rows of all magnitudes; from row 4 on mostly odd multiples of 1/32 of a row's largest element, which are ties."""
     generator = torch.Generator().manual_seed(0)
     low, high = (-30, 10) if dtype == torch.float16 else (-150, 100)
     scale = torch.exp2(torch.randint(low, high, (ROWS, 1), generator=generator).double())
@@ -44,11 +44,11 @@ def test_a_row_with_nan_or_infinity_has_the_scale_nan():
     assert scale.isnan().tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize(("kind", "target"), [("mxfp8", "c"), ("mxfp4", "metal")])
-def test_groups(kind, target):
+@pytest.mark.parametrize(("a_format", "target"), [("mxfp8", "c"), ("mxfp4", "metal")])
+def test_groups(a_format, target):
     x = values(torch.bfloat16).view(-1, 32)
-    want, want_scale = quantization.quantize(x, {"mxfp8": formats.E4M3, "mxfp4": formats.E2M1}[kind], L.e8m0_k32())
+    want, want_scale = quantization.quantize(x, {"mxfp8": formats.E4M3, "mxfp4": formats.E2M1}[a_format], L.e8m0_k32())
     codes, scale = torch.full(want.shape, 0x5A, dtype=torch.uint8), torch.full(want_scale.shape, 0x5A, dtype=torch.uint8)
-    runner(quantize_groups(kind, "bfloat16"), target)(x, codes, scale)
+    runner(quantize_groups(a_format, "bfloat16"), target)(x, codes, scale)
     assert torch.equal(scale, want_scale)
     assert torch.equal(codes, want.view(torch.uint8))

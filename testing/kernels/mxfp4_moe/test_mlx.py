@@ -1,4 +1,4 @@
-"""`mxfp4_moe` against MLX's own products of MXFP4 weights on the same bytes: `gather_qmm` and `dequantize`."""
+"""`mxfp4_moe` against MLX's own GEMMs with MXFP4 weights on the same bytes: `gather_qmm` and `dequantize`."""
 
 import functools
 
@@ -10,7 +10,7 @@ from numeric import assert_close
 
 from tilelang_ext import quantization
 from tilelang_ext.formats import E2M1, BlockScaledLayout
-from tilelang_ext.kernels.mxfp4_moe import operator as door
+from tilelang_ext.kernels.mxfp4_moe import operator as moe_operator
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.launch import launch
 from tilelang_ext.kernels.mxfp4_moe.weights import prepare_mxfp4_weights
@@ -81,7 +81,7 @@ def operator():
     gate_up = [torch.cat(pair, 1) for pair in zip(gate, up, strict=True)]
     w13 = prepare_mxfp4_weights(*gate_up, source="mlx", gate="separated")
     w2 = prepare_mxfp4_weights(*down, source="mlx")
-    return door.mxfp4_moe(x, topk_ids, topk_weights, w13, w2, activation=Activation())
+    return moe_operator.mxfp4_moe(x, topk_ids, topk_weights, w13, w2, activation=Activation())
 
 
 @pytest.mark.parametrize("is_sorted", [False, True], ids=["unsorted", "sorted"])
@@ -93,10 +93,10 @@ def test_cpu(product, is_sorted):
 def test_kernels(monkeypatch):
     """The launches that a GPU gets, on target c."""
 
-    def compiled(make, arguments, device):
+    def compiled(make, arguments, device, pass_configs):
         return tilelang.compile(make(*arguments), target="c")
 
-    monkeypatch.setattr(door, "_by_reference", functools.partial(launch, compiled=compiled))
+    monkeypatch.setattr(moe_operator, "_by_reference", functools.partial(launch, compiled=compiled))
     assert_close(operator(), by_mlx(gather_qmm, True), **BOUNDS)
 
 

@@ -1,4 +1,4 @@
-"""`mxfp4_moe` at its door: the CPU against float64, tracing, errors by message."""
+"""The operator `mxfp4_moe`: the CPU against float64, tracing, errors by message."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tilelang_ext import formats, quantization, reference
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.arguments import check_topk_ids
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
-from tilelang_ext.kernels.mxfp4_moe.weights import prepare_mxfp4_weights
+from tilelang_ext.kernels.mxfp4_moe.weights import from_arguments, prepare_mxfp4_weights, to_arguments
 
 
 @pytest.mark.parametrize("activation", [SWIGLU, Activation("silu")], ids=lambda a: a.name)
@@ -35,10 +35,10 @@ A_DTYPES = {
 }
 
 
-@pytest.mark.parametrize("kind", A_DTYPES)
-def test_cpu_activations(kind):
-    operands, expected = arguments(kind=kind)
-    for a_dtype in A_DTYPES[kind]:
+@pytest.mark.parametrize("a_format", A_DTYPES)
+def test_cpu_activations(a_format):
+    operands, expected = arguments(a_format=a_format)
+    for a_dtype in A_DTYPES[a_format]:
         assert_close(mxfp4_moe(*operands, activation=SWIGLU, a_dtype=a_dtype), expected, dtype="bfloat16")
 
 
@@ -49,7 +49,7 @@ def test_no_tokens():
 
 
 def test_activations_in_fewer_bits_cost_little():
-    """The cosine with the model that nothing is rounded in; a4w4 is at 0.98 without biases, where rounding is all there is."""
+    """The cosine with a model in which nothing is rounded. Without biases, which are not rounded, a4w4 has 0.98."""
     tokens, H, I, E, top_k = 64, 512, 256, 4, 2
     generator = torch.Generator().manual_seed(0)
 
@@ -62,9 +62,9 @@ def test_activations_in_fewer_bits_cost_little():
     topk_ids = torch.rand(tokens, E, generator=generator).topk(top_k).indices
     operands = (x, topk_ids, torch.rand(tokens, top_k, generator=generator), w13, w2)
     exact = mxfp4_moe(*operands, activation=SWIGLU)
-    for kind, least in (("fp8", 0.999), ("mxfp8", 0.999), ("mxfp4", 0.985)):
-        got = mxfp4_moe(*operands, activation=SWIGLU, a_dtype=kind)
-        assert torch.nn.functional.cosine_similarity(got.double(), exact.double(), dim=1).mean() >= least, kind
+    for a_dtype, least in (("fp8", 0.999), ("mxfp8", 0.999), ("mxfp4", 0.985)):
+        got = mxfp4_moe(*operands, activation=SWIGLU, a_dtype=a_dtype)
+        assert torch.nn.functional.cosine_similarity(got.double(), exact.double(), dim=1).mean() >= least, a_dtype
 
 
 def test_cpu_dequantises_one_expert_at_a_time_and_only_those_used(monkeypatch):
@@ -83,7 +83,8 @@ def test_cpu_dequantises_one_expert_at_a_time_and_only_those_used(monkeypatch):
 def test_operators():
     """What torch asks of an operator: schema, shapes without data, tracing whole."""
     (x, topk_ids, topk_weights, w13, w2), _ = arguments()
-    arguments_of_op = (x, topk_ids, topk_weights, *w13, *w2, "swiglu", 1.702, 7.0, "mxfp4", "reduce", None)
+    arguments_of_op = (x, topk_ids, topk_weights, *to_arguments(w13), *to_arguments(w2))
+    arguments_of_op += ("swiglu", 1.702, 7.0, "mxfp4", "reduce", None)
     torch.library.opcheck(torch.ops.tilelang_ext.mxfp4_moe.default, arguments_of_op)
     torch.library.opcheck(torch.ops.tilelang_ext.mxfp4_moe_out.default, (*arguments_of_op, torch.empty_like(x)))
 
@@ -114,13 +115,14 @@ def test_check_topk_ids():
         (0, torch.zeros(5, 64).bfloat16(), ValueError, "x must be .tokens, H."),
         (0, torch.zeros(5, 96, 1).bfloat16(), ValueError, "x must be .tokens, H."),
         (1, torch.zeros(5, 2), TypeError, "topk_ids must be int32 or int64"),
-        (1, torch.zeros(4, 2, dtype=torch.int32), ValueError, "one row a token"),
+        (1, torch.zeros(4, 2, dtype=torch.int32), ValueError, "one row per token"),
         (2, torch.zeros(5, 2, dtype=torch.int32), TypeError, "topk_weights must be"),
         (2, torch.zeros(5, 2, device="meta"), ValueError, "topk_weights must be on cpu"),
-        (2, torch.zeros(5, 1), ValueError, "one row a token"),
+        (2, torch.zeros(5, 1), ValueError, "one row per token"),
         (3, arguments()[0][3]._replace(rows=64), ValueError, "check the pair of weights"),
         (4, arguments()[0][4]._replace(rows=64), ValueError, "check the pair of weights"),
-        (4, arguments()[0][4]._replace(codes=torch.zeros(3, 104, 64, dtype=torch.uint8)), ValueError, "equal experts"),
+        (4, arguments()[0][4]._replace(codes=torch.zeros(3, 104, 64, dtype=torch.uint8)), ValueError, "equally many experts"),
+        (4, tuple(arguments()[0][4]), TypeError, "w2 must be MXFP4Weights or HopperWeights; got tuple"),
     ],
 )
 def test_errors_of_operands(index, value, error, message):
@@ -149,3 +151,5 @@ def test_errors_of_options():
         mxfp4_moe(*arguments()[0], activation=SWIGLU, epilogue="sum")
     with pytest.raises(TypeError, match="a_dtype must be"):
         mxfp4_moe(*arguments()[0], activation=SWIGLU, a_dtype=torch.float8_e5m2)
+    with pytest.raises(ValueError, match="layout of weights must be one of general, hopper_bfloat16, hopper_fp8; got 'tiled'"):
+        from_arguments(*w2, "tiled")

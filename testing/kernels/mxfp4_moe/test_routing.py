@@ -6,11 +6,10 @@ import pytest
 import torch
 from cuda.execute import execute, needs_compiler
 from cuda.kernels import lower
+from kernels.mxfp4_moe.operands import launch_kernels
 from kernels.mxfp4_moe.targets import TARGETS, runner
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.mxfp4_moe.activation import Activation
-from tilelang_ext.kernels.mxfp4_moe.launch import launch
 from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, TOKEN_BITS, capacity_of, count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights
 
@@ -24,7 +23,7 @@ def compiled(make, options, target):
 
 
 def by_cuda_text(prim_func):
-    """A function of tensors, as `runner` returns; one block of threads after the other."""
+    """A function of tensors, as `runner` returns; it runs one block of threads after the other."""
     text = lower(prim_func, "sm_90a")
     names = [prim_func.buffer_map[parameter].name for parameter in prim_func.params]
 
@@ -40,7 +39,7 @@ def by_cuda_text(prim_func):
 
 
 def routing(tokens, top_k, num_experts, seed=0):
-    """Distinct experts for each token, never the last but one, which stays empty."""
+    """Distinct experts for each token, never the second last, which stays empty."""
     generator = torch.Generator().manual_seed(seed)
     score = torch.rand(tokens, num_experts, generator=generator)
     score[:, max(num_experts - 2, 0)] = -1
@@ -123,7 +122,7 @@ def test_int64_ids(target):
 
 @pytest.mark.parametrize("target", WITH_CUDA)
 def test_many_experts(target):
-    """In one chunk, and in three, the last of which is the smallest."""
+    """In one chunk, and in three, of which the last is the smallest."""
     check(target, *routing(20, 4, 1024), 1024)
     topk_ids, topk_weights = routing(701, 3, 1024)
     topk_ids[3, 1], topk_ids[400, 0], topk_ids[700, 2] = 1024, -1, 2**31 - 1
@@ -133,10 +132,10 @@ def test_many_experts(target):
 
 @pytest.mark.parametrize(("tokens", "chunks"), [(1, 1), (CHUNK // 4, 1), (CHUNK // 4 + 1, 2), (5 * CHUNK, 20)])
 def test_launches(tokens, chunks):
-    """A chunk knows itself; more of them are counted first."""
+    """One chunk needs no other's counts; where there are more, a kernel before the sort counts them."""
     launched = []
 
-    def compiled(make, options, device):
+    def compiled(make, options, device, pass_configs):
         return lambda *tensors: launched.append((make, tensors))
 
     def empty(*shape, dtype=torch.uint8):
@@ -146,7 +145,7 @@ def test_launches(tokens, chunks):
     w13 = MXFP4Weights(empty(experts, 2 * H, H // 2), empty(experts, 2 * H, 1), empty(experts, 2 * H), 2 * H, H)
     w2 = MXFP4Weights(empty(experts, H, H // 2), empty(experts, H, 1), empty(experts, H), H, H)
     x, topk_ids = empty(tokens, H, dtype=torch.bfloat16), empty(tokens, 4, dtype=torch.int64)
-    launch(x, topk_ids, empty(tokens, 4), w13, w2, Activation(), "bfloat16", "reduce", None, x, compiled=compiled)
+    launch_kernels((x, topk_ids, empty(tokens, 4), w13, w2), x, compiled=compiled)
     makes, operands = zip(*launched, strict=True)
     sort = makes.index(moe_sort)
     assert makes[:sort] == (count_slots,) * (chunks > 1)

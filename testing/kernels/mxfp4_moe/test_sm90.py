@@ -1,38 +1,37 @@
 """The mixture of experts on Hopper: values by running the CUDA text on the CPU, the machine code, what is refused."""
 
-import types
-
 import pytest
 import tilelang
 import torch
 from cuda.execute import needs_compiler
 from cuda.toolkit import compile_texts, needs_nvcc
 from kernels.hopper import Box, execute
+from kernels.mxfp4_moe.operands import SWIGLU, launch_kernels, problem
 from kernels.mxfp4_moe.sm90_cases import ARCH, quantized, text_of
 from numeric import assert_close
 from tilelang import tvm
 
 from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
-from tilelang_ext.kernels.mxfp4_moe import operator as door
-from tilelang_ext.kernels.mxfp4_moe import sm90_launch as launch
-from tilelang_ext.kernels.mxfp4_moe import sm90_mma as few
-from tilelang_ext.kernels.mxfp4_moe import sm90_scatter as rows
-from tilelang_ext.kernels.mxfp4_moe import sm90_wgmma as many
-from tilelang_ext.kernels.mxfp4_moe.activation import Activation
-from tilelang_ext.kernels.mxfp4_moe.launch import launch as launch_all
+from tilelang_ext.kernels.mxfp4_moe import launch as moe_launch
+from tilelang_ext.kernels.mxfp4_moe import operator as moe_operator
+from tilelang_ext.kernels.mxfp4_moe import sm90_mma, sm90_scatter, sm90_wgmma
+from tilelang_ext.kernels.mxfp4_moe.arguments import Operands
+from tilelang_ext.kernels.mxfp4_moe.launch import problem_of
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
+from tilelang_ext.kernels.mxfp4_moe.problem import HOPPER_LAYOUTS
 from tilelang_ext.kernels.mxfp4_moe.routing import moe_sort
-from tilelang_ext.kernels.mxfp4_moe.sm90_packing import OPERANDS, TILE
-from tilelang_ext.kernels.mxfp4_moe.weights import prepare_mxfp4_weights, tile_for_hopper
+from tilelang_ext.kernels.mxfp4_moe.sm90_decode import TILE, TILE_FORMATS
+from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper
 
 EXPERTS, TOKENS, TOP_K = 3, 5, 2
 H, I = 96, 160  # K of one step and a half, and of two and a half; rows that fill no tile
-LONG = (288, 416)  # the same in steps of E4M3, more than a ring has stages
+LONG = (288, 416)  # the same in steps of E4M3, more steps than the pipeline has stages
+NUM_BLOCKS = 1  # of a persistent kernel here: it takes several tiles
 
 
 class Case:
-    """Random weights, padded with poison, and the routing of a block for each of two experts; one has no token."""
+    """Random weights, padded with poison, and a routing with one block for each of two experts; the third has no token."""
 
     def __init__(self, block_M, H=H, I=I):
         self.H, self.I = H, I
@@ -41,7 +40,8 @@ class Case:
         def weights(rows, k, padding, gate):
             codes = torch.randint(0, 256, (EXPERTS, rows + padding, k // 2 + 16), generator=generator, dtype=torch.uint8)
             scale = torch.randint(118, 129, (EXPERTS, rows + padding, k // 32 + 1), generator=generator, dtype=torch.uint8)
-            bias = torch.randn(EXPERTS, rows + padding, generator=generator) * (1 if gate else 300)  # as large as products
+            size = 1 if gate else 300  # as large as the result of the GEMM
+            bias = torch.randn(EXPERTS, rows + padding, generator=generator) * size
             return prepare_mxfp4_weights(codes, scale, bias, gate=gate, rows=rows, k=k)
 
         self.w13, self.w2 = weights(2 * I, H, 64, "separated"), weights(H, I, 32, None)
@@ -64,7 +64,7 @@ class Case:
         self.num_valid = torch.tensor([2 * block_M], dtype=torch.int32)
 
     def expected_hidden(self, x):
-        """Of x (tokens, H) and the rows that have a token, float64."""
+        """The hidden rows that have a token, float64, given x (tokens, H)."""
         half = self.w13.codes.shape[1] // 2
         order = torch.cat([torch.arange(self.I), half + torch.arange(self.I)])
         matrix = dequantized(self.w13)[:, order, : self.H]
@@ -76,7 +76,7 @@ class Case:
         return torch.stack(rows)
 
     def expected(self, hidden):
-        """(tokens, top_k, H) of `hidden`, NaN where no row has the slot."""
+        """The result (tokens, top_k, H) given the hidden rows, NaN where no row has the slot."""
         matrix = dequantized(self.w2)[:, : self.H, : self.I]
         y = torch.full((TOKENS, TOP_K, self.H), torch.nan, dtype=torch.float64)
         for row, (token, slot) in self.rows.items():
@@ -90,67 +90,77 @@ def dequantized(weights):
     return reference.dequantize(weights.codes, weights.scale, E2M1, BlockScaledLayout.e8m0_k32())
 
 
-def run(module, config, kind, H, I):
-    """What lies before the products, both of them, and what lies between, each against float64 of what it was given."""
+def prim_funcs(module, config, a_format, epilogue, num_blocks=NUM_BLOCKS):
+    """The prim_funcs of both GEMMs."""
+    if module is sm90_mma:
+        return module.gate_up(config, SWIGLU), module.down(config, epilogue)
+    tile_format = TILE_FORMATS[a_format]
+    return module.gate_up(config, num_blocks, SWIGLU, tile_format), module.down(config, num_blocks, epilogue, tile_format)
+
+
+def run(module, config, a_format, H, I):
+    """What runs before, between and after the GEMMs, and both of them, each against float64 of what it was given."""
     case = Case(config.block_M, H, I)
-    w13, w2 = (tile_for_hopper(w, gate=gate, a_dtype=kind) for w, gate in ((case.w13, True), (case.w2, False)))
-    operand, capacity = OPERANDS[kind], len(case.token_ids)
+    w13, w2 = (tile_for_hopper(w, gate=gate, a_dtype=a_format) for w, gate in ((case.w13, True), (case.w2, False)))
+    tile_format, capacity = TILE_FORMATS[a_format], len(case.token_ids)
     tensors = {
         "token_ids": case.token_ids, "weights": case.weights, "expert_ids": case.expert_ids, "num_valid": case.num_valid,
         "positions": case.positions, "x": case.x,
-        "w13": w13.codes, "scale13": w13.scale, "bias13": w13.bias, "w2": w2.codes, "scale2": w2.scale, "bias2": w2.bias,
+        "w13": w13.tiles, "scale13": w13.row_scale, "bias13": w13.bias,
+        "w2": w2.tiles, "scale2": w2.row_scale, "bias2": w2.bias,
         "hidden": torch.full((capacity, I), torch.nan).bfloat16(),
         "y": torch.full((TOKENS, TOP_K, H), torch.nan).bfloat16(),
     }  # fmt: skip
-    boxes = {name: Box(config.block_M, operand.K) for name in ("x", "hidden")}
+    boxes = {name: Box(config.block_M, tile_format.K) for name in ("x", "hidden")}
 
-    def execute_one(own_module, prim_func, grid, **changed):
+    def execute_one(pass_configs, prim_func, grid, sizes, **changed):
         scalars = {
             "tokens": TOKENS, "top_k": TOP_K, "blocks": 3, "rows": capacity, "slots": TOKENS * TOP_K, "experts": EXPERTS,
         }  # fmt: skip
-        own = tensors | changed
-        weights = own["w13"] if prim_func.attrs["global_symbol"] == "gate_up" else own["w2"]
+        given = tensors | changed
+        weights = given["w13"] if prim_func.attrs["global_symbol"] == "gate_up" else given["w2"]
         scalars |= {"lines": weights.numel() // 4, "row_tiles": weights.shape[1], "steps": weights.shape[2]}
-        scalars |= {"scaled_rows": weights.shape[1] * TILE, **own.pop("sizes")}
-        execute(text_of(own_module, prim_func), grid, own, boxes, scalars)
+        scalars |= {"scaled_rows": weights.shape[1] * TILE, **sizes}
+        execute(text_of(prim_func, pass_configs), grid, given, boxes, scalars)
 
     x, scale_x, sorted_x = case.x, torch.empty(0), torch.full((capacity, H), torch.nan).bfloat16()
-    if kind == "fp8":
+    if a_format == "fp8":
         codes, scale = quantized(case.x)
         x = codes.double() * scale[:, None].double()
         sorted_x, scale_x = sorted_x.to(codes.dtype), torch.full((capacity,), torch.nan)
-        changed = {"codes": sorted_x, "scale": scale_x, "sizes": {"groups": H // 32}}
-        execute_one(rows, rows.scatter_quantized(H), (TOKENS, 1), **changed)
+        prim_func, sizes = sm90_scatter.scatter_quantized(H), {"groups": H // 32}
+        execute_one(sm90_scatter.PASS_CONFIGS, prim_func, (TOKENS, 1), sizes, codes=sorted_x, scale=scale_x)
         used = torch.full((capacity,), -1)
         used[list(case.rows)] = torch.tensor([token for token, _ in case.rows.values()])
         assert torch.equal(sorted_x.view(torch.uint8)[used >= 0], codes.view(torch.uint8)[used[used >= 0]])
         assert torch.equal(scale_x[used >= 0], scale[used[used >= 0]])
         assert scale_x[used < 0].isnan().all()
-    elif module is many:
-        execute_one(rows, rows.scatter(), (TOKENS, 1), sorted_x=sorted_x, sizes={"groups": H // 32})
-    if module is few:
+    elif module is sm90_wgmma:
+        prim_func, sizes = sm90_scatter.scatter(), {"groups": H // 32}
+        execute_one(sm90_scatter.PASS_CONFIGS, prim_func, (TOKENS, 1), sizes, sorted_x=sorted_x)
+    if module is sm90_mma:
         sorted_x = case.x
+    gate_up, down = prim_funcs(module, config, a_format, "reduce")
     sizes = {"groups": I // 32, "hidden_groups": H // 32, "H": H}
-    gate_up = module.gate_up(config, Activation(), *([operand] if module is many else []))
-    grid = (many.num_processors(), 1) if module is many else (-(-2 * I // config.rows), 3)
-    execute_one(module, gate_up, grid, x=sorted_x, scale_x=scale_x, sizes=sizes)
+    grid = (NUM_BLOCKS, 1) if module is sm90_wgmma else (-(-2 * I // config.rows), 3)
+    execute_one(module.PASS_CONFIGS, gate_up, grid, sizes, x=sorted_x, scale_x=scale_x)
     used = list(case.rows)
     assert_close(tensors["hidden"][used], case.expected_hidden(x), dtype="bfloat16")
     assert tensors["hidden"][2 * config.block_M :].isnan().all(), "a block without an expert ends at once"
 
     hidden, scale_hidden, exact = tensors["hidden"], scale_x, tensors["hidden"]
-    if kind == "fp8":
+    if a_format == "fp8":
         hidden, scale_hidden = torch.full(exact.shape, torch.nan).to(torch.float8_e4m3fn), torch.full((capacity,), torch.nan)
         changed = {"x": exact, "codes": hidden, "scale": scale_hidden, "positions": case.positions.flatten()}
-        execute_one(rows, rows.quantize_sorted(I), (TOKENS * TOP_K, 1), **changed, sizes={"groups": I // 32})
+        prim_func, sizes = sm90_scatter.quantize_sorted(I), {"groups": I // 32}
+        execute_one(sm90_scatter.PASS_CONFIGS, prim_func, (TOKENS * TOP_K, 1), sizes, **changed)
         codes, scale = quantized(exact[used])
         assert torch.equal(hidden.view(torch.uint8)[used], codes.view(torch.uint8))
         assert torch.equal(scale_hidden[used], scale)
         exact = hidden.double() * scale_hidden[:, None].double()
-    sizes = {"groups": H // 32, "I": I} if module is many else {"groups": I // 32, "hidden_groups": H // 32}
-    down = module.down(config, "reduce", *([operand] if module is many else []))
-    grid = (many.num_processors(), 1) if module is many else (-(-H // config.rows), 3)
-    execute_one(module, down, grid, hidden=hidden, scale_hidden=scale_hidden, sizes=sizes)
+    sizes = {"groups": H // 32, "I": I} if module is sm90_wgmma else {"groups": I // 32, "hidden_groups": H // 32}
+    grid = (NUM_BLOCKS, 1) if module is sm90_wgmma else (-(-H // config.rows), 3)
+    execute_one(module.PASS_CONFIGS, down, grid, sizes, hidden=hidden, scale_hidden=scale_hidden)
     expected = case.expected(exact)
     written = ~expected.isnan()
     assert torch.equal(tensors["y"].isnan(), ~written)
@@ -159,24 +169,23 @@ def run(module, config, kind, H, I):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("module", "config", "kind", "sizes"),
+    ("module", "config", "a_format", "sizes"),
     [
-        (few, few.Config(16, 4, 2, 1), "bfloat16", (H, I)),
-        (many, many.Config(16, 4, 2), "bfloat16", (H, I)),
-        (many, many.Config(8, 1, 3), "fp8", LONG),
-        (many, many.Config(32, 2, 3), "fp8", (H, I)),
-        (many, many.Config(96, 1, 2), "fp8", (H, I)),  # the tokens of a tile are stored in two parts, 24 ready at a time
+        (sm90_mma, sm90_mma.Config(16, 4, 2, 1), "bfloat16", (H, I)),
+        (sm90_wgmma, sm90_wgmma.Config(16, 4, 2), "bfloat16", (H, I)),
+        (sm90_wgmma, sm90_wgmma.Config(8, 1, 3), "fp8", LONG),
+        (sm90_wgmma, sm90_wgmma.Config(32, 2, 3), "fp8", (H, I)),
+        (sm90_wgmma, sm90_wgmma.Config(96, 1, 2), "fp8", (H, I)),  # two subtiles of tokens per tile, 24 tokens ready at a time
     ],
     ids=str,
 )
-def test_values(module, config, kind, sizes, monkeypatch):
-    monkeypatch.setattr(many, "num_processors", lambda: 1)  # blocks take several tiles
-    run(module, config, kind, *sizes)
+def test_values(module, config, a_format, sizes):
+    run(module, config, a_format, *sizes)
 
 
 @needs_compiler
 def test_rows():
-    """Rows of two steps of the threads, with what has no scale, quantised and not; what no slot has stays as it is."""
+    """Rows longer than the threads load at a time, quantised and not, some without a finite scale; padding stays as it is."""
     H = 1056
     x = torch.randn(4, H) * torch.exp2(torch.arange(4) * 20.0 - 40)[:, None]
     x[1, 1030], x[2], x[3, 7] = torch.nan, 0, -torch.inf
@@ -193,22 +202,22 @@ def test_rows():
         want_codes[row], want_scale[row] = torch.nan, torch.nan
     tensors = {"x": x, "positions": positions, "sorted_x": got, "codes": codes, "scale": scale}
     scalars = {"tokens": 4, "top_k": 3, "groups": H // 32, "rows": 8}
-    execute(text_of(rows, rows.scatter()), (4, 2), tensors, {}, scalars)
+    execute(text_of(sm90_scatter.scatter(), sm90_scatter.PASS_CONFIGS), (4, 2), tensors, {}, scalars)
     assert torch.equal(got.view(torch.int16), want.view(torch.int16))
-    execute(text_of(rows, rows.scatter_quantized(H)), (4, 1), tensors, {}, scalars)
+    execute(text_of(sm90_scatter.scatter_quantized(H), sm90_scatter.PASS_CONFIGS), (4, 1), tensors, {}, scalars)
     assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
     assert torch.equal(scale.nan_to_num(-1), want_scale.nan_to_num(-1))
 
 
 def emulated(make, arguments, device, pass_configs=()):
-    """In place of the launches' `compiled`: kernels for Hopper by their text, those of every target on target c."""
+    """In place of `launch.compiled`: kernels for Hopper run from their text, those for every target on target c."""
     if make is moe_sort:
-        arguments = arguments[:3]  # a launch on the CPU ends before the next one
+        arguments = arguments[:3]  # without PDL: a kernel on the CPU ends before the next one
     prim_func = make(*arguments)
     if not pass_configs:
         return tilelang.compile(prim_func, target="c")
     config = next((argument for argument in arguments if hasattr(argument, "block_M")), None)
-    text = text_of(types.SimpleNamespace(PASS_CONFIGS=dict(pass_configs)), prim_func)
+    text = text_of(prim_func, dict(pass_configs))
     buffers, extents = [prim_func.buffer_map[parameter] for parameter in prim_func.params], {}
 
     def find_extents(node):
@@ -245,67 +254,88 @@ def emulated(make, arguments, device, pass_configs=()):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("module", "config", "kind", "epilogue"),
+    ("module", "config", "a_format", "epilogue"),
     [
-        (few, few.Config(8, 8, 1, 1), "bfloat16", "atomic"),  # blocks of two tiles of rows, of which there are five
-        (many, many.Config(8, 1, 2), "bfloat16", "atomic"),
-        (many, many.Config(8, 1, 2), "fp8", "reduce"),
+        (sm90_mma, sm90_mma.Config(8, 8, 1, 1), "bfloat16", "atomic"),  # blocks of two tiles of rows, of which there are five
+        (sm90_wgmma, sm90_wgmma.Config(8, 1, 2), "bfloat16", "atomic"),
+        (sm90_wgmma, sm90_wgmma.Config(8, 1, 2), "fp8", "reduce"),
     ],
     ids=str,
 )
-def test_launch(module, config, kind, epilogue, monkeypatch):
-    """From the router's tensors to y, an expert elsewhere, an id that no expert has. Hidden rows are bfloat16, then E4M3."""
-    monkeypatch.setattr(launch, "pick", lambda *sizes: (module, config))
-    monkeypatch.setattr(many, "num_processors", lambda: 3)
+def test_launch(module, config, a_format, epilogue, monkeypatch):
+    """From the router's tensors to y, with an expert on another rank and an id out of range."""
+    monkeypatch.setattr(moe_launch, "IMPLEMENTATIONS", (module,))
+    monkeypatch.setattr(module, "pick_config", lambda problem: config)
     case = Case(config.block_M)
-    in_tiles = (tile_for_hopper(w, gate=gate, a_dtype=kind) for w, gate in ((case.w13, True), (case.w2, False)))
+    tiled = (tile_for_hopper(w, gate=gate, a_dtype=a_format) for w, gate in ((case.w13, True), (case.w2, False)))
     topk_ids = torch.tensor([[3, 0], [1, 3], [2, 9], [0, 1], [3, 2]])
     topk_weights, mask = torch.rand(TOKENS, TOP_K), torch.tensor([True, False, True, True])
     tokens, y = (case.x, topk_ids, topk_weights), torch.full_like(case.x, torch.nan)
-    launch_all(*tokens, *in_tiles, Activation(), kind, epilogue, mask, y, compiled=emulated)
+    launch_kernels((*tokens, *tiled), y, SWIGLU, a_format, epilogue, mask, emulated, num_sms=3)
     expected = torch.empty(y.shape, dtype=torch.float64)
+    # The kernels round hidden rows to bfloat16, and then quantise whole rows to E4M3.
     requantize = reference.requantize
-    monkeypatch.setattr(reference, "requantize", lambda values, kind: requantize(values.bfloat16(), kind))
-    monkeypatch.setattr(door.activations, "between", lambda kind: kind)
-    door._by_reference(*tokens, case.w13, case.w2, Activation(), kind, epilogue, mask, expected)
+    monkeypatch.setattr(reference, "requantize", lambda values, a_format: requantize(values.bfloat16(), a_format))
+    monkeypatch.setattr(moe_operator, "hidden_format", lambda a_format: a_format)
+    operands = Operands(*tokens, case.w13, case.w2, mask)
+    moe_operator._by_reference(problem_of(operands, SWIGLU, a_format, epilogue), operands, expected)
     assert_close(y, expected, dtype="bfloat16", max_error=3e-2, rms_error=4e-3)
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "rows", "num_experts", "expected"),
+    ("a_format", "config", "rows", "num_experts", "expected"),
     [
-        ("fp8", (16, 4, 5), 7168, 64, (16, 4, 5)),  # 7 rounds of 512 rows, 14 of 256
-        ("fp8", (16, 4, 5), 2880, 32, (16, 2, 11)),  # 2 rounds of 512 rows, the second half empty; 3 of 256
+        ("fp8", (16, 4, 5), 7168, 64, (16, 4, 5)),  # 7 waves of 512 rows, 14 of 256
+        ("fp8", (16, 4, 5), 2880, 32, (16, 2, 11)),  # 2 waves of 512 rows, the second half empty; 3 of 256
         ("bfloat16", (24, 4, 9), 2880, 32, (24, 2, 17)),
         ("fp8", (256, 1, 4), 2880, 32, (256, 1, 4)),  # has no other
     ],
 )
-def test_fitting(kind, config, rows, num_experts, expected, monkeypatch):
-    monkeypatch.setattr(many, "num_processors", lambda: 132)
-    assert launch.fitting(many.Config(*config), kind, rows, num_experts) == many.Config(*expected)
+def test_fitted(a_format, config, rows, num_experts, expected):
+    case = problem(64, 4, num_experts, a_format=a_format)
+    assert sm90_wgmma.fitted(sm90_wgmma.Config(*config), case, rows) == sm90_wgmma.Config(*expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "a_format", "tokens", "expected"),
+    [
+        (sm90_mma, "bfloat16", 16, (8, 4, 2, 4)),  # 64 slots
+        (sm90_mma, "bfloat16", 17, (8, 8, 1, 4)),
+        (sm90_wgmma, "bfloat16", 96, (16, 4, 10)),  # 12 rows per expert
+        (sm90_wgmma, "bfloat16", 97, (24, 4, 9)),
+        (sm90_wgmma, "bfloat16", 3201, (256, 1, 5)),
+        (sm90_wgmma, "fp8", 48, (8, 2, 11)),
+        (sm90_wgmma, "fp8", 3200, (144, 1, 7)),
+    ],
+)
+def test_pick_config(module, a_format, tokens, expected):
+    case = problem(tokens, 4, 32, a_format=a_format, weights_layout=HOPPER_LAYOUTS[a_format])
+    assert module.pick_config(case) == module.Config(*expected)
 
 
 @needs_nvcc
 def test_instructions():
-    """Products of a warp and of a warpgroup, decoded with one multiplication a pair; nothing spilled but a word or two."""
-    table, table_e4m3 = launch._TABLES["bfloat16"], launch._TABLES["fp8"]
-    cases = {"few": (*table[1][2:], "HMMA"), "many": (*table[-1][2:], "HGMMA")}
-    cases |= {"e4m3_few": (*table_e4m3[0][2:], "QGMMA"), "e4m3_many": (*table_e4m3[-1][2:], "QGMMA")}
+    """MMAs of a warp and of a warpgroup, decoding by one multiplication per pair; nothing is spilled but a word or two."""
+    cases = {
+        "mma": (sm90_mma, sm90_mma.Config(8, 8, 1, 4), "bfloat16", "HMMA"),
+        "wgmma": (sm90_wgmma, sm90_wgmma.Config(256, 1, 5), "bfloat16", "HGMMA"),
+        "e4m3_small": (sm90_wgmma, sm90_wgmma.Config(8, 2, 11), "fp8", "QGMMA"),
+        "e4m3_large": (sm90_wgmma, sm90_wgmma.Config(256, 1, 4), "fp8", "QGMMA"),
+    }
     texts = {}
-    for name, (module, config, _) in cases.items():
-        operand = [OPERANDS["fp8"]] if "e4m3" in name else []
-        texts[f"{name}_gate_up"] = text_of(module, module.gate_up(config, Activation(), *operand), f"{name}_gate_up")
-        texts[f"{name}_down"] = text_of(module, module.down(config, "reduce", *operand), f"{name}_down")
+    for name, (module, config, a_format, _) in cases.items():
+        for stage, prim_func in zip(("gate_up", "down"), prim_funcs(module, config, a_format, "reduce", 132), strict=True):
+            texts[f"{name}_{stage}"] = text_of(prim_func, module.PASS_CONFIGS, f"{name}_{stage}")
     for name, program in compile_texts(texts, ARCH).items():
         assert program.spilled <= 32, name
-        assert program.count(cases[name.partition("_gate")[0].partition("_down")[0]][2]) > 0, name
+        assert program.count(cases[name.removesuffix("_gate_up").removesuffix("_down")][3]) > 0, name
         assert program.count("PRMT" if "e4m3" in name else "HMUL2") > 0, name
 
 
 def test_what_is_refused():
     weights = Case(8).w13
     loud = weights._replace(scale=torch.full_like(weights.scale, 129))
-    with pytest.raises(ValueError, match=r"tile_for_hopper: E8M0 scales beside bfloat16 must be at most 128, 2\^1; got 129"):
+    with pytest.raises(ValueError, match=r"tile_for_hopper: E8M0 scales for bfloat16 must be at most 128, 2\^1; got 129"):
         tile_for_hopper(loud, gate=True)
     wide = weights._replace(codes=weights.codes.clone(), scale=weights.scale.clone())
     wide.codes[1, 3, :32] = 0x71  # 0.5 and 6 in each group that counts
@@ -321,13 +351,35 @@ def test_what_is_refused():
     case = Case(8)
     w13, w2 = tile_for_hopper(case.w13, gate=True), tile_for_hopper(case.w2, gate=False)
     ids, topk_weights = torch.zeros(TOKENS, 1, dtype=torch.int32), torch.ones(TOKENS, 1)
-    with pytest.raises(ValueError, match="w13 and w2 must both be of tile_for_hopper or neither"):
-        mxfp4_moe(case.x, ids, topk_weights, w13, case.w2, activation=Activation())
-    with pytest.raises(NotImplementedError, match=r"bfloat16 x and its own a_dtype, here bfloat16; got x torch\.float16"):
-        mxfp4_moe(case.x.half(), ids, topk_weights, w13, w2, activation=Activation())
+    options = {"activation": SWIGLU}
     mixed = tile_for_hopper(case.w13, gate=True, a_dtype="fp8"), w2
-    for a_dtype in (None, "fp8"):
-        with pytest.raises(NotImplementedError, match="its own a_dtype, here bfloat16 and fp8; got x"):
-            mxfp4_moe(case.x, ids, topk_weights, *mixed, activation=Activation(), a_dtype=a_dtype)
-    with pytest.raises(NotImplementedError, match=r"are for NVIDIA GPUs of compute capability 9\.0"):
-        mxfp4_moe(case.x, ids, topk_weights, w13, w2, activation=Activation())
+    for pair, layouts in (((w13, case.w2), "hopper_bfloat16 and general"), (mixed, "hopper_fp8 and hopper_bfloat16")):
+        with pytest.raises(
+            ValueError, match=f"must both be returned by tile_for_hopper for one a_dtype.*got layouts {layouts};"
+        ):
+            mxfp4_moe(case.x, ids, topk_weights, *pair, **options)
+    with pytest.raises(NotImplementedError, match=r"tiled for, here bfloat16; got x torch\.float16, a_dtype float16"):
+        mxfp4_moe(case.x.half(), ids, topk_weights, w13, w2, **options)
+    with pytest.raises(NotImplementedError, match=r"tiled for, here bfloat16; got x torch\.bfloat16, a_dtype fp8"):
+        mxfp4_moe(case.x, ids, topk_weights, w13, w2, **options, a_dtype="fp8")
+    with pytest.raises(NotImplementedError, match=r"must be used on an NVIDIA GPU of compute capability 9\.0"):
+        mxfp4_moe(case.x, ids, topk_weights, w13, w2, **options)
+
+
+@pytest.mark.parametrize(("a_format", "K", "words"), [("bfloat16", 64, 544), ("fp8", 128, 1088)])
+def test_hopper_weights_are_as_documented(a_format, K, words):
+    """Of w13 eight gate rows and eight up rows of the same features in turn, of w2 even rows before odd; rows fill tiles."""
+    case = Case(8)
+    w13, w2 = (tile_for_hopper(w, gate=gate, a_dtype=a_format) for w, gate in ((case.w13, True), (case.w2, False)))
+    assert (w13.layout, w13.num_experts, w13.rows, w13.k) == (HOPPER_LAYOUTS[a_format], EXPERTS, 2 * I, H)
+    for tiled, rows, k in ((w13, 2 * I, H), (w2, H, I)):
+        row_tiles = -(-rows // 64)
+        assert (tiled.tiles.shape, tiled.tiles.dtype) == ((EXPERTS, row_tiles, -(-k // K), words), torch.uint32)
+        assert tiled.bias.shape == (EXPERTS, row_tiles * 64)
+        assert tiled.row_scale.shape == (tiled.bias.shape if a_format == "fp8" else (0, 0))
+        assert not tiled.bias[:, rows:].any()
+    half = case.w13.codes.shape[1] // 2
+    assert torch.equal(w13.bias[:, 16:24], case.w13.bias[:, 8:16])
+    assert torch.equal(w13.bias[:, 24:32], case.w13.bias[:, half + 8 : half + 16])
+    assert torch.equal(w2.bias[:, 16:32], torch.cat([case.w2.bias[:, 16:32:2], case.w2.bias[:, 17:32:2]], 1))
+    assert MXFP4Weights(*case.w13).layout == "general"

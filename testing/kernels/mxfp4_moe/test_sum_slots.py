@@ -1,4 +1,4 @@
-"""The sum over a token's slots: values on every target and by the CUDA text, and what its loads wait for."""
+"""The sum over the slots of a token: values on every target and by the CUDA text, and what its loads wait for."""
 
 import functools
 import re
@@ -41,7 +41,7 @@ def test_values(target, dtype):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda(dtype):
-    """Loads of 16 bytes, eight slots' before the first sum, and one store."""
+    """Loads of 16 bytes, those of eight slots before the first addition, and one store."""
     partial, positions, expected = case(dtype)
     out, name = torch.full_like(partial[:, 0], torch.nan), str(dtype).removeprefix("torch.")
     text = lower(sum_slots(name, name), "sm_80")

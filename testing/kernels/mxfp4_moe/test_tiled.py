@@ -4,12 +4,12 @@ import functools
 
 import pytest
 import torch
-from kernels.mxfp4_moe.operands import LINEAR, MX, SWIGLU, arguments, one_hot
+from kernels.mxfp4_moe.operands import LINEAR, MX, SWIGLU, arguments, one_hot, problem
 from kernels.mxfp4_moe.targets import runner
 from numeric import assert_close
 
 from tilelang_ext import formats, quantization, reference
-from tilelang_ext.kernels.mxfp4_moe import operator as door
+from tilelang_ext.kernels.mxfp4_moe import operator as moe_operator
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.launch import launch
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
@@ -26,12 +26,12 @@ def compiled(make, options, target):
 
 @pytest.fixture(params=["c", "metal"])
 def target(request, monkeypatch):
-    """Tensors on the CPU go the way of a GPU's; memory that is not written holds NaN and the largest integers."""
+    """Tensors on the CPU get the launches of a GPU; memory that is not written holds NaN and the largest integers."""
 
-    def of_target(make, arguments, device):
+    def of_target(make, arguments, device, pass_configs):
         return compiled(make, arguments, request.param)
 
-    monkeypatch.setattr(door, "_by_reference", functools.partial(launch, compiled=of_target))
+    monkeypatch.setattr(moe_operator, "_by_reference", functools.partial(launch, compiled=of_target))
     torch.use_deterministic_algorithms(True)
     yield request.param
     torch.use_deterministic_algorithms(False)
@@ -41,34 +41,34 @@ def cosine(result, expected):
     return torch.nn.functional.cosine_similarity(result.double(), expected.double(), dim=1)
 
 
-CASES = [("metal", kind, "swiglu") for kind in ("bfloat16", "fp8", "mxfp4")]
+CASES = [("metal", a_format, "swiglu") for a_format in ("bfloat16", "fp8", "mxfp4")]
 CASES += [("c", "bfloat16", "swiglu"), ("c", "mxfp8", "swiglu"), ("c", "float16", "silu")]
 
 
-@pytest.mark.parametrize(("target", "kind", "activation"), CASES, indirect=["target"])
-def test_values(target, kind, activation):
-    operands, expected = arguments(Activation(activation), kind=kind)
+@pytest.mark.parametrize(("target", "a_format", "activation"), CASES, indirect=["target"])
+def test_values(target, a_format, activation):
+    operands, expected = arguments(Activation(activation), a_format=a_format)
     dtype = str(operands[0].dtype).removeprefix("torch.")
-    result = mxfp4_moe(*operands, activation=Activation(activation), a_dtype=None if kind == dtype else kind)
+    result = mxfp4_moe(*operands, activation=Activation(activation), a_dtype=None if a_format == dtype else a_format)
     assert cosine(result, expected).mean() >= 0.9999
     # A sum in another order rounds to another code now and then.
-    assert_close(result, expected, dtype=dtype, max_error=None if kind == dtype else 0.03)
+    assert_close(result, expected, dtype=dtype, max_error=None if a_format == dtype else 0.03)
 
 
-@pytest.mark.parametrize(("target", "kind"), [("c", "mxfp8"), ("metal", "fp8")], indirect=["target"])
-def test_not_finite(target, kind):
-    """A token with an infinity becomes NaN, and no other."""
+@pytest.mark.parametrize(("target", "a_dtype"), [("c", "mxfp8"), ("metal", "fp8")], indirect=["target"])
+def test_not_finite(target, a_dtype):
+    """A token with an infinity becomes NaN, and no other does."""
     (x, *rest), _ = arguments()
-    expected = mxfp4_moe(x, *rest, activation=SWIGLU, a_dtype=kind)
+    expected = mxfp4_moe(x, *rest, activation=SWIGLU, a_dtype=a_dtype)
     expected[2] = torch.nan
     x = x.clone()
     x[2, 40] = torch.inf
-    result = mxfp4_moe(x, *rest, activation=SWIGLU, a_dtype=kind)
+    result = mxfp4_moe(x, *rest, activation=SWIGLU, a_dtype=a_dtype)
     torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_routing(target):
-    """No id in range, all tokens to one expert, one token, experts elsewhere: what reference.moe says."""
+    """Ids out of range, all tokens to one expert, one token, experts on other ranks: the result is that of reference.moe."""
     (x, topk_ids, topk_weights, w13, w2), _ = arguments()
     everything = torch.ones(4, dtype=torch.bool)
     mask = torch.tensor([False, True, False, True, True, False, True])  # four of seven live here
@@ -85,7 +85,7 @@ def test_routing(target):
     check(x, torch.tensor([[1, 2**32], [-1, 0], [1, 4], [2**32 + 3, 2], [2**63 - 1, -(2**63)]]))
     check(x[:1], topk_ids[:1])
     check(x, torch.tensor([[6, 0], [1, 2], [0, 2], [4, 3], [5, 7]]), mask)
-    # A mask that names more experts than there are weights: wrong, and yet nothing is read that is not there.
+    # A mask that names more experts than there are weights is wrong, and yet nothing is read that is not there.
     mxfp4_moe(x, topk_ids, topk_weights, w13, w2, activation=SWIGLU, expert_mask=torch.ones(7, dtype=torch.bool))
 
 
@@ -111,7 +111,7 @@ def test_padding_is_not_computed_with(target):
         return MXFP4Weights(codes.contiguous(), scale.contiguous(), weights.bias[:, rows].contiguous(), weights.rows, weights.k)
 
     def large(weights):
-        """2^99 = 6e29 for each NaN."""
+        """The weights with 2^99 = 6e29 in place of each NaN."""
         scale = torch.where(weights.scale == 255, 226, weights.scale)
         return weights._replace(scale=scale, bias=weights.bias.nan_to_num(nan=1e30))
 
@@ -121,7 +121,7 @@ def test_padding_is_not_computed_with(target):
 
 
 def test_order_of_tokens(target):
-    """reduce: a token's result has the same bits wherever its rows are sorted to; atomic: the same values."""
+    """With reduce, the result of a token has the same bits wherever its rows are sorted to; with atomic, the same values."""
     (x, topk_ids, topk_weights, *weights), expected = arguments()
     order = torch.tensor([3, 0, 4, 2, 1])
     first = mxfp4_moe(x.t().contiguous().t(), topk_ids.t().contiguous().t(), topk_weights, *weights, activation=SWIGLU)
@@ -132,18 +132,18 @@ def test_order_of_tokens(target):
     assert_close(out, expected, dtype="bfloat16")
 
 
-@pytest.mark.parametrize(("target", "kind"), [("c", "mxfp4"), ("metal", "bfloat16")], indirect=["target"])
-def test_one_hot(target, kind):
-    """x = 1 at one k of a token: the weights' column comes out bit for bit."""
+@pytest.mark.parametrize(("target", "a_format"), [("c", "mxfp4"), ("metal", "bfloat16")], indirect=["target"])
+def test_one_hot(target, a_format):
+    """With x = 1 at one k of a token, the column of the weights comes out bit for bit."""
     tokens, layers, expected = one_hot()
     for name, layer in layers.items():
-        if kind == "bfloat16" or name == "w2":  # of w13 the column itself is handed over
-            result = mxfp4_moe(*tokens, *layer, activation=LINEAR, a_dtype=None if kind == "bfloat16" else kind)
+        if a_format == "bfloat16" or name == "w2":  # a column of w13 is a hidden row, and would be quantised
+            result = mxfp4_moe(*tokens, *layer, activation=LINEAR, a_dtype=None if a_format == "bfloat16" else a_format)
             assert torch.equal(result, expected), name
 
 
 def test_wrong_weights_are_far_off(target):
-    """The cosine tells each mistake in reading weights from rounding; gate and up differ in size so that they can be told."""
+    """The cosine distinguishes each mistake in reading weights from rounding; gate and up differ in size to be told apart."""
     E, tokens = 4, 8
     generator = torch.Generator().manual_seed(2)
     spread = torch.exp2(torch.randint(-3, 4, (E, 3 * SIZE, SIZE // 32), generator=generator).float()).repeat_interleave(32, -1)
@@ -175,6 +175,6 @@ def test_wrong_weights_are_far_off(target):
         assert cosine(run(*wrong), expected).mean() < 0.5
 
 
-def test_tile_by_rows_of_an_expert():
-    assert [pick_config(tokens, 4, 32, "cuda").block_M for tokens in (1, 128, 256, 512, 4096)] == [16, 16, 32, 64, 128]
-    assert pick_config(4096, 4, 32, "metal").block_M == 64
+def test_tile_by_rows_per_expert():
+    assert [pick_config(problem(tokens, 4, 32)).block_M for tokens in (1, 128, 256, 512, 4096)] == [16, 16, 32, 64, 128]
+    assert pick_config(problem(4096, 4, 32, target_kind="metal")).block_M == 64

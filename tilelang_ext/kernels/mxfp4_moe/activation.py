@@ -7,10 +7,10 @@ from tilelang_ext.language.swiglu import sigmoid_of, silu_of, swiglu_of
 
 @dataclass(frozen=True)
 class Activation:
-    """What lies between the products, of gate g and up u.
+    """The function of gate g and up u between the two GEMMs.
 
-    silu: g * sigmoid(g) * u
-    swiglu, of gpt-oss: g * sigmoid(alpha * g) * (u + 1) with g = min(g, limit), u = clamp(u, -limit, limit)
+    silu:              g * sigmoid(g) * u
+    swiglu (gpt-oss):  g * sigmoid(alpha * g) * (u + 1) with g = min(g, limit), u = clamp(u, -limit, limit)
     """
 
     name: str = "swiglu"  # or "silu"
@@ -18,5 +18,5 @@ class Activation:
     limit: float = 7.0
 
     def __call__(self, g, u, sigmoid=sigmoid_of):
-        """The expression for float32 g and u; a kernel of one target may have another `sigmoid`."""
+        """Return the expression for float32 g and u; a kernel for one target may pass a `sigmoid` of its own."""
         return silu_of(g, u, sigmoid) if self.name == "silu" else swiglu_of(g, u, self.alpha, self.limit, sigmoid)

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from tilelang_ext.kernels.mxfp4_moe.activation import Activation
+from tilelang_ext.kernels.mxfp4_moe.problem import EPILOGUES, GENERAL_LAYOUT, HOPPER_LAYOUTS
 from tilelang_ext.kernels.mxfp4_moe.routing import MAX_TOP_K, TOKEN_BITS
-from tilelang_ext.kernels.mxfp4_moe.sm90_launch import check as check_tiled
-from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights, is_tiled
+from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_EPILOGUES = ("reduce", "atomic")
 
 
-def check(x, topk_ids, topk_weights, w13: MXFP4Weights, w2: MXFP4Weights, activation, kind, epilogue, expert_mask, out) -> None:
+class Operands(NamedTuple):
+    """The tensors of one call, as `mxfp4_moe` documents them."""
+
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    w13: MXFP4Weights | HopperWeights
+    w2: MXFP4Weights | HopperWeights
+    expert_mask: Tensor | None
+
+
+def check(operands: Operands, activation: Activation, a_format: str, epilogue: str, out: Tensor) -> None:
+    """Raise for what no kernel takes; see `mxfp4_moe`."""
+    x, topk_ids, topk_weights, w13, w2, expert_mask = operands
     if x.dtype not in _DTYPES:
         raise TypeError(f"mxfp4_moe: x must be bfloat16 or float16; got {x.dtype}; convert it")
     if topk_ids.dtype not in (torch.int32, torch.int64):
@@ -25,45 +40,64 @@ def check(x, topk_ids, topk_weights, w13: MXFP4Weights, w2: MXFP4Weights, activa
             "mxfp4_moe: x must be (tokens, H), w13 (E, 2I, H), w2 (E, H, I); got "
             f"{tuple(x.shape)}, (.., {w13.rows}, {w13.k}) and (.., {w2.rows}, {w2.k}); check the pair of weights"
         )
-    if w13.codes.shape[0] != w2.codes.shape[0]:
+    if w13.num_experts != w2.num_experts:
         raise ValueError(
-            f"mxfp4_moe: w13 and w2 must have equal experts; got {w13.codes.shape[0]} and {w2.codes.shape[0]}; check the pair"
+            f"mxfp4_moe: w13 and w2 must have equally many experts; got {w13.num_experts} and {w2.num_experts}; check the pair"
         )
     if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_weights.shape != topk_ids.shape:
         raise ValueError(
             f"mxfp4_moe: topk_ids and topk_weights must be ({x.shape[0]}, top_k); got {tuple(topk_ids.shape)} and "
-            f"{tuple(topk_weights.shape)}; one row a token"
+            f"{tuple(topk_weights.shape)}; pass one row per token"
         )
-    num_experts = w13.codes.shape[0] if expert_mask is None else expert_mask.numel()
+    num_experts = w13.num_experts if expert_mask is None else expert_mask.numel()
     if x.shape[0] >= 1 << TOKEN_BITS or topk_ids.shape[1] > min(MAX_TOP_K, num_experts):
         raise ValueError(
-            f"mxfp4_moe: there must be fewer than 2^{TOKEN_BITS} tokens and at most {min(MAX_TOP_K, num_experts)} slots; got "
-            f"{tuple(topk_ids.shape)}; split the batch"
+            f"mxfp4_moe: there must be fewer than 2^{TOKEN_BITS} tokens and at most {min(MAX_TOP_K, num_experts)} slots per "
+            f"token; got {tuple(topk_ids.shape)}; split the batch"
         )
     if expert_mask is not None and (expert_mask.dtype != torch.bool or expert_mask.ndim != 1):
         raise TypeError(f"mxfp4_moe: expert_mask must be bool (num_experts,); got {expert_mask.dtype}; convert it")
-    if activation not in ("swiglu", "silu"):
-        raise ValueError(f"mxfp4_moe: activation must be 'swiglu' or 'silu'; got {activation!r}; pick one")
-    if epilogue not in _EPILOGUES:
-        raise ValueError(f"mxfp4_moe: epilogue must be one of {', '.join(_EPILOGUES)}; got {epilogue!r}; use the default")
+    if activation.name not in ("swiglu", "silu"):
+        raise ValueError(f"mxfp4_moe: activation must be 'swiglu' or 'silu'; got {activation.name!r}; pick one")
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"mxfp4_moe: epilogue must be one of {', '.join(EPILOGUES)}; got {epilogue!r}; use the default")
     if out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(
             f"mxfp4_moe: out must be contiguous {x.dtype} of shape {tuple(x.shape)}; got {out.dtype} {tuple(out.shape)}; "
             "pass torch.empty_like(x)"
         )
-    if is_tiled(w13) != is_tiled(w2):
-        raise ValueError("mxfp4_moe: w13 and w2 must both be of tile_for_hopper or neither; got one; tile both")
-    if is_tiled(w13):
-        check_tiled(x, kind, w13, w2)
-    tensors = {"topk_ids": topk_ids, "topk_weights": topk_weights, "w13": w13.codes, "w2": w2.codes, "expert_mask": expert_mask}
+    if {w13.layout, w2.layout} != {GENERAL_LAYOUT}:
+        _check_hopper(x, a_format, w13, w2)
+    tensors = {"topk_ids": topk_ids, "topk_weights": topk_weights, "w13": w13[0], "w2": w2[0], "expert_mask": expert_mask}
     for name, tensor in (tensors | {"out": out}).items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"mxfp4_moe: {name} must be on {x.device} as x is; got {tensor.device}; move it")
 
 
+def _check_hopper(x: Tensor, a_format: str, w13, w2) -> None:
+    """Raise for what the kernels for `HopperWeights` do not take."""
+    if w13.layout != w2.layout:
+        raise ValueError(
+            "mxfp4_moe: w13 and w2 must both be returned by tile_for_hopper for one a_dtype, or neither; got layouts "
+            f"{w13.layout} and {w2.layout}; tile both alike"
+        )
+    if x.dtype != torch.bfloat16 or w13.layout != HOPPER_LAYOUTS.get(a_format):
+        raise NotImplementedError(
+            "mxfp4_moe: weights returned by tile_for_hopper must be used with bfloat16 x and the a_dtype that they were tiled "
+            f"for, here {w13.a_format}; got x {x.dtype}, a_dtype {a_format}; use the weights that prepare_mxfp4_weights returns"
+        )
+    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
+        raise NotImplementedError(
+            "mxfp4_moe: weights returned by tile_for_hopper must be used on an NVIDIA GPU of compute capability 9.0; got "
+            f"{x.device}; use the weights that prepare_mxfp4_weights returns"
+        )
+
+
 def check_topk_ids(topk_ids: Tensor, num_experts: int) -> None:
-    """Raise ValueError unless every id is in [0, num_experts) and no row names an expert twice: for debugging, it waits for the
-    device. `mxfp4_moe` itself leaves out ids that are not in range."""
+    """Raise ValueError unless every id is in [0, num_experts) and each row names distinct experts.
+
+    This is for debugging, since it waits for the device. `mxfp4_moe` itself leaves out ids that are not in range.
+    """
     outside = ((topk_ids < 0) | (topk_ids >= num_experts)).nonzero()
     if len(outside):
         at = tuple(outside[0].tolist())

@@ -1,9 +1,9 @@
-"""`MXFP4Experts`: the experts of a gpt-oss layer as a torch module that loads checkpoints by their own names.
+"""`MXFP4Experts`: the experts of a gpt-oss layer as a torch module that loads checkpoints by the names they use.
 
     g, u = rows ::2 and 1::2 of (gate_up_proj[e] . x[t] + gate_up_proj_bias[e])
     y[t] = sum over slots s of routing_weights[t, s] * (down_proj[e] . swiglu(g, u) + down_proj_bias[e])
 
-with e = router_indices[t, s]. The router is the caller's, as in transformers' `GptOssExperts`, whose place this takes.
+with e = router_indices[t, s]. The router is not part of it, as in transformers' `GptOssExperts`, which this module replaces.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E8M0, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_moe.sm90_packing import ScaleError
-from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper
+from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper
 
 _GPT_OSS = Activation()
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
-_PARTS = {"blocks": E2M1, "scales": E8M0, "bias": None}  # of a projection, and the format of its bytes
+_PARTS = {"blocks": E2M1, "scales": E8M0, "bias": None}  # of a projection, and the format of the bytes of each
+_Pair = tuple[MXFP4Weights, MXFP4Weights] | tuple[HopperWeights, HopperWeights]
 NAMES = tuple(f"{projection}_{part}" for projection in (_GATE_UP, _DOWN) for part in _PARTS)
 
 
 class MXFP4Experts(nn.Module):
-    """The experts of one layer, E of them, hidden size H, intermediate size I; both sizes multiples of 32.
+    """The E experts of one layer, with hidden size H and intermediate size I, both multiples of 32.
 
     | buffer and name in a checkpoint | shape | dtype |
     | --- | --- | --- |
@@ -40,13 +41,14 @@ class MXFP4Experts(nn.Module):
     | down_proj_blocks, down_proj_scales | (E, H, I / 32, 16), (E, H, I / 32) | uint8 |
     | down_proj_bias | (E, H) | float32; loaded from any float |
 
-    A state dict, taken or given, is as checkpoints are: gate rows ::2, up rows 1::2. The buffers hold gate rows above up rows,
-    so `state_dict()` copies those of gate_up_proj. What the kernels read is made of the buffers by the first call after a load,
-    a move or a cast: to change weights, load others. It shares their codes, but on Hopper, beside bfloat16 and fp8 activations,
-    it is a second copy, of `tile_for_hopper`; call once before `torch.compile` there. A new module's buffers are undefined
-    until `load_state_dict`; `from_checkpoint` does both. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
+    State dicts, loaded or returned, have the rows of checkpoints: gate rows ::2, up rows 1::2. The buffers hold gate rows above
+    up rows, so `state_dict()` copies those of gate_up_proj. The first call after a load, a move or a cast prepares the weights
+    that the kernels read from the buffers; to change weights, load others. Prepared weights share the codes of the buffers,
+    except on Hopper with bfloat16 or fp8 activations, where they are a second copy, made by `tile_for_hopper`; there, call the
+    module once before `torch.compile`. The buffers of a new module are undefined until `load_state_dict`; `from_checkpoint`
+    makes a module and loads it. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
 
-    Raises ValueError for sizes; load_state_dict raises TypeError for dtypes, RuntimeError for names and shapes.
+    Raises ValueError for sizes; load_state_dict raises TypeError for dtypes and RuntimeError for names and shapes.
     """
 
     def __init__(
@@ -68,8 +70,8 @@ class MXFP4Experts(nn.Module):
             raise ValueError(f"MXFP4Experts: num_experts must be at least 1; got {num_experts}; pass the model's")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.a_dtype, self.epilogue = activation, a_dtype, epilogue
-        # By the activations that Hopper's tiles are for; None: as they are.
-        self._prepared: dict[str | None, tuple[list[Tensor], tuple[MXFP4Weights, MXFP4Weights]]] = {}
+        # The buffers that weights were prepared from, and the weights, by the activations that they are tiled for (None: not).
+        self._prepared: dict[str | None, tuple[list[Tensor], _Pair]] = {}
         for projection, rows, k in ((_GATE_UP, 2 * intermediate_size, hidden_size), (_DOWN, hidden_size, intermediate_size)):
             groups = k // MX_GROUP
             shapes = {"blocks": (rows, groups, MX_GROUP // CODES_PER_BYTE), "scales": (rows, groups), "bias": (rows,)}
@@ -92,10 +94,10 @@ class MXFP4Experts(nn.Module):
     ) -> MXFP4Experts:
         """Return the experts whose tensors are called `prefix` + name, with the sizes that the tensors have.
 
-        `source`: tensors by name, or one or several safetensors files, of which only these tensors are read.
-        `prefix` of layer 3 of gpt-oss: "model.layers.3.mlp.experts.".
+        `source` is a mapping of names to tensors, or one or several safetensors files, of which only these tensors are read.
+        `prefix` is, for layer 3 of gpt-oss, "model.layers.3.mlp.experts.".
 
-        Raises KeyError for names that are missing, ValueError for shapes, TypeError for dtypes.
+        Raises KeyError for missing names, ValueError for shapes, TypeError for dtypes.
         """
         tensors = _select(source, prefix)
         blocks = {name: tensors[f"{name}_blocks"] for name in (_GATE_UP, _DOWN)}
@@ -119,7 +121,7 @@ class MXFP4Experts(nn.Module):
             shape = tuple(getattr(experts, name).shape)
             if tensors[name].shape != shape:
                 raise ValueError(
-                    f"MXFP4Experts: {prefix}{name} must have shape {shape}, by those of the blocks; "
+                    f"MXFP4Experts: {prefix}{name} must have shape {shape}, as the blocks imply; "
                     f"got {tuple(tensors[name].shape)}; check the checkpoint"
                 )
         experts.load_state_dict(tensors)
@@ -127,19 +129,19 @@ class MXFP4Experts(nn.Module):
 
     @property
     def w13(self) -> MXFP4Weights:
-        """Gate and up, of `prepare_mxfp4_weights`."""
+        """Gate and up, as `prepare_mxfp4_weights` returns them."""
         return self._weights(None)[0]
 
     @property
     def w2(self) -> MXFP4Weights:
-        """Down, of `prepare_mxfp4_weights`."""
+        """Down, as `prepare_mxfp4_weights` returns it."""
         return self._weights(None)[1]
 
-    def _weights(self, tiled: str | None) -> tuple[MXFP4Weights, MXFP4Weights]:
-        """w13 and w2, of `tile_for_hopper` for these activations where asked for and where the scales allow it."""
+    def _weights(self, tiled: str | None) -> _Pair:
+        """Return w13 and w2, tiled for these activations on Hopper if `tiled` names any and the scales allow it."""
         buffers = [getattr(self, name) for name in NAMES]
         prepared_from, weights = self._prepared.get(tiled, (None, None))
-        # Moved or cast, a module has other tensors.
+        # A module that was moved or cast has other tensors.
         if prepared_from is None or any(now is not then for now, then in zip(buffers, prepared_from, strict=True)):
             w13 = prepare_mxfp4_weights(*buffers[:3], source="gpt_oss", gate="separated")
             w2 = prepare_mxfp4_weights(*buffers[3:], source="gpt_oss")
@@ -160,8 +162,8 @@ class MXFP4Experts(nn.Module):
     ) -> Tensor:
         """Return what the experts add to the residual stream, in the shape and dtype of hidden_states.
 
-        hidden_states (..., H) bfloat16 or float16; router_indices (..., top_k) int32 or int64, distinct in a row;
-        routing_weights (..., top_k) float; expert_mask (all experts,) bool, true where one is held here.
+        hidden_states (..., H) bfloat16 or float16; router_indices (..., top_k) int32 or int64, distinct in each row;
+        routing_weights (..., top_k) float; expert_mask (all experts,) bool, true for the experts of this module.
         """
         top_k = router_indices.shape[-1]
         y = mxfp4_moe(
@@ -182,7 +184,7 @@ class MXFP4Experts(nn.Module):
 
 
 def _tiles_for(x: Tensor, a_dtype: torch.dtype | str | None) -> str | None:
-    """Which tiles for Hopper take this, if any."""
+    """Return the a_dtype for which weights are to be tiled on the GPU of x, or None if they are not."""
     is_hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) == (9, 0) and torch.version.hip is None
     if not is_hopper or x.dtype != torch.bfloat16:
         return None
@@ -190,7 +192,7 @@ def _tiles_for(x: Tensor, a_dtype: torch.dtype | str | None) -> str | None:
 
 
 def _select(source: Mapping[str, Tensor] | str | PathLike | Iterable[str | PathLike], prefix: str) -> dict[str, Tensor]:
-    """The tensors of one layer, by name without the prefix."""
+    """Return the tensors of one layer, by name without the prefix."""
     if isinstance(source, Mapping):
         found, present = {name: source[prefix + name] for name in NAMES if prefix + name in source}, list(source)
     else:
@@ -209,7 +211,7 @@ def _select(source: Mapping[str, Tensor] | str | PathLike | Iterable[str | PathL
 
 
 def _separate_gate_up(module, state_dict, prefix, *_) -> None:
-    """Bytes as uint8, and gate rows above up rows; what does not fit is left for torch to report."""
+    """Make bytes uint8 and put gate rows above up rows; wrong names and shapes are left for torch to report."""
     module._prepared.clear()
     for name in NAMES:
         key, (_, _, part) = prefix + name, name.rpartition("_")
@@ -226,7 +228,7 @@ def _separate_gate_up(module, state_dict, prefix, *_) -> None:
 
 
 def _interleave_gate_up(module, state_dict, prefix, _) -> None:
-    """The inverse of `_separate_gate_up`."""
+    """Undo `_separate_gate_up`."""
     for name in NAMES:
         if name.startswith(_GATE_UP):
             gate, up = state_dict[prefix + name].chunk(2, 1)

@@ -1,24 +1,26 @@
-"""Launches of `mxfp4_moe` on torch tensors: which kernels with which tiles, what lies between them, and their compilation."""
+"""Launches of `mxfp4_moe` on torch tensors: the sort, the GEMMs of one implementation, the sum over slots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import tilelang
 import torch
 from torch import Tensor
 
 from tilelang_ext.formats import MX_GROUP
-from tilelang_ext.kernels.mxfp4_moe import formats as activations
-from tilelang_ext.kernels.mxfp4_moe import sm90_launch as hopper
-from tilelang_ext.kernels.mxfp4_moe import sm90_scatter as rows
-from tilelang_ext.kernels.mxfp4_moe import tiled as stages
+from tilelang_ext.kernels.mxfp4_moe import sm90_mma, sm90_wgmma, tiled
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
-from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, Routing, capacity_of, count_slots, moe_sort
-from tilelang_ext.kernels.mxfp4_moe.sum_slots import sum_slots
-from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights, is_tiled
+from tilelang_ext.kernels.mxfp4_moe.arguments import Operands
+from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, Problem
+from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, capacity_of, count_slots, moe_sort
+from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
 from tilelang_ext.launch.compile import compiled as compile_kernel
 from tilelang_ext.launch.device import target_of
+
+IMPLEMENTATIONS = (sm90_mma, sm90_wgmma, tiled)  # the first that takes a problem runs it
 
 
 def compiled(make: Callable, arguments: tuple, device: torch.device, pass_configs: tuple = ()) -> Callable:
@@ -26,77 +28,131 @@ def compiled(make: Callable, arguments: tuple, device: torch.device, pass_config
     return compile_kernel(make, arguments, target_of("mxfp4_moe", device), pass_configs)
 
 
-def launch(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    w13: MXFP4Weights,
-    w2: MXFP4Weights,
-    activation: Activation,
-    kind: str,
-    epilogue: str,
-    expert_mask: Tensor | None,
-    out: Tensor,
-    *,
-    compiled: Callable = compiled,
-) -> None:
+@dataclass(frozen=True)
+class Device:
+    """Where the kernels of a call run: it compiles them and allocates their tensors."""
+
+    device: torch.device
+    compiled: Callable  # the function of that name, or a stand-in
+
+    def compile(self, make: Callable, *arguments, pass_configs: Mapping[str, bool] | None = None) -> Callable:
+        """Return make(*arguments) as a function of tensors."""
+        return self.compiled(make, arguments, self.device, tuple((pass_configs or {}).items()))
+
+    def empty(self, *shape: int, dtype: str) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+
+
+class Routing(NamedTuple):
+    """The tensors that `moe_sort` writes, in the order of its parameters."""
+
+    token_ids: Tensor
+    weights: Tensor
+    expert_ids: Tensor
+    num_valid: Tensor
+    positions: Tensor
+
+
+def problem_of(operands: Operands, activation: Activation, a_format: str, epilogue: str) -> Problem:
+    """Return the problem that a call is, given arguments that have been checked.
+
+    Raises NotImplementedError for devices other than cuda (ROCm's too), mps and cpu.
+    """
+    x, topk_ids, _, w13, w2, expert_mask = operands
+    # On the CPU nothing is compiled; stand-ins for `compiled` run what a GPU would get. Tensors without data are like those.
+    target_kind, num_sms = "c", 0
+    if x.device.type not in ("cpu", "meta"):
+        target_kind, _, num_sms = target_of("mxfp4_moe", x.device)
+    return Problem(
+        tokens=topk_ids.shape[0],
+        top_k=topk_ids.shape[1],
+        num_experts=w13.num_experts if expert_mask is None else expert_mask.numel(),
+        num_local_experts=w13.num_experts,
+        hidden_size=w13.k,
+        intermediate_size=w2.k,
+        dtype=_name(x.dtype),
+        ids_dtype=_name(topk_ids.dtype),
+        a_format=a_format,
+        weights_layout=w13.layout,
+        activation=activation,
+        epilogue=epilogue,
+        target_kind=target_kind,
+        num_sms=num_sms,
+    )
+
+
+def launch(problem: Problem, operands: Operands, out: Tensor, *, compiled: Callable = compiled) -> None:
     """Launch the kernels for arguments of `mxfp4_moe` that have been checked, with at least one slot.
 
-    Whoever has another way to run a prim_func passes a function in place of `compiled`.
+    A caller with another way to run a prim_func passes a function in place of `compiled`.
     """
-    device, dtype = x.device, str(x.dtype).removeprefix("torch.")
-    ids_dtype = str(topk_ids.dtype).removeprefix("torch.")
-    (tokens, top_k), local_experts = topk_ids.shape, w13.codes.shape[0]
-    mask = _every_expert(local_experts, device) if expert_mask is None else expert_mask.int()
-    num_experts, module = mask.numel(), None
-    if is_tiled(w13):
-        module, config = hopper.pick(tokens, top_k, num_experts, kind)
-    else:
-        _check_tilelang(device)
-        config = stages.pick_config(tokens, top_k, num_experts, "metal" if device.type == "mps" else "cuda")
-    # No more experts have rows than there are slots: of few tokens, hardly a block of the launches that follow is empty.
-    # Rows of ids that are not distinct have to fit too, hence top_k of them at least.
-    capacity = capacity_of(tokens, top_k, min(max(num_experts, top_k), topk_ids.numel()), config.block_M)
-    # Here, since launches after the sort may read x before the launch before them has ended.
+    _check_tilelang(problem)
+    x, topk_ids, topk_weights, w13, w2, expert_mask = operands
+    device = Device(x.device, compiled)
+    implementation = next(file for file in IMPLEMENTATIONS if file.takes(problem))
+    sort = _compile_sort(problem, implementation, device)
+    gemms = implementation.compile_kernels(problem, device)
+    combine = _compile_combine(problem, implementation, device)
+
+    mask = _every_expert(problem.num_experts, x.device) if expert_mask is None else expert_mask.int()
+    # These copies come before the sort, since kernels launched after it may read x before the one before them has ended.
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous()
-
-    routing = Routing(
-        token_ids=torch.empty(capacity, dtype=torch.int32, device=device),
-        weights=torch.empty(capacity, device=device),
-        expert_ids=torch.empty(capacity // config.block_M, dtype=torch.int32, device=device),
-        num_valid=torch.empty(1, dtype=torch.int32, device=device),
-        positions=torch.empty(tokens, top_k, dtype=torch.int32, device=device),
-    )
-    max_experts = max(64, 1 << (num_experts - 1).bit_length())
-    counts = torch.empty(-(-topk_ids.numel() // CHUNK), max_experts, dtype=torch.int32, device=device)
-    if len(counts) > 1:
-        compiled(count_slots, (max_experts, ids_dtype), device)(topk_ids, counts)
-    sort = compiled(moe_sort, (config.block_M, max_experts, ids_dtype, module is not None), device)
-    sort(topk_ids, topk_weights, mask, counts, *routing)
-
-    partial_dtype = torch.float32 if module is None else torch.bfloat16
-    y = (
-        torch.zeros(out.shape, device=device)
-        if epilogue == "atomic"
-        else x.new_empty((tokens, top_k, out.shape[1]), dtype=partial_dtype)
-    )
-    if module is not None:
-        hopper.run(module, config, activation, epilogue, x, routing, w13, w2, y, compiled)
+    routing = sort(topk_ids, topk_weights, mask)
+    if problem.epilogue == "atomic":
+        y = torch.zeros(out.shape, device=x.device)
     else:
-        _run(config, activation, kind, epilogue, x, routing, w13, w2, y, compiled)
-    if epilogue == "atomic":
-        out.copy_(y)
-    else:
-        if module is None:
-            add = compiled(sum_slots, (dtype,), device)
-        else:
-            add = compiled(sum_slots, ("bfloat16", "bfloat16", True), device, tuple(rows.PASS_CONFIGS.items()))
+        y = device.empty(problem.tokens, problem.top_k, problem.hidden_size, dtype=implementation.PARTIAL_DTYPE)
+    gemms(x, routing, w13, w2, y)
+    combine(y, routing, out)
+
+
+def _compile_sort(problem: Problem, implementation, device: Device) -> Callable:
+    """Return sort(topk_ids, topk_weights, mask), which returns the Routing."""
+    block_M, max_experts = implementation.pick_config(problem).block_M, problem.max_experts
+    # No more experts have rows than there are slots, so with few tokens hardly a block of the next launches is empty. At least
+    # top_k experts are counted, since the rows of ids that are not distinct have to fit too.
+    experts = min(max(problem.num_experts, problem.top_k), problem.slots)
+    capacity = capacity_of(problem.tokens, problem.top_k, experts, block_M)
+    chunks = -(-problem.slots // CHUNK)
+    if chunks > 1:
+        count = device.compile(count_slots, max_experts, problem.ids_dtype)
+    sort = device.compile(moe_sort, block_M, max_experts, problem.ids_dtype, implementation.USES_PDL)
+
+    def run(topk_ids: Tensor, topk_weights: Tensor, mask: Tensor) -> Routing:
+        routing = Routing(
+            token_ids=device.empty(capacity, dtype="int32"),
+            weights=device.empty(capacity, dtype="float32"),
+            expert_ids=device.empty(capacity // block_M, dtype="int32"),
+            num_valid=device.empty(1, dtype="int32"),
+            positions=device.empty(problem.tokens, problem.top_k, dtype="int32"),
+        )
+        counts = device.empty(chunks, max_experts, dtype="int32")
+        if chunks > 1:
+            count(topk_ids, counts)
+        sort(topk_ids, topk_weights, mask, counts, *routing)
+        return routing
+
+    return run
+
+
+def _compile_combine(problem: Problem, implementation, device: Device) -> Callable:
+    """Return combine(y, routing, out), which adds the slots of each token where the GEMMs have not."""
+    if problem.epilogue == "atomic":
+        return lambda y, routing, out: out.copy_(y)
+    uses_pdl = implementation.USES_PDL
+    arguments = problem.dtype, implementation.PARTIAL_DTYPE, uses_pdl
+    add = device.compile(sum_slots, *arguments, pass_configs=PDL_PASS_CONFIGS if uses_pdl else None)
+
+    def run(y: Tensor, routing: Routing, out: Tensor) -> None:
         add(y.unflatten(2, (-1, MX_GROUP)), routing.positions, out.unflatten(1, (-1, MX_GROUP)))
 
+    return run
 
-def _check_tilelang(device: torch.device) -> None:
-    """Raise where upstream's CUDA of the general kernels does not compile."""
-    if device.type == "cuda" and torch.version.hip is None and tilelang.__version__.startswith("0.1.14"):
+
+def _check_tilelang(problem: Problem) -> None:
+    """Raise where upstream's CUDA for the general kernels does not compile."""
+    is_general = problem.weights_layout == GENERAL_LAYOUT
+    if is_general and problem.target_kind == "cuda" and tilelang.__version__.startswith("0.1.14"):
         raise NotImplementedError(
             f"mxfp4_moe: these weights need tilelang 0.1.15 on NVIDIA GPUs; got {tilelang.__version__}; "
             "upgrade tilelang, or use tile_for_hopper on a Hopper GPU"
@@ -107,54 +163,15 @@ _MASKS: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _every_expert(num_experts: int, device: torch.device) -> Tensor:
-    """Return the mask of experts that are all here, filled once; one made while a graph is captured is that graph's alone."""
+    """Return a mask of ones that is filled once per device; a mask made while a graph is captured belongs to that graph."""
     key = num_experts, device
-    of_graph = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if key not in _MASKS and (of_graph or device.type == "cpu"):  # on the CPU it may be a tensor without data
+    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if key not in _MASKS and (is_capturing or device.type == "cpu"):  # on the CPU it may be a tensor without data
         return torch.ones(num_experts, dtype=torch.int32, device=device)
     if key not in _MASKS:
-        _MASKS[key] = torch.ones(num_experts, dtype=torch.int32).to(device)  # which waits, so that any stream may read it
+        _MASKS[key] = torch.ones(num_experts, dtype=torch.int32).to(device)  # this waits, so any stream may read the mask
     return _MASKS[key]
 
 
-def _run(config, activation, kind, epilogue, x: Tensor, routing: Routing, w13, w2, y: Tensor, compiled: Callable) -> None:
-    """Both products by the kernels that every target has."""
-    hidden_kind, device = activations.between(kind), x.device
-    token_ids, weights, expert_ids, num_valid, _ = routing
-    hidden = _empty(hidden_kind, len(token_ids), w2.k, device)
-    gate_up = compiled(stages.gate_up, (config, activation, kind), device)
-    gate_up(*_quantized(x, kind, compiled), token_ids, expert_ids, num_valid, *_by_groups(w13), *hidden)
-    down = compiled(stages.down, (config, hidden_kind, epilogue), device)
-    down(*hidden, token_ids, weights, expert_ids, num_valid, *_by_groups(w2), y)
-
-
-def _quantized(x: Tensor, kind: str, compiled: Callable) -> tuple[Tensor, ...]:
-    """Return x as `kind`: codes and scales, or itself alone."""
-    x = x.unflatten(1, (-1, MX_GROUP))
-    if kind in activations.WIDE:
-        return (x,)
-    dtype = str(x.dtype).removeprefix("torch.")
-    codes, scale = _empty(kind, x.shape[0], x.shape[1] * MX_GROUP, x.device)
-    if kind == "fp8":
-        compiled(activations.quantize_rows, (dtype,), x.device)(x, codes, scale)
-    else:
-        quantize = compiled(activations.quantize_groups, (kind, dtype), x.device)
-        quantize(x.flatten(0, 1), codes.flatten(0, 1), scale.view(-1, 1))
-    return codes, scale
-
-
-def _empty(kind: str, rows: int, k: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Return tensors for (rows, k) as `kind`."""
-    groups = k // MX_GROUP
-    dtype = getattr(torch, activations.codes_dtype(kind))
-    codes = torch.empty(rows, groups, activations.group_bytes(kind), dtype=dtype, device=device)
-    if kind in activations.WIDE:
-        return (codes,)
-    return codes, (
-        torch.empty(rows, device=device) if kind == "fp8" else torch.empty(rows, groups, dtype=torch.uint8, device=device)
-    )
-
-
-def _by_groups(weights: MXFP4Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes (E, rows, K / 32, 16), scales and biases as the kernels take them."""
-    return weights.codes.unflatten(2, (weights.scale.shape[2], -1)), weights.scale, weights.bias
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,10 +2,10 @@
 
 y[t] = sum over slots s of topk_weights[t, s] * (w2[e] . act(w13[e] . x[t] + bias13[e]) + bias2[e]),  e = topk_ids[t, s]
 
-On a GPU at most seven kernels, beside torch's fills and casts: counts and sort, quantisation of x or its rows in sorted order,
-gate and up with the activation, quantisation of what that gives (FP8 on Hopper), down, sum of the slots. Their launches depend
-on shapes alone, so they can be captured in a graph. The CPU computes by `reference.moe`, which refuses to quantise what is not
-finite; kernels give such a row, or group of 32, NaN.
+On a GPU a call launches at most seven kernels, besides torch's fills and casts: count and sort slots by expert; quantise x, or
+put its rows in sorted order; gate and up with the activation; quantise the hidden rows (FP8 on Hopper); down; sum over slots.
+The launches depend on shapes alone, so a call can be captured in a graph. The CPU computes by `reference.moe`, which refuses to
+quantise numbers that are not finite; the kernels give such a row, or group of 32, the scale NaN.
 """
 
 from __future__ import annotations
@@ -17,22 +17,27 @@ from torch import Tensor
 
 from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
-from tilelang_ext.kernels.mxfp4_moe import formats as activations
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
-from tilelang_ext.kernels.mxfp4_moe.arguments import check
-from tilelang_ext.kernels.mxfp4_moe.launch import launch
-from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights
+from tilelang_ext.kernels.mxfp4_moe.arguments import Operands, check
+from tilelang_ext.kernels.mxfp4_moe.formats import SIXTEEN_BITS, hidden_format
+from tilelang_ext.kernels.mxfp4_moe.launch import launch, problem_of
+from tilelang_ext.kernels.mxfp4_moe.problem import Problem
+from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights, from_arguments, to_arguments
 from tilelang_ext.launch.device import current
 
-_KINDS = {torch.float8_e4m3fn: "fp8", torch.float4_e2m1fn_x2: "mxfp4", **{kind: kind for kind in ("fp8", "mxfp8", "mxfp4")}}
+_A_FORMATS = {
+    torch.float8_e4m3fn: "fp8",
+    torch.float4_e2m1fn_x2: "mxfp4",
+    **{name: name for name in ("fp8", "mxfp8", "mxfp4")},
+}
 
 
 def mxfp4_moe(
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    w13: MXFP4Weights,
-    w2: MXFP4Weights,
+    w13: MXFP4Weights | HopperWeights,
+    w2: MXFP4Weights | HopperWeights,
     *,
     activation: Activation,
     a_dtype: torch.dtype | str | None = None,
@@ -40,44 +45,52 @@ def mxfp4_moe(
     expert_mask: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Compute the experts of every token and add them, weighted.
+    """Compute the experts of every token and add their results, weighted.
 
     | argument | shape | dtype |
     | --- | --- | --- |
     | x | (tokens, H), tokens < 2^24 | bfloat16 or float16 |
-    | topk_ids | (tokens, top_k), distinct in a row, top_k <= 127 | int32 or int64 |
+    | topk_ids | (tokens, top_k), distinct in each row, top_k <= 127 | int32 or int64 |
     | topk_weights | (tokens, top_k) | float32, float16 or bfloat16 |
-    | w13, w2 | of `prepare_mxfp4_weights`, E experts each; w13 with gate and up | |
-    | expert_mask | (num_experts,), with E of them true: where expert parallelism keeps them here; None: all are | bool |
-    | out | (tokens, H), contiguous | as x |
+    | w13, w2 | as `prepare_mxfp4_weights` or `tile_for_hopper` returns them, E experts each; w13 has gate and up | |
+    | expert_mask | (num_experts,), true for the E experts whose weights are here (expert parallelism); None means all | bool |
+    | out | (tokens, H), contiguous | x's dtype |
 
-    `a_dtype` is what the products take activations in; x is quantised on the device, and between the products what they hand
-    over, rounded to nearest with the scales of `quantization.quantize`:
+    `a_dtype` is what the GEMMs take activations in. x and the hidden rows between the GEMMs are quantised on the device,
+    rounded to nearest, with the scales of `quantization.quantize`:
 
-    | a_dtype | x | between the products |
+    | a_dtype | x | hidden rows |
     | --- | --- | --- |
     | None or x's dtype (a16w4) | as it is | x's dtype |
-    | torch.float8_e4m3fn or "fp8" (a8w4) | E4M3, a float32 scale a row | E4M3, an E8M0 scale per 32 |
-    | the same, weights of `tile_for_hopper` | the same | x's dtype, then as x |
-    | "mxfp8" (a8w4) | E4M3, an E8M0 scale per 32 | the same |
-    | torch.float4_e2m1fn_x2 or "mxfp4" (a4w4) | E2M1, an E8M0 scale per 32 | the same |
+    | torch.float8_e4m3fn or "fp8" (a8w4) | E4M3, one float32 scale per row | E4M3, one E8M0 scale per 32 |
+    | the same, weights returned by `tile_for_hopper` | the same | x's dtype, then E4M3, one float32 scale per row |
+    | "mxfp8" (a8w4) | E4M3, one E8M0 scale per 32 | the same |
+    | torch.float4_e2m1fn_x2 or "mxfp4" (a4w4) | E2M1, one E8M0 scale per 32 | the same |
 
-    Ids out of range and experts elsewhere add nothing (`check_topk_ids` finds such ids). `reduce` gives the same result each
-    time; `atomic` adds in any order, without memory for each slot. Beside float16 activations weights are rounded to float16:
-    exact for scale bytes 104 to 140.
+    Ids out of range and experts on other ranks add nothing (`check_topk_ids` finds such ids). The epilogue `reduce` stores each
+    slot and adds the slots in order, so the result is the same each time; `atomic` adds in any order and needs no memory per
+    slot. With float16 activations weights are rounded to float16, which is exact for scale bytes 104 to 140.
 
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for devices other than cuda
     (ROCm's too), mps and cpu.
     """
-    if a_dtype not in (None, x.dtype, *_KINDS):
+    if a_dtype not in (None, x.dtype, *_A_FORMATS):
         raise TypeError(
             f"mxfp4_moe: a_dtype must be {x.dtype}, torch.float8_e4m3fn, 'mxfp8' or 'mxfp4'; got {a_dtype}; leave it out"
         )
     if not isinstance(activation, Activation):
         raise TypeError(f"mxfp4_moe: activation must be an Activation; got {type(activation).__name__}; pass one")
-    inner = (activation.name, activation.alpha, activation.limit)
-    kind = _KINDS.get(a_dtype, str(x.dtype).removeprefix("torch."))
-    arguments = (x, topk_ids, topk_weights, *w13, *w2, *inner, kind, epilogue, expert_mask)
+    for name, weights in (("w13", w13), ("w2", w2)):
+        if not isinstance(weights, MXFP4Weights | HopperWeights):
+            raise TypeError(
+                f"mxfp4_moe: {name} must be MXFP4Weights or HopperWeights; got {type(weights).__name__}; "
+                "call prepare_mxfp4_weights"
+            )
+    a_format = _A_FORMATS.get(a_dtype, str(x.dtype).removeprefix("torch."))
+    arguments = (
+        *(x, topk_ids, topk_weights, *to_arguments(w13), *to_arguments(w2)),
+        *(activation.name, activation.alpha, activation.limit, a_format, epilogue, expert_mask),
+    )
     if out is None:
         return torch.ops.tilelang_ext.mxfp4_moe(*arguments)
     torch.ops.tilelang_ext.mxfp4_moe_out(*arguments, out)
@@ -85,27 +98,36 @@ def mxfp4_moe(
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
+# Weights are tensors and the name of their layout, see `weights.to_arguments`.
 
 _ARGUMENTS = (
-    "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor scale13, Tensor bias13, int rows13, int k13, "
-    "Tensor w2, Tensor scale2, Tensor bias2, int rows2, int k2, str activation, float alpha, float limit, str a_kind, "
-    "str epilogue, Tensor? expert_mask"
+    "Tensor x, Tensor topk_ids, Tensor topk_weights, "
+    "Tensor w13, Tensor scale13, Tensor bias13, int rows13, int k13, str layout13, "
+    "Tensor w2, Tensor scale2, Tensor bias2, int rows2, int k2, str layout2, "
+    "str activation, float alpha, float limit, str a_format, str epilogue, Tensor? expert_mask"
 )
 torch.library.define("tilelang_ext::mxfp4_moe", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define("tilelang_ext::mxfp4_moe_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()")
 
 
-def _mxfp4_moe_out(x, topk_ids, topk_weights, *rest) -> None:
-    w13, w2 = MXFP4Weights(*rest[:5]), MXFP4Weights(*rest[5:10])
-    activation, alpha, limit, kind, epilogue, expert_mask, out = rest[10:]
-    check(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, expert_mask, out)
-    if not topk_ids.numel():
+def _checked(x, topk_ids, topk_weights, *rest) -> tuple[Operands, Activation, str, str]:
+    """Return operands, activation, format of activations and epilogue from the arguments of `mxfp4_moe_out`."""
+    activation, alpha, limit, a_format, epilogue, expert_mask, out = rest[12:]
+    operands = Operands(x, topk_ids, topk_weights, from_arguments(*rest[:6]), from_arguments(*rest[6:12]), expert_mask)
+    options = Activation(activation, alpha, limit), a_format, epilogue
+    check(operands, *options, out)
+    return operands, *options
+
+
+def _mxfp4_moe_out(*arguments) -> None:
+    operands, *options = _checked(*arguments)
+    out = arguments[-1]
+    if not operands.topk_ids.numel():
         out.zero_()
         return
-    inner = Activation(activation, alpha, limit)
-    run = _by_reference if x.device.type == "cpu" else launch
-    with current(x.device):
-        run(x, topk_ids, topk_weights, w13, w2, inner, kind, epilogue, expert_mask, out)
+    run = _by_reference if out.device.type == "cpu" else launch
+    with current(out.device):
+        run(problem_of(operands, *options), operands, out)
 
 
 def _mxfp4_moe(x, *rest) -> Tensor:
@@ -114,10 +136,8 @@ def _mxfp4_moe(x, *rest) -> Tensor:
     return out
 
 
-def _fake_out(x, topk_ids, topk_weights, *rest) -> None:
-    activation, _, _, kind, epilogue, expert_mask, out = rest[10:]
-    w13, w2 = MXFP4Weights(*rest[:5]), MXFP4Weights(*rest[5:10])
-    check(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, expert_mask, out)
+def _fake_out(*arguments) -> None:
+    _checked(*arguments)
 
 
 def _fake(x, *rest) -> Tensor:
@@ -134,24 +154,26 @@ for _name, _implementation, _shape_of in (("mxfp4_moe", _mxfp4_moe, _fake), ("mx
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue, expert_mask, out) -> None:
-    device = x.device
-    mask = torch.ones(w13.codes.shape[0], dtype=torch.bool, device=device) if expert_mask is None else expert_mask
-    if mask.sum() != w13.codes.shape[0]:  # a GPU is not waited for: its kernels take no expert past the last
+def _by_reference(problem: Problem, operands: Operands, out: Tensor) -> None:
+    x, topk_ids, topk_weights, w13, w2, expert_mask = operands
+    local_experts, device = problem.num_local_experts, x.device
+    mask = torch.ones(local_experts, dtype=torch.bool, device=device) if expert_mask is None else expert_mask
+    # Only the CPU looks: a GPU would have to be waited for, and its kernels read no expert that is not there.
+    if mask.sum() != local_experts:
         raise ValueError(
-            f"mxfp4_moe: expert_mask must be true for the {w13.codes.shape[0]} experts of w13; got {int(mask.sum())}; check it"
+            f"mxfp4_moe: expert_mask must be true for the {local_experts} experts of w13; got {int(mask.sum())}; check it"
         )
-    half, I = w13.codes.shape[1] // 2, w13.rows // 2
+    half, I = w13.codes.shape[1] // 2, problem.intermediate_size
     rows13 = torch.cat([torch.arange(I, device=device), half + torch.arange(I, device=device)])
-    mx = BlockScaledLayout.e8m0_k32()
+    mx, activation = BlockScaledLayout.e8m0_k32(), problem.activation
     act = {
         "silu": functools.partial(reference.silu_mul, gate="separated"),
         "swiglu": functools.partial(reference.swiglu, alpha=activation.alpha, limit=activation.limit, gate="separated"),
     }[activation.name]
-    if kind not in activations.WIDE:
-        x = reference.requantize(x, kind)
+    if problem.a_format not in SIXTEEN_BITS:
+        x = reference.requantize(x, problem.a_format)
     y = torch.zeros(out.shape, dtype=torch.float64, device=device)
-    # One expert at a time: dequantised, all of a model's would take 16 times their memory.
+    # One expert at a time, since the dequantised weights of all of them would take 16 times the memory of the codes.
     for local, expert in enumerate(mask.nonzero().flatten().tolist()):
         if not (topk_ids == expert).any():
             continue
@@ -164,7 +186,7 @@ def _by_reference(x, topk_ids, topk_weights, w13, w2, activation, kind, epilogue
             activation=act,
             bias13=w13.bias[local, rows13][None],
             bias2=w2.bias[local, : w2.rows][None],
-            between=activations.between(kind),
+            between=hidden_format(problem.a_format),
             expert_mask=torch.arange(len(mask), device=device) == expert,
         )
     out.copy_(y)

@@ -2,55 +2,45 @@
 
     sorted_token_ids[row] = slot << 24 | token        padding: top_k << 24 | tokens
 
-An expert's rows are padded to whole blocks of block_m; an expert without tokens has no block. Outputs are as large as the worst
-case needs and `num_valid` says how much of them is in use, so a launch depends on shapes alone and can be captured in a graph.
-Rows of an expert come in any order, another one each time: what is computed from a row does not depend on its place. The
-contract is that of aiter; `reference.moe_sort` is its truth.
+The rows of each expert are padded to whole blocks of block_M; an expert without tokens has no block. Outputs have the size of
+the worst case, and `num_valid` says how many rows are in use, so a launch depends on shapes alone and can be captured in a
+graph. The order of the rows of one expert is free and differs from call to call, since what is computed from a row does not
+depend on where it is. The contract is that of aiter; `reference.moe_sort` is the reference.
 
-A block of threads has a chunk of slots. It counts its own by expert, adds what `count_slots` has counted in the other chunks,
-and so knows where every expert starts and how much of it earlier chunks place: one launch where there is one chunk, else two.
-Each block reads all counts, so that nobody waits for another block: 32 MB together for 2^18 slots and 128 experts.
+A block of threads has a chunk of slots. It counts the slots of its chunk by expert and adds the counts of the other chunks,
+which `count_slots` wrote; so it knows where each expert starts and how many of its rows belong to earlier chunks. That is one
+launch where there is one chunk, and two elsewhere. Each block reads all counts, so that no block waits for another: 32 MB in
+all for 2^18 slots and 128 experts.
 """
-
-from typing import NamedTuple
-
-from torch import Tensor
 
 from tilelang_ext import language as T
 
 TOKEN_BITS = 24  # of a sorted token id; the slot lies above
 MAX_TOP_K = 127  # slots and the sentinel share the 7 bits that an int32 has left
 _THREADS = 256
-CHUNK = 4 * _THREADS  # slots; the loads of a thread's four are under way together
+CHUNK = 4 * _THREADS  # slots of a block; each thread has four, whose loads are in flight together
 
 
-class Routing(NamedTuple):
-    """The tensors that `moe_sort` writes."""
-
-    token_ids: Tensor
-    weights: Tensor
-    expert_ids: Tensor
-    num_valid: Tensor
-    positions: Tensor
-
-
-def capacity_of(tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
-    """Return the rows that any routing fits in, whole blocks of block_m; `num_experts` counts those elsewhere too."""
-    return -(-(tokens * top_k + num_experts * block_m - top_k) // block_m) * block_m
+def capacity_of(tokens: int, top_k: int, num_experts: int, block_M: int) -> int:
+    """Return the number of rows in which any routing fits: whole blocks. `num_experts` counts experts on other ranks too."""
+    return -(-(tokens * top_k + num_experts * block_M - top_k) // block_M) * block_M
 
 
 def _steps(items, size):
-    """Return ceil(items / size) of items > -size: T.ceildiv rounds towards minus infinity, which takes more instructions."""
+    """Return ceil(items / size) for items > -size. T.ceildiv rounds towards minus infinity, which takes more instructions."""
     return T.truncdiv(items + size - 1, size)
 
 
 def _find(max_experts: int, ids_dtype: str):
-    """The macro (topk_ids, chunk, tokens, top_k, experts_f): experts of a chunk's slots, -1 past the last and out of range."""
+    """Return the macro find(topk_ids, chunk, tokens, top_k, experts_f), which loads the experts of the slots of a chunk.
+
+    The expert is -1 past the last slot and where the id is out of range.
+    """
 
     @T.macro
     def find(topk_ids, chunk, tokens, top_k, experts_f):
         for i in T.Parallel(CHUNK):
-            # Variables: as expressions, these would be computed anew at every use, and again for its bounds.
+            # Variables, since expressions would be computed anew at each use, and again for the bounds check of each access.
             token = T.alloc_var("int32", T.truncdiv(chunk * CHUNK + i, top_k))
             slot = T.alloc_var("int32", chunk * CHUNK + i - token * top_k)
             id = T.alloc_var(ids_dtype, -1)
@@ -62,9 +52,9 @@ def _find(max_experts: int, ids_dtype: str):
 
 
 def count_slots(max_experts: int, ids_dtype: str = "int32"):
-    """The prim_func: (topk_ids, counts), how many slots of each chunk name an expert; a launch ahead of `moe_sort`'s.
+    """Return the prim_func (topk_ids, counts), launched before `moe_sort`: it counts the slots of each chunk by expert.
 
-    Tensors are those of `moe_sort`; experts elsewhere are counted too.
+    The tensors are those of `moe_sort`. Experts on other ranks are counted too.
     """
     tokens, top_k, chunks = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("chunks")
     ids_type = T.Tensor((tokens, top_k), ids_dtype)
@@ -87,28 +77,28 @@ def count_slots(max_experts: int, ids_dtype: str = "int32"):
     return count_slots
 
 
-def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", overlapped: bool = False):
-    """The prim_func: (topk_ids, topk_weights, expert_mask, counts, token_ids, weights, expert_ids, num_valid, positions).
+def moe_sort(block_M: int, max_experts: int, ids_dtype: str = "int32", triggers_next: bool = False):
+    """Return the prim_func (topk_ids, topk_weights, expert_mask, counts, token_ids, weights, expert_ids, num_valid, positions).
 
     | parameter | shape | dtype |
     | --- | --- | --- |
-    | topk_ids | (tokens, top_k), values outside [0, num_experts) are dropped | `ids_dtype`: int32 or int64 |
+    | topk_ids | (tokens, top_k); values outside [0, num_experts) are dropped | `ids_dtype`: int32 or int64 |
     | topk_weights | (tokens, top_k) | float32 |
     | expert_mask | (num_experts,), num_experts <= max_experts; 1 where the expert is local, else 0 | int32 |
-    | counts | (chunks, max_experts) of `count_slots`, a chunk for every CHUNK slots begun; not read where it is one | int32 |
-    | token_ids, weights | (blocks * block_m,) of `capacity_of` | int32, float32 |
-    | expert_ids | (blocks,): number of the block's expert among the local ones, -1 past the last block in use | int32 |
-    | num_valid | (1,): rows in use | int32 |
-    | positions | (tokens, top_k): the row of a slot, -1 where it is dropped or its expert elsewhere | int32 |
+    | counts | (ceil(slots / CHUNK), max_experts), as `count_slots` writes it; not read where there is one chunk | int32 |
+    | token_ids, weights | (blocks * block_M,), as many as `capacity_of` returns | int32, float32 |
+    | expert_ids | (blocks,): the number of the block's expert among the local ones, -1 past the last block in use | int32 |
+    | num_valid | (1,): the number of rows in use | int32 |
+    | positions | (tokens, top_k): the row of a slot, -1 where it is dropped or its expert is on another rank | int32 |
 
-    On CUDA, the launch after one that is `overlapped` may begin before it has ended, and then waits for that end.
+    With `triggers_next`, on CUDA, the kernel that is launched next may start before this one has ended (PDL).
     """
     tokens, top_k, num_experts = T.dynamic("tokens"), T.dynamic("top_k"), T.dynamic("num_experts")
     chunks, blocks = T.dynamic("chunks"), T.dynamic("blocks")
     ids_type = T.Tensor((tokens, top_k), ids_dtype)
     weights_type = T.Tensor((tokens, top_k), "float32")
     mask_type = T.Tensor((num_experts,), "int32")
-    width = -(-max_experts // _THREADS) * _THREADS  # all threads, so that they can meet between scans
+    width = -(-max_experts // _THREADS) * _THREADS  # so that all threads reach the barriers between scans
     scans = (max_experts - 1).bit_length()
     find = _find(max_experts, ids_dtype)
 
@@ -118,25 +108,25 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", overlappe
         topk_weights: weights_type,
         expert_mask: mask_type,
         counts: T.Tensor((chunks, max_experts), "int32"),
-        token_ids: T.Tensor((blocks * block_m,), "int32"),
-        weights: T.Tensor((blocks * block_m,), "float32"),
+        token_ids: T.Tensor((blocks * block_M,), "int32"),
+        weights: T.Tensor((blocks * block_M,), "float32"),
         expert_ids: T.Tensor((blocks,), "int32"),
         num_valid: T.Tensor((1,), "int32"),
         positions: T.Tensor((tokens, top_k), "int32"),
     ):
         with T.Kernel(chunks, threads=_THREADS) as chunk:
-            if overlapped:
+            if triggers_next:
                 T.pdl_trigger()
-            count_s = T.alloc_shared((width,), "int32")  # slots of this chunk
-            rows_s = T.alloc_shared((width,), "int32")  # of an expert, in all chunks
-            next_s = T.alloc_shared((width,), "int32")  # where this chunk's first row goes, -1 for experts elsewhere
-            # Sums over this expert and those before it, read from one half and written to the other: blocks, and local experts.
+            count_s = T.alloc_shared((width,), "int32")  # slots of this chunk, by expert
+            rows_s = T.alloc_shared((width,), "int32")  # rows of each expert, from all chunks
+            next_s = T.alloc_shared((width,), "int32")  # where the first row of this chunk goes, -1 for experts on other ranks
+            # Inclusive prefix sums over experts, of blocks and of local experts; a scan reads one half and writes the other.
             blocks_s, locals_s = (T.alloc_shared((2, width), "int32") for name in ("blocks", "locals"))
             experts_f, ranks_f = T.alloc_fragment((CHUNK,), "int32"), T.alloc_fragment((CHUNK,), "int32")
             weights_f, local_f = T.alloc_fragment((CHUNK,), "float32"), T.alloc_fragment((width,), "int32")
             none = top_k << TOKEN_BITS | tokens
 
-            # Ids, weights and the mask are under way together, before the first of them is waited for.
+            # The loads of ids, weights and the mask are in flight together.
             for e in T.Parallel(width):
                 count_s[e] = 0
                 local_f[e] = T.if_then_else(e < num_experts, expert_mask[e], 0)
@@ -160,7 +150,7 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", overlappe
                 rows = T.alloc_var("int32", T.if_then_else(local_f[e] != 0, before + count_s[e] + after, 0))
                 rows_s[e] = rows
                 next_s[e] = T.if_then_else(local_f[e] != 0, before, -1)
-                blocks_s[0, e] = T.ceildiv(rows, block_m)
+                blocks_s[0, e] = T.ceildiv(rows, block_M)
                 locals_s[0, e] = local_f[e]
             for scan in T.serial(scans):
                 for e in T.Parallel(width):
@@ -170,7 +160,7 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", overlappe
                     locals_s[(scan + 1) % 2, e] = locals_s[scan % 2, e] + T.if_then_else(has, locals_s[scan % 2, added], 0)
             for e in T.Parallel(width):
                 if next_s[e] >= 0:
-                    next_s[e] += (blocks_s[scans % 2, e] - T.ceildiv(rows_s[e], block_m)) * block_m
+                    next_s[e] += (blocks_s[scans % 2, e] - T.ceildiv(rows_s[e], block_M)) * block_M
 
             for i in T.Parallel(CHUNK):
                 token = T.alloc_var("int32", T.truncdiv(chunk * CHUNK + i, top_k))
@@ -185,32 +175,32 @@ def moe_sort(block_m: int, max_experts: int, ids_dtype: str = "int32", overlappe
                 if token < tokens:
                     positions[token, slot] = row
 
-            # What no row took, divided over the chunks: the rest of each expert's last block, and what lies past all experts.
+            # Padding, divided over the chunks: the rest of the last block of each expert, and the blocks past all experts.
             used = T.alloc_var("int32", blocks_s[scans % 2, max_experts - 1])
             for i in T.Parallel(_THREADS):
                 if i == 0 and chunk == 0:
-                    num_valid[0] = used * block_m
+                    num_valid[0] = used * block_M
             for e in T.Parallel(width):
-                count = T.alloc_var("int32", T.ceildiv(rows_s[e], block_m))
+                count = T.alloc_var("int32", T.ceildiv(rows_s[e], block_M))
                 first = T.alloc_var("int32", blocks_s[scans % 2, e] - count)
                 for j in T.serial(_steps(count - chunk, chunks)):
                     expert_ids[first + chunk + j * chunks] = locals_s[scans % 2, e] - 1
-            for step in T.serial(_steps(num_experts * block_m, chunks * _THREADS)):
+            for step in T.serial(_steps(num_experts * block_M, chunks * _THREADS)):
                 for i in T.Parallel(_THREADS):
                     index = T.alloc_var("int32", (step * chunks + chunk) * _THREADS + i)
-                    e, j = T.alloc_var("int32", index // block_m), T.alloc_var("int32", index % block_m)
+                    e, j = T.alloc_var("int32", index // block_M), T.alloc_var("int32", index % block_M)
                     if e < num_experts:
                         rows = T.alloc_var("int32", rows_s[e])
-                        if j < T.ceildiv(rows, block_m) * block_m - rows:
-                            token_ids[blocks_s[scans % 2, e] * block_m - 1 - j] = none
-                            weights[blocks_s[scans % 2, e] * block_m - 1 - j] = 0
-            for step in T.serial(_steps((blocks - used) * block_m, chunks * _THREADS)):
+                        if j < T.ceildiv(rows, block_M) * block_M - rows:
+                            token_ids[blocks_s[scans % 2, e] * block_M - 1 - j] = none
+                            weights[blocks_s[scans % 2, e] * block_M - 1 - j] = 0
+            for step in T.serial(_steps((blocks - used) * block_M, chunks * _THREADS)):
                 for i in T.Parallel(_THREADS):
-                    row = T.alloc_var("int32", used * block_m + (step * chunks + chunk) * _THREADS + i)
-                    if row < blocks * block_m:
+                    row = T.alloc_var("int32", used * block_M + (step * chunks + chunk) * _THREADS + i)
+                    if row < blocks * block_M:
                         token_ids[row] = none
                         weights[row] = 0
-                        if row % block_m == 0:
-                            expert_ids[row // block_m] = -1
+                        if row % block_M == 0:
+                            expert_ids[row // block_M] = -1
 
     return moe_sort

@@ -6,13 +6,17 @@ columns, are copied ahead into shared memory for all warps of a block. Warps tha
 end.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import MX_GROUP
+from tilelang_ext.kernels.mxfp4_moe.problem import HOPPER_LAYOUTS, Problem
 from tilelang_ext.kernels.mxfp4_moe.routing import TOKEN_BITS
-from tilelang_ext.kernels.mxfp4_moe.sm90_packing import BFLOAT16, TILE, decode
+from tilelang_ext.kernels.mxfp4_moe.sm90_decode import BFLOAT16, TILE, decode
 from tilelang_ext.kernels.mxfp4_moe.sm90_wgmma import put_pair, slots_type
+
+PARTIAL_DTYPE, USES_PDL = "bfloat16", True
 
 # The barriers and the limits below are all that is needed.
 PASS_CONFIGS = {
@@ -48,6 +52,21 @@ class Config:
     @property
     def threads(self) -> int:
         return self.warps * self.splits * 32
+
+
+# By the rows that an expert has when all experts are equally busy; each is the fastest of some on an H200 at the sizes of
+# docs/performance.md.
+_MAX_ROWS_PER_EXPERT = 6
+_TABLE = (
+    # (slots up to, config)
+    (64, Config(8, 4, 2, 4)),  # few blocks: K is split, to fill the SMs
+    (None, Config(8, 8, 1, 4)),
+)
+
+
+def pick_config(problem: Problem) -> Config:
+    """Return the tile for a problem, by its slots."""
+    return next(config for most, config in _TABLE if most is None or problem.slots <= most)
 
 
 def _product(config: Config, epilogue, follows_sort: bool):
@@ -299,3 +318,23 @@ def down(config: Config, epilogue: str):
             )  # fmt: skip
 
     return down
+
+
+def takes(problem: Problem) -> bool:
+    """Tiles for bfloat16, and few tokens per expert."""
+    return problem.weights_layout == HOPPER_LAYOUTS["bfloat16"] and problem.rows_per_expert <= _MAX_ROWS_PER_EXPERT
+
+
+def compile_kernels(problem: Problem, device) -> Callable:
+    """Return run(x, routing, w13, w2, y), see `problem`."""
+    config = pick_config(problem)
+    first = device.compile(gate_up, config, problem.activation, pass_configs=PASS_CONFIGS)
+    second = device.compile(down, config, problem.epilogue, pass_configs=PASS_CONFIGS)
+
+    def run(x, routing, w13, w2, y) -> None:
+        token_ids, weights, expert_ids, _, _ = routing
+        hidden = device.empty(len(token_ids), problem.intermediate_size, dtype="bfloat16")
+        first(x, token_ids, expert_ids, w13.tiles.view(-1, LANE_WORDS), w13.bias, hidden)
+        second(hidden, token_ids, weights, expert_ids, w2.tiles.view(-1, LANE_WORDS), w2.bias, y)
+
+    return run

@@ -8,9 +8,11 @@ start before the launch before theirs has ended, and wait for its end; docs/deci
 """
 
 import math
+from collections.abc import Callable
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import E4M3, MX_GROUP
+from tilelang_ext.kernels.mxfp4_moe.problem import Problem
 from tilelang_ext.kernels.mxfp4_moe.routing import MAX_TOP_K
 from tilelang_ext.language.narrow_floats import INF
 
@@ -201,3 +203,43 @@ def quantize_sorted(columns: int):
                 store(own, codes, row, tx)
 
     return quantize_sorted
+
+
+def compile_scatter(problem: Problem, device) -> Callable:
+    """Return scatter(x, routing), which returns the rows of x in sorted order and their scales (for bfloat16 none: empty)."""
+    H = problem.hidden_size
+    if problem.a_format == "bfloat16":
+        put_in_order = device.compile(scatter, pass_configs=PASS_CONFIGS)
+    else:
+        put_in_order = device.compile(scatter_quantized, H, pass_configs=PASS_CONFIGS)
+
+    def run(x, routing) -> tuple:
+        rows = len(routing.token_ids)
+        if problem.a_format == "bfloat16":
+            sorted_x, scale = device.empty(rows, H, dtype="bfloat16"), device.empty(0, dtype="float32")
+            put_in_order(x, routing.positions, sorted_x)
+        else:
+            sorted_x, scale = _empty_rows(rows, H, device)
+            put_in_order(x, routing.positions, sorted_x, scale)
+        return sorted_x, scale
+
+    return run
+
+
+def compile_requantize(problem: Problem, device) -> Callable:
+    """Return requantize(hidden, routing), which returns the hidden rows as the second GEMM takes them, and their scales."""
+    if problem.a_format == "bfloat16":
+        return lambda hidden, routing: (hidden, device.empty(0, dtype="float32"))
+    quantize = device.compile(quantize_sorted, problem.intermediate_size, pass_configs=PASS_CONFIGS)
+
+    def run(hidden, routing) -> tuple:
+        codes, scale = _empty_rows(*hidden.shape, device)
+        quantize(hidden, routing.positions.flatten(), codes, scale)
+        return codes, scale
+
+    return run
+
+
+def _empty_rows(rows: int, columns: int, device) -> tuple:
+    """Return tensors for rows of E4M3 and their scales."""
+    return device.empty(rows, columns, dtype="float8_e4m3fn"), device.empty(rows, dtype="float32")

@@ -14,6 +14,7 @@ block, which reads tokens less often; many take 128 rows by up to 256 tokens, wh
 measured is in docs/performance.md.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -21,9 +22,12 @@ from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import MX_GROUP
+from tilelang_ext.kernels.mxfp4_moe import sm90_scatter
+from tilelang_ext.kernels.mxfp4_moe.problem import HOPPER_LAYOUTS, Problem
 from tilelang_ext.kernels.mxfp4_moe.routing import TOKEN_BITS
-from tilelang_ext.kernels.mxfp4_moe.sm90_packing import BFLOAT16, TILE, Operand, decode
-from tilelang_ext.kernels.scaled_mm.sm90_persistent import num_processors
+from tilelang_ext.kernels.mxfp4_moe.sm90_decode import BFLOAT16, TILE, TILE_FORMATS, TileFormat, decode
+
+PARTIAL_DTYPE, USES_PDL = "bfloat16", True
 
 # Barriers order everything here, and one that upstream adds would be met by the elected thread alone.
 PASS_CONFIGS = {
@@ -71,7 +75,56 @@ class Config:
         return next(eights for eights in range(_READY, 0, -1) if self.part_M // 8 % eights == 0)
 
 
-def _product(config: Config, operand: Operand, fetch, epilogue):
+# By the rows that an expert has when all experts are equally busy; each is the fastest of some on an H200 at the sizes of
+# docs/performance.md. The bounds between them were not searched.
+_TABLES = {
+    "bfloat16": (
+        # (rows per expert up to, config)
+        (12, Config(16, 4, 10)),  # tokens are read for 512 rows of weights
+        (18, Config(24, 4, 9)),
+        (40, Config(48, 2, 13)),
+        (80, Config(80, 2, 9)),
+        (400, Config(128, 2, 7)),
+        (None, Config(256, 1, 5)),
+    ),
+    "fp8": (
+        (6, Config(8, 2, 11)),
+        (12, Config(16, 4, 5)),
+        (18, Config(32, 2, 9)),
+        (40, Config(48, 2, 8)),
+        (80, Config(80, 2, 7)),
+        (400, Config(144, 1, 7)),  # two tiles for 256 +- 16 rows
+        (None, Config(256, 1, 4)),  # a tile of weights is decoded for twice the tokens
+    ),
+}
+# Instead of tiles of 512 rows of weights, where those leave more SMs without work in the last wave.
+_OF_256_ROWS = {
+    "bfloat16": {Config(16, 4, 10): Config(16, 2, 18), Config(24, 4, 9): Config(24, 2, 17)},
+    "fp8": {Config(16, 4, 5): Config(16, 2, 11)},
+}
+
+
+def pick_config(problem: Problem) -> Config:
+    """Return the tile for a problem, by the rows that an expert has when all experts are equally busy."""
+    table = _TABLES[problem.a_format]
+    return next(config for most, config in table if most is None or problem.rows_per_expert <= most)
+
+
+def fitted(config: Config, problem: Problem, rows: int) -> Config:
+    """Return `config` for weights of `rows` per expert, or one of half the rows per tile if that takes a tenth less time.
+
+    Time is taken to be the rows that an SM computes in all waves.
+    """
+    smaller = _OF_256_ROWS[problem.a_format].get(config, config)
+
+    def rows_of_sm(one: Config) -> int:
+        tiles = problem.num_local_experts * -(-rows // one.rows)
+        return -(-tiles // problem.num_sms) * one.rows
+
+    return smaller if rows_of_sm(smaller) < 0.9 * rows_of_sm(config) else config
+
+
+def _product(config: Config, num_blocks: int, operand: TileFormat, fetch, epilogue):
     """Return the macro of a product.
 
     `epilogue(sinks, acc, buffer, row0, row_tile, warpgroup, thread)` takes the sums of a tile, for each thread of a warpgroup.
@@ -84,7 +137,6 @@ def _product(config: Config, operand: Operand, fetch, epilogue):
     tiles_of_block = _COMPUTING * tiles
     scale_words = operand.K // MX_GROUP // 2  # of a lane, for rows g and g + 8
     row_bytes = 128  # of a token in a stage
-    num_blocks = num_processors()
 
     @T.macro
     def advance(ring):
@@ -269,7 +321,7 @@ def _put_rows(part_M: int, width: int, put):
     return put_rows
 
 
-def _fetch(config: Config, operand: Operand):
+def _fetch(config: Config, operand: TileFormat):
     """The macros that begin to copy bias and power of a tile's rows, and a vector's elements for its tokens; and the one that
     takes what rows g and g + 8 need from the first.
     """
@@ -337,7 +389,7 @@ def put_pair(epilogue: str):
     return put_pair
 
 
-def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
+def gate_up(config: Config, num_blocks: int, activation, operand: TileFormat = BFLOAT16):
     """The prim_func of stage 1: (x, scale_x, expert_ids, num_valid, w13, scale13, bias13, hidden).
 
     | parameter | shape | dtype |
@@ -408,7 +460,7 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
                     activate(first + m, part)
                 put_rows(sinks, buffer, warpgroup, thread, row0, part, row_tile + first)
 
-    product = _product(config, operand, fetch, store)
+    product = _product(config, num_blocks, operand, fetch, store)
 
     @T.prim_func
     def gate_up(
@@ -421,7 +473,7 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
         bias13: T.Tensor((experts, row_tiles * TILE), "float32"),
         hidden: T.Tensor((blocks * block_M, I), "bfloat16"),
     ):
-        with T.Kernel(num_processors(), threads=_THREADS) as block:
+        with T.Kernel(num_blocks, threads=_THREADS) as block:
             out_s = T.alloc_shared((_COMPUTING, part_M, tiles_of_part * features + _PAD), "bfloat16")
             bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for name in ("bias", "power"))
             scale_s = T.alloc_shared((2, block_M), "float32")
@@ -437,7 +489,7 @@ def gate_up(config: Config, activation, operand: Operand = BFLOAT16):
     return gate_up
 
 
-def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
+def down(config: Config, num_blocks: int, epilogue: str, operand: TileFormat = BFLOAT16):
     """The prim_func of stage 2: (hidden, scale_hidden, token_ids, weights, expert_ids, num_valid, w2, scale2, bias2, y).
 
     | parameter | shape | dtype |
@@ -521,7 +573,7 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
             if token < sinks.tokens and tile * TILE + column < sinks.H:
                 add_pair(sinks.y, token, 0, tile * TILE + column, sinks.values, pair)
 
-    product = _product(config, operand, fetch, store)
+    product = _product(config, num_blocks, operand, fetch, store)
 
     @T.prim_func
     def down(
@@ -536,7 +588,7 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
         bias2: T.Tensor((experts, row_tiles * TILE), "float32"),
         y: slots_type(epilogue, tokens, top_k, H),
     ):
-        with T.Kernel(num_processors(), threads=_THREADS) as block:
+        with T.Kernel(num_blocks, threads=_THREADS) as block:
             out_s = T.alloc_shared((_COMPUTING, part_M, TILE + _PAD), "bfloat16")
             ids_s = T.alloc_shared((2, block_M), "int32")
             weights_s, scale_s = (T.alloc_shared((2, block_M), "float32") for name in ("weights", "scale"))
@@ -553,3 +605,27 @@ def down(config: Config, epilogue: str, operand: Operand = BFLOAT16):
             product(hidden, w2, expert_ids, num_valid, sinks, block, T.ceildiv(H, config.rows), row_tiles, steps)
 
     return down
+
+
+def takes(problem: Problem) -> bool:
+    """Tiles for bfloat16 or fp8, and any number of tokens."""
+    return problem.weights_layout in HOPPER_LAYOUTS.values()
+
+
+def compile_kernels(problem: Problem, device) -> Callable:
+    """Return run(x, routing, w13, w2, y), see `problem`."""
+    config, operand, num_blocks = pick_config(problem), TILE_FORMATS[problem.a_format], problem.num_sms
+    H, I = problem.hidden_size, problem.intermediate_size
+    scatter = sm90_scatter.compile_scatter(problem, device)
+    config13, config2 = fitted(config, problem, 2 * I), fitted(config, problem, H)
+    first = device.compile(gate_up, config13, num_blocks, problem.activation, operand, pass_configs=PASS_CONFIGS)
+    requantize = sm90_scatter.compile_requantize(problem, device)
+    second = device.compile(down, config2, num_blocks, problem.epilogue, operand, pass_configs=PASS_CONFIGS)
+
+    def run(x, routing, w13, w2, y) -> None:
+        token_ids, weights, expert_ids, num_valid, _ = routing
+        hidden = device.empty(len(token_ids), I, dtype="bfloat16")
+        first(*scatter(x, routing), expert_ids, num_valid, w13.tiles, w13.row_scale, w13.bias, hidden)
+        second(*requantize(hidden, routing), token_ids, weights, expert_ids, num_valid, w2.tiles, w2.row_scale, w2.bias, y)
+
+    return run

@@ -2,8 +2,8 @@
 
     w13: gate rows above up rows, (E, 2I, H)        w2: (E, H, I)
 
-One layout for every target: codes and scales row by row, as `quantize` describes them, gate and up apart. Hopper's kernels want
-tiles instead, which `tile_for_hopper` makes of them, once, when weights are loaded; the rank of the codes tells them apart.
+`prepare_mxfp4_weights` returns `MXFP4Weights`, the one layout for every target. Hopper's kernels read tiles instead:
+`tile_for_hopper` returns `HopperWeights`, made once when weights are loaded.
 """
 
 from __future__ import annotations
@@ -17,21 +17,70 @@ from torch import Tensor
 from tilelang_ext import quantization
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import sm90_packing
+from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, HOPPER_LAYOUTS
+from tilelang_ext.kernels.mxfp4_moe.sm90_decode import TILE
 
 
 class MXFP4Weights(NamedTuple):
-    """Weights of E experts, made by `prepare_mxfp4_weights`. What lies past `rows` and `k` is never computed with."""
+    """Weights of E experts row by row, returned by `prepare_mxfp4_weights`.
+
+    The kernels never compute with what lies past `rows` and `k`.
+    """
 
     codes: Tensor  # uint8 (E, stored rows, stored K / 2), low nibble = even k
     scale: Tensor  # uint8 E8M0 (E, stored rows, stored K / 32)
     bias: Tensor  # float32 (E, stored rows)
-    rows: int  # of w13 2I: I gate rows from row 0 on, I up rows from the middle on; of w2 H
+    rows: int  # of w13 2I: I gate rows from row 0 on, I up rows from the middle row on; of w2 H
     k: int  # of w13 H, of w2 I: a multiple of 32
 
+    @property
+    def layout(self) -> str:
+        return GENERAL_LAYOUT
 
-def is_tiled(weights: MXFP4Weights) -> bool:
-    """Whether weights are of `tile_for_hopper`."""
-    return weights.codes.ndim == 4
+    @property
+    def num_experts(self) -> int:
+        return self.codes.shape[0]
+
+
+class HopperWeights(NamedTuple):
+    """Weights of E experts in the tiles that the kernels for NVIDIA Hopper read, returned by `tile_for_hopper`.
+
+    A tile is 64 rows by the K that 128 bytes of `a_format` hold: 64 of bfloat16, 128 of fp8. It has the codes in the order in
+    which the lanes of a warp decode them, then the scales; `sm90_decode` describes each word. Rows are permuted: of w13 eight
+    gate rows, then the eight up rows of the same features, and so on; of w2 the eight even rows of sixteen, then the odd ones.
+    Rows and K that do not fill a tile are zeros.
+    """
+
+    tiles: Tensor  # uint32 (E, row tiles, steps of K, 544 words for bfloat16, 1088 for fp8)
+    row_scale: Tensor  # float32 (E, row tiles * 64), the power of two that multiplies a row; for bfloat16 empty, (0, 0)
+    bias: Tensor  # float32 (E, row tiles * 64), in the order of the tiles' rows
+    rows: int  # of w13 2I, of w2 H, without those that fill a tile
+    k: int  # of w13 H, of w2 I
+    a_format: str  # the activations that these tiles are for: "bfloat16" or "fp8"
+
+    @property
+    def layout(self) -> str:
+        return HOPPER_LAYOUTS[self.a_format]
+
+    @property
+    def num_experts(self) -> int:
+        return self.tiles.shape[0]
+
+
+def to_arguments(weights: MXFP4Weights | HopperWeights) -> tuple[Tensor, Tensor, Tensor, int, int, str]:
+    """Return weights as the torch operator takes them: three tensors, rows, k and the name of the layout."""
+    return (*weights[:5], weights.layout)
+
+
+def from_arguments(codes: Tensor, scale: Tensor, bias: Tensor, rows: int, k: int, layout: str) -> MXFP4Weights | HopperWeights:
+    """Return the weights whose `to_arguments` these are. Raises ValueError for a layout that does not exist."""
+    if layout == GENERAL_LAYOUT:
+        return MXFP4Weights(codes, scale, bias, rows, k)
+    for a_format, name in HOPPER_LAYOUTS.items():
+        if layout == name:
+            return HopperWeights(codes, scale, bias, rows, k, a_format)
+    layouts = ", ".join([GENERAL_LAYOUT, *HOPPER_LAYOUTS.values()])
+    raise ValueError(f"mxfp4_moe: layout of weights must be one of {layouts}; got {layout!r}; call mxfp4_moe, which passes it")
 
 
 _SOURCES = ("gpt_oss", "mlx", "plain")
@@ -55,9 +104,10 @@ def prepare_mxfp4_weights(
     | mlx | uint32 (E, N, K / 8), mode mxfp4 | uint8 (E, N, K / 32) |
     | plain | uint8 or float4_e2m1fn_x2 (E, N, K / 2), low nibble = even k | uint8 or float8_e8m0fnu (E, N, K / 32) |
 
-    `bias` (E, N) of any float dtype; none is zeros. `gate` of w13: "interleaved" (gpt-oss: gate rows ::2, up rows 1::2) or
-    "separated" (gate rows in the first half); of w2 None. `rows` and `k` are the sizes that count where N and K are padded, of
-    w13 both halves together; padding may hold anything, NaN too. Copies what must be reordered; else these are views.
+    `bias` (E, N) has any float dtype; None means zeros. `gate` is, for w13, "interleaved" (gpt-oss: gate rows ::2, up rows
+    1::2) or "separated" (gate rows in the first half), and None for w2. `rows` and `k` are the sizes without padding where N
+    and K are padded; for w13 `rows` counts both halves. Padding may hold anything, NaN too. Only what must be reordered is
+    copied; all else is views of the arguments.
 
     Raises TypeError for dtypes, ValueError for shapes.
     """
@@ -73,7 +123,7 @@ def prepare_mxfp4_weights(
         codes, scale = quantization.from_deepseek_mxfp4(weight, scale)
     if codes.ndim != 3:
         raise ValueError(
-            f"prepare_mxfp4_weights: weight must be of (experts, N, K); got shape {tuple(weight.shape)}; stack the experts"
+            f"prepare_mxfp4_weights: weight must have shape (experts, N, K); got {tuple(weight.shape)}; stack the experts"
         )
     stored_rows, stored_k = codes.shape[1], codes.shape[2] * CODES_PER_BYTE
     if bias is None:
@@ -105,33 +155,34 @@ def prepare_mxfp4_weights(
     return MXFP4Weights(codes.contiguous(), scale.contiguous(), bias.float().contiguous(), rows, k)
 
 
-def tile_for_hopper(weights: MXFP4Weights, *, gate: bool, a_dtype: str = "bfloat16") -> MXFP4Weights:
-    """Return `weights` as the kernels for NVIDIA Hopper read them, with activations of `a_dtype`: one copy, made once.
+def tile_for_hopper(weights: MXFP4Weights, *, gate: bool, a_dtype: str = "bfloat16") -> HopperWeights:
+    """Return a copy of `weights` in the tiles that the kernels for NVIDIA Hopper read; make it once, when weights are loaded.
 
-    `gate` says whether these are w13, gate above up; `a_dtype` is "bfloat16" or "fp8". The result's codes are uint32
-    (E, row tiles, steps, words) with the scales in them, its scale (of fp8, else empty) the powers of two of rows, float32,
-    its bias has rows in the order of the tiles. Padding is left behind.
+    `gate` says whether these are w13, gate above up. `a_dtype` is what the tiles are to be multiplied with: "bfloat16" or
+    "fp8" activations. Padding is left behind.
 
-    Raises ScaleError where scales cannot be held: for bfloat16 above 2^1, for fp8 more than 2^11 apart in a row, NaN; and
-    ValueError for sizes that are no multiple of 32.
+    Raises ScaleError where tiles cannot hold the scales exactly: for bfloat16 scales above 2^1, for fp8 scales of one row that
+    are more than 2^11 apart, and NaN for both. Raises ValueError for numbers of rows that are no multiple of 32.
     """
     codes, scale, bias, rows, k = weights
-    if a_dtype not in sm90_packing.OPERANDS:
+    if a_dtype not in HOPPER_LAYOUTS:
         raise ValueError(f"tile_for_hopper: a_dtype must be 'bfloat16' or 'fp8'; got {a_dtype!r}; use the weights as they are")
     if rows % (2 * MX_GROUP if gate else MX_GROUP):
-        raise ValueError(f"tile_for_hopper: rows must be a multiple of {MX_GROUP}, of gate and of up; got {rows}; pad them")
+        raise ValueError(
+            f"tile_for_hopper: rows of gate, of up and of w2 must be multiples of {MX_GROUP}; got {rows} in all; pad them"
+        )
     parts = [slice(0, rows)]
     if gate:
         half = codes.shape[1] // 2
         parts = [slice(0, rows // 2), slice(half, half + rows // 2)]
     codes, scale, bias = (torch.cat([tensor[:, part] for part in parts], 1) for tensor in (codes, scale, bias))
     codes, scale = codes[..., : k // CODES_PER_BYTE], scale[..., : k // MX_GROUP]
-    order = sm90_packing.gate_beside_up if gate else sm90_packing.neighbours
+    order = sm90_packing.interleave_gate_and_up if gate else sm90_packing.even_rows_first
     codes, scale, bias = (order(tensor) for tensor in (codes, scale, bias))
     if a_dtype == "fp8":
-        tiles, power = sm90_packing.pack_e4m3(codes, scale)
+        tiles, row_scale = sm90_packing.pack_for_fp8(codes, scale)
     else:
-        tiles, power = sm90_packing.pack(codes, scale), bias.new_empty(0, 0)
-    missing = tiles.shape[1] * sm90_packing.TILE - rows
-    power, bias = (F.pad(each, (0, missing)) if each.numel() else each for each in (power, bias))
-    return MXFP4Weights(tiles, power, bias.contiguous(), rows, k)
+        tiles, row_scale = sm90_packing.pack_for_bfloat16(codes, scale), bias.new_empty(0, 0)
+    missing = tiles.shape[1] * TILE - rows
+    row_scale, bias = (F.pad(each, (0, missing)) if each.numel() else each for each in (row_scale, bias))
+    return HopperWeights(tiles, row_scale, bias.contiguous(), rows, k, a_dtype)
