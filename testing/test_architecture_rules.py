@@ -1,33 +1,64 @@
-"""The arrows between rooms: which part of the package may import which, and what kernels may not do."""
+"""The arrows between rooms: who imports whom, and what kernels may not do. The table is that of docs/design/architecture.md."""
 
 import ast
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tilelang_ext"
-BACKENDS = ("metal", "rocm", "cuda", "cpu")
-
-# room: what it may not import, as prefixes of module names; a reason each
-FORBIDDEN = {
-    **dict.fromkeys(("formats", "marks"), ("tilelang_ext", "tilelang", "tvm", "torch")),  # everybody imports them
-    # It executes text, wherever that came from, and works where tilelang is not installed.
-    "simulator": ("tilelang", "tvm", "tilelang_ext.language", "tilelang_ext.kernels", *(f"tilelang_ext.{b}" for b in BACKENDS)),
-    "kernels": ("time", "timeit"),  # benchmarks time
-}
-# room: all that it may import besides the standard library
 UPSTREAM = ("tilelang", "tvm", "torch")
-BELOW_BACKENDS = tuple(f"tilelang_ext.{room}" for room in ("formats", "marks", "native", "program", "registration"))
-ALLOWED = {
-    "reference": ("torch", "tilelang_ext.formats", "tilelang_ext.quantization"),  # the truth, in plain torch
-    # No target branches: a macro is the same on each.
-    "language": (*UPSTREAM, *(f"tilelang_ext.{room}" for room in ("formats", "marks", "language"))),
-    **dict.fromkeys(("program", "registration"), UPSTREAM),  # any backend stands on them
-    **{backend: (*UPSTREAM, *BELOW_BACKENDS, f"tilelang_ext.{backend}") for backend in BACKENDS},  # and not one another
-}
+BACKENDS = ("metal", "rocm", "cuda", "cpu")
+HOST_FILES = ("__init__", "operator", "arguments", "launch", "weights", "experts", "packing")  # of an operator's package
 NO_ROOMS = {"utils", "common", "helpers", "misc"}
+
+
+@dataclass(frozen=True)
+class Room:
+    """`may`: prefixes of our own modules that it may import, beside itself. `never`: modules of others that it may not."""
+
+    may: tuple[str, ...]
+    never: tuple[str, ...] = ()
+    silent: bool = False  # calls no print
+
+
+ROOMS = {
+    "formats": Room((), never=UPSTREAM),  # what the bits mean: everybody imports it, so it imports nobody
+    "marks": Room((), never=UPSTREAM),
+    "language": Room(("formats", "marks")),  # no branch on a target: a macro is the same on each
+    "program": Room(()),
+    "native": Room(()),
+    "quantization": Room(("formats",)),
+    "checkpoints": Room(("formats", "quantization")),
+    "reference": Room(("formats", "quantization"), never=("tilelang", "tvm")),  # the truth, in plain torch
+    **dict.fromkeys(BACKENDS, Room(("formats", "marks", "program", "native", "registration"))),  # a backend serves any kernel
+    "registration": Room(()),
+    # It executes text, wherever that came from, and works where tilelang is not installed.
+    "simulator": Room((), never=("tilelang", "tvm")),
+    "simulation": Room(("metal", "rocm", "program", "simulator")),
+    "launch": Room(("program", *BACKENDS)),
+    "kernels": Room(()),  # the names of public functions and their modules, as text
+    "kernels/sm90": Room(("language", "formats"), never=("torch",), silent=True),
+    # An operator's package has two rooms: what runs on the device, and what runs before it on the host.
+    "device file": Room(("language", "formats", "marks", "kernels.sm90"), never=("torch", "time", "timeit"), silent=True),
+    "host file": Room(("launch", "reference", "formats", "quantization", "checkpoints"), never=("time", "timeit"), silent=True),
+    "tune": Room(("launch", "kernels")),
+    "parallel": Room(("kernels",)),
+    "integrations": Room(("kernels", "parallel")),
+    "__init__": Room((*BACKENDS, "kernels")),  # registers the backends; operators are loaded by name
+}
+
+
+def room_of(module: tuple[str, ...]) -> tuple[str, str]:
+    """Return the room of a module by its path inside the package, and the prefix of what belongs to the room itself."""
+    if module[0] != "kernels" or len(module) < 3:
+        return module[0], module[0]
+    operator = f"kernels.{module[1]}"
+    if module[1] == "sm90":
+        return "kernels/sm90", operator
+    return ("host file" if module[2] in HOST_FILES else "device file"), operator
 
 
 def imports(text: str, package: str) -> list[str]:
@@ -47,65 +78,120 @@ def within(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-def violations(room: str, text: str, package: str) -> list[str]:
-    found = [name for name in imports(text, package) if within(name, FORBIDDEN.get(room, ()))]
-    if room in ALLOWED:
-        own = [name for name in imports(text, package) if name.split(".")[0] in ("tilelang_ext", "tilelang", "tvm", "torch")]
-        found += [name for name in own if not within(name, ALLOWED[room])]
-    if room == "kernels":
-        found += [
-            "print"
-            for node in ast.walk(ast.parse(text))
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
-        ]
+def violations(module: tuple[str, ...], text: str) -> list[str]:
+    """Return what a file may not do: its imports by full name, and calls of print."""
+    name, own = room_of(module)
+    room = ROOMS[name]
+    package = ".".join(["tilelang_ext", *module[:-1]])
+    found = []
+    for imported in imports(text, package):
+        if imported.startswith("tilelang_ext."):
+            ours = imported.removeprefix("tilelang_ext.")
+            host = f"tilelang_ext.{own}."
+            to_host = name == "device file" and any(within(imported, (host + file,)) for file in HOST_FILES)
+            if not within(ours, (own, *room.may)) or to_host:
+                found.append(imported)
+        elif within(imported, room.never):
+            found.append(imported)
+    if room.silent:
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        found += ["print" for node in calls if getattr(node.func, "id", "") == "print"]
     return found
 
 
-def files() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+def module_of(path: Path) -> tuple[str, ...]:
+    return path.relative_to(PACKAGE).with_suffix("").parts
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_arrows(path):
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    package = ".".join(["tilelang_ext", *parts[:-1]])
-    assert not violations(parts[0], path.read_text(), package), "see the import rules in docs/design/architecture.md"
+    assert not violations(module_of(path), path.read_text()), "see the table in docs/design/architecture.md"
+
+
+def test_no_circle():
+    """Modules can be put in an order in which each imports only those before it."""
+    names = {".".join(["tilelang_ext", *module_of(path)]).removesuffix(".__init__"): path for path in FILES}
+    arrows = {}
+    for name, path in names.items():
+        found = imports(path.read_text(), ".".join(["tilelang_ext", *module_of(path)[:-1]]))
+        # `from package.module import name` gives package.module.name: the longest prefix that is a module.
+        arrows[name] = {other for each in found if (other := longest(each, names)) not in (None, name)}
+    while ends := {name for name, others in arrows.items() if not others & arrows.keys()}:
+        arrows = {name: others for name, others in arrows.items() if name not in ends}
+    assert not arrows, "these modules import each other, or one that does"
+
+
+def longest(name: str, modules) -> str | None:
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 def test_no_room_without_a_question():
     assert not {path.name for path in PACKAGE.rglob("*")} & {*NO_ROOMS, *(f"{name}.py" for name in NO_ROOMS)}
+    assert {room_of(module_of(path))[0] for path in FILES} <= ROOMS.keys()
 
 
 def test_code_generator_knows_no_kernel():
-    kernels = {path.stem for path in (PACKAGE / "kernels").glob("*.py")} - {"__init__"}
+    operators = {path.parent.name for path in (PACKAGE / "kernels").glob("*/operator.py")}
+    assert operators
     for path in (ROOT / "src" / "metal").iterdir():
-        assert not kernels & set(re.findall(r"\w+", path.read_text())), path.name
+        assert not operators & set(re.findall(r"\w+", path.read_text())), path.name
 
 
 @pytest.mark.parametrize(
-    ("room", "text", "found"),
+    ("module", "text", "found"),
     [
-        ("metal", "from tilelang_ext import language as T", ["tilelang_ext.language"]),
-        ("language", "from ..marks import READ_ONCE\nfrom ..rocm import gemm", ["tilelang_ext.rocm.gemm"]),
-        ("rocm", "from tilelang_ext.metal.program import Parameter", ["tilelang_ext.metal.program.Parameter"]),
-        ("program", "import torch\nfrom tilelang_ext.formats import E2M1", ["tilelang_ext.formats.E2M1"]),
-        ("cuda", "from tilelang_ext.rocm import gemm\nfrom tilelang_ext import marks", ["tilelang_ext.rocm.gemm"]),
-        ("registration", "from tilelang_ext import native\nimport torch", ["tilelang_ext.native"]),
-        ("metal", "from ..kernels import moe", ["tilelang_ext.kernels.moe"]),
-        ("metal", "def late():\n    import tilelang_ext.kernels.moe", ["tilelang_ext.kernels.moe"]),
-        ("metal", "from tilelang import language as T\nfrom . import layout", []),
-        ("simulator", "import tilelang.language", ["tilelang.language"]),
-        ("simulator", "from tilelang_ext.metal import lower", ["tilelang_ext.metal.lower"]),
         ("formats", "from .quantization import pack", ["tilelang_ext.quantization.pack"]),
         ("marks", "import math\nfrom tilelang_ext.formats import E2M1\nimport torch", ["tilelang_ext.formats.E2M1", "torch"]),
+        ("registration", "from tilelang_ext import native\nimport torch", ["tilelang_ext.native"]),
+        ("language.moe", "from tilelang_ext.metal import layout", ["tilelang_ext.metal.layout"]),
+        ("program", "import torch, tvm\nfrom tilelang_ext import formats", ["tilelang_ext.formats"]),
         ("reference", "import torch\nfrom tilelang_ext.metal import lower", ["tilelang_ext.metal.lower"]),
         ("reference", "import math\nimport torch\nfrom tilelang_ext import formats", []),
-        ("kernels", "import time\nprint(time.time())", ["time", "print"]),
+        ("metal.layout", "from tilelang_ext import language as T", ["tilelang_ext.language"]),
+        ("metal.layout", "from ..kernels import moe", ["tilelang_ext.kernels.moe"]),
+        ("metal.layout", "def late():\n    import tilelang_ext.kernels.moe", ["tilelang_ext.kernels.moe"]),
+        ("metal.layout", "from tilelang import language as T\nfrom . import layout\nfrom tilelang_ext import program", []),
+        ("rocm.program", "from tilelang_ext.metal import program", ["tilelang_ext.metal.program"]),
+        ("cuda.fp8_gemm", "from tilelang_ext.launch.device import target_of", ["tilelang_ext.launch.device.target_of"]),
+        ("cpu.gemm", "from tilelang_ext import rocm", ["tilelang_ext.rocm"]),
+        ("simulator.execute", "import tilelang.language", ["tilelang.language"]),
+        ("simulator.execute", "from tilelang_ext.metal import lower", ["tilelang_ext.metal.lower"]),
+        ("launch.compile", "from tilelang_ext import metal, language", ["tilelang_ext.language"]),
+        ("launch.plan", "from tilelang_ext.kernels import mxfp4_moe", ["tilelang_ext.kernels.mxfp4_moe"]),
+        ("kernels.sm90.pipeline", "import torch\nfrom tilelang_ext import launch", ["torch", "tilelang_ext.launch"]),
+        (
+            "kernels.sm90.pipeline",
+            "from tilelang_ext.kernels.scaled_mm import problem",
+            ["tilelang_ext.kernels.scaled_mm.problem"],
+        ),
+        ("kernels.scaled_mm.tiled", "from torch import Tensor", ["torch.Tensor"]),
+        ("kernels.scaled_mm.tiled", "from tilelang_ext.launch import compile", ["tilelang_ext.launch.compile"]),
+        ("kernels.scaled_mm.tiled", "from . import operator", ["tilelang_ext.kernels.scaled_mm.operator"]),
+        (
+            "kernels.scaled_mm.tiled",
+            "from tilelang_ext.kernels.mxfp4_moe import tiled",
+            ["tilelang_ext.kernels.mxfp4_moe.tiled"],
+        ),
+        ("kernels.scaled_mm.tiled", "from tilelang_ext.kernels.sm90 import pipeline\nfrom . import problem", []),
+        (
+            "kernels.scaled_mm.operator",
+            "from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe",
+            ["tilelang_ext.kernels.mxfp4_moe.operator.mxfp4_moe"],
+        ),
+        ("kernels.scaled_mm.operator", "import time\nprint(time.time())", ["time", "print"]),
+        ("kernels.scaled_mm.operator", "import torch\nfrom tilelang_ext import launch, reference\nfrom . import tiled", []),
+        ("tune", "from tilelang_ext import metal", ["tilelang_ext.metal"]),
+        ("parallel.expert", "from tilelang_ext.integrations import mlx", ["tilelang_ext.integrations.mlx"]),
+        ("integrations.mlx_lm", "from tilelang_ext import launch", ["tilelang_ext.launch"]),
     ],
 )
-def test_the_rules_see_a_violation(room, text, found):
-    package = f"tilelang_ext.{room}" if room in (*BACKENDS, "language", "kernels") else "tilelang_ext"
-    assert violations(room, text, package) == found
+def test_the_rules_see_a_violation(module, text, found):
+    assert violations(tuple(module.split(".")), text) == found
 
 
 def borrowed(text: str, prefix: str) -> list[str]:

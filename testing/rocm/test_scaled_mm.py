@@ -59,7 +59,7 @@ def run(arch, M, N, K, recipes, *, format_a=E4M3, format_b=E4M3, bias=None, out=
         extra = [torch.randn(N, generator=torch.Generator().manual_seed(3)).to(getattr(torch, bias))]
         expected = expected + extra[0].double()
     result = torch.full((M, N), torch.nan, dtype=getattr(torch, out))
-    report = simulate(kernel_of(made), *arguments, *extra, result, target=made.target)
+    report = simulate(kernel_of(made), *arguments, *extra, result, target={"kind": "hip", "mcpu": made.arch})
     assert not report.findings, str(report)
     assert_close(result, expected, dtype=out)
 
@@ -109,9 +109,10 @@ def rocm(monkeypatch):
         gcnArchName = "gfx942:sramecc+:xnack-"
         multi_processor_count = 304
 
+    kernels = record_kernels(monkeypatch)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    return record_kernels(monkeypatch)
+    return kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2fnuz])
@@ -120,16 +121,16 @@ def test_problem_of_a_launch(rocm, dtype):
     operator._compile(key(a=dtype), False)
     (made,) = rocm.problems
     assert (made.target_kind, made.arch, made.a_dtype) == ("hip", "gfx942", str(dtype).removeprefix("torch."))
-    assert made.target == {"kind": "hip", "mcpu": "gfx942"}
 
 
-def test_launch_makes_scales_contiguous(rocm, monkeypatch):
+def test_launch_makes_scales_contiguous():
     """Kernels of AMD take no strides of scales."""
     (a, scale, b, _), _ = operands(5, 5, 256, (ROW_BLOCK, ROW_BLOCK))
     transposed = scale.t().contiguous().t()
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    operator._launch(rocm.compile_kernel(None), a, transposed, b, transposed, None, torch.empty(5, 5))
-    given = rocm.launches[-1]
+    launches = []
+    run = operator._run_of(hip(5, 5, 256, (ROW_BLOCK, ROW_BLOCK), "gfx942"), lambda *arguments: launches.append(arguments))
+    operator._launch(run, a, transposed, b, transposed, None, torch.empty(5, 5))
+    (given,) = launches
     assert given[1].is_contiguous()
     assert given[3].is_contiguous()
     assert torch.equal(given[1], scale)

@@ -9,9 +9,9 @@ from kernels.scaled_mm.operands import E4M3, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, c
 from kernels.scaled_mm.recording import BF16, CUDA, E4M3_TORCH, key
 from metal.recording import FakeArray, RecordedShader, record_mlx
 
-from tilelang_ext import metal
+from tilelang_ext import metal, program
 from tilelang_ext.kernels.scaled_mm import operator, vecmat
-from tilelang_ext.kernels.scaled_mm.problem import bucket_of, run_of
+from tilelang_ext.kernels.scaled_mm.problem import bucket_of
 
 
 def test_problem_of_a_launch(kernels):
@@ -20,7 +20,6 @@ def test_problem_of_a_launch(kernels):
     assert made == problem(
         5, 64, 128, (ROW_BLOCK, SQUARE_BLOCK), kind="cuda", arch="sm_90a", bias="bfloat16", out="bfloat16", fast_accum=True
     )
-    assert made.target == {"kind": "cuda", "arch": "sm_90a"}
     assert operator._launchers == {(key(recipes=(ROW_BLOCK, SQUARE_BLOCK)), True): run}
 
 
@@ -40,49 +39,55 @@ def test_fnuz_off_the_cpu(kernels, name):
         operator._compile(key(**{name: torch.float8_e5m2fnuz}), False)
 
 
-def launch(kernels, a, b, bias=None):
-    """`_launch` on CPU tensors."""
+def launch(a, b, bias=None):
+    """What a kernel is given by `_launch` on CPU tensors."""
+    launches = []
+    made = problem(a.shape[0], b.shape[0], a.shape[1], (ROW, ROW), bias=None if bias is None else "float32")
+    run = operator._run_of(made, lambda *arguments: launches.append(arguments))
     scale = torch.ones(1, 1)
-    out = torch.empty(a.shape[0], b.shape[0])
-    operator._launch(kernels.compile_kernel(None), a, scale, b, scale, bias, out)
-    return kernels.launches[-1]
+    operator._launch(run, a, scale, b, scale, bias, torch.empty(a.shape[0], b.shape[0]))
+    return launches[-1]
 
 
-def test_launch_passes_memory_on(kernels):
+def test_launch_passes_memory_on():
     (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
-    given = launch(kernels, a, b)
+    given = launch(a, b)
     assert given[0] is a
     assert given[2] is b
-    assert given[4] is None
+    assert len(given) == 5, "a kernel without bias is called without it"
 
 
-def test_launch_makes_rows_of_a_and_bias_contiguous(kernels):
+def test_launch_makes_rows_of_a_and_bias_contiguous():
     (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
     wide, bias = a.repeat(1, 2)[:, :32], torch.arange(32.0)[::2]
-    given = launch(kernels, wide, b, bias)
+    given = launch(wide, b, bias)
     assert given[0].is_contiguous()
     assert torch.equal(given[0].view(torch.uint8), a.view(torch.uint8))
     assert given[4].is_contiguous()
     assert torch.equal(given[4], bias)
 
 
-def test_launch_refuses_what_kernels_cannot_read(kernels):
+def test_launch_refuses_what_kernels_cannot_read():
     (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
     with pytest.raises(ValueError, match=r"mat_b must be column-major, as weight.t\(\) is; got strides \(16, 1\); pass"):
-        launch(kernels, a, b.t().contiguous().t())
+        launch(a, b.t().contiguous().t())
     moved = torch.zeros(5 * 32 + 1, dtype=torch.uint8)[1:].view(5, 32).view(E4M3_TORCH)
     for operand_a, operand_b, name in ((moved, b, "mat_a"), (a, moved, "mat_b")):
         with pytest.raises(ValueError, match=f"{name} must start at a multiple of 16 bytes; got a slice"):
-            launch(kernels, operand_a, operand_b)
+            launch(operand_a, operand_b)
 
 
-def test_kernels_without_bias_are_called_without_it():
-    calls = []
-    run = run_of(problem(1, 1, 1, (ROW, ROW)), lambda *arguments: calls.append(arguments))
-    run(1, 2, 3, 4, None, 5)
-    run = run_of(problem(1, 1, 1, (ROW, ROW), bias="float32"), lambda *arguments: calls.append(arguments))
-    run(1, 2, 3, 4, 5, 6)
-    assert calls == [(1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6)]
+@pytest.mark.parametrize(
+    ("kind", "recipes", "copied"), [("cuda", (ROW, ROW), True), ("cuda", (ROW_BLOCK, SQUARE_BLOCK), False)]
+)
+def test_strides_of_scales(kind, recipes, copied):
+    """Kernels of CUDA read the scales of groups by their strides; scales of all of K are contiguous everywhere."""
+    launches = []
+    run = operator._run_of(problem(2, 2, 256, recipes, kind="cuda"), lambda *arguments: launches.append(arguments))
+    scale = torch.ones(4, 4)[::2, ::2]
+    run(None, scale, None, scale, None, None)
+    assert (launches[0][1] is scale) is not copied
+    assert launches[0][1].is_contiguous() or not copied
 
 
 # --- Metal -----------------------------------------------------------------------------------------------------------
@@ -93,7 +98,7 @@ def test_mps_launch(monkeypatch, M, name):
     """From the operator's arguments to the launch: the text, its buffers and its grid."""
     shaders = []
     monkeypatch.setattr(torch.mps, "compile_shader", lambda source: shaders.append(RecordedShader(source)) or shaders[-1])
-    monkeypatch.setattr(metal.program, "_check_tensor", lambda kernel, parameter, argument, device: argument)
+    monkeypatch.setattr(program, "_check_tensor", lambda kernel, parameter, argument, device: argument)
     monkeypatch.setattr(operator, "_launchers", {})
     (a, scale_a, b, scale_b), _ = operands(M, 70, 128, (MX, MX))
     run = operator._compile(

@@ -8,7 +8,7 @@ torch 2.13, torch.nn.functional.scaled_mm and torch._meta_registrations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from tilelang_ext.kernels.scaled_mm.arguments import (
     swizzle_value,
 )
 from tilelang_ext.kernels.scaled_mm.problem import Problem, bucket_of
+from tilelang_ext.launch.compile import compiled
 from tilelang_ext.launch.device import current, target_of
 from tilelang_ext.launch.gradient import without_gradient
 
@@ -183,13 +184,29 @@ def _compile(key: tuple, use_fast_accum: bool) -> Callable:
         out_dtype=_name(out_dtype),
         fast_accum=use_fast_accum,
     )
-    run = next(file for file in KERNELS if file.takes(problem)).compile_kernel(problem)
-    _launchers[key, use_fast_accum] = run
+
+    def compile(make: Callable, *arguments, pass_configs: Mapping[str, bool] | None = None) -> Callable:
+        return compiled(make, arguments, target, tuple((pass_configs or {}).items()))
+
+    kernel = next(file for file in KERNELS if file.takes(problem)).compile_kernel(problem, compile)
+    run = _launchers[key, use_fast_accum] = _run_of(problem, kernel)
+    return run
+
+
+def _run_of(problem: Problem, kernel: Callable) -> Callable:
+    """Return run(a, scale_a, b, scale_b, bias, out), which passes scales and bias on as `problem` promises them."""
+    reads_strides = problem.target_kind == "cuda" and problem.layout_a.k is not None
+
+    def run(a, scale_a, b, scale_b, bias, out):
+        if not reads_strides:
+            scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
+        kernel(a, scale_a, b, scale_b, *([] if bias is None else [bias.contiguous()]), out)
+
     return run
 
 
 def _launch(run: Callable, a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Launch a kernel on arguments as `problem` promises them."""
+    """Check what the operands' memory must be, and launch a kernel on it."""
     if not b.is_contiguous():
         raise ValueError(
             f"scaled_mm: mat_b must be column-major, as weight.t() is; got strides {tuple(b.stride()[::-1])}; pass "
@@ -201,10 +218,6 @@ def _launch(run: Callable, a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tenso
             raise ValueError(
                 f"scaled_mm: {name} must start at a multiple of {ALIGNMENT} bytes; got a slice that does not; clone it"
             )
-    if bias is not None:
-        bias = bias.contiguous()
-    if a.device.type == "mps" or torch.version.hip is not None:
-        scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
     with current(a.device):
         run(a, scale_a, b, scale_b, bias, out)
 

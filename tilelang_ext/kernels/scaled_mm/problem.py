@@ -1,31 +1,28 @@
 """What a kernel of `scaled_mm` is compiled for, and what each one promises.
 
-A kernel file has `takes(problem) -> bool` and `compile_kernel(problem) -> run(a, scale_a, b, scale_b, bias, out)`;
-`operator.KERNELS` lists the files, and the first that takes a problem compiles it, once per problem. These hold for the
-arguments of `run`, which need not check them:
+A kernel is a file with `takes(problem) -> bool` and `compile_kernel(problem, compile)`, which returns
+`compile(make, *arguments, pass_configs)`: the host compiles the prim_func make(*arguments) once, and equal arguments share it.
+`operator.KERNELS` lists the files; the first that takes a problem serves it. The prim_func has the parameters
+(a, scale_a, b, scale_b, bias, out), without bias where the problem has none, and need not check these promises:
 
 | argument | shape | memory |
 | --- | --- | --- |
 | a | (M, K), 0 < M <= max_M | contiguous, first byte at a multiple of 16 |
 | b | (N, K) | the same |
-| scale_a, scale_b | (row blocks, groups of K), see `Problem.scale` | any strides on CUDA, contiguous elsewhere |
-| bias | (N,), or None where bias_dtype is None | contiguous |
+| scale_a, scale_b | (row blocks, groups of K), see `Problem.scale` | with groups of K on CUDA any strides, else contiguous |
+| bias | (N,) | contiguous |
 | out | (M, N) | contiguous |
 
 It writes out = sum over groups g of scale_a[i, g] * scale_b[j, g] * (a[i, g] . b[j, g]) + bias[j], rounded once, on the current
 stream, and serves every M up to `max_M` (beyond VECMAT_MAX_M), so that a new batch size compiles nothing. A file whose kernel
-depends on less than the problem has a cache of its own for what it compiles (see `tiled`).
+depends on less than the problem passes only that to `compile` (see `tiled`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import tilelang
-
 from tilelang_ext import language as T
-from tilelang_ext import metal
 from tilelang_ext.formats import BlockScaledLayout
 
 VECMAT_MAX_M = 4  # rows up to which matrix instructions are the wrong tool
@@ -49,13 +46,6 @@ class Problem:
     out_dtype: str
     fast_accum: bool = False  # whether all of K may stay in the tensor core's accumulator
 
-    @property
-    def target(self) -> dict | str:
-        """The target as tilelang.compile takes it."""
-        if self.target_kind == "metal":
-            return self.target_kind
-        return {"kind": self.target_kind, "arch" if self.target_kind == "cuda" else "mcpu": self.arch}
-
     def scale(self, layout: BlockScaledLayout, rows, name: str):
         """Return the type of a scale parameter: (1, 1), (rows, 1), (rows, K/128), (rows/128, K/128) or (rows, K/32), rounded
         up; on CUDA with a symbol for each stride.
@@ -71,21 +61,3 @@ class Problem:
 def bucket_of(M: int) -> int:
     """Return the `max_M` of a batch of M rows: M itself up to VECMAT_MAX_M, else the power of two from 16 that holds it."""
     return M if M <= VECMAT_MAX_M else max(16, 1 << (M - 1).bit_length())
-
-
-def run_of(problem: Problem, kernel: Callable) -> Callable:
-    """Return run(a, scale_a, b, scale_b, bias, out) of a compiled prim_func, which has bias only where the problem has one."""
-    if problem.bias_dtype is not None:
-        return kernel
-
-    def run(a, scale_a, b, scale_b, bias, out):
-        kernel(a, scale_a, b, scale_b, out)
-
-    return run
-
-
-def compile_prim_func(problem: Problem, prim_func, pass_configs: dict | None = None) -> Callable:
-    """Compile a prim_func (a, scale_a, b, scale_b, bias where there is one, out) for the problem's target."""
-    if problem.target_kind == "metal":
-        return run_of(problem, metal.to_torch(metal.lower(prim_func)))
-    return run_of(problem, tilelang.compile(prim_func, target=problem.target, pass_configs=pass_configs))

@@ -34,12 +34,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK, BlockScaledLayout
-from tilelang_ext.kernels.scaled_mm.problem import Problem, compile_prim_func
+from tilelang_ext.kernels.scaled_mm.problem import Problem
 from tilelang_ext.kernels.sm90.epilogue import DeferredSubtiles, SubtileStores, accumulator_layout, alloc_deferred
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch
@@ -88,11 +87,6 @@ def pick_config(problem: Problem) -> Config:
     subtile_N = subtile_bytes * 8 // T.dtype(problem.out_dtype).bits
     deferred = min(deferred, k_blocks // _K_BLOCKS_PER_STORE)
     return Config(block_M, block_N, num_stages, subtile_N, problem.num_sms, deferred)
-
-
-def num_processors() -> int:
-    """Number of SMs of the current device, 132 where there is none. Only the MoE kernels still ask for it."""
-    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
 
 
 def _promotes(problem: Problem) -> bool:
@@ -617,14 +611,6 @@ def scale_type(problem: Problem, layout: BlockScaledLayout, rows, name: str):
     return T.Tensor((1 if layout.rows is None else rows, 1), "float32")
 
 
-def compile_hopper(problem: Problem, prim_func) -> Callable:
-    """Compile a kernel that has `scale_type`s; `run` makes scales of all of K contiguous."""
-    run = compile_prim_func(problem, prim_func, PASS_CONFIGS)
-    if problem.layout_a.k is not None:
-        return run
-    return lambda a, scale_a, b, scale_b, bias, out: run(a, scale_a.contiguous(), b, scale_b.contiguous(), bias, out)
-
-
 def fits_hopper(problem: Problem) -> bool:
     """Whether TMA and the layouts of the scales allow one of the kernels for Hopper."""
     whole_k = problem.layout_a.k is None and problem.layout_b.k is None
@@ -637,11 +623,6 @@ def takes(problem: Problem) -> bool:
     return fits_hopper(problem)
 
 
-def compile_kernel(problem: Problem) -> Callable:
-    """Return run(a, scale_a, b, scale_b, bias, out); sizes of M that share a tile share a kernel."""
-    return _compile(replace(problem, max_M=0), pick_config(problem))
-
-
-@functools.cache
-def _compile(problem: Problem, config: Config) -> Callable:
-    return compile_hopper(problem, scaled_matmul(problem, config))
+def compile_kernel(problem: Problem, compile: Callable) -> Callable:
+    """Return the compiled kernel; sizes of M that share a tile share a kernel."""
+    return compile(scaled_matmul, replace(problem, max_M=0), pick_config(problem), pass_configs=PASS_CONFIGS)

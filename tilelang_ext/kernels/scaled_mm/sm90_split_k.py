@@ -46,9 +46,9 @@ from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm.problem import Problem
 from tilelang_ext.kernels.scaled_mm.sm90_persistent import (
     BLOCK_K,
+    PASS_CONFIGS,
     WGMMA_M,
     Operands,
-    compile_hopper,
     fits_hopper,
     scale_row,
     scale_type,
@@ -401,11 +401,6 @@ def takes(problem: Problem) -> bool:
     return fits_hopper(problem) and problem.max_M <= MAX_M and pick_config(problem) is not None
 
 
-def compile_kernel(problem: Problem) -> Callable:
-    """Return run(a, scale_a, b, scale_b, bias, out)."""
-    return _compile(problem, pick_config(problem))
-
-
-@functools.cache
-def _compile(problem: Problem, config: Config) -> Callable:
-    return compile_hopper(problem, scaled_matmul(problem, config))
+def compile_kernel(problem: Problem, compile: Callable) -> Callable:
+    """Return the compiled kernel."""
+    return compile(scaled_matmul, problem, pick_config(problem), pass_configs=PASS_CONFIGS)

@@ -9,11 +9,10 @@ and b whose stride is no multiple of 16 bytes are loaded without TMA. Tuned kern
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
-from tilelang_ext.kernels.scaled_mm.problem import Problem, compile_prim_func
+from tilelang_ext.kernels.scaled_mm.problem import Problem
 from tilelang_ext.marks import READ_ONCE
 
 BLOCK_K = FP8_BLOCK  # a float32 block of scales, and the most that one accumulator of Hopper's tensor cores may sum
@@ -136,11 +135,6 @@ def takes(problem: Problem) -> bool:
     return True
 
 
-def compile_kernel(problem: Problem) -> Callable:
-    """Return run(a, scale_a, b, scale_b, bias, out); sizes of M that share a tile share a kernel."""
-    return _compile(replace(problem, max_M=0), pick_config(problem))
-
-
-@cache
-def _compile(problem: Problem, config: Config) -> Callable:
-    return compile_prim_func(problem, scaled_matmul(problem, config))
+def compile_kernel(problem: Problem, compile: Callable) -> Callable:
+    """Return the compiled kernel; sizes of M that share a tile share a kernel."""
+    return compile(scaled_matmul, replace(problem, max_M=0), pick_config(problem))

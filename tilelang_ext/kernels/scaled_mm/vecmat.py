@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import OCP_OF_FNUZ, BlockScaledLayout, format_of
-from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem, compile_prim_func
+from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem
 
 _LOAD_BYTES = 16  # the widest load of a thread
 _WARP = 32  # of T.warp_reduce_sum: on AMD's waves of 64, each half by itself
@@ -177,6 +177,6 @@ def takes(problem: Problem) -> bool:
     return casts and problem.max_M <= VECMAT_MAX_M
 
 
-def compile_kernel(problem: Problem) -> Callable:
-    """Return run(a, scale_a, b, scale_b, bias, out)."""
-    return compile_prim_func(problem, vecmat(problem, pick_config(problem)))
+def compile_kernel(problem: Problem, compile: Callable) -> Callable:
+    """Return the compiled kernel."""
+    return compile(vecmat, problem, pick_config(problem))
