@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tilelang_ext import MXFP4Experts, formats, quantization, reference
+from tilelang_ext import MXFP4Experts, checkpoints, formats, quantization, reference
 
 MX = formats.BlockScaledLayout.e8m0_k32()
 
@@ -22,7 +22,7 @@ def random_layer(prefix: str, num_experts: int, hidden_size: int, intermediate_s
     tensors = {}
     for name, rows, k in (("gate_up_proj", 2 * intermediate_size, hidden_size), ("down_proj", hidden_size, intermediate_size)):
         codes, scale = quantization.quantize(torch.randn(num_experts, rows, k) / k**0.5, formats.E2M1, MX)
-        tensors[f"{prefix}{name}_blocks"], tensors[f"{prefix}{name}_scales"] = quantization.to_gpt_oss(codes, scale)
+        tensors[f"{prefix}{name}_blocks"], tensors[f"{prefix}{name}_scales"] = checkpoints.to_gpt_oss(codes, scale)
         tensors[f"{prefix}{name}_bias"] = torch.randn(num_experts, rows).bfloat16() / 10
     return tensors
 

@@ -1,14 +1,14 @@
-"""Host conversion between floats, codes and the layouts that users bring; exact, by float64 (so not on MPS).
+"""Floats to codes and scales on the host, and back; computed in float64, so exact, and not available on MPS.
 
-The layout that the kernels read, to and from which everything here converts:
+The layout that the kernels read, and that everything here takes and returns:
 
     8-bit formats    (..., rows, K)      in the format's torch dtype
     E2M1             (..., rows, K / 2)  uint8, low nibble = even K
     float scales     (..., ceil(rows / block rows), ceil(K / block k))  float32
     byte scales      (..., rows, K / 32 or K / 16)  uint8 codes
 
-Quantisers in the field choose scales differently, and libraries change theirs: compare dequantised bytes, never codes of two
-quantisers.
+Quantisers in the field choose scales differently, and libraries change theirs: compare dequantised values, never the codes of
+two quantisers. `checkpoints` converts the layouts of gpt-oss, MLX and DeepSeek to and from this one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from tilelang_ext import formats
-from tilelang_ext.formats import E2M1, E4M3, E8M0, BlockScaledLayout, FloatFormat
+from tilelang_ext.formats import E2M1, E8M0, BlockScaledLayout, FloatFormat
 
 Tensor = torch.Tensor
 
@@ -49,7 +49,7 @@ def _values(format: FloatFormat, zero_sentinel: bool, dtype: torch.dtype, device
 
 
 def decode(codes: Tensor, format: FloatFormat, *, dtype: torch.dtype = torch.float32, zero_sentinel: bool = False) -> Tensor:
-    """value[i] = format.decode(codes[i]): exact in float32 and float64; one code an element (unpack E2M1 first).
+    """value[i] = format.decode(codes[i]): exact in float32 and float64; one code per element (unpack E2M1 first).
 
     `zero_sentinel` reads the E8M0 bytes 0 and 255 as zero, for data made so.
     """
@@ -214,103 +214,9 @@ def expand_scale(scale: Tensor, layout: BlockScaledLayout, shape: torch.Size, *,
     return by_row.repeat_interleave(layout.k or k, dim=-1)[..., :k]
 
 
-# --- layouts that users bring ----------------------------------------------------------------------------------------
-
-
-def from_gpt_oss(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """gpt-oss / HF `*_blocks` uint8 (..., N, K/32, 16) and `*_scales` uint8 (..., N, K/32) -> (codes, scale)."""
-    if blocks.shape[-1] != formats.MX_GROUP // formats.CODES_PER_BYTE:
-        raise ValueError(f"blocks: the last dimension must be 16 bytes; got {blocks.shape[-1]}; pass *_blocks as loaded")
-    return _checked(blocks.flatten(-2), scales, *formats.MLX_MODES["mxfp4"])
-
-
-def to_gpt_oss(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `from_gpt_oss`."""
-    codes, scale = _checked(codes, scale, *formats.MLX_MODES["mxfp4"])
-    return codes.unflatten(-1, (-1, formats.MX_GROUP // formats.CODES_PER_BYTE)), scale
-
-
-def split_gate_up(gate_up: Tensor, dim: int = -2) -> tuple[Tensor, Tensor]:
-    """gpt-oss's interleaved rows -> (gate = rows ::2, up = rows 1::2), of codes, of scales, or (dim=-1) of biases."""
-    if gate_up.shape[dim] % 2:
-        raise ValueError(f"gate_up: dimension {dim} must be even; got {gate_up.shape[dim]}; pass gate and up together")
-    dim %= gate_up.ndim
-    gate, up = gate_up.unflatten(dim, (-1, 2)).unbind(dim + 1)
-    return gate.contiguous(), up.contiguous()
-
-
-def interleave_gate_up(gate: Tensor, up: Tensor, dim: int = -2) -> Tensor:
-    """The inverse of `split_gate_up`."""
-    if gate.shape != up.shape:
-        raise ValueError(f"gate, up: must have equal shapes; got {tuple(gate.shape)}, {tuple(up.shape)}; check the pair")
-    dim %= gate.ndim
-    return torch.stack([gate, up], dim=dim + 1).flatten(dim, dim + 1)
-
-
-def from_mlx(words: Tensor, scales: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """MLX words uint32 (..., N, K * bits / 32), lowest bits first, and scales uint8 -> (codes, scale).
-
-    `mode`: mxfp4 (K/8 words, E8M0 per 32), mxfp8 (K/4 words of E4M3, E8M0 per 32), nvfp4 (K/8 words, E4M3 per 16).
-    """
-    format, layout = _mlx_mode(mode)
-    if words.dtype != torch.uint32:
-        raise TypeError(f"words: must be uint32; got {words.dtype}; pass MLX's weights as they are")
-    return _checked(words.contiguous().view(torch.uint8), scales, format, layout)
-
-
-def to_mlx(codes: Tensor, scale: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """The inverse of `from_mlx`."""
-    codes, scale = _checked(codes, scale, *_mlx_mode(mode))
-    return codes.contiguous().view(torch.uint8).view(torch.uint32), scale
-
-
-def _mlx_mode(mode: str) -> tuple[FloatFormat, BlockScaledLayout]:
-    if mode not in formats.MLX_MODES:
-        raise ValueError(f"mode: must be one of {', '.join(formats.MLX_MODES)}; got {mode!r}; dequantise other modes")
-    return formats.MLX_MODES[mode]
-
-
-def from_deepseek_mxfp4(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """DeepSeek MXFP4: weight (..., N, K/2) of any one-byte dtype, scale E8M0 (..., N, K/32) -> (codes, scale): views."""
-    if weight.dtype == torch.int8:
-        weight = weight.view(torch.uint8)
-    return _checked(weight, scale, *formats.MLX_MODES["mxfp4"])
-
-
-def to_deepseek_mxfp4(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `from_deepseek_mxfp4`: weight uint8, scale torch.float8_e8m0fnu."""
-    codes, scale = _checked(codes, scale, *formats.MLX_MODES["mxfp4"])
-    return codes, scale.view(torch.float8_e8m0fnu)
-
-
-def from_deepseek_fp8(weight: Tensor, weight_scale_inv: Tensor) -> tuple[Tensor, Tensor]:
-    """DeepSeek FP8: weight E4M3 (N, K), float32 `weight_scale_inv` (ceil(N/128), ceil(K/128)) -> (codes, scale).
-
-    The scale is multiplied, whatever its name says: it is the inverse of what the quantiser multiplied by. Both tensors are
-    returned as they came, so this is its own inverse.
-    """
-    if weight_scale_inv.dtype != torch.float32:
-        raise TypeError(f"weight_scale_inv: must be float32; got {weight_scale_inv.dtype}; convert it")
-    return _checked(weight, weight_scale_inv, E4M3, BlockScaledLayout.block(formats.FP8_BLOCK, formats.FP8_BLOCK))
-
-
-def _checked(codes: Tensor, scale: Tensor, format: FloatFormat, layout: BlockScaledLayout) -> tuple[Tensor, Tensor]:
-    """Return codes and scale in the kernels' dtypes, after checking that their shapes belong together."""
-    raw = raw_codes(codes, format)
-    if raw.ndim < 2:
-        raise ValueError(f"codes: must have rows and K; got shape {tuple(raw.shape)}; reshape to (1, K)")
-    *lead, rows, k = raw.shape
-    expected = (*lead, *layout.scale_shape(rows, k * formats.CODES_PER_BYTE if format is E2M1 else k))
-    if tuple(scale.shape) != expected:
-        raise ValueError(f"scale: must have shape {expected}; got {tuple(scale.shape)}; pass the scale of these codes")
-    if layout.scale_format is not None:
-        scale = raw_codes(scale, layout.scale_format, "scale")
-    return (raw if format is E2M1 else raw.view(getattr(torch, format.torch_dtype))), scale
-
-
 def _check_nibbles(raw: Tensor, format: FloatFormat) -> None:
     if format is E2M1 and raw.numel() and raw.max() >= 1 << E2M1.bits:
-        raise ValueError(f"codes: must be below 16, one an element; got {raw.max().item()}; unpack the bytes first")
+        raise ValueError(f"codes: must be below 16, one per element; got {raw.max().item()}; unpack the bytes first")
 
 
 def _first(mask: Tensor) -> tuple[int, ...]:

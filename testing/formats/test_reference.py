@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tilelang_ext import checkpoints, reference
 from tilelang_ext import quantization as q
-from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, E4M3, E5M2, E8M0, BlockScaledLayout
 
 PER_TENSOR, PER_ROW, MX = BlockScaledLayout.per_tensor(), BlockScaledLayout.per_row(), BlockScaledLayout.e8m0_k32()
@@ -222,8 +222,8 @@ def test_moe_swapped_gate_and_up_is_seen():
     x, ids, weights, w13, w2, _ = problem(3, 64)
     x = x / 16  # where gate and up are large, swiglu is near g * u for positive ones, and a swap shows less
     right = reference.moe(x, ids, weights, w13, w2)
-    gate, up = q.split_gate_up(w13)
-    assert cosine(reference.moe(x, ids, weights, q.interleave_gate_up(up, gate), w2), right) < 0.5
+    gate, up = checkpoints.split_gate_up(w13)
+    assert cosine(reference.moe(x, ids, weights, checkpoints.interleave_gate_up(up, gate), w2), right) < 0.5
     separated = torch.cat([gate, up], dim=1)
     same = reference.moe(x, ids, weights, separated, w2, activation=lambda h: reference.swiglu(h, gate="separated"))
     torch.testing.assert_close(same, right)

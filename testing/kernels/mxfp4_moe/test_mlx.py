@@ -8,7 +8,7 @@ import tilelang
 import torch
 from numeric import assert_close
 
-from tilelang_ext import quantization
+from tilelang_ext import checkpoints, quantization
 from tilelang_ext.formats import E2M1, BlockScaledLayout
 from tilelang_ext.kernels.mxfp4_moe import operator as moe_operator
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
@@ -34,7 +34,7 @@ def case():
         spread = torch.exp2(torch.randint(-3, 4, (E, rows, k // 32), generator=generator).float()).repeat_interleave(32, -1)
         values = torch.randn(E, rows, k, generator=generator) * spread * size / k**0.5
         codes, scale = quantization.quantize(values, E2M1, BlockScaledLayout.e8m0_k32())
-        return *quantization.to_mlx(codes, scale, "mxfp4"), torch.randn(E, rows, generator=generator) / 32
+        return *checkpoints.to_mlx(codes, scale, "mxfp4"), torch.randn(E, rows, generator=generator) / 32
 
     x = torch.randn(TOKENS, H, generator=generator).bfloat16()
     topk_ids = torch.stack([torch.randperm(E - 1, generator=generator)[:TOP_K] for _ in range(TOKENS)]).int()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tilelang_ext import formats, quantization
+from tilelang_ext import checkpoints, formats, quantization
 from tilelang_ext.kernels.mxfp4_moe.weights import prepare_mxfp4_weights
 
 E, N, K = 3, 10, 64
@@ -26,8 +26,8 @@ def assert_same(weights, codes, scale, bias):
 def test_sources():
     codes, scale, bias = plain()
     assert_same(prepare_mxfp4_weights(codes, scale, bias), codes, scale, bias)
-    assert_same(prepare_mxfp4_weights(*quantization.to_gpt_oss(codes, scale), bias, source="gpt_oss"), codes, scale, bias)
-    assert_same(prepare_mxfp4_weights(*quantization.to_mlx(codes, scale, "mxfp4"), bias, source="mlx"), codes, scale, bias)
+    assert_same(prepare_mxfp4_weights(*checkpoints.to_gpt_oss(codes, scale), bias, source="gpt_oss"), codes, scale, bias)
+    assert_same(prepare_mxfp4_weights(*checkpoints.to_mlx(codes, scale, "mxfp4"), bias, source="mlx"), codes, scale, bias)
 
 
 def test_interleaved_gate():

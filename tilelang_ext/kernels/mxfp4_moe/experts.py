@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tilelang_ext import quantization
+from tilelang_ext import checkpoints, quantization
 from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E8M0, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
@@ -223,7 +223,7 @@ def _separate_gate_up(module, state_dict, prefix, *_) -> None:
         elif not tensor.dtype.is_floating_point:
             raise TypeError(f"MXFP4Experts: {key} must be a float tensor; got {tensor.dtype}; convert it")
         if name.startswith(_GATE_UP) and tensor.shape == getattr(module, name).shape:
-            tensor = torch.cat(quantization.split_gate_up(tensor, 1), 1)
+            tensor = torch.cat(checkpoints.split_gate_up(tensor, 1), 1)
         state_dict[key] = tensor
 
 
@@ -232,4 +232,4 @@ def _interleave_gate_up(module, state_dict, prefix, _) -> None:
     for name in NAMES:
         if name.startswith(_GATE_UP):
             gate, up = state_dict[prefix + name].chunk(2, 1)
-            state_dict[prefix + name] = quantization.interleave_gate_up(gate, up, 1)
+            state_dict[prefix + name] = checkpoints.interleave_gate_up(gate, up, 1)

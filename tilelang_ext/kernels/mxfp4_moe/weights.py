@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilelang_ext import quantization
+from tilelang_ext import checkpoints
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import sm90_packing
 from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, HOPPER_LAYOUTS
@@ -116,11 +116,11 @@ def prepare_mxfp4_weights(
             f"prepare_mxfp4_weights: source must be one of {', '.join(_SOURCES)}; got {source!r}; convert it to plain"
         )
     if source == "gpt_oss":
-        codes, scale = quantization.from_gpt_oss(weight, scale)
+        codes, scale = checkpoints.from_gpt_oss(weight, scale)
     elif source == "mlx":
-        codes, scale = quantization.from_mlx(weight, scale, "mxfp4")
+        codes, scale = checkpoints.from_mlx(weight, scale, "mxfp4")
     else:
-        codes, scale = quantization.from_deepseek_mxfp4(weight, scale)
+        codes, scale = checkpoints.from_deepseek_mxfp4(weight, scale)
     if codes.ndim != 3:
         raise ValueError(
             f"prepare_mxfp4_weights: weight must have shape (experts, N, K); got {tuple(weight.shape)}; stack the experts"
@@ -141,8 +141,8 @@ def prepare_mxfp4_weights(
     if gate is not None and stored_rows % 2:
         raise ValueError(f"prepare_mxfp4_weights: N of gate and up must be even; got {stored_rows}; pass both")
     if gate == "interleaved":
-        codes, scale = (torch.cat(quantization.split_gate_up(each), 1) for each in (codes, scale))
-        bias = torch.cat(quantization.split_gate_up(bias, -1), 1)
+        codes, scale = (torch.cat(checkpoints.split_gate_up(each), 1) for each in (codes, scale))
+        bias = torch.cat(checkpoints.split_gate_up(bias, -1), 1)
     rows, k = stored_rows if rows is None else rows, stored_k if k is None else k
     if not 0 < rows <= stored_rows or (gate is not None and rows % 2):
         raise ValueError(
