@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tilelang_ext"
 UPSTREAM = ("tilelang", "tvm", "torch")
 BACKENDS = ("metal", "rocm", "cuda", "cpu")
-HOST_FILES = ("__init__", "operator", "arguments", "launch", "weights", "experts", "packing")  # of an operator's package
+HOST_FILES = ("__init__", "operator", "arguments", "launch", "weights", "experts", "sm90_packing")  # of an operator's package
 NO_ROOMS = {"utils", "common", "helpers", "misc"}
 
 
