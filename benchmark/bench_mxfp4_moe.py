@@ -193,7 +193,7 @@ def check(case: Case, provider: str, y: torch.Tensor, want: torch.Tensor) -> dic
 def make_ours(case: Case, layer: Layer):
     tiled_for = {"bf16": "bfloat16", "fp8": "fp8"}.get(case.a_dtype)
     if tiled_for and case.device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
-        layer = Layer(*(tile_for_hopper(w, gate=w is layer.w13, a_dtype=tiled_for) for w in layer))
+        layer = Layer(*(tile_for_hopper(w, a_dtype=tiled_for) for w in layer))
 
     def bind(inputs: Inputs, out: torch.Tensor):
         options = {"activation": Activation(), "a_dtype": A_DTYPES[case.a_dtype], "out": out}

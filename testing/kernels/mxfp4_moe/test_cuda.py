@@ -81,11 +81,11 @@ def needed():
                 tile_format = TILE_FORMATS[a_format]
                 shape = E, -(-rows // TILE), -(-k // tile_format.K), tile_format.tile_words
                 tiles = torch.empty(shape, dtype=torch.uint32, device="meta")
-                weights.append(HopperWeights(tiles, torch.empty_like(bias), bias, rows, k, a_format))
+                weights.append(HopperWeights(tiles, torch.empty_like(bias), bias, rows, k, a_format, not weights))
             else:
                 codes = torch.empty(E, rows, k // 2, dtype=torch.uint8, device="meta")
                 scale = torch.empty(E, rows, k // 32, dtype=torch.uint8, device="meta")
-                weights.append(MXFP4Weights(codes, scale, bias, rows, k))
+                weights.append(MXFP4Weights(codes, scale, bias, rows, k, not weights))
         tensors = x, ids, torch.empty_like(ids, dtype=torch.float32), *weights
         launch_kernels(tensors, torch.empty_like(x), activation, a_format, epilogue, compiled=compiled, **of_gpu)
     return list(dict.fromkeys(asked))
@@ -105,18 +105,20 @@ def operands(shape, dtype=torch.bfloat16):
     def random(*size, high=256):
         return torch.randint(0, high, size, generator=generator, device="cuda", dtype=torch.uint8)
 
-    def weights(rows, k):
+    def weights(rows, k, gated):
         # Codes have an RMS of 2.9, and these scales one of 1.3 times their middle.
         middle = 127 - math.ceil(math.log2(2.9 * 1.3 * k**0.5))
         scale = random(E, rows, k // 32, high=3) + (middle - 1)
-        return MXFP4Weights(random(E, rows, k // 2), scale, torch.randn(E, rows, generator=generator, device="cuda"), rows, k)
+        return MXFP4Weights(
+            random(E, rows, k // 2), scale, torch.randn(E, rows, generator=generator, device="cuda"), rows, k, gated
+        )
 
     x = torch.randn(tokens, H, generator=generator, device="cuda").to(dtype)
     score = torch.rand(tokens, E, generator=generator, device="cuda")
     if top_k < E:
         score[:, -1] = -1
     topk_weights = torch.rand(tokens, top_k, generator=generator, device="cuda")
-    return x, score.topk(top_k).indices, topk_weights, weights(2 * I, H), weights(H, I)
+    return x, score.topk(top_k).indices, topk_weights, weights(2 * I, H, True), weights(H, I, False)
 
 
 def run(arguments, a_format="bfloat16", epilogue="reduce", activation=SWIGLU, mask=None):
@@ -187,7 +189,7 @@ def routings(topk_ids):
 def tiled(arguments, a_format):
     """Arguments with weights returned by `tile_for_hopper`."""
     w13, w2 = arguments[3:]
-    return *arguments[:3], tile_for_hopper(w13, gate=True, a_dtype=a_format), tile_for_hopper(w2, gate=False, a_dtype=a_format)
+    return *arguments[:3], tile_for_hopper(w13, a_dtype=a_format), tile_for_hopper(w2, a_dtype=a_format)
 
 
 @on_hopper
@@ -226,7 +228,7 @@ def test_tiles_for_hopper_routing_and_padding(a_format):
     pad = torch.nn.functional.pad
     codes, scale = pad(w2.codes, (0, 48, 0, 40), value=0x77), pad(w2.scale, (0, 3, 0, 40), value=255)
     bias = pad(w2.bias, (0, 40), value=torch.nan)
-    padded = tile_for_hopper(MXFP4Weights(codes, scale, bias, w2.rows, w2.k), gate=False, a_dtype=a_format)
+    padded = tile_for_hopper(MXFP4Weights(codes, scale, bias, w2.rows, w2.k, False), a_dtype=a_format)
     assert torch.equal(run((*with_tiles[:4], padded), a_format), run(with_tiles, a_format))
 
 
@@ -271,7 +273,7 @@ def test_padding_is_not_computed_with():
             codes[:, :, : rows // halves, : w.k // 2] = w.codes.unflatten(1, (halves, -1))
             scale[:, :, : rows // halves, : w.k // 32] = w.scale.unflatten(1, (halves, -1))
             bias[:, :, : rows // halves] = w.bias.unflatten(1, (halves, -1))
-            return MXFP4Weights(codes.flatten(1, 2), scale.flatten(1, 2), bias.flatten(1, 2), w.rows, w.k)
+            return MXFP4Weights(codes.flatten(1, 2), scale.flatten(1, 2), bias.flatten(1, 2), *w[3:])
 
         assert torch.equal(run([*arguments[:3], padded(arguments[3], 2), padded(arguments[4], 1)]), expected)
 

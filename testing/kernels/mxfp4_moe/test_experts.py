@@ -1,6 +1,7 @@
 """`MXFP4Experts` against the experts of HF transformers, its names in checkpoints, and its errors by message."""
 
 import copy
+import io
 import re
 import sys
 import types
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from numeric import assert_close
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_file
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssModel
 
@@ -142,7 +143,7 @@ def test_files(tmp_path):
 
 
 def test_state_dict_is_a_checkpoint():
-    """It returns what was loaded, in a nested module too; inside, gate and up rows lie apart."""
+    """It returns what was loaded, in a nested module too."""
     tensors = checkpoint()
     model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": MXFP4Experts(E, H, I)})})
     model.load_state_dict({f"mlp.experts.{name}": tensor for name, tensor in tensors.items()})
@@ -152,7 +153,6 @@ def test_state_dict_is_a_checkpoint():
         assert torch.equal(state[f"mlp.experts.{name}"], tensor.float() if name.endswith("bias") else tensor)
         assert state[f"mlp.experts.{name}"].dtype == (torch.float32 if name.endswith("bias") else torch.uint8)
     experts = model["mlp"]["experts"]
-    assert torch.equal(experts.gate_up_proj_blocks, torch.cat([tensors["gate_up_proj_blocks"][:, i::2] for i in (0, 1)], 1))
     again = MXFP4Experts(E, H, I, device="meta")
     assert {buffer.device.type for buffer in again.buffers()} == {"meta"}
     again.load_state_dict(experts.state_dict(), assign=True)
@@ -182,8 +182,8 @@ def test_weights_are_prepared_once(monkeypatch):
     assert len(prepared) == 4
     assert torch.equal(other, MXFP4Experts.from_checkpoint(checkpoint(1))(*inputs()))
     assert not torch.equal(other, first)
-    prepared.clear()
     assert torch.equal(copy.deepcopy(experts)(*inputs()), other)
+    prepared.clear()
     experts.bfloat16()(*inputs())
     assert len(prepared) == 2
 
@@ -210,7 +210,7 @@ def test_tiles_on_hopper(monkeypatch):
     experts = MXFP4Experts.from_checkpoint(checkpoint())
     experts(*inputs())
     experts(*inputs())
-    want = tile_for_hopper(experts.w13, gate=True), tile_for_hopper(experts.w2, gate=False)
+    want = tile_for_hopper(experts.w13), tile_for_hopper(experts.w2)
     for tiled, same in zip(given[0], want, strict=True):
         assert isinstance(tiled, HopperWeights)
         assert torch.equal(tiled.tiles, same.tiles)
@@ -223,7 +223,7 @@ def test_tiles_on_hopper(monkeypatch):
     assert all(isinstance(weights, MXFP4Weights) for weights in given[2])
     experts.a_dtype = "fp8"
     experts(*inputs())
-    assert torch.equal(given[3][0].tiles, tile_for_hopper(experts.w13, gate=True, a_dtype="fp8").tiles)
+    assert torch.equal(given[3][0].tiles, tile_for_hopper(experts.w13, a_dtype="fp8").tiles)
     assert given[3][1].row_scale.shape == given[3][1].bias.shape
 
 
@@ -314,3 +314,134 @@ def test_example_reads_checkpoints(capsys, tmp_path):
     assert example_cosine(capsys, "--checkpoint", file, "--layer", 3, "--top-k", 2, "--device", "cpu") > 0.9999
     with pytest.raises(KeyError, match=r"pass a prefix such as 'model.layers.3.mlp.experts.'"):
         gpt_oss_moe.main(["--checkpoint", str(file)])
+
+
+# --- every way to load -----------------------------------------------------------------------------------------------
+
+
+class TwoLayers(torch.nn.Module):
+    """Experts inside of a model, as transformers' from_pretrained fills them."""
+
+    def __init__(self, device=None):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(MXFP4Experts(E, H, I, device=device) for _ in range(2))
+
+
+def layers_of(tensors) -> dict:
+    return {f"layers.{i}.{name}": tensor for i in range(2) for name, tensor in tensors[i].items()}
+
+
+def by_load_state_dict(tensors, folder):
+    model = TwoLayers()
+    model.load_state_dict(layers_of(tensors))
+    return model
+
+
+def by_assignment(tensors, folder):
+    model = TwoLayers(device="meta")
+    model.load_state_dict(layers_of(tensors), assign=True)
+    return model
+
+
+def by_safetensors(tensors, folder):
+    save_file(layers_of(tensors), folder / "model.safetensors")
+    model = TwoLayers()
+    load_model(model, folder / "model.safetensors")
+    return model
+
+
+def by_a_saved_state_dict(tensors, folder):
+    torch.save(by_load_state_dict(tensors, folder).state_dict(), folder / "model.pt")
+    model = TwoLayers()
+    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    return model
+
+
+def by_a_saved_module(tensors, folder):
+    torch.save(by_load_state_dict(tensors, folder), folder / "module.pt")
+    return torch.load(folder / "module.pt", weights_only=False)
+
+
+def by_copying_into_buffers(tensors, folder):
+    """No hook of the module runs, as in loaders that write to the buffers."""
+    model = TwoLayers()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(layers_of(tensors)[name])
+    return model
+
+
+def by_from_pretrained(tensors, folder):
+    """transformers' loader, which calls no hook of the module either."""
+    config = GptOssConfig(
+        num_hidden_layers=2, num_local_experts=E, hidden_size=H, intermediate_size=I, num_experts_per_tok=TOP_K, vocab_size=64,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, pad_token_id=0,
+    )  # fmt: skip
+
+    class WithMXFP4(GptOssModel):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.layers:
+                layer.mlp.experts = MXFP4Experts(E, H, I)
+
+    model = WithMXFP4(config)
+    for layer, own in zip(model.layers, tensors, strict=True):
+        layer.mlp.experts.load_state_dict(own)
+    model.save_pretrained(folder)
+    loaded = TwoLayers()
+    loaded.layers = torch.nn.ModuleList(layer.mlp.experts for layer in WithMXFP4.from_pretrained(folder).layers)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        by_load_state_dict,
+        by_assignment,
+        by_safetensors,
+        by_a_saved_state_dict,
+        by_a_saved_module,
+        by_copying_into_buffers,
+        by_from_pretrained,
+    ],
+)
+def test_every_way_to_load(load, tmp_path):
+    """Rows of gate and up alternate in checkpoints: whoever separates them in a hook alone gets other experts' numbers."""
+    tensors = [checkpoint(seed) for seed in (3, 4)]
+    model = load(tensors, tmp_path)
+    for layer, own in zip(model.layers, tensors, strict=True):
+        want = MXFP4Experts.from_checkpoint(own)(*inputs())
+        assert torch.equal(layer(*inputs()), want)
+        assert torch.equal(copy.deepcopy(layer)(*inputs()), want)
+        assert torch.equal(layer.to(torch.float64).to("cpu")(*inputs()), want)
+
+
+def test_weights_written_in_place_are_prepared_again():
+    """A loader that writes to the buffers after a call."""
+    experts = MXFP4Experts.from_checkpoint(checkpoint(3))
+    experts(*inputs())
+    with torch.no_grad():
+        for name, tensor in checkpoint(4).items():
+            getattr(experts, name).copy_(tensor)
+    assert torch.equal(experts(*inputs()), MXFP4Experts.from_checkpoint(checkpoint(4))(*inputs()))
+
+
+def test_a_file_has_the_weights_once():
+    """What is prepared from the buffers is prepared again, not stored."""
+    experts, sizes = MXFP4Experts.from_checkpoint(checkpoint()), []
+    for _ in range(2):
+        file = io.BytesIO()
+        torch.save(experts, file)
+        sizes.append(file.tell())
+        experts(*inputs())
+    assert sizes[0] == sizes[1]
+
+
+def test_backward_raises():
+    experts = MXFP4Experts.from_checkpoint(checkpoint())
+    x, ids, weights = inputs()
+    with pytest.raises(NotImplementedError, match="mxfp4_moe: has no gradient; got a backward pass through its result"):
+        (experts(x.requires_grad_(), ids, weights) * 2).sum().backward()
+    with pytest.raises(NotImplementedError, match="mxfp4_moe: has no gradient"):
+        experts(x.detach(), ids, weights.requires_grad_()).sum().backward()
+    with torch.no_grad():
+        assert not experts(x, ids, weights).requires_grad

@@ -53,11 +53,11 @@ def test_activations_in_fewer_bits_cost_little():
     tokens, H, I, E, top_k = 64, 512, 256, 4, 2
     generator = torch.Generator().manual_seed(0)
 
-    def weights(rows, k):
+    def weights(rows, k, gate):
         codes, scale = quantization.quantize(torch.randn(E, rows, k, generator=generator) / k**0.5, formats.E2M1, MX)
-        return prepare_mxfp4_weights(codes, scale, torch.randn(E, rows, generator=generator), gate="separated")
+        return prepare_mxfp4_weights(codes, scale, torch.randn(E, rows, generator=generator), gate=gate)
 
-    w13, w2 = weights(2 * I, H), weights(H, I)
+    w13, w2 = weights(2 * I, H, "separated"), weights(H, I, None)
     x = torch.randn(tokens, H, generator=generator).bfloat16()
     topk_ids = torch.rand(tokens, E, generator=generator).topk(top_k).indices
     operands = (x, topk_ids, torch.rand(tokens, top_k, generator=generator), w13, w2)
@@ -152,4 +152,20 @@ def test_errors_of_options():
     with pytest.raises(TypeError, match="a_dtype must be"):
         mxfp4_moe(*arguments()[0], activation=SWIGLU, a_dtype=torch.float8_e5m2)
     with pytest.raises(ValueError, match="layout of weights must be one of general, hopper_bfloat16, hopper_fp8; got 'tiled'"):
-        from_arguments(*w2, "tiled")
+        from_arguments(*w2[:5], "tiled", gated=False)
+
+
+@pytest.mark.parametrize(("gate13", "gate2"), [(None, None), ("interleaved", "interleaved"), (None, "separated")])
+def test_weights_in_the_wrong_place(gate13, gate2):
+    """gpt-oss rows without `gate`, or w2 with one: right shapes, other numbers."""
+    (x, ids, topk_weights, w13, w2), _ = arguments()
+
+    def prepare(weights, gate):
+        return prepare_mxfp4_weights(*weights[:3], gate=gate, rows=weights.rows, k=weights.k)
+
+    words = {True: "with gate=", False: "without"}
+    got = f"got w13 {words[gate13 is not None]} and w2 {words[gate2 is not None]};"
+    with pytest.raises(ValueError, match=f"w13 must be prepared with gate= and w2 without; {got}"):
+        mxfp4_moe(x, ids, topk_weights, prepare(w13, gate13), prepare(w2, gate2), activation=Activation())
+    with pytest.raises(ValueError, match="w13 must be prepared with gate= and w2 without; got w13 without and w2 with gate=;"):
+        mxfp4_moe(x, ids, topk_weights, w2, w13, activation=Activation())

@@ -142,8 +142,8 @@ def test_launches(tokens, chunks):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     experts, H = 70, 32
-    w13 = MXFP4Weights(empty(experts, 2 * H, H // 2), empty(experts, 2 * H, 1), empty(experts, 2 * H), 2 * H, H)
-    w2 = MXFP4Weights(empty(experts, H, H // 2), empty(experts, H, 1), empty(experts, H), H, H)
+    w13 = MXFP4Weights(empty(experts, 2 * H, H // 2), empty(experts, 2 * H, 1), empty(experts, 2 * H), 2 * H, H, True)
+    w2 = MXFP4Weights(empty(experts, H, H // 2), empty(experts, H, 1), empty(experts, H), H, H, False)
     x, topk_ids = empty(tokens, H, dtype=torch.bfloat16), empty(tokens, 4, dtype=torch.int64)
     launch_kernels((x, topk_ids, empty(tokens, 4), w13, w2), x, compiled=compiled)
     makes, operands = zip(*launched, strict=True)

@@ -101,7 +101,7 @@ def prim_funcs(module, config, a_format, epilogue, num_blocks=NUM_BLOCKS):
 def run(module, config, a_format, H, I):
     """What runs before, between and after the GEMMs, and both of them, each against float64 of what it was given."""
     case = Case(config.block_M, H, I)
-    w13, w2 = (tile_for_hopper(w, gate=gate, a_dtype=a_format) for w, gate in ((case.w13, True), (case.w2, False)))
+    w13, w2 = (tile_for_hopper(w, a_dtype=a_format) for w in (case.w13, case.w2))
     tile_format, capacity = TILE_FORMATS[a_format], len(case.token_ids)
     tensors = {
         "token_ids": case.token_ids, "weights": case.weights, "expert_ids": case.expert_ids, "num_valid": case.num_valid,
@@ -267,7 +267,7 @@ def test_launch(module, config, a_format, epilogue, monkeypatch):
     monkeypatch.setattr(moe_launch, "IMPLEMENTATIONS", (module,))
     monkeypatch.setattr(module, "pick_config", lambda problem: config)
     case = Case(config.block_M)
-    tiled = (tile_for_hopper(w, gate=gate, a_dtype=a_format) for w, gate in ((case.w13, True), (case.w2, False)))
+    tiled = (tile_for_hopper(w, a_dtype=a_format) for w in (case.w13, case.w2))
     topk_ids = torch.tensor([[3, 0], [1, 3], [2, 9], [0, 1], [3, 2]])
     topk_weights, mask = torch.rand(TOKENS, TOP_K), torch.tensor([True, False, True, True])
     tokens, y = (case.x, topk_ids, topk_weights), torch.full_like(case.x, torch.nan)
@@ -336,23 +336,23 @@ def test_what_is_refused():
     weights = Case(8).w13
     loud = weights._replace(scale=torch.full_like(weights.scale, 129))
     with pytest.raises(ValueError, match=r"tile_for_hopper: E8M0 scales for bfloat16 must be at most 128, 2\^1; got 129"):
-        tile_for_hopper(loud, gate=True)
+        tile_for_hopper(loud)
     wide = weights._replace(codes=weights.codes.clone(), scale=weights.scale.clone())
     wide.codes[1, 3, :32] = 0x71  # 0.5 and 6 in each group that counts
     wide.scale[1, 3, :3] = torch.tensor([111, 122, 115])
-    tile_for_hopper(wide, gate=True, a_dtype="fp8")
+    tile_for_hopper(wide, a_dtype="fp8")
     wide.scale[1, 3, 0] = 110
     with pytest.raises(
         ValueError, match=r"scales of a row must lie within 2\^11 of each other to be exact in E4M3; got 110 to"
     ):
-        tile_for_hopper(wide, gate=True, a_dtype="fp8")
+        tile_for_hopper(wide, a_dtype="fp8")
     with pytest.raises(ValueError, match="a_dtype must be 'bfloat16' or 'fp8'; got 'mxfp4'"):
-        tile_for_hopper(weights, gate=True, a_dtype="mxfp4")
+        tile_for_hopper(weights, a_dtype="mxfp4")
     case = Case(8)
-    w13, w2 = tile_for_hopper(case.w13, gate=True), tile_for_hopper(case.w2, gate=False)
+    w13, w2 = tile_for_hopper(case.w13), tile_for_hopper(case.w2)
     ids, topk_weights = torch.zeros(TOKENS, 1, dtype=torch.int32), torch.ones(TOKENS, 1)
     options = {"activation": SWIGLU}
-    mixed = tile_for_hopper(case.w13, gate=True, a_dtype="fp8"), w2
+    mixed = tile_for_hopper(case.w13, a_dtype="fp8"), w2
     for pair, layouts in (((w13, case.w2), "hopper_bfloat16 and general"), (mixed, "hopper_fp8 and hopper_bfloat16")):
         with pytest.raises(
             ValueError, match=f"must both be returned by tile_for_hopper for one a_dtype.*got layouts {layouts};"
@@ -370,7 +370,7 @@ def test_what_is_refused():
 def test_hopper_weights_are_as_documented(a_format, K, words):
     """Of w13 eight gate rows and eight up rows of the same features in turn, of w2 even rows before odd; rows fill tiles."""
     case = Case(8)
-    w13, w2 = (tile_for_hopper(w, gate=gate, a_dtype=a_format) for w, gate in ((case.w13, True), (case.w2, False)))
+    w13, w2 = (tile_for_hopper(w, a_dtype=a_format) for w in (case.w13, case.w2))
     assert (w13.layout, w13.num_experts, w13.rows, w13.k) == (HOPPER_LAYOUTS[a_format], EXPERTS, 2 * I, H)
     for tiled, rows, k in ((w13, 2 * I, H), (w2, H, I)):
         row_tiles = -(-rows // 64)

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tilelang_ext import checkpoints, quantization
+from tilelang_ext import quantization
 from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E8M0, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
@@ -41,12 +41,12 @@ class MXFP4Experts(nn.Module):
     | down_proj_blocks, down_proj_scales | (E, H, I / 32, 16), (E, H, I / 32) | uint8 |
     | down_proj_bias | (E, H) | float32; loaded from any float |
 
-    State dicts, loaded or returned, have the rows of checkpoints: gate rows ::2, up rows 1::2. The buffers hold gate rows above
-    up rows, so `state_dict()` copies those of gate_up_proj. The first call after a load, a move or a cast prepares the weights
-    that the kernels read from the buffers; to change weights, load others. Prepared weights share the codes of the buffers,
-    except on Hopper with bfloat16 or fp8 activations, where they are a second copy, made by `tile_for_hopper`; there, call the
-    module once before `torch.compile`. The buffers of a new module are undefined until `load_state_dict`; `from_checkpoint`
-    makes a module and loads it. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
+    The buffers have the rows of checkpoints: gate rows ::2, up rows 1::2. So any way to fill them will do: `load_state_dict`,
+    transformers' `from_pretrained`, `from_checkpoint`, which makes a module and loads it. The first call after the buffers
+    changed prepares the weights that the kernels read: a second copy of gate_up_proj with its gate rows apart, and on Hopper
+    with bfloat16 or fp8 activations a second copy of all, made by `tile_for_hopper`; there, call the module once before
+    `torch.compile`. The buffers of a new module are undefined until they are loaded. `activation`, `a_dtype` and `epilogue` are
+    those of `mxfp4_moe`.
 
     Raises ValueError for sizes; load_state_dict raises TypeError for dtypes and RuntimeError for names and shapes.
     """
@@ -70,16 +70,16 @@ class MXFP4Experts(nn.Module):
             raise ValueError(f"MXFP4Experts: num_experts must be at least 1; got {num_experts}; pass the model's")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.a_dtype, self.epilogue = activation, a_dtype, epilogue
-        # The buffers that weights were prepared from, and the weights, by the activations that they are tiled for (None: not).
-        self._prepared: dict[str | None, tuple[list[Tensor], _Pair]] = {}
+        # The buffers that weights were prepared from, each with its version, and the weights; by the activations that they are
+        # tiled for (None: not).
+        self._prepared: dict[str | None, tuple[list[tuple[Tensor, int | None]], _Pair]] = {}
         for projection, rows, k in ((_GATE_UP, 2 * intermediate_size, hidden_size), (_DOWN, hidden_size, intermediate_size)):
             groups = k // MX_GROUP
             shapes = {"blocks": (rows, groups, MX_GROUP // CODES_PER_BYTE), "scales": (rows, groups), "bias": (rows,)}
             for part, shape in shapes.items():
                 dtype = torch.float32 if part == "bias" else torch.uint8
                 self.register_buffer(f"{projection}_{part}", torch.empty(num_experts, *shape, dtype=dtype, device=device))
-        self.register_load_state_dict_pre_hook(_separate_gate_up)
-        self.register_state_dict_post_hook(_interleave_gate_up)
+        self.register_load_state_dict_pre_hook(_take_bytes)
 
     @classmethod
     def from_checkpoint(
@@ -141,15 +141,15 @@ class MXFP4Experts(nn.Module):
         """Return w13 and w2, tiled for these activations on Hopper if `tiled` names any and the scales allow it."""
         buffers = [getattr(self, name) for name in NAMES]
         prepared_from, weights = self._prepared.get(tiled, (None, None))
-        # A module that was moved or cast has other tensors.
-        if prepared_from is None or any(now is not then for now, then in zip(buffers, prepared_from, strict=True)):
-            w13 = prepare_mxfp4_weights(*buffers[:3], source="gpt_oss", gate="separated")
+        # A module that was moved or cast has other tensors; one that was loaded again may have the same, written to.
+        if prepared_from is None or not all(map(_is_unchanged, buffers, prepared_from)):
+            w13 = prepare_mxfp4_weights(*buffers[:3], source="gpt_oss", gate="interleaved")
             w2 = prepare_mxfp4_weights(*buffers[3:], source="gpt_oss")
             weights = w13, w2
             if tiled:
                 with contextlib.suppress(ScaleError):
-                    weights = tile_for_hopper(w13, gate=True, a_dtype=tiled), tile_for_hopper(w2, gate=False, a_dtype=tiled)
-            self._prepared[tiled] = buffers, weights
+                    weights = tile_for_hopper(w13, a_dtype=tiled), tile_for_hopper(w2, a_dtype=tiled)
+            self._prepared[tiled] = [(buffer, _version_of(buffer)) for buffer in buffers], weights
         return weights
 
     def forward(
@@ -177,6 +177,10 @@ class MXFP4Experts(nn.Module):
             expert_mask=expert_mask,
         )
         return y.view(hidden_states.shape)
+
+    def __getstate__(self) -> dict:
+        """Return what a copy or a file keeps: the buffers, not what is prepared from them."""
+        return self.__dict__ | {"_prepared": {}}
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
@@ -210,26 +214,24 @@ def _select(source: Mapping[str, Tensor] | str | PathLike | Iterable[str | PathL
     return found
 
 
-def _separate_gate_up(module, state_dict, prefix, *_) -> None:
-    """Make bytes uint8 and put gate rows above up rows; wrong names and shapes are left for torch to report."""
-    module._prepared.clear()
+def _version_of(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written to; None where nobody counts: in a trace, and for tensors of inference mode."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def _is_unchanged(buffer: Tensor, recorded: tuple[Tensor, int | None]) -> bool:
+    tensor, version = recorded
+    return buffer is tensor and (torch.compiler.is_compiling() or _version_of(buffer) == version)
+
+
+def _take_bytes(module, state_dict, prefix, *_) -> None:
+    """Make bytes of other dtypes uint8; wrong names and shapes are left for torch to report."""
     for name in NAMES:
         key, (_, _, part) = prefix + name, name.rpartition("_")
         if key not in state_dict:
             continue
         tensor, format = state_dict[key], _PARTS[part]
         if format is not None:
-            tensor = quantization.raw_codes(tensor, format, key)
+            state_dict[key] = quantization.raw_codes(tensor, format, key)
         elif not tensor.dtype.is_floating_point:
             raise TypeError(f"MXFP4Experts: {key} must be a float tensor; got {tensor.dtype}; convert it")
-        if name.startswith(_GATE_UP) and tensor.shape == getattr(module, name).shape:
-            tensor = torch.cat(checkpoints.split_gate_up(tensor, 1), 1)
-        state_dict[key] = tensor
-
-
-def _interleave_gate_up(module, state_dict, prefix, _) -> None:
-    """Undo `_separate_gate_up`."""
-    for name in NAMES:
-        if name.startswith(_GATE_UP):
-            gate, up = state_dict[prefix + name].chunk(2, 1)
-            state_dict[prefix + name] = checkpoints.interleave_gate_up(gate, up, 1)

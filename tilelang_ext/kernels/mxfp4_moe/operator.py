@@ -24,6 +24,7 @@ from tilelang_ext.kernels.mxfp4_moe.launch import launch, problem_of
 from tilelang_ext.kernels.mxfp4_moe.problem import Problem
 from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights, from_arguments, to_arguments
 from tilelang_ext.launch.device import current
+from tilelang_ext.launch.gradient import without_gradient
 
 _A_FORMATS = {
     torch.float8_e4m3fn: "fp8",
@@ -72,7 +73,7 @@ def mxfp4_moe(
     slot. With float16 activations weights are rounded to float16, which is exact for scale bytes 104 to 140.
 
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for devices other than cuda
-    (ROCm's too), mps and cpu.
+    (ROCm's too), mps and cpu, and in a backward pass that reaches the result.
     """
     if a_dtype not in (None, x.dtype, *_A_FORMATS):
         raise TypeError(
@@ -86,15 +87,23 @@ def mxfp4_moe(
                 f"mxfp4_moe: {name} must be MXFP4Weights or HopperWeights; got {type(weights).__name__}; "
                 "call prepare_mxfp4_weights"
             )
+    if not w13.gated or w2.gated:
+        with_gate = {True: "with gate=", False: "without"}
+        got = f"w13 {with_gate[w13.gated]} and w2 {with_gate[w2.gated]}"
+        raise ValueError(
+            f"mxfp4_moe: w13 must be prepared with gate= and w2 without; got {got}; pass gate='interleaved' (gpt-oss) or "
+            "'separated' to prepare_mxfp4_weights for w13 alone"
+        )
     a_format = _A_FORMATS.get(a_dtype, str(x.dtype).removeprefix("torch."))
     arguments = (
         *(x, topk_ids, topk_weights, *to_arguments(w13), *to_arguments(w2)),
         *(activation.name, activation.alpha, activation.limit, a_format, epilogue, expert_mask),
     )
     if out is None:
-        return torch.ops.tilelang_ext.mxfp4_moe(*arguments)
-    torch.ops.tilelang_ext.mxfp4_moe_out(*arguments, out)
-    return out
+        out = torch.ops.tilelang_ext.mxfp4_moe(*arguments)
+    else:
+        torch.ops.tilelang_ext.mxfp4_moe_out(*arguments, out)
+    return without_gradient("mxfp4_moe", out, x, topk_weights)
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -113,7 +122,9 @@ torch.library.define("tilelang_ext::mxfp4_moe_out", f"({_ARGUMENTS}, Tensor(a!) 
 def _checked(x, topk_ids, topk_weights, *rest) -> tuple[Operands, Activation, str, str]:
     """Return operands, activation, format of activations and epilogue from the arguments of `mxfp4_moe_out`."""
     activation, alpha, limit, a_format, epilogue, expert_mask, out = rest[12:]
-    operands = Operands(x, topk_ids, topk_weights, from_arguments(*rest[:6]), from_arguments(*rest[6:12]), expert_mask)
+    operands = Operands(
+        x, topk_ids, topk_weights, from_arguments(*rest[:6], gated=True), from_arguments(*rest[6:12], gated=False), expert_mask
+    )
     options = Activation(activation, alpha, limit), a_format, epilogue
     check(operands, *options, out)
     return operands, *options

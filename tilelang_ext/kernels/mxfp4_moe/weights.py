@@ -32,6 +32,7 @@ class MXFP4Weights(NamedTuple):
     bias: Tensor  # float32 (E, stored rows)
     rows: int  # of w13 2I: I gate rows from row 0 on, I up rows from the middle row on; of w2 H
     k: int  # of w13 H, of w2 I: a multiple of 32
+    gated: bool  # whether these are gate and up (w13)
 
     @property
     def layout(self) -> str:
@@ -57,6 +58,7 @@ class HopperWeights(NamedTuple):
     rows: int  # of w13 2I, of w2 H, without those that fill a tile
     k: int  # of w13 H, of w2 I
     a_format: str  # the activations that these tiles are for: "bfloat16" or "fp8"
+    gated: bool  # whether these are gate and up (w13)
 
     @property
     def layout(self) -> str:
@@ -72,13 +74,15 @@ def to_arguments(weights: MXFP4Weights | HopperWeights) -> tuple[Tensor, Tensor,
     return (*weights[:5], weights.layout)
 
 
-def from_arguments(codes: Tensor, scale: Tensor, bias: Tensor, rows: int, k: int, layout: str) -> MXFP4Weights | HopperWeights:
+def from_arguments(
+    codes: Tensor, scale: Tensor, bias: Tensor, rows: int, k: int, layout: str, *, gated: bool
+) -> MXFP4Weights | HopperWeights:
     """Return the weights whose `to_arguments` these are. Raises ValueError for a layout that does not exist."""
     if layout == GENERAL_LAYOUT:
-        return MXFP4Weights(codes, scale, bias, rows, k)
+        return MXFP4Weights(codes, scale, bias, rows, k, gated)
     for a_format, name in HOPPER_LAYOUTS.items():
         if layout == name:
-            return HopperWeights(codes, scale, bias, rows, k, a_format)
+            return HopperWeights(codes, scale, bias, rows, k, a_format, gated)
     layouts = ", ".join([GENERAL_LAYOUT, *HOPPER_LAYOUTS.values()])
     raise ValueError(f"mxfp4_moe: layout of weights must be one of {layouts}; got {layout!r}; call mxfp4_moe, which passes it")
 
@@ -105,9 +109,9 @@ def prepare_mxfp4_weights(
     | plain | uint8 or float4_e2m1fn_x2 (E, N, K / 2), low nibble = even k | uint8 or float8_e8m0fnu (E, N, K / 32) |
 
     `bias` (E, N) has any float dtype; None means zeros. `gate` is, for w13, "interleaved" (gpt-oss: gate rows ::2, up rows
-    1::2) or "separated" (gate rows in the first half), and None for w2. `rows` and `k` are the sizes without padding where N
-    and K are padded; for w13 `rows` counts both halves. Padding may hold anything, NaN too. Only what must be reordered is
-    copied; all else is views of the arguments.
+    1::2) or "separated" (gate rows in the first half), and None for w2; `mxfp4_moe` refuses
+    one in the place of the other. `rows` and `k` are the sizes without padding where N and K are padded; for w13 `rows` counts
+    both halves. Padding may hold anything, NaN too. Only what must be reordered is copied; all else is views of the arguments.
 
     Raises TypeError for dtypes, ValueError for shapes.
     """
@@ -152,32 +156,31 @@ def prepare_mxfp4_weights(
         raise ValueError(
             f"prepare_mxfp4_weights: k must be a multiple of {MX_GROUP} up to {stored_k}; got {k}; leave it out if K is exact"
         )
-    return MXFP4Weights(codes.contiguous(), scale.contiguous(), bias.float().contiguous(), rows, k)
+    return MXFP4Weights(codes.contiguous(), scale.contiguous(), bias.float().contiguous(), rows, k, gate is not None)
 
 
-def tile_for_hopper(weights: MXFP4Weights, *, gate: bool, a_dtype: str = "bfloat16") -> HopperWeights:
+def tile_for_hopper(weights: MXFP4Weights, *, a_dtype: str = "bfloat16") -> HopperWeights:
     """Return a copy of `weights` in the tiles that the kernels for NVIDIA Hopper read; make it once, when weights are loaded.
 
-    `gate` says whether these are w13, gate above up. `a_dtype` is what the tiles are to be multiplied with: "bfloat16" or
-    "fp8" activations. Padding is left behind.
+    `a_dtype` is what the tiles are to be multiplied with: "bfloat16" or "fp8" activations. Padding is left behind.
 
     Raises ScaleError where tiles cannot hold the scales exactly: for bfloat16 scales above 2^1, for fp8 scales of one row that
     are more than 2^11 apart, and NaN for both. Raises ValueError for numbers of rows that are no multiple of 32.
     """
-    codes, scale, bias, rows, k = weights
+    codes, scale, bias, rows, k, gated = weights
     if a_dtype not in HOPPER_LAYOUTS:
         raise ValueError(f"tile_for_hopper: a_dtype must be 'bfloat16' or 'fp8'; got {a_dtype!r}; use the weights as they are")
-    if rows % (2 * MX_GROUP if gate else MX_GROUP):
+    if rows % (2 * MX_GROUP if gated else MX_GROUP):
         raise ValueError(
             f"tile_for_hopper: rows of gate, of up and of w2 must be multiples of {MX_GROUP}; got {rows} in all; pad them"
         )
     parts = [slice(0, rows)]
-    if gate:
+    if gated:
         half = codes.shape[1] // 2
         parts = [slice(0, rows // 2), slice(half, half + rows // 2)]
     codes, scale, bias = (torch.cat([tensor[:, part] for part in parts], 1) for tensor in (codes, scale, bias))
     codes, scale = codes[..., : k // CODES_PER_BYTE], scale[..., : k // MX_GROUP]
-    order = sm90_packing.interleave_gate_and_up if gate else sm90_packing.even_rows_first
+    order = sm90_packing.interleave_gate_and_up if gated else sm90_packing.even_rows_first
     codes, scale, bias = (order(tensor) for tensor in (codes, scale, bias))
     if a_dtype == "fp8":
         tiles, row_scale = sm90_packing.pack_for_fp8(codes, scale)
@@ -185,4 +188,4 @@ def tile_for_hopper(weights: MXFP4Weights, *, gate: bool, a_dtype: str = "bfloat
         tiles, row_scale = sm90_packing.pack_for_bfloat16(codes, scale), bias.new_empty(0, 0)
     missing = tiles.shape[1] * TILE - rows
     row_scale, bias = (F.pad(each, (0, missing)) if each.numel() else each for each in (row_scale, bias))
-    return HopperWeights(tiles, row_scale, bias.contiguous(), rows, k, a_dtype)
+    return HopperWeights(tiles, row_scale, bias.contiguous(), rows, k, a_dtype, gated)
