@@ -1,8 +1,8 @@
 # make matmul   the matmul benchmark on the best device present (CUDA, MPS, else the simulator)
-# make test     the tests; TESTS=testing/metal runs a part of them; make test-peers runs other libraries' kernels too
-# make hip      installs the compiler for AMD GPUs (root and apt-get for clang), which runs the tests marked hip
+# make test     the tests; TESTS=testing/metal runs a part of them; make test-peers also runs other libraries' kernels
+# make hip      installs the compiler for AMD GPUs (root and apt-get for clang), which the tests marked hip need
 # make wheel    builds a wheel into dist; make sdist a source distribution
-# make venv     only prepare; make doctor says what is missing; make lint, make format, make clean
+# make venv     prepares the environment only; make doctor says what is missing; make lint, make format, make clean
 # TILELANG=0.1.14 make test   the same with another supported tilelang, in .venv-0.1.14
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -27,7 +27,7 @@ venv: $(VENV)/.built
 matmul: venv
 	$(BIN)/python benchmark/bench_matmul.py --target auto
 
-# Neighbours share what they lower, so a worker takes them in order, and one that is done takes of another's rest.
+# Neighbouring tests share what they lower, so a worker runs them in order; one that is done steals tests from another.
 test: venv
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
@@ -48,7 +48,7 @@ sdist: $(VENV)/.requirements
 doctor: venv
 	$(BIN)/tilelang-ext doctor
 
-# Each tool by itself, so that `make -k lint` shows what all of them say.
+# Each tool is a target of its own, so that `make -k lint` shows the output of all of them.
 lint: lint-ruff lint-format lint-spelling lint-cpp lint-types
 
 lint-ruff: $(VENV)/.requirements
@@ -75,7 +75,7 @@ clean:
 	rm -rf .venv .venv-* build dist tilelang_ext/lib .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The environment: made anew when a requirement changes.
+# The environment is made anew when a requirement changes.
 $(VENV)/.requirements: $(wildcard requirements/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("PYTHON: must be 3.10 or later; got %s; run make PYTHON=python3.11" % sys.version.split()[0])'
 	@echo "installing tilelang $(TILELANG) and what it needs into $(VENV)"
@@ -86,7 +86,7 @@ $(VENV)/.requirements: $(wildcard requirements/*)
 	@requirements/has_clang.sh || $(PIP) -r requirements/simulator.txt
 	@touch $@
 
-# The native library, into tilelang_ext/lib; a second build compiles what changed.
+# The native library goes to tilelang_ext/lib; a second build compiles only what changed.
 $(VENV)/.built: $(VENV)/.requirements pyproject.toml CMakeLists.txt $(CPP_FILES) $(if $(wildcard tilelang_ext/lib/libtilelang_ext.*),,always)
 	@echo "building the native library"
 	@$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(VENV)/build --editable .

@@ -1,4 +1,4 @@
-"""C = A @ B: the kernel of examples/matmul.py beside torch's and MLX's, or its operation counts where no GPU is.
+"""C = A @ B: the kernel of examples/matmul.py beside torch's and MLX's, or its operation counts where there is no GPU.
 
     python benchmark/bench_matmul.py                                   # the best device here
     python benchmark/bench_matmul.py --target cuda --csv matmul.csv --plot matmul.png
@@ -64,7 +64,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One product: its size, the element type of A, B and C, the target and the device it runs on."""
+    """One GEMM: its size, the element type of A, B and C, the target and the device it runs on."""
 
     M: int
     N: int
@@ -83,7 +83,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Bytes of A, B and C: each at least once."""
+        """Bytes of A, B and C, each once."""
         return (self.M * self.K + self.K * self.N + self.M * self.N) * self.torch_dtype.itemsize
 
     @property
@@ -98,7 +98,7 @@ class Case:
             return {"block_M": 64, "block_N": 64, "block_K": 32}
         if self.M <= 64:  # a short M fills no larger tile
             return {"block_M": 64, "block_N": 64, "block_K": block_K, "num_stages": 3, "threads": 128}
-        if self.M * self.N < 2048 * 2048:  # few tiles: smaller ones keep more processors busy
+        if self.M * self.N < 2048 * 2048:  # few tiles: smaller ones keep more SMs busy
             return {"block_M": 128, "block_N": 128, "block_K": block_K, "num_stages": 3, "threads": 128}
         if self.target == "hip":  # 64 KB of shared memory
             return {"block_M": 128, "block_N": 128, "block_K": 32, "num_stages": 2, "threads": 256}
@@ -106,7 +106,7 @@ class Case:
 
     @property
     def max_error(self) -> float | None:
-        """None: the limit of the type. Float32 is multiplied as TF32 (10 bits) on CUDA, by torch here too."""
+        """The limit on the error, None for that of the type. CUDA multiplies float32 as TF32 (10 bits), here in torch too."""
         return 1e-3 if (self.dtype, self.device) == ("float32", "cuda") else None
 
     def inputs(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,12 +115,12 @@ class Case:
         return tuple(torch.randn(shape, generator=generator).to(self.torch_dtype) for shape in shapes)
 
     def output(self, device: str = "cpu") -> torch.Tensor:
-        """An output full of NaN, so that an element nobody writes is seen."""
+        """Return an output full of NaN, so that an element that is not written is seen."""
         return torch.full((self.M, self.N), float("nan"), dtype=self.torch_dtype, device=device)
 
 
 def matmul_cpu(M, N, K, dtype, block=32):
-    """The same product in the form that upstream's C target takes: tiles in local arrays, one thread, float32 products."""
+    """The same GEMM in the form that upstream's C target takes: tiles in local arrays, one thread, float32."""
 
     @T.prim_func
     def matmul_cpu(A: T.Tensor((M, K), dtype), B: T.Tensor((K, N), dtype), C: T.Tensor((M, N), dtype)):
@@ -201,7 +201,7 @@ def count(case: Case, providers: list[Provider], seed: int) -> list[dict]:
 
 
 def bare_minimum(case: Case) -> dict:
-    """Whole tiles of products; A and B read once by each threadgroup that needs them, C written once."""
+    """Return the fewest counts: MMAs of whole tiles; A and B read once by each threadgroup that needs them, C written once."""
     block_M, block_N, block_K = (case.blocks[f"block_{axis}"] for axis in "MNK")
     rows, cols, steps = -(-case.M // block_M), -(-case.N // block_N), -(-case.K // block_K)
     size = case.torch_dtype.itemsize
@@ -262,7 +262,7 @@ def measure_time(case: Case, providers: list[Provider], seed: int) -> list[dict]
 
 
 def _time_mlx(run, hosts):
-    """MLX's arrays are its own; float32 carries every value of the smaller types across exactly."""
+    """MLX has arrays of its own; values are passed to them as float32, which holds every value of the smaller types."""
     import mlx.core as mx
 
     dtype = getattr(mx, str(hosts[0][0].dtype).removeprefix("torch."))
@@ -292,7 +292,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     """Run the benchmark and return its rows."""
     names = [provider.name for provider in PROVIDERS]
     parser = options(__doc__, TARGETS, "CUDA or ROCm, else a Mac, else the simulator", names)
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of A, B and C; sums are float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="type of A, B and C; accumulators are float32")
     for axis in "mnk":
         parser.add_argument(f"--{axis}", type=int, nargs="+", metavar=axis.upper(), help="one or several")
     arguments = parser.parse_args(command_line)

@@ -1,7 +1,7 @@
-"""What benchmarks share: providers, timing, tables, CSV files and plots. A benchmark is rows, one a provider and case.
+"""What benchmarks share: providers, timing, tables, CSV files and plots. A benchmark gives one row per provider and case.
 
-Method of timing on CUDA: one graph chains a call for each of several inputs that together exceed the L2 cache; the median time
-of a replay is divided by the number of calls. So there is neither a launch gap nor a warm cache in a figure.
+How CUDA is timed: one graph chains a call for each of several inputs that together exceed the L2 cache; the median time
+of a replay is divided by the number of calls. So a figure contains neither a launch gap nor a warm cache.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "testing"))
 L2_CACHES = 3  # inputs rotate through this many times the L2 cache
 MAX_ROTATION = 64
 REPLAYS = 20
-WARM_UP = 3  # replays before them
-CHAIN, CHAIN_US = 24, 3000.0  # calls of a graph at least, unless they take this long
-BARS_IN_A_ROW = 24  # of a chart
+WARM_UP = 3  # replays before those that count
+CHAIN, CHAIN_US = 24, 3000.0  # a graph has this many calls, or fewer that take this long
+BARS_IN_A_ROW = 24  # per row of a chart
 MAC_CACHE_BYTES = 64 * 2**20  # more than the system-level cache of any Apple chip up to M4 Max
 MMA_MULTIPLICATIONS = 8 * 8 * 8  # of one simdgroup matrix product
 SIMULATOR_SECONDS = 600.0
@@ -77,7 +77,7 @@ LOWERED = (
 
 
 def options(description: str, targets: Sequence[str], auto: str, providers: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser of a benchmark's command line with what every one has; `auto` says what the first target means."""
+    """Return the parser of a benchmark's command line with the options that all have; `auto` explains target "auto"."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=targets, default="auto", help=f"auto: {auto}")
     among = ", ".join(providers)
@@ -116,7 +116,7 @@ def choose(providers: Iterable[Provider], names: Sequence[str], target: str) -> 
 
 
 def progress(items: Sequence, what: str) -> Iterator:
-    """Yield `items` under a progress bar, which vanishes when done; a bare loop where nobody watches."""
+    """Yield `items` under a progress bar, which vanishes when done; without one where the output is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -147,7 +147,7 @@ def show(title: str, rows: Sequence[dict], columns: Sequence[Column], notes: Seq
 
 
 def _console(**options):
-    """A terminal's own width, and 120 columns in a file."""
+    """Return the width of the terminal, or 120 columns for a file."""
     from rich.console import Console
 
     console = Console(**options)
@@ -155,7 +155,7 @@ def _console(**options):
 
 
 def write_csv(path: str, rows: Sequence[dict]) -> None:
-    """Write every key of every row, one line a row."""
+    """Write every key of every row, one line per row."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, keys)
@@ -164,7 +164,7 @@ def write_csv(path: str, rows: Sequence[dict]) -> None:
 
 
 def plot(path: str, rows: Sequence[dict], *, case: str, series: str, value: str, title: str, label: str, order=()) -> None:
-    """Draw grouped bars: one group a `case`, one bar a `series`, as high as `value`; the file's ending says its format."""
+    """Draw grouped bars: one group per `case`, one bar per `series`, as high as `value`; the suffix of `path` is the format."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,7 +199,7 @@ def plot(path: str, rows: Sequence[dict], *, case: str, series: str, value: str,
 
 
 def plot_lines(path: str, rows: Sequence[dict], *, panel: str, x: str, series: str, value: str, title: str, label: str) -> None:
-    """Draw lines over a logarithmic `x`: one panel a `panel`, one line a `series`; the file's ending says its format."""
+    """Draw lines over a logarithmic `x`: one panel per `panel`, one line per `series`; the suffix of `path` is the format."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -232,23 +232,23 @@ def plot_lines(path: str, rows: Sequence[dict], *, panel: str, x: str, series: s
 
 
 def rotation(bytes_of_one: int, cache_bytes: int) -> int:
-    """How many inputs it takes until they have gone round L2_CACHES caches."""
+    """Return how many inputs fill L2_CACHES caches."""
     return max(2, min(MAX_ROTATION, math.ceil(L2_CACHES * cache_bytes / bytes_of_one)))
 
 
 def cache_bytes(device: str) -> int:
-    """The last-level cache to get past: the L2 of the CUDA device, an upper limit on a Mac."""
+    """Return the bytes of the last-level cache: the L2 of the CUDA device; on a Mac an upper limit."""
     return torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else MAC_CACHE_BYTES
 
 
 def time_cuda(calls: Sequence[Callable[[], None]], replays: int = REPLAYS) -> float:
-    """Microseconds of one call: all `calls` chained in one CUDA graph, median replay over their number."""
+    """Return the microseconds of one call: all `calls` chained in one CUDA graph, median replay over their number."""
     return time_cuda_in_turn([calls], replays)[0]
 
 
 def time_cuda_in_turn(providers: Sequence[Sequence[Callable[[], None]]], replays: int = REPLAYS) -> list[float]:
-    """`time_cuda` of several, one replay of each in turn, so that a GPU that slows down as it warms does so for all alike."""
-    # A replay begins with a gap of some microseconds, which many calls share. As many of each provider: a GPU may slow down.
+    """Return `time_cuda` of several, one replay of each in turn, so that a GPU that slows down as it warms does so for all."""
+    # A replay begins with a gap of some microseconds, which many calls share; all providers have equally many.
     one_round = min(_replay(_graph(calls), rounds=2) for calls in providers)
     count = min(math.ceil(CHAIN / len(providers[0])), math.ceil(CHAIN_US / one_round))
     providers = [list(calls) * count for calls in providers]
@@ -262,7 +262,7 @@ def time_cuda_in_turn(providers: Sequence[Sequence[Callable[[], None]]], replays
 
 
 def _replay(graph: torch.cuda.CUDAGraph, rounds: int = 1) -> float:
-    """Microseconds of the last of some replays."""
+    """Return the microseconds of the last of some replays."""
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -288,7 +288,7 @@ def _graph(calls: Sequence[Callable[[], None]]) -> torch.cuda.CUDAGraph:
 
 
 def time_wall(calls: Sequence[Callable[[], object]], wait: Callable[[list], None], repeats: int = REPLAYS) -> float:
-    """Microseconds of one call by the clock: all `calls` are queued, then `wait(results)`; median over their number.
+    """Return the microseconds of one call by the clock: all `calls` are queued, then `wait(results)`; median over their number.
 
     For devices without graphs (MPS, MLX) the queue hides the launches; on the CPU `wait` does nothing.
     """
@@ -302,19 +302,19 @@ def time_wall(calls: Sequence[Callable[[], object]], wait: Callable[[list], None
 
 
 def time_mps(calls: Sequence[Callable[[], None]]) -> float:
-    """Microseconds of one call on torch's MPS stream."""
+    """Return the microseconds of one call on torch's MPS stream."""
     return time_wall(calls, lambda _: torch.mps.synchronize())
 
 
 def time_mlx(calls: Sequence[Callable[[], object]]) -> float:
-    """Microseconds of one call that returns an mx.array; all are evaluated together."""
+    """Return the microseconds of one call that returns an mx.array; all are evaluated together."""
     import mlx.core as mx
 
     return time_wall(calls, mx.eval)
 
 
 def usable_cuda() -> str | None:
-    """None if a CUDA kernel runs here; else why not."""
+    """Return None if a CUDA kernel runs here, else why not."""
     if not torch.cuda.is_available():
         return "torch sees no such GPU"
     try:

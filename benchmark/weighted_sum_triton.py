@@ -1,4 +1,4 @@
-"""out[t] = sum over slots s of weights[t, s] * rows[t * slots + s], in Triton: what humming leaves to its caller."""
+"""out[t] = sum over slots s of weights[t, s] * rows[t * slots + s], in Triton; humming leaves this to its caller."""
 
 import triton
 import triton.language as tl

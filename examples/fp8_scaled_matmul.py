@@ -1,4 +1,4 @@
-"""FP8 scaled matmul in one intrinsic: DeepSeek's blocks, 1x128 scales for activations and 128x128 for weights.
+"""FP8 scaled matmul in one intrinsic, with DeepSeek's block scales: 1x128 for activations and 128x128 for weights.
 
 python examples/fp8_scaled_matmul.py
 """

@@ -18,7 +18,7 @@ MX = formats.BlockScaledLayout.e8m0_k32()
 
 
 def random_layer(prefix: str, num_experts: int, hidden_size: int, intermediate_size: int) -> dict[str, torch.Tensor]:
-    """Tensors of one layer with the names, shapes and dtypes of a gpt-oss checkpoint."""
+    """Return the tensors of one random layer with the names, shapes and dtypes of a gpt-oss checkpoint."""
     tensors = {}
     for name, rows, k in (("gate_up_proj", 2 * intermediate_size, hidden_size), ("down_proj", hidden_size, intermediate_size)):
         codes, scale = quantization.quantize(torch.randn(num_experts, rows, k) / k**0.5, formats.E2M1, MX)
@@ -28,7 +28,7 @@ def random_layer(prefix: str, num_experts: int, hidden_size: int, intermediate_s
 
 
 def expected(experts: MXFP4Experts, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-    """The same in float64 with dequantised weights, nothing rounded on the way; on the CPU, a used expert at a time."""
+    """Return the exact result, in float64 with dequantised weights, on the CPU, one used expert at a time."""
     x, topk_ids, topk_weights = x.cpu(), topk_ids.cpu(), topk_weights.cpu()
     state, y = experts.state_dict(), torch.zeros(x.shape, dtype=torch.float64)
     for expert in topk_ids.unique().tolist():
@@ -45,14 +45,16 @@ def expected(experts: MXFP4Experts, x: torch.Tensor, topk_ids: torch.Tensor, top
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--num-experts", type=int, default=8, help="of a random layer, as the two sizes")
+    parser.add_argument("--num-experts", type=int, default=8, help="of a random layer, as are the two sizes")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--intermediate-size", type=int, default=192)
     parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--a-dtype", choices=("bfloat16", "fp8", "mxfp8", "mxfp4"), default="bfloat16", help="of activations")
+    parser.add_argument(
+        "--a-dtype", choices=("bfloat16", "fp8", "mxfp8", "mxfp4"), default="bfloat16", help="type of the activations"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpoint", nargs="+", metavar="FILE", help="safetensors files of a gpt-oss model")
-    parser.add_argument("--layer", type=int, default=0, help="of the checkpoint")
+    parser.add_argument("--layer", type=int, default=0, help="layer of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(command_line)
     torch.manual_seed(arguments.seed)
@@ -68,7 +70,7 @@ def main(command_line: list[str] | None = None) -> None:
         experts = MXFP4Experts.from_checkpoint(files, prefix, a_dtype=a_dtype, device=arguments.device)
 
     x = torch.randn(arguments.tokens, experts.hidden_size, device=arguments.device).bfloat16()
-    logits = torch.randn(arguments.tokens, experts.num_experts, device=arguments.device)  # a router's
+    logits = torch.randn(arguments.tokens, experts.num_experts, device=arguments.device)  # what a router would give
     values, topk_ids = logits.topk(arguments.top_k)
     topk_weights = values.softmax(-1)
     y = experts(x, topk_ids, topk_weights)
@@ -76,7 +78,7 @@ def main(command_line: list[str] | None = None) -> None:
     print(experts)
     stored = sum(buffer.numel() * buffer.element_size() for buffer in experts.buffers())
     elements = 3 * experts.num_experts * experts.hidden_size * experts.intermediate_size
-    print(f"weights: {stored:,} bytes, {8 * stored / elements:.2f} bits an element with scales and biases")
+    print(f"weights: {stored:,} bytes, {8 * stored / elements:.2f} bits per element with scales and biases")
     how = "torch's float64 (the kernels are for GPUs)" if arguments.device == "cpu" else "the kernels"
     print(
         f"{arguments.tokens} tokens to {arguments.top_k} of {experts.num_experts} experts, {topk_ids.unique().numel()} of them "

@@ -1,4 +1,4 @@
-"""C = scale * (A @ B) + bias by tiles: run from its generated Metal text in the simulator, and checked.
+"""C = scale * (A @ B) + bias by tiles: the simulator runs the generated Metal text, and the result is checked.
 
 python examples/matmul.py
 """
@@ -12,7 +12,7 @@ from tilelang_ext import simulate
 def matmul(M, N, K, block_M=64, block_N=64, block_K=32, dtype="float16", epilogue=False, num_stages=0, threads=128):
     """Return the prim_func of C = A @ B, or with `epilogue` C[i, j] = scale[i] * (A @ B)[i, j] + bias[j].
 
-    A (M, K), B (K, N) and C (M, N) have `dtype`; scale (M,) and bias (N,) are float32, as is the sum over K. The blocks need
+    A (M, K), B (K, N) and C (M, N) have `dtype`; scale (M,) and bias (N,) are float32, as is the accumulator. The blocks need
     not divide the matrix: copies mask the tails.
     """
     grid = T.ceildiv(N, block_N), T.ceildiv(M, block_M)

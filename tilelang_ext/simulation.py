@@ -30,7 +30,7 @@ def simulate(
     tilelang's `{"kind": "hip", "mcpu": "gfx942"}` or a Target. `check` looks for out-of-bounds accesses, races,
     uninitialised reads and divergent barriers. `seed` orders the threads. `timeout` is in seconds.
 
-    Says nothing of speed, registers or occupancy, nor whether Apple's or AMD's compiler accepts the text.
+    The report says nothing about speed, registers or occupancy, nor whether Apple's or AMD's compiler accepts the text.
     """
     options = {"check": check, "seed": seed, "timeout": timeout}
     if isinstance(kernel, rocm.HipProgram) or _is_hip(target):

@@ -46,7 +46,7 @@ def test_counts_beside_the_minimum(tmp_path, capsys):
 
 
 def test_bytes_are_a_hand_count():
-    """4 experts of gpt-oss at one token: half a byte an element and one more for 32, x and y in two bytes."""
+    """4 experts of gpt-oss at one token: half a byte per element and one byte per 32, x and y in two bytes."""
     case = Case(MODELS["gpt-oss-120b"], 1, "bf16", "cuda", "cuda")
     assert case.bytes(4) == 4 * 3 * 2880 * 2880 // 2 + 4 * 3 * 2880 * 2880 // 32 + 2 * 2 * 2880
     assert case.flops == 2 * 4 * (2 * 2880 * 2880 + 2880 * 2880)

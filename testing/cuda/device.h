@@ -1,7 +1,7 @@
-// What the CUDA text of these kernels calls, on a CPU: a thread of the block is a thread here. Lane layouts of matrix
-// instructions, swizzles and descriptors are those of the PTX ISA (9.7.15 mma, 9.7.16 wgmma), written from it, not from
-// the generator. Instructions of a warp meet at a barrier, so a kernel needs as many of them in each lane as it would
-// on a GPU.
+// What the CUDA text of these kernels calls, on a CPU, with one CPU thread per thread of the block. Lane layouts of
+// matrix instructions, swizzles and descriptors are those of the PTX ISA (9.7.15 mma, 9.7.16 wgmma), written from it,
+// not from the generator. Instructions of a warp meet at a barrier, so a kernel needs as many of them in each lane as
+// it would on a GPU.
 #include <algorithm>
 #include <atomic>
 #include <barrier>

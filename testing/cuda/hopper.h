@@ -1,6 +1,6 @@
-// What the CUDA text of kernels for Hopper calls beside device.h: bulk copies and the barriers they complete, barriers
-// of some threads, clusters of blocks. A copy is done when it is issued, a product too: what is found is a wrong value
-// and a kernel that never ends, not a wait that is missing.
+// What the CUDA text of kernels for Hopper calls beside device.h: TMA copies and the barriers that they complete,
+// barriers of some threads, clusters of blocks. TMA copies and MMAs complete when they are issued, so this finds wrong
+// values and kernels that never end, but not a missing wait.
 #include "device.h"
 
 #include <atomic>
@@ -61,7 +61,7 @@ class Barrier {
   }
 };
 
-// A matrix in global memory of which a bulk copy takes a box, and how the box lies in shared memory: rows of 128, 64 or
+// A matrix in global memory of which a TMA copy takes a box, and how the box lies in shared memory: rows of 128, 64 or
 // 32 bytes, swizzled by their width.
 struct CUtensorMap {
   uint8_t* data;

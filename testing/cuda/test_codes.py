@@ -14,7 +14,7 @@ WORDS = torch.arange(256, dtype=torch.uint8)
 
 
 def decode_words(dtype):
-    """Four codes a word to two words of two halves, as the products of GPUs without fp8 units decode their operands."""
+    """Words of four codes to two words of two halves each, as GEMMs on GPUs without fp8 units decode their operands."""
 
     @T.prim_func
     def decode(codes: T.Tensor((64,), "uint32"), out: T.Tensor((128,), "uint32")):

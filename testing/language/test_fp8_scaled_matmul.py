@@ -415,7 +415,7 @@ def test_a_native_product_is_refused_on_metal():
 
 
 def test_scales_whose_shape_proves_nothing():
-    """A symbolic width may be one scale a row or one a block: say which."""
+    """A symbolic width may mean one scale per row or one per block, so the layout must be given."""
     n, K = T.dynamic("n"), 256
 
     def kernel_with(layout):

@@ -88,7 +88,7 @@ def test_both_operands_in_registers(a_scope, trans_B):
 @pytest.mark.parametrize("accum_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("accumulator", ["fragment", "shared"])
 def test_accumulators(accumulator, accum_dtype):
-    """A 16-bit accumulator is rounded once a T.gemm, so two K tiles give two roundings of its own dtype."""
+    """A 16-bit accumulator is rounded once per T.gemm, so two K tiles give two roundings to its dtype."""
     run(64, 64, 64, accumulator=accumulator, accum_dtype=accum_dtype, out=accum_dtype)
 
 

@@ -142,7 +142,7 @@ def test_bytes_and_bit_operations(dtype):
 
 
 def test_packed_nibbles_to_half():
-    """The shape of every 4-bit weight format: two codes a byte, low nibble first."""
+    """What every 4-bit weight format has: two codes per byte, low nibble first."""
 
     @T.prim_func
     def kernel(packed: T.Tensor((64,), "uint8"), out: T.Tensor((128,), "float16")):

@@ -15,7 +15,7 @@ BLOCK_M, BLOCK_N, K = 32, 64, 512
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("operands", ["shared", "global"])
 def test_scales_are_read_once_a_threadgroup(operands, name):
-    """2 x 2 tiles: each reads its rows of A and B once, and the scales that its rows and columns have once."""
+    """2 x 2 tiles: each reads its rows of A and B once, and the scales of its rows and columns once."""
     M, N = 2 * BLOCK_M, 2 * BLOCK_N
     layouts = LAYOUTS[name]
     (A, SA), (B, SB) = operand(M, K, layouts[0], seed=0), operand(N, K, layouts[1], seed=1)
@@ -23,7 +23,7 @@ def test_scales_are_read_once_a_threadgroup(operands, name):
     steps = K // 128 if operands == "shared" else 1
 
     def scales_of(buffer, layout, row, rows, t):
-        """The scales of a tile, and of a step where there is one a group."""
+        """The scales of a tile; of one step where there is one scale per group."""
         if layout.rows is None:
             return buffer
         first, blocks = row // layout.rows, -(-rows // layout.rows)

@@ -21,7 +21,7 @@ def check_gemm(M, N, K, *args, target="metal", a="float16", b="float16", out="fl
 
 
 def test_1_a_simdgroup_declares_the_accumulators_it_owns():
-    """64x64 on four simdgroups is 16 matrices each, two elements a lane: 32 registers, all of them filled, none past."""
+    """64x64 on four simdgroups is 16 matrices each, two elements per lane: exactly 32 registers are written."""
     program = check_gemm(64, 64, 32)
     assert re.search(r"\bfloat C_f\[32\];", program.source)
 

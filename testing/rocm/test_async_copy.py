@@ -1,4 +1,4 @@
-"""Pipelined copies of 4 bytes a thread whose rows do not follow each other in memory."""
+"""Pipelined copies of 4 bytes per thread whose rows are not contiguous in memory."""
 
 # Without `from __future__ import annotations`: this file holds kernels.
 
@@ -14,7 +14,7 @@ ROWS, STEP, STEPS, THREADS = 32, 16, 4, 128
 
 
 def narrow_tiles(dtype, masked):
-    """y[k] = columns 16 k on of x, in tiles that a pipeline brings; with `masked`, zeros below the rows of x."""
+    """y[k] = columns from 16 k on of x, in tiles loaded by a pipeline; with `masked`, zeros below the rows of x."""
     columns = STEP // torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     m = T.dynamic("m") if masked else ROWS
 

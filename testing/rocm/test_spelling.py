@@ -25,7 +25,7 @@ TORCH = {"float8_e5m2": torch.float8_e5m2, "float8_e5m2fnuz": torch.float8_e5m2f
 
 
 def masked_copy(dtype, lanes):
-    """y (rows, 64) = the rows that x has, and zeros below: `lanes` elements a thread."""
+    """y (rows, 64) = the rows of x, and zeros below, with `lanes` elements per thread."""
     rows = lanes * THREADS // 64
 
     @T.prim_func
@@ -50,7 +50,7 @@ def fill(dtype, value, lanes):
 
 
 def repeat(lanes):
-    """y[16 i ...] = x[i], `lanes` times: what is repeated is no constant."""
+    """y[16 i ...] = x[i], repeated `lanes` times; the repeated value is not a constant."""
 
     @T.prim_func
     def kernel(x: T.Tensor((THREADS,), "uint8"), y: T.Tensor((THREADS, lanes), "uint8")):

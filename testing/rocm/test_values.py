@@ -74,7 +74,7 @@ def test_wide_products_of_16_bits(dtype, A_scope):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", FP8)
 def test_every_code(dtype, arch):
-    """A row a code, times one: the code's value to the last bit, infinities and NaN included."""
+    """One row per code, times one: each result is the code's value to the last bit, infinities and NaN included."""
     format = formats.format_of(dtype)
     A = torch.zeros(256, 32, dtype=torch.uint8)
     B = torch.zeros(32, 32, dtype=torch.uint8)

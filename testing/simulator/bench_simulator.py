@@ -1,4 +1,4 @@
-"""How fast the simulator itself is: matrix operations a second and time to compile. Says nothing about any GPU.
+"""How fast the simulator itself is: MMAs per second and time to compile. This says nothing about any GPU.
 
 PYTHONPATH=.:testing python testing/simulator/bench_simulator.py
 """
@@ -41,7 +41,7 @@ def main() -> None:
         assert not report.findings
         return time.perf_counter() - start, processor_seconds() - used, report.counts.mma
 
-    print(f"{'check':<8}{'workers':<9}{'seconds':<9}{'M 8x8x8/s':<12}of a processor's seconds (whole calls)")
+    print(f"{'check':<8}{'workers':<9}{'seconds':<9}{'M 8x8x8/s':<12}of CPU seconds (whole calls)")
     for check in (False, True):
         for workers in sorted({1, os.cpu_count()}):
             run(source, check, workers)

@@ -85,7 +85,7 @@ kernel void row_sum(const device float* x [[buffer(0)]], device float* y [[buffe
 """
 )
 
-# Softmax of each row of x (rows, 128) by one simdgroup, float4 a lane.
+# Softmax of each row of x (rows, 128) by one simdgroup, one float4 per lane.
 SOFTMAX = (
     HEADER
     + """

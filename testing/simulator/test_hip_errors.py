@@ -53,7 +53,7 @@ def test_wrong_kind_of_argument(arguments, message):
 
 
 def test_too_many_threads():
-    with pytest.raises(ValueError, match="threads: at most 1024 a threadgroup; got"):
+    with pytest.raises(ValueError, match="threads: at most 1024 per threadgroup; got"):
         run(EXCHANGE, "exchange", [np.zeros(64, np.int32)], threads=2048)
 
 

@@ -1,4 +1,4 @@
-"""`T.gemm` on one thread: three loops, summed in float32 and rounded once."""
+"""`T.gemm` on one thread: three loops that accumulate in float32 and round once."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tvm import tirx
 
 from tilelang_ext.marks import REQUIRE_NATIVE_FP8
 
-_PRODUCT_DTYPES = {"float64": "float64"}  # what C's dtype sums in; else float32 for floats, and C's own for integers
+_PRODUCT_DTYPES = {"float64": "float64"}  # accumulator by C's dtype; else float32 for floats, and C's dtype for integers
 
 
 class OneThreadGemm(GemmBase):
     """C (M, N) += A (M, K) B (K, N), each transposed or not, any mix of dtypes; regions with fixed leading indices."""
 
     def __post_init__(self) -> None:
-        """Take any two dtypes: each element is converted by itself."""
+        """Accept any two dtypes, since each element is converted separately."""
         if REQUIRE_NATIVE_FP8 in self.gemm_node.annotations:
             raise NotImplementedError(
                 "T.gemm: require_native_fp8 needs a matrix unit that takes fp8; got target c, which decodes to float32; drop "
@@ -33,7 +33,7 @@ class OneThreadGemm(GemmBase):
         dtype = str(C.dtype)
         sum_dtype = _PRODUCT_DTYPES.get(dtype, "float32") if "float" in dtype else dtype
 
-        # Rows of B follow one another in the inner loop, so that it has no sum to carry and can be vectorised.
+        # The inner loop runs along N, not K, so it carries no accumulator and can be vectorised.
         @T.prim_func
         def gemm_on_one_thread() -> None:
             total = T.alloc_local((N,), sum_dtype)

@@ -1,4 +1,4 @@
-// What a kernel of target c needs of floats that C lacks: they are carried as their codes, and computed with as float.
+// Functions on floats that C lacks, for kernels of target c: values are stored as their codes and computed in float.
 // The code generator appends decode_<dtype> and encode_<dtype> for each dtype that the kernel uses.
 
 #include <stddef.h>
@@ -51,7 +51,7 @@ inline uint8_t encode_power_of_two(float x) {
   return uint8_t(code < 254u ? code : 254u);
 }
 
-// A float that rounds to any narrower type as x does: cut off, with a last bit that says whether anything was cut.
+// A float that rounds to any narrower type as x does: truncated, with the last bit set if anything was cut off.
 inline float round_to_odd(double x) {
   const float nearest = float(x);
   if (double(nearest) == x || x != x || nearest - nearest != 0.0f) return nearest;
@@ -63,7 +63,7 @@ inline float round_to_odd(double x) {
 
 inline float decode_float16(uint16_t code) {
   const uint32_t magnitude = uint32_t(code & 0x7fffu) << 13;
-  // Half's exponent bias is 112 less than float's; multiplying moves subnormals to their place too.
+  // Half's exponent bias is 112 less than float's; the multiplication also normalises subnormals.
   const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude) * bit_cast<float>(uint32_t(127 + 112) << 23));
   const uint32_t value = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled;
   return bit_cast<float>(value | uint32_t(code & 0x8000u) << 16);

@@ -1,13 +1,13 @@
-"""Carry floats that C lacks as their codes: fp8, e8m0, bfloat16 and float16.
+"""Store floats that C lacks as their codes: fp8, e8m0, bfloat16 and float16.
 
     Before  A (64,) "float8_e4m3fn"                  After  A (64,) "uint8"
             y = Cast("float32", A[i])                       y = decode_float8_e4m3fn(A[i])
             A[i] = Cast("float8_e4m3fn", y)                 A[i] = encode_float8_e4m3fn(y)
             h[i] + h[j]  (float16)                          decode_float16(encode_float16(decode(h[i]) + decode(h[j])))
 
-Each operation is computed in float and rounded to its own type, as hardware that has the type does; a float holds the sum,
-product and quotient of two such numbers exactly enough that rounding twice is rounding once. A code that is only moved,
-selected or reinterpreted keeps its bits. Runs last, on flat device functions.
+Each operation is computed in float and rounded to its own type, as hardware that has the type does. A float holds the sum,
+product and quotient of two such numbers so precisely that rounding twice gives the same as rounding once. A code that is only
+moved, selected or reinterpreted keeps its bits. The pass runs last, on flat device functions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tilelang_ext.formats import E8M0, FloatFormat
 
 _HALF = FloatFormat("binary16", "float16", "float16", 5, 10, 15, inf_codes=(0x7C00, 0xFC00), nan_codes=(0x7E00,))
 _BFLOAT = FloatFormat("bfloat16", "bfloat16", "bfloat16", 8, 7, 127, inf_codes=(0x7F80, 0xFF80), nan_codes=(0x7FC0,))
-_IEEE = (_HALF, _BFLOAT)  # what is too large becomes infinity; in the others, the largest number
+_IEEE = (_HALF, _BFLOAT)  # values that are too large become infinity; in the other formats, the largest number
 _FORMATS = {format.dtype: format for format in (*formats.FP8_OPERANDS, E8M0, *_IEEE)}
 _FORMATS["float8_e4m3"] = formats.E4M3  # torch's float8_e4m3fn reaches TIR under either name
 _NAMESPACE = "tilelang_ext"
@@ -45,12 +45,12 @@ CARRIED = tuple(_FORMATS)
 
 
 def is_carried(dtype) -> bool:
-    """Whether values of this scalar dtype are carried as codes."""
+    """Whether values of this scalar dtype are stored as codes."""
     return str(dtype) in _FORMATS
 
 
 def storage_dtype(dtype) -> str:
-    """The integer dtype of a carried dtype's codes."""
+    """Return the integer dtype of the codes of a dtype that is stored as codes."""
     return f"uint{_FORMATS[str(dtype)].bits}"
 
 
@@ -83,7 +83,7 @@ def register() -> None:
 
 @functools.cache
 def _definition(format: FloatFormat) -> str:
-    """C++ of decode_<dtype> and encode_<dtype>."""
+    """Return the C++ text of decode_<dtype> and encode_<dtype>."""
     storage = f"uint{format.bits}_t"
     if format is E8M0:
         encode = "encode_power_of_two(x)"
@@ -115,7 +115,7 @@ def _spell(value: float) -> str:
 
 
 def prelude(dtypes: set[str]) -> str:
-    """The text before a kernel that uses these dtypes."""
+    """Return the text that stands before a kernel that uses these dtypes."""
     chosen = {_FORMATS[dtype].dtype: _FORMATS[dtype] for dtype in sorted(dtypes)}
     body = "".join(map(_definition, chosen.values()))
     return _HEADER.read_text() + f"\nnamespace {_NAMESPACE} {{\n\n{body}\n}}  // namespace {_NAMESPACE}\n\n"
@@ -154,7 +154,7 @@ def _compare(self, op):
 
 @mutator
 class _Carry(PyStmtExprMutator):
-    """Rewrites one function. `value(e)` is a carried expression as float32, `code(e)` as its integer."""
+    """Rewrites one function. Of an expression that is stored as a code, `value` is the float32 and `code` the integer."""
 
     def __init__(self, renamed: dict[tirx.Var, tirx.Var]):
         super().__init__()
@@ -200,7 +200,7 @@ class _Carry(PyStmtExprMutator):
         raise _refusal(expr)
 
     def _as_float(self, source):
-        """A float32 that rounds to any carried dtype as `source` does."""
+        """Return a float32 that rounds to any narrow dtype as `source` does."""
         if is_carried(source.dtype):
             return self.value(source)
         if isinstance(source, tirx.FloatImm) and _is_single(source.value):
@@ -319,7 +319,7 @@ def _pointer_to_codes(pointer: tirx.Var) -> tirx.Var:
 
 
 def is_device(func: tirx.PrimFunc) -> bool:
-    """Whether `func` is a kernel for target `c`, and not the host's function that calls one."""
+    """Whether `func` is a kernel for target `c`, not the host function that calls one."""
     attrs = func.attrs
     return attrs["target"].kind.name == "c" and attrs.get("calling_conv") != CallingConv.C_PACKED_FUNC
 
@@ -334,7 +334,7 @@ def _carry(func: tirx.PrimFunc) -> tirx.PrimFunc:
     renamed = {}
     for param in func.params:
         element = getattr(getattr(param.type_annotation, "element_type", None), "dtype", None)
-        # A half parameter stays one: upstream's call passes a pointer to its half, and codes are read through a cast.
+        # A half parameter stays one: upstream's caller passes a pointer to its half type, and codes are read through a cast.
         if element is not None and is_carried(element) and str(element) != "float16":
             renamed[param] = _pointer_to_codes(param)
     carry = _Carry(renamed)

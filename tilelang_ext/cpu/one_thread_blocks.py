@@ -4,9 +4,8 @@
             C_f = alloc_buffer((32, 32), scope="local.fragment")         ... scope="local"
             "layout_map": {A_s: ...}                                     -
 
-Where an element lies is a question of banks and lanes, of which one thread has none: every tile is an array of its own, in
-the order of its indices. What is left of the program means the same; an instruction that speaks to other threads does not,
-and is refused.
+Layouts are about banks and lanes, and one thread has neither: every tile becomes an array of its own, in row-major order. The
+rest of the program keeps its meaning, except for instructions that communicate with other threads; those are refused.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from tilelang_ext.cpu.narrow_floats import is_carried
 
 _TILES = ("shared", "shared.dyn", "local.fragment")
 _TILE_OPERATORS = ("copy", "async_copy", "fill", "gemm", "reduce", "transpose", "atomicadd", "atomicmax", "atomicmin")
-# Fast functions are less exact versions of these.
+# Fast math functions and their exact versions.
 _EXACT = {f"tl.__{name}": Op.get(f"tirx.{name}") for name in ("exp", "exp10", "log", "log2", "log10", "sin", "cos", "tan")}
 
 
 def _name(node) -> str:
-    """The operator's name of a call, else nothing."""
+    """Return the operator's name of a call, "" for any other node."""
     return node.op.name if isinstance(node, tirx.Call) and isinstance(node.op, Op) else ""
 
 
 def needs_one_thread_blocks(func: tirx.PrimFunc) -> bool:
-    """Whether upstream's lowering for `c` would refuse `func`: fragments, fp8 and bfloat16, several dynamic shared buffers,
-    a fill of shared memory."""
+    """Whether upstream's lowering for `c` would refuse `func`: it has fragments, fp8, bfloat16, several dynamic shared buffers,
+    or a fill of shared memory."""
     buffers = [*func.buffer_map.values()]
     dtypes = set()
     filled = []
@@ -107,7 +106,7 @@ def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
                 return tirx.FloatImm(node.dtype, math.inf)
             if name in _EXACT:
                 return tirx.Call(node.dtype, _EXACT[name], node.args)
-            if name == "tl.tileop.reduce" and "batch" in node.annotations:  # how many values a barrier serves
+            if name == "tl.tileop.reduce" and "batch" in node.annotations:  # the number of values per barrier
                 annotations = {key: value for key, value in node.annotations.items() if key != "batch"}
                 return tirx.Call(node.dtype, node.op, node.args, annotations)
             return None

@@ -1,4 +1,4 @@
-"""The pass list of target `c` for GPU tile programs: upstream's, with one thread a block and floats carried as codes."""
+"""The pass list of target `c` for GPU tile programs: upstream's, with one thread per block and floats stored as codes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.FlattenBuffer()(mod)
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)
-    mod = transform.VectorizeLoop(enable_vectorize=False)(mod)  # the C++ compiler's business
+    mod = transform.VectorizeLoop(enable_vectorize=False)(mod)  # the C++ compiler vectorises
     mod = transform.StorageRewrite()(mod)
     mod = transform.LoopUnswitching()(mod)
     mod = transform.UnrollLoop()(mod)

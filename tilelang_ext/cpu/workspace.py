@@ -2,7 +2,7 @@
 
     Before  S = alloc_buffer((512, 512), "float32")      After  S = workspace(total bytes, offset)
 
-A tile that fits a GPU fits a stack, but nothing says that a kernel run on the CPU is one.
+A tile that fits a GPU's shared memory fits a stack, but a kernel for the CPU may have larger ones.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from tvm import DataType, IRModule, tirx
 
 from tilelang_ext.cpu.narrow_floats import call, is_device
 
-STACK_BYTES = 256 * 1024  # of a kernel's arrays together; some threads have a stack of 512 KiB
+STACK_BYTES = 256 * 1024  # the most for all arrays of a kernel; some threads have a stack of 512 KiB
 _ALIGNMENT = 64
 
 
 def PlaceLargeArrays(mod: IRModule) -> IRModule:
-    """Place the arrays of each device function whose arrays exceed `STACK_BYTES`; see above."""
+    """Move the arrays of each device function to the heap if together they exceed `STACK_BYTES`; see above."""
     functions = {name: _place(func) if is_device(func) else func for name, func in mod.functions_items()}
     return IRModule(functions, attrs=mod.attrs)
 

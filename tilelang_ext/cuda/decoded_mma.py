@@ -1,12 +1,12 @@
-"""fp8 products on GPUs whose matrix unit takes no fp8: codes become half in registers, then the half product runs.
+"""fp8 MMAs on GPUs whose matrix unit takes no fp8: codes become half in registers, then the half MMA runs.
 
     Before, one mma.m16n8k32 on codes           After
     a: 4 words of 4 codes                       a: 8 words of 2 halves
     b: 2 words of 4 codes                       b: 4 words of 2 halves
     c += a * b                                  c += a[0:4] * b[0:2]; c += a[4:8] * b[2:4]     (mma.m16n8k16)
 
-Invariant: a word of codes covers the same four k in A as in B. A product may take its k in any order, so each half product
-takes 16 of them as they lie, and loads, fragments and their layouts are those of the fp8 instruction.
+Invariant: a word of codes covers the same four k in A as in B. An MMA may take its k in any order, so each half MMA takes 16
+of them as they lie, and loads, fragments and their layouts are those of the fp8 instruction.
 
 Every E4M3 and E5M2 value, subnormals, infinities and NaN included, is a half.
 """
@@ -27,9 +27,9 @@ def half_pair(word: tirx.PrimExpr, second: bool, dtype: str) -> tirx.PrimExpr:
     selector = T.uint32(_SECOND_PAIR if second else _FIRST_PAIR)
     high = T.call_pure_extern("uint32", "__byte_perm", word, T.uint32(0), selector)
     if dtype == "float8_e5m2":
-        return high  # a half without its last eight bits
-    # The magnitude of an E4M3 code (bias 7), moved to where a half (bias 15) has it, is 2^-8 of the value. NaN, 0x7f, would
-    # be 480: all of its exponent's bits are set then.
+        return high  # E5M2 is the high byte of a half
+    # The magnitude of an E4M3 code (bias 7), moved to the bits where a half (bias 15) has it, is 2^-8 of the value. NaN, 0x7f,
+    # would become 480, 0x5f80; bit 13 makes that a NaN.
     magnitude = (high & T.uint32(0x7F007F00)) >> T.uint32(1)
     bits = magnitude | (high & T.uint32(0x80008000))
     value = T.reinterpret(bits, "float16x2") * T.Broadcast(T.float16(256), 2)
@@ -38,10 +38,10 @@ def half_pair(word: tirx.PrimExpr, second: bool, dtype: str) -> tirx.PrimExpr:
 
 
 class DecodedEmitter(TensorCoreIntrinEmitter):
-    """Upstream's fp8 emitter, whose product decodes its operands and runs twice on half."""
+    """Upstream's fp8 emitter; its MMA decodes the operands and runs as two half MMAs."""
 
     def mma(self, A_local_buf, B_local_buf, C_local_buf, k_inner=0):
-        """Add the product of 32 elements of K to C; A and B hold codes, `k_inner` places fragments that hold all of K."""
+        """Add the product over 32 elements of K to C. A and B hold codes; `k_inner` is the step in fragments of all K."""
         rows, cols, blocks = self.warp_rows, self.warp_cols, self.n_dim // 8
         a_words, b_words = self.local_size_a // _CODES_PER_WORD, self.local_size_b // _CODES_PER_WORD
         a_begin = k_inner * rows * self.local_size_a if is_fragment(A_local_buf) else 0
@@ -50,7 +50,7 @@ class DecodedEmitter(TensorCoreIntrinEmitter):
         out, out_of_block = self.local_size_out, self.local_size_out // blocks
 
         def codes(buffer, begin, word):
-            """Return four codes of this thread; the shape of a fragment is that of all threads' parts, so it is left out."""
+            """Return four codes of this thread. A fragment has the shape of all threads' parts, so it is redeclared."""
             if is_fragment(buffer):
                 tiles, size = (rows, self.local_size_a) if buffer is A_local_buf else (cols, self.local_size_b)
                 shape = (self.chunk // self.micro_size_k * tiles * size,)
@@ -61,7 +61,7 @@ class DecodedEmitter(TensorCoreIntrinEmitter):
         def decode_and_multiply(A_local, B_local, C_local):
             a = T.alloc_local((rows * a_words * 2,), "uint32")
             b = T.alloc_local((cols * b_words * 2,), "uint32")
-            # Words of A: rows g and g + 8 of the first 16 k, then of the others. A half product wants the first pairs of both
+            # Words of A: rows g and g + 8 of the first 16 k, then of the others. A half MMA takes the first pairs of both
             # rows, then the second pairs.
             for i in T.unroll(rows):
                 for step in T.unroll(2):

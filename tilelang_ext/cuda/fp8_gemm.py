@@ -2,14 +2,14 @@
 
 | target | K-major operands | others |
 | --- | --- | --- |
-| sm_75 | scalar products | the same |
+| sm_75 | scalar arithmetic | the same |
 | sm_80 to sm_87 | half mma.sync on codes decoded in registers (decoded_mma.py) | the same |
 | sm_89, sm_120 | fp8 mma.sync | the same |
 | sm_90 | WGMMA where the tile allows (M % 64, 128 threads), else mma.sync | transposed for WGMMA (transposed_wgmma.py) |
 | sm_100 | mma.sync; T.tcgen05_gemm with C in tensor memory is upstream's | the same |
 
-The assembler spells fp8 mma.sync on sm_90 and sm_100 as conversions and half products, which is right, but at half the rate:
-a product with the annotation `require_native_fp8` is refused there, and where there is no fp8 unit.
+On sm_90 and sm_100 the assembler compiles fp8 mma.sync to conversions and half MMAs, which is correct, but at half the rate:
+a `T.gemm` with the annotation `require_native_fp8` is refused there, and where there is no fp8 unit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tilelang_ext.marks import REQUIRE_NATIVE_FP8
 
 _FP8 = {format.dtype for format in FP8_OPERANDS}
 _FNUZ = {format.dtype for format in OCP_OF_FNUZ}
-_MMA_K = 32  # of one fp8 instruction
+_MMA_K = 32  # K of one fp8 instruction
 
 
 def _compute_version(target: Target) -> tuple[int, int]:
@@ -36,7 +36,7 @@ def _compute_version(target: Target) -> tuple[int, int]:
 
 
 class _Fp8Operands:
-    """What the implementations below share: the rules for fp8 operands, in front of one of upstream's classes."""
+    """The rules for fp8 operands, which each class below puts in front of one of upstream's classes."""
 
     def __post_init__(self) -> None:
         for name, buffer in (("A", self.A), ("B", self.B)):
@@ -53,7 +53,7 @@ class _Fp8Operands:
 
     @property
     def allow_f8f6f4_mixed_dtypes(self) -> bool:
-        return self.is_fp8  # the instructions take any two
+        return self.is_fp8  # the instructions take any two fp8 types
 
     def _refuse_if_native_is_required(self, target: Target, instead: str) -> None:
         if self.is_fp8 and REQUIRE_NATIVE_FP8 in self.gemm_node.annotations:
@@ -64,7 +64,7 @@ class _Fp8Operands:
 
 
 class Fp8GemmMMA(_Fp8Operands, GemmMMA):
-    """The warp product: decoded where the matrix unit takes no fp8, by WGMMA where only the operands' major forbids that."""
+    """mma.sync, on decoded operands where the matrix unit takes no fp8; WGMMA where only an operand's major rules it out."""
 
     def infer_layout(self, target, thread_nums):
         if self._is_transposed(target, thread_nums):
@@ -97,11 +97,11 @@ class Fp8GemmMMA(_Fp8Operands, GemmMMA):
 
 
 class Fp8GemmWGMMA(_Fp8Operands, GemmWGMMA):
-    """Hopper's warpgroup product."""
+    """WGMMA on Hopper."""
 
 
 class Fp8GemmFMA(_Fp8Operands, GemmFMA):
-    """Scalar products, for Volta and Turing."""
+    """Scalar arithmetic, for Volta and Turing."""
 
     def infer_layout(self, target, thread_nums):
         self._refuse_if_native_is_required(target, "which has no fp8 unit")

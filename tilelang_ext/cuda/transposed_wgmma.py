@@ -1,12 +1,12 @@
-"""fp8 products on Hopper with operands that lie along M or N: transposed through shared memory, so that WGMMA runs.
+"""fp8 GEMMs on Hopper with MN-major operands: they are transposed through shared memory, so that WGMMA runs.
 
     Before                                     After (B alone is not K-major)
     T.gemm(A_s, B_s, C)                        B_k: shared (N, K), swizzled for WGMMA
                                                every thread: B_k[n, k] = B_s[k, n], 4 x 4 codes at a time
                                                wgmma(A_s, B_k, C)
 
-WGMMA takes fp8 along K only. Upstream would run mma.sync, which Hopper's assembler spells as conversions and half products.
-Synchronisation is placed by upstream's passes from the accesses.
+WGMMA takes K-major fp8 operands only. Upstream would run mma.sync, which the assembler compiles to conversions and half MMAs
+for Hopper. Upstream's passes place the synchronisation, from the accesses.
 """
 
 # Without `from __future__ import annotations`: this file holds macros.
@@ -20,12 +20,12 @@ from tilelang.transform.simplify import _Simplify
 from tilelang.utils.language import is_fragment, is_shared
 from tvm import tirx
 
-_BLOCK = 4  # a thread transposes 4 x 4 codes: words in, words out
-_LANES_ALONG_K = 8  # neighbours of 8 lanes write 32 contiguous bytes
+_BLOCK = 4  # a thread transposes 4 x 4 codes: it reads and writes whole words
+_LANES_ALONG_K = 8  # 8 neighbouring lanes write 32 contiguous bytes
 
 
 def needs_transposition(gemm, target, threads: int) -> bool:
-    """Whether a product would run on WGMMA, were its operands K-major: upstream's rules for the rest."""
+    """Whether a GEMM would run on WGMMA if its operands were K-major, by upstream's rules for everything else."""
     a_fits = is_shared(gemm.A) or (is_fragment(gemm.A) and not gemm.trans_A)
     return (
         target_is_hopper(target)
@@ -43,7 +43,7 @@ def needs_transposition(gemm, target, threads: int) -> bool:
 
 
 class TransposedWGMMA(GemmWGMMA):
-    """WGMMA on K-major copies of the operands that are not."""
+    """WGMMA on K-major copies of the MN-major operands."""
 
     allow_f8f6f4_mixed_dtypes = True
 
@@ -64,7 +64,7 @@ class TransposedWGMMA(GemmWGMMA):
         )
 
     def infer_layout(self, target, thread_nums):
-        """Layouts for WGMMA of what it reads itself; an operand that is transposed may lie as it does."""
+        """Return layouts for the operands that WGMMA reads directly; an operand that is transposed first keeps its layout."""
         emitter = self._emitter(target, thread_nums)
         layouts = {self.C: emitter.make_mma_store_layout(self.C)}
         if is_fragment(self.A):
@@ -84,7 +84,7 @@ class TransposedWGMMA(GemmWGMMA):
         clear_accum = self.clear_accum
 
         def multiply(A_k, B_k):
-            """Issue the products; a copy stands for its operand."""
+            """Issue the WGMMAs, on the copies of the transposed operands."""
             A, B = self.ARegion, self.BRegion
             if transposes_a:
                 A, layout = self._k_major(A_k, M, K)
@@ -106,18 +106,18 @@ class TransposedWGMMA(GemmWGMMA):
                 self._transpose(self.ARegion, A_k, M, K, thread, threads)
             if transposes_b:
                 self._transpose(self.BRegion, B_k, N, K, thread, threads)
-            T.fence_proxy_async()  # WGMMA reads shared memory past the writes of threads, were they not made visible
+            T.fence_proxy_async()  # makes the threads' writes visible to WGMMA, which reads through the async proxy
             multiply(A_k, B_k)
 
         return _Simplify(transpose_and_multiply, inline_let=True)
 
     def _k_major(self, copy, extent: int, K: int):
-        """Return a copy as the (extent, K) operand that it holds, and its layout."""
+        """Return the (extent, K) operand that a copy holds, and its layout."""
         view = tirx.decl_buffer((extent, K), copy.dtype, data=copy.data, scope=copy.scope())
         return view[0:extent, 0:K], self.infer_shared_layout(K)(view)
 
     def _transpose(self, region, copy, extent: int, K: int, thread, threads: int) -> None:
-        """Fill `copy` with region (K, extent) as (extent, K), swizzled."""
+        """Fill `copy` with the transpose (extent, K) of a region (K, extent), swizzled."""
         *lead, first_k, first = [axis.min for axis in region.region]
         source, dtype = region.buffer, region.buffer.dtype
         layout = self._k_major(copy, extent, K)[1]

@@ -1,12 +1,12 @@
-"""Fragments to simdgroups: `T.gemm` on Metal as matrix products on fragment registers.
+"""`T.gemm` on Metal as simdgroup MMAs on fragment registers.
 
     Before                                      After, for each thread (2x2 simdgroups on a 64x64 tile)
     C: fragment (64, 64)                        C: registers [16 matrices * 2]
     T.gemm(A_shared, B_shared, C)               for k in 4: a[0:8] = rows of A_shared; b[0:8] = columns of B_shared
                                                     for i, j in 4x4: simdgroup_mma(&C[(i*4+j)*2], &a[i*2], &b[j*2])
 
-Invariant: a fragment holds what its `Fragment` layout says before and after every product, so that `T.Parallel`, `T.copy`,
-`T.reduce_*` and further products on it need no conversion. Upstream gives the accumulator an opaque type instead.
+Invariant: before and after every MMA a fragment holds what its `Fragment` layout says, so that `T.Parallel`, `T.copy`,
+`T.reduce_*` and further GEMMs on it need no conversion. Upstream gives the accumulator an opaque type instead.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PRODUCT_DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True)
 class MatrixInstruction:
-    """One product of M x N x K on registers. `transposed_b`: B may be given as (N, K), so that a lane's runs lie along K."""
+    """One MMA of M x N x K on registers. `transposed_b`: B may be given as (N, K), so that a lane's runs lie along K."""
 
     M: int
     N: int
@@ -65,7 +65,7 @@ MATMUL2D = MatrixInstruction(16, 32, 16, COOPERATIVE_TENSOR, transposed_b=True, 
 def product_dtype(a_dtype: str, b_dtype: str) -> str:
     """Return the element type both operands are converted to in registers; every operand value is exact in it.
 
-    Equal 16- or 32-bit types stay; fp8 and fp4 become half, or bfloat beside a bfloat operand; any other mix is float32.
+    Equal 16- or 32-bit types stay; fp8 and fp4 become half, or bfloat if the other operand is bfloat; any other mix is float32.
     """
     for name, dtype in (("A", a_dtype), ("B", b_dtype)):
         if dtype not in _PRODUCT_DTYPES and dtype not in _DECODED_TO_HALF:
@@ -80,7 +80,7 @@ def product_dtype(a_dtype: str, b_dtype: str) -> str:
 
 
 def select_instruction(target, a_dtype: str, b_dtype: str, M: int, N: int, K: int, threads: int, policy) -> MatrixInstruction:
-    """Return Metal 4's `matmul2d` where the target has it and the tile fits; the simdgroup matrix product else.
+    """Return Metal 4's `matmul2d` where the target has it and the tile fits, and the simdgroup MMA otherwise.
 
     `matmul2d` takes float32 operands at reduced precision, so those stay on simdgroup matrices.
     """
@@ -112,7 +112,7 @@ def check_tile(M: int, N: int, K: int, threads: int) -> None:
 class FragmentGemm:
     """`T.gemm` on Metal: A and B shared or fragment, C fragment or shared.
 
-    Products accumulate in float32. A float16 or bfloat16 C is read, accumulated in float32 and rounded once a call.
+    MMAs accumulate in float32. A float16 or bfloat16 C is read, accumulated in float32 and rounded once per call.
     """
 
     gemm_node: object
@@ -179,7 +179,7 @@ class FragmentGemm:
         simdgroup, lane = thread // LANES, thread % LANES
         rows, cols = self.M // partition.rows // size, self.N // partition.cols // size  # matrices of this simdgroup
         row0, col0 = partition.row(simdgroup) * rows * size, partition.col(simdgroup) * cols * size
-        group = instruction.N // size  # matrices of B and C that one product takes
+        group = instruction.N // size  # matrices of B and C per MMA
         steps = self.K // instruction.K
 
         A, B, C = self.A, self.B, self.C
@@ -278,7 +278,7 @@ class FragmentGemm:
 
 
 def _reader(buffer, region, transposed, dtype):
-    """Return a function giving one element of an operand by its place in the product, converted to `dtype`."""
+    """Return a function that gives one element of an operand by its row and column in the GEMM, converted to `dtype`."""
     *lead, first0, second0 = [r.min for r in region.region]
 
     def read(row, col):

@@ -6,8 +6,8 @@ Metal spreads a small matrix over the 32 lanes of a simdgroup in runs of neighbo
     row = (q & 4) | ((lane >> 1) & 3)        col = ((q & 2) | (lane & 1)) * run
 
 `simdgroup_matrix<T, 8, 8>` has one run of two; a 16x16 block of a `mpp::tensor_ops` cooperative tensor has two runs of four,
-the second 8 rows below. The same holds for A, B and C of every element type, so the result of one product can be an operand
-of the next as it stands. (The layout is the one that MLX's matrix kernels rely on.)
+the second 8 rows below. The same holds for A, B and C of every element type, so the result of one MMA can be an operand
+of the next without conversion. (The layout is the one that MLX's matrix kernels rely on.)
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def operand_layout(shape, partition: Partition, matrix: LaneLayout, operand: str
 
     `operand` "A" is split along M over the partition's rows and replicated over its columns; "B" is split along N over
     the columns and replicated over the rows. `shape` is as stored: (M, K) or, transposed, (K, M); (K, N) or (N, K). The
-    lanes follow the operand as it enters the product.
+    lanes follow the operand as it enters the MMA.
     """
     first, second = (int(extent) for extent in shape)
     height, width = (second, first) if transposed else (first, second)
@@ -111,7 +111,7 @@ def _place(simdgroup, i, j, block_cols: int, matrix: LaneLayout):
 def padded_layout(buffer: tirx.Buffer) -> Layout:
     """Return a row-major layout with 16 bytes added to each row.
 
-    Lanes read 8 rows at once; rows a multiple of 32 bytes apart would meet in the same banks. Leading dimensions (stages
+    Lanes read 8 rows at once; rows a multiple of 32 bytes apart would lie in the same banks. Leading dimensions (stages
     of a pipeline) are kept.
     """
     *lead, rows, cols = (int(extent) for extent in buffer.shape)

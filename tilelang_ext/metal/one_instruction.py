@@ -2,8 +2,8 @@
 
     Before  target keys: metal, gpu, metal4; one T.gemm of the kernel has K = 8      After  target keys: metal, gpu
 
-The accumulator of one product is often an operand of another, and the layouts of the two instructions differ. So Metal 4's
-`matmul2d` is used when every product of the kernel fits it, and simdgroup matrices else.
+The accumulator of one GEMM is often an operand of another, and the layouts of the two instructions differ. So a kernel uses
+Metal 4's `matmul2d` if every GEMM in it fits, and simdgroup matrices otherwise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One function that splits a tile among simdgroups, used by every matrix product on Metal."""
+"""One function that splits a tile among simdgroups, used by every `T.gemm` on Metal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def partition_tile(M: int, N: int, threads: int, policy: GemmWarpPolicy, block_m
     """Return the grid of simdgroups over an M x N tile, each with a whole number of `block_m` x `block_n` blocks.
 
     FullRow splits M only and FullCol N only, as far as the tile allows; Square takes the grid that reads the fewest operand
-    elements, that is the smallest block height + width, and on a tie the one with more rows.
+    elements, which is the one with the smallest block height + width, and on a tie the one with more rows.
     """
     simdgroups = threads // LANES
     grids = [

@@ -1,6 +1,6 @@
 """Run a Metal kernel on a Mac: through torch's MPS device or as an MLX custom kernel, from the same text and launch.
 
-Nothing here can run off a Mac; what is tested elsewhere is the text, the launch shape and the order of arguments.
+Nothing here runs without a Mac; the tests cover the text, the launch shape and the order of arguments.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def to_mlx(kernel, *, init_value: float | None = None) -> Callable:
     """Return `run(*inputs)` on `mx.array`s that gives the kernel's written tensors as new arrays, lazily as MLX does.
 
     `inputs` are the parameters that the kernel does not write, in its order (fp8 tensors as uint8 arrays, numbers for
-    scalars); one output is returned bare, several as a list in the kernel's order. `init_value` fills the outputs first; a
-    kernel that reads what it writes (an atomic sum, say) needs it, since MLX gives outputs fresh memory.
+    scalars). One output is returned by itself, several as a list in the kernel's order. `init_value` fills the outputs first; a
+    kernel that reads what it writes (an atomic sum, for example) needs it, since MLX gives outputs fresh memory.
     """
     import mlx.core as mx
 

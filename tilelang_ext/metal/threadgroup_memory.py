@@ -2,9 +2,9 @@
 
     Before  As = alloc_buffer((2552,), "float16", scope="shared.dyn")      After  ... scope="shared"
 
-Metal sizes threadgroup memory in the kernel's text, so there is nothing dynamic to it. Separate typed arrays are aligned,
-readable and bounds-checked one by one in the simulator. Only a kernel whose arrays together exceed the limit keeps the
-scope, and with it upstream's merge into one buffer whose parts share bytes when their lifetimes allow.
+Metal fixes the size of threadgroup memory in the kernel's text, so nothing about it is dynamic. Separate typed arrays are
+aligned and readable, and the simulator bounds-checks each. Only a kernel whose arrays together exceed the limit keeps the
+scope, and with it upstream's merge into one buffer whose parts share bytes when their lifetimes allow it.
 """
 
 from __future__ import annotations

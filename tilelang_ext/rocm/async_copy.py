@@ -1,12 +1,12 @@
-"""Copies of 4 bytes a thread in a pipeline are loads and stores: tilelang's asynchronous one reads other bytes.
+"""Make pipelined copies of 4 bytes per thread loads and stores: tilelang's asynchronous copy reads the wrong bytes.
 
     Before  ptx_cp_async(access_ptr(a_s, i), access_ptr(a, j), 4, in_bounds)        a of 8 bits
     After   if in_bounds: a_s[i : i + 4] = a[j : j + 4]
             else: a_s[i : i + 4] = 0
 
-On gfx950 `tl::cp_async_gs<4>` gives the hardware one address a wave, from which lane l reads bytes 4 l on: right only where the
-lanes' bytes lie in a row, which those of a narrow tile, such as one of scales, do not. Its 8 and 16 bytes are loads and stores,
-too. Runs after upstream's passes; the waits, which stay, then have nothing to wait for.
+On gfx950 `tl::cp_async_gs<4>` gives the hardware one address per wave, and lane l reads 4 bytes at that address + 4 l. That is
+correct only where the bytes of all lanes are contiguous, which they are not in a narrow tile, such as one of scales. tilelang's
+copies of 8 and 16 bytes are loads and stores anyway. The pass runs after upstream's; the waits stay, with nothing to wait for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BYTES = 4
 def _elements(pointer: tirx.Call, lanes: int) -> tuple[tirx.Buffer, list]:
     """Return a flat buffer over what an access pointer points into, and the indices of its first `lanes` elements."""
     annotation, data, offset = pointer.args[:3]
-    # The extent says nothing to the generator; the variable is what names the memory.
+    # The generator ignores the extent; the variable names the memory.
     buffer = tirx.decl_buffer([1], annotation.dtype, data.name, data=data)
     return buffer, [offset if lanes == 1 else tirx.Ramp(offset, 1, lanes)]
 

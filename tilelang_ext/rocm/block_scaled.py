@@ -1,13 +1,13 @@
-"""Products of codes with E8M0 scales per 32 of K, as they are, where the matrix unit takes scales (gfx950).
+"""MMAs of codes with one E8M0 scale per 32 of K, where the matrix unit takes scales (gfx950).
 
     Before  for t in serial(K / 64), BLOCK_SCALED [total, A, scale_a, B, scale_b, K]: decode a step of both, multiply halves
     After   for t in serial(K / 128):
                 scale_a_f[i, g] = scale_a[i, 4 * t + g];  scale_b_f[j, g] = scale_b[j, 4 * t + g]
                 gemm(A[:, 128 * t], B[:, 128 * t], total, scale_a_f[0, 0], scale_b_f[0, 0])         for `ScaledMfmaGemm`
 
-The mark of `language.block_scaled` says what a loop computes; elsewhere, and for other types, the loop stays. Operands in
-global memory, and those that end inside a step, are copied to shared memory with zeros behind K. Runs before every other pass,
-so that the mark, which no pass reads, still names buffers and variables that exist.
+The mark of `language.block_scaled` says what a loop computes; on other targets and for other types the loop stays. Operands
+in global memory, and those that end inside a step, are copied to shared memory with zeros past the end of K. The pass runs
+before every other one, since no pass keeps the buffers and variables of the mark up to date.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tilelang_ext.rocm.instructions import SCALED_K, codes_per_byte, takes_scale
 
 TAKES_SCALES = "takes_scales"  # annotation of the T.gemm that has them
 
-_GROUPS = SCALED_K // MX_GROUP  # of an instruction
+_GROUPS = SCALED_K // MX_GROUP  # scale groups per instruction
 
 
 def lower_block_scaled(mod: IRModule, target: Target) -> IRModule:
-    """Replace the marked statements of a module whose products `target` takes with their scales."""
+    """Replace the marked statements of a module that `target` can compute by MMAs with scales."""
     arch = target_get_mcpu(target) or ""
     functions = {
         var: _lower_function(func, arch) if isinstance(func, tirx.PrimFunc) else func for var, func in mod.functions.items()
@@ -81,7 +81,7 @@ def _lower_function(func: tirx.PrimFunc, arch: str) -> tirx.PrimFunc:
 
 
 def _product(total, A, scale_a, B, scale_b, K) -> tirx.PrimFunc:
-    """Build the loop over steps of 128 that marked statements stand for."""
+    """Build the loop over steps of 128 that replaces marked statements."""
     M, N = int(A.region[-2].extent), int(B.region[-2].extent)
     a_packed, b_packed = codes_per_byte(A.buffer.dtype), codes_per_byte(B.buffer.dtype)
     steps = T.ceildiv(A.region[-1].extent * a_packed, SCALED_K)
@@ -120,7 +120,7 @@ def _product(total, A, scale_a, B, scale_b, K) -> tirx.PrimFunc:
 
 
 def _in_steps(operand: tirx.BufferRegion, packed: int) -> bool:
-    """Whether the matrix unit can read the operand where it lies, whole steps of it."""
+    """Whether the operand lies in shared memory in whole steps, so that the matrix unit reads it there."""
     columns = operand.region[-1].extent
     return is_shared(operand.buffer) and isinstance(columns, tirx.IntImm) and int(columns) * packed % SCALED_K == 0
 
@@ -136,7 +136,7 @@ def _code(operand: tirx.BufferRegion, i, k) -> tirx.PrimExpr:
 
 
 def _scale(scale: tirx.BufferRegion | None, i, g, K) -> tirx.PrimExpr:
-    """Return the byte of a scale. One behind K meets zeros, which a NaN would not leave as they are."""
+    """Return the byte of a scale; past the end of K it is 0, since codes there are zeros, which a NaN scale would not keep."""
     if scale is None:
         return T.uint8(E8M0_ONE)
     byte = _element(scale, i, g)
@@ -156,13 +156,13 @@ def _step(operand: tirx.BufferRegion, t, columns: int) -> tirx.BufferRegion:
 
 
 def _gemm(A, B, total, scale_a, scale_b) -> tirx.Call:
-    """Build the call of T.gemm with K in codes, and scales in the place of C's coordinates, which no AMD product reads."""
+    """Build the call of T.gemm with K in codes, and scales in the place of C's coordinates, which no AMD GEMM reads."""
     plain = T.gemm(_columns(A, SCALED_K), _columns(B, SCALED_K), total, transpose_B=True, annotations={TAKES_SCALES: 1})
     operands = [buffer_region_to_tile_region(region, "r", [axis.extent for axis in region.region]) for region in (A, B)]
     return tirx.Call(plain.dtype, plain.op, [*operands, *plain.args[2:-2], scale_a, scale_b], plain.annotations)
 
 
 def _columns(region: tirx.BufferRegion, count: int) -> tirx.BufferRegion:
-    """Return the region as if it had an element for each code, as T.gemm expects."""
+    """Return the region as if it had one element per code, as T.gemm expects."""
     *lead, columns = region.region
     return tirx.BufferRegion(region.buffer, [*lead, Range.from_min_extent(columns.min, count)])

@@ -1,4 +1,4 @@
-"""`compile_hip`: HIP text to a code object, its instructions and its resources, with no AMD hardware."""
+"""`compile_hip`: compile HIP text to a code object and report its instructions and resources, without AMD hardware."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class CompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What one kernel takes: registers a lane, spilled registers, scratch bytes a lane, LDS bytes a work-group.
+    """What one kernel takes: registers per lane, spilled registers, scratch bytes per lane, LDS bytes per work-group.
 
-    `vgprs` are the vector registers of any kind, of which `agprs` are accumulation registers. `lds_bytes` are those sized in
-    the text; dynamic LDS (`extern __shared__`) is sized at launch and not in it.
+    `vgprs` counts all vector registers, `agprs` those of them that are accumulation registers. `lds_bytes` is static LDS;
+    dynamic LDS (`extern __shared__`) is sized at launch and not included.
     """
 
     name: str
@@ -50,7 +50,7 @@ class KernelResources:
 
 @dataclass(frozen=True)
 class CodeObject:
-    """A compiled text: `code`, an ELF that hipModuleLoadData takes, `isa`, its assembly, and the figures of its kernels."""
+    """A compiled text: `code` is an ELF that hipModuleLoadData takes, `isa` its assembly, `kernels` the resources of each."""
 
     arch: str
     code: bytes

@@ -5,8 +5,8 @@
     T.gemm(A_shared, B_shared, C)           for k in K / 16: a[0:8], b[0:8] = codes of 2 tiles each, decoded to half
                                                 for i, j in 2x2: mfma_f32_16x16x16f16(&C[(i*2+j)*4], &a[i*4], &b[j*4])
 
-tilelang gives an fp8 product to the instruction of the type's name whether or not the chip has it, or reads the type's flavour.
-Here the table of `instructions.py` decides; every other product is tilelang's own, unchanged.
+tilelang gives an fp8 GEMM to the instruction of the type's name, even if the chip lacks it or reads another flavour.
+Here the table of `instructions.py` decides; every other GEMM is tilelang's own, unchanged.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from tilelang_ext.rocm.device_text import decoder_name, decoder_text, product_na
 from tilelang_ext.rocm.instructions import FP8_DTYPES, MFMA, TILE, Product, select_product
 from tilelang_ext.rocm.layout import Partition, accumulator_layout, operand_layout
 
-_LOAD_BYTES = 16  # of the widest LDS access
+_LOAD_BYTES = 16  # the widest LDS access
 
 
 @dataclass(frozen=True)
 class _Plan:
     product: Product
     partition: Partition
-    run: int  # neighbours along K that a lane holds, see `instructions.py`
-    pack: int  # products whose operands are loaded together, for wider loads
+    run: int  # elements that are contiguous along K in a lane, see `instructions.py`
+    pack: int  # MMAs whose operands are loaded together, for wider loads
 
 
 @dataclass
 class MatrixUnitGemm:
-    """One `T.gemm`: A and B shared or fragment, C a float32 fragment; what it has no product for goes to `upstream`."""
+    """One `T.gemm`: A and B shared or fragment, C a float32 fragment; types without an entry in the table go to `upstream`."""
 
     gemm_node: object
     upstream: ClassVar[type]
@@ -86,14 +86,14 @@ class MatrixUnitGemm:
         decode = register is not None and a_dtype in FP8_DTYPES
         read_a = reader(A, self.gemm_node.aRegion, self.trans_A)
         read_b = reader(B, self.gemm_node.bRegion, not self.trans_B)
-        # Registers are indexed by constants only; what does not lie along K in shared memory is gathered.
+        # Registers are indexed by constants only; an operand that is not contiguous along K in shared memory is gathered.
         over_k = T.unroll if is_fragment(A) or is_fragment(B) else T.serial
         run_of_a = T.unroll if self.trans_A and is_shared(A) else T.vectorized
         run_of_b = T.unroll if not self.trans_B and is_shared(B) else T.vectorized
         clear_accum = self.gemm_node.clearAccum
 
         def element_k(k, r, v):
-            """K of element v of run r; of a fragment, of the register that holds it in every lane."""
+            """Return the K of element v of run r in lane 0; in a fragment it names the same register of every lane."""
             return k * instruction.K * pack + r * groups * run + v
 
         def lane_k():
@@ -190,7 +190,7 @@ class MatrixUnitGemm:
         instruction = product.instruction
         partition = self._partition(target, threads, instruction.accumulator.wave)
         if is_fragment(self.A) or is_fragment(self.B):
-            # MFMA: what a lane of D holds of a row, so that the result of one product is an operand of the next.
+            # MFMA: as many neighbours of a row as a lane of D holds, so that the result of one GEMM is an operand of the next.
             run = MFMA.elements if instruction.accumulator is MFMA else instruction.elements
             return _Plan(product, partition, run, pack=1)
         widest = _LOAD_BYTES if a_dtype in FP8_DTYPES else _LOAD_BYTES // 2
@@ -200,7 +200,7 @@ class MatrixUnitGemm:
         return _Plan(product, partition, min(instruction.elements * pack, widest), pack)
 
     def _partition(self, target, threads: int, wave: int) -> Partition:
-        """Return upstream's split of the tile over the waves, the same for every product of a kernel."""
+        """Return upstream's split of the tile over the waves, the same for every GEMM of a kernel."""
         if threads % wave:
             raise ValueError(
                 f"T.gemm: threads must be a multiple of {wave}, the lanes of a wave; got {threads}; "
@@ -209,7 +209,7 @@ class MatrixUnitGemm:
         policy = self.gemm_node.policy
         try:
             rows, cols = policy.compute_warp_partition(self.M, self.N, threads, target, self.instruction_key)
-        except InternalError:  # no grid of its own liking
+        except InternalError:  # upstream finds no grid
             rows, cols = 0, 0
         if rows * cols * wave != threads or self.M % (rows * TILE) or self.N % (cols * TILE):
             raise ValueError(
@@ -219,7 +219,7 @@ class MatrixUnitGemm:
         return Partition(int(rows), int(cols))
 
     def _fits(self) -> bool:
-        """Whether C is what the product can be summed in."""
+        """Whether the MMAs can accumulate in C."""
         return str(self.C.dtype) == "float32" and is_fragment(self.C) and is_full_region(self.gemm_node.cRegion)
 
     def _check(self) -> None:
@@ -262,7 +262,7 @@ class WmmaGemm(MatrixUnitGemm):
 
 
 def reader(buffer, region, k_is_first: bool):
-    """Return a function giving one element of an operand by its row (of A) or column (of B) and its K."""
+    """Return a function that gives one element of an operand by its row (of A) or column (of B) and its K."""
     *lead, first0, second0 = [r.min for r in region.region]
 
     def read(i, k):

@@ -1,4 +1,4 @@
-"""Which lane and register of a block hold an element of an operand or an accumulator: the tile layouts of `instructions.py`."""
+"""Which lane and register of a block hold an element of an operand or accumulator: tile layouts from `instructions.py`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tilelang_ext.rocm.instructions import TILE, MatrixInstruction
 
 @dataclass(frozen=True)
 class Partition:
-    """How the waves of a block share an M x N tile: a grid of `rows` x `cols`, row index fastest (as tilelang's own)."""
+    """How the waves of a block share an M x N tile: a grid of `rows` x `cols`, row index fastest, as in tilelang."""
 
     rows: int
     cols: int
 
 
 def accumulator_layout(shape, partition: Partition, instruction: MatrixInstruction) -> Fragment:
-    """Return the layout of an M x N accumulator: a wave owns one block of tiles, row by row."""
+    """Return the layout of an M x N accumulator: each wave owns one block of 16x16 tiles, in row-major order."""
     block_rows, block_cols = int(shape[0]) // partition.rows, int(shape[1]) // partition.cols
     place = instruction.accumulator
 
@@ -36,7 +36,7 @@ def operand_layout(
 ) -> Fragment:
     """Return the layout of operand "A" or "B" in registers, repeated in the waves that share its rows or columns.
 
-    `shape` is as stored, K in front if `k_is_first`. Lanes past the instruction's groups repeat the first ones.
+    `shape` is as stored, with K first if `k_is_first`. Lanes past the instruction's groups repeat the first ones.
     """
     extent = int(shape[1] if k_is_first else shape[0])
     waves, sharers = (partition.rows, partition.cols) if operand == "A" else (partition.cols, partition.rows)

@@ -1,4 +1,4 @@
-"""The pass list of target `hip`: tilelang's between what it does not know, scales, and what its generator gets wrong."""
+"""The pass list of target `hip`: MMAs with scales, then tilelang's list, then fixes of what its generator gets wrong."""
 
 from __future__ import annotations
 

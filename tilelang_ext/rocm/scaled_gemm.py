@@ -1,8 +1,8 @@
-"""The product of codes with E8M0 scales on gfx950: `v_mfma_scale_f32_16x16x128_f8f6f4`, fp8 and packed E2M1 in any pair.
+"""The MMA of codes with E8M0 scales on gfx950: `v_mfma_scale_f32_16x16x128_f8f6f4`, for fp8 and packed E2M1 in any pair.
 
-Every lane hands over the scale of row `lane % 16` of its operand and of the 32 of K at `lane // 16`, from a fragment that
-`block_scaled.py` has filled. The scales tie an element to its K, so the order inside a lane is the instruction's own: runs of
-16 bytes, those of the four lane groups one behind the other (see `instructions.py`).
+Each lane passes the scale of row `lane % 16` of its operand and of the group of 32 of K at `lane // 16`, from a fragment that
+`block_scaled.py` has filled. Scales belong to fixed elements of K, so a lane holds its elements in the instruction's order:
+runs of 16 bytes, the runs of the four lane groups one after the other (see `instructions.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tilelang_ext.rocm.gemm import MfmaGemm, reader
 from tilelang_ext.rocm.instructions import TILE, codes_per_byte, scaled_product
 from tilelang_ext.rocm.layout import accumulator_layout, operand_layout
 
-_RUN = 16  # bytes: neighbours along K in a lane
+_RUN = 16  # bytes that are contiguous along K in a lane
 
 
 class ScaledMfmaGemm(MfmaGemm):
-    """A (M, 128) and B (N, 128) in shared memory, C a whole float32 fragment; scales as `block_scaled.py` hands them over."""
+    """A (M, 128) and B (N, 128) in shared memory, C a whole float32 fragment; scales as `block_scaled.py` passes them."""
 
     def infer_layout(self, target, thread_nums) -> dict:
         instruction, partition = self._scaled_plan(target, int(thread_nums))

@@ -1,4 +1,4 @@
-"""The HIP compiler: ROCm's hipcc, else a clang with the headers and device libraries of AMD's that the triton wheel has.
+"""Find the HIP compiler: ROCm's hipcc, else a clang with the AMD headers and device libraries of the triton wheel.
 
 Standard library only: `tilelang-ext doctor` loads this file by itself.
 """
@@ -33,7 +33,7 @@ class Compiler:
 
 
 def include_directory() -> Path:
-    """Return the folder of our stand-ins for headers that the triton wheel lacks, in an installation or a checkout."""
+    """Return the folder of stand-ins for headers that the triton wheel lacks, in an installation or a checkout."""
     here = Path(__file__).resolve().parent
     for folder in (here / "include", here.parents[1] / "src" / "rocm" / "include"):
         if (folder / "hip" / "hip_fp16.h").is_file():
@@ -87,7 +87,7 @@ def _find_clang() -> tuple[str, str]:
 
 
 def _amd_directory() -> Path:
-    """Return the AMD folder of the triton wheel: of an installed one, which is not imported, or what `make hip` unpacked."""
+    """Return the AMD folder of the triton wheel: that of an installed triton (not imported), or what `make hip` unpacked."""
     spec = importlib.util.find_spec("triton")
     unpacked = Path(sys.prefix) / "share" / "tilelang_ext" / "amd"
     folders = ([Path(spec.origin).parent / "backends" / "amd"] if spec and spec.origin else []) + [unpacked]

@@ -1,8 +1,8 @@
-"""Pointers that change their address space: a second look at the text, as C++ for OpenCL, which checks syntax only.
+"""Find pointers that change their address space: a second, syntax-only pass compiles the text as C++ for OpenCL.
 
-The C++ that runs knows no address spaces, so it cannot tell `threadgroup half* p = A;` from a right program. OpenCL can:
-device is __global, threadgroup __local, constant __constant, thread __private. Its other complaints are not about Metal
-and are dropped; a text it cannot follow gets no finding rather than a false one.
+The C++ that runs has no address spaces, so it accepts `threadgroup half* p = A;` for a device pointer A. OpenCL does not:
+device is __global, threadgroup __local, constant __constant, thread __private. Its other errors are not about Metal
+and are dropped; a text that it cannot follow gets no finding rather than a false one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .tokens import next_token, text_at, tokenize
 _SPACES = {"device": "__global", "threadgroup": "__local", "constant": "__constant", "thread": "__private"}
 _VECTOR = re.compile(r"(?:char|uchar|short|ushort|int|uint|long|ulong|half|bfloat|float)[234]")
 _ERROR = re.compile(r"^(?P<file>[^:\n]+):(?P<line>\d+):\d+: error: (?P<message>.*)$", re.MULTILINE)
-_POINTER_ITSELF = re.compile(r"([*&]) ?__(?:private|generic)")  # where the pointer lives, not what it points to
+_POINTER_ITSELF = re.compile(r"([*&]) ?__(?:private|generic)")  # the space of the pointer, not of what it points to
 
 
 def as_opencl(preprocessed: str, constants: Mapping[int, object]) -> str:
-    """The text with its address spaces spelled as OpenCL's."""
+    """Return the text with its address spaces spelled as in OpenCL."""
     tokens = tokenize(preprocessed)
     rewrite_declarations(tokens, constants)
     for i, token in enumerate(tokens):
@@ -39,7 +39,7 @@ def as_opencl(preprocessed: str, constants: Mapping[int, object]) -> str:
 
 
 def find_misuse(preprocessed: str, constants: Mapping[int, object], lines: Sequence[str], source_name: str) -> list[Finding]:
-    """A finding for each pointer of the text that changes its address space."""
+    """Return one finding for each pointer of the text that changes its address space."""
     text = as_opencl(preprocessed, constants)
     messages = toolchain.cached("spaces.txt", (text,), lambda folder: _check(folder, text)).read_text()
     errors = list(_ERROR.finditer(messages))
@@ -61,7 +61,7 @@ def find_misuse(preprocessed: str, constants: Mapping[int, object], lines: Seque
 def _mixes_spaces(message: str, whole: str) -> bool:
     if "no matching" not in message:
         return _names_two_spaces(message)
-    candidates = re.findall(r"note: (candidate.*)", whole)  # what each would have needed
+    candidates = re.findall(r"note: (candidate.*)", whole)  # what each candidate would have needed
     return bool(candidates) and all(map(_names_two_spaces, candidates))
 
 

@@ -10,7 +10,7 @@ class CompilerMissingError(SimulatorError):
 
 
 class CompileError(SimulatorError):
-    """The kernel's text was refused; the message holds the compiler's, with the text's own lines."""
+    """The kernel's text was refused; the message holds the compiler's message, with line numbers of the text."""
 
 
 class TimeLimitError(SimulatorError):

@@ -42,12 +42,12 @@ def execute_msl(
         arguments: one for each [[buffer(i)]], in order of i: torch CPU tensors or numpy arrays; bytes for a struct;
             None where the kernel declares no such buffer.
         grid: threadgroups in x, y, z.
-        threads: threads a threadgroup in x, y, z.
-        check: look for faults and count bytes; without, about three times as fast.
+        threads: threads per threadgroup in x, y, z.
+        check: look for faults and count bytes; without it the run is about three times as fast.
         seed: order in which the threads run; a correct kernel gives the same result for every seed.
         timeout: seconds until the run is stopped with TimeLimitError.
-        workers: processes over which threadgroups are spread; default one a core.
-        constants: values of function constants by index; absent ones are false.
+        workers: processes over which threadgroups are spread; default one per core.
+        constants: values of function constants by index; missing ones are false.
         include_directories: where `#include` of the source looks.
 
     Returns:
@@ -70,7 +70,7 @@ def translate_msl(
     constants: Mapping[int, object] | None = None,
     include_directories: Sequence[Path] = (),
 ) -> Translation:
-    """The C++ that stands for the kernel, and its parameters."""
+    """Return the C++ text that the kernel is translated to, and its parameters."""
     return translate(_preprocess(METAL, source, include_directories), entry, constants or {})
 
 
@@ -97,9 +97,9 @@ def execute_hip(
         arguments: one for each parameter, in order: torch CPU tensors or numpy arrays for pointers, numbers for the others.
         arch: the architecture, such as "gfx942": its waves, matrix instructions, fp8 flavour and LDS.
         grid: groups in x, y, z.
-        threads: threads a group in x, y, z.
+        threads: threads per group in x, y, z.
         dynamic_lds: bytes of `extern __shared__` memory.
-        check: look for faults and count bytes; without, about three times as fast.
+        check: look for faults and count bytes; without it the run is about three times as fast.
         seed: order in which the threads run; a correct kernel gives the same result for every seed.
         timeout: seconds until the run is stopped with TimeLimitError.
         workers: processes over which groups are spread; default one a core.

@@ -1,10 +1,10 @@
-"""Rewrites preprocessed HIP text into C++ that `src/simulator/hip/shim.h` completes, and the architectures that it knows.
+"""Rewrite preprocessed HIP text into C++ that `src/simulator/hip/shim.h` completes; the table of simulated architectures.
 
-Only what C++ cannot say is touched, and lines stay where they are:
+Only what C++ cannot express is changed, and lines stay where they are:
 - `__shared__ T a[N];` is a reference into the group's LDS, `extern __shared__ T a[];` a pointer to what the launch adds;
 - `asm volatile("s_waitcnt ..." : : inputs)` is a call of `asm_s_waitcnt(inputs)`;
 - `__global__` disappears, and the entry's parameters become the arguments of a generated call;
-- what an included header defines is inlined without lines of its own: a fault there is one of the line that calls it.
+- functions of included headers are inlined without lines of their own: a fault there is reported at the line that calls them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HEADERS = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """An AMD GPU as its ISA guide describes it: lanes a wave, bytes of LDS a work-group."""
+    """An AMD GPU as its ISA guide describes it: lanes per wave, bytes of LDS per work-group."""
 
     name: str
     wave: int
@@ -66,7 +66,7 @@ ARCHITECTURES = {
 
 
 def find_architecture(name: str) -> Architecture:
-    """The architecture of this name, such as "gfx942"; ValueError for one that is not simulated."""
+    """Return the architecture of this name, such as "gfx942"; ValueError for one that is not simulated."""
     if name not in ARCHITECTURES:
         raise ValueError(f"arch: must be one of {', '.join(ARCHITECTURES)}; got {name!r}; pass one of these")
     return ARCHITECTURES[name]
@@ -153,7 +153,7 @@ def _rewrite_shared_variables(tokens: list[Token]) -> None:
 
 
 def _take_alignment(words: list[str]) -> tuple[str, list[str]]:
-    """The alignment that `__align__(n)` or `alignas(n)` gives, and the words without it."""
+    """Return the alignment that `__align__(n)` or `alignas(n)` gives, and the words without it."""
     for i, word in enumerate(words):
         if word in ("__align__", "alignas"):
             close = words.index(")", i)
@@ -162,7 +162,7 @@ def _take_alignment(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _rewrite_assembly(tokens: list[Token]) -> None:
-    """A statement of inline assembly without outputs is a call of the function that its mnemonics name."""
+    """Make a statement of inline assembly without outputs a call of the function that its mnemonics name."""
     for i, token in enumerate(tokens):
         if token.text not in ("asm", "__asm__", "__asm"):
             continue
@@ -191,7 +191,7 @@ def _rewrite_assembly(tokens: list[Token]) -> None:
 
 
 def _assembly_operands(words: list[str]) -> list[str]:
-    """`"s"(a), "v"(b)`: the expressions in parentheses."""
+    """Return the expressions in parentheses of `"s"(a), "v"(b)`."""
     operands, depth = [], 0
     for word in words:
         if word == ")":
@@ -216,7 +216,7 @@ _POP = 2 * "\n#pragma clang attribute pop"
 
 
 def _inline_headers(text: str, source_name: str) -> str:
-    """Put attributes around what comes from other files than the text's own."""
+    """Put attributes around the parts that come from included files."""
     out, at, inside = [], 0, False
     for marker in _MARKER.finditer(text):
         foreign = marker["file"] != source_name and not marker["file"].startswith("<")

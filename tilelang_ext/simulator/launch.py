@@ -20,7 +20,7 @@ from .report import Counts, Finding, Report
 KINDS = ("out of bounds", "race", "uninitialised", "divergence", "limit", "operand")
 MAX_BUFFERS, MAX_FINDINGS, COUNTS, MAX_INSTRUCTIONS = 32, 256, 11, 64
 _MAGIC = 0x314D4953474E4C54
-_GUARD = 64 << 10  # unused bytes around each buffer, so that a small overrun harms nobody
+_GUARD = 64 << 10  # unused bytes around each buffer, so that a small overrun does no harm
 
 
 class _Buffer(ctypes.Structure):
@@ -69,7 +69,7 @@ class _Job(ctypes.Structure):
 
 
 class Argument:
-    """The bytes of one buffer argument, and the way back into the caller's array."""
+    """The bytes of one buffer argument, which can be written back to the caller's array."""
 
     def __init__(self, index: int, value, constant: bool, writable: bool):
         self.index, self.value, self.constant, self.writable = index, value, constant, writable
@@ -113,7 +113,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a program is run. Sizes are in bytes: the threadgroup memory that the GPU has, and that the launch asks for."""
+    """How a program is run. Sizes are bytes of threadgroup memory: what the GPU has, and what the launch asks for."""
 
     grid: tuple[int, int, int]
     threads: tuple[int, int, int]
@@ -132,7 +132,7 @@ class Launch:
                 raise ValueError(f"{name}: must be three positive numbers; got {value!r}; pass (x, y, z)")
             object.__setattr__(self, name, shape)
         if math.prod(self.threads) > 1024:
-            raise ValueError(f"threads: at most 1024 a threadgroup; got {self.threads}; use fewer")
+            raise ValueError(f"threads: at most 1024 per threadgroup; got {self.threads}; use fewer")
         object.__setattr__(self, "workers", max(1, min(self.workers or os.cpu_count() or 1, math.prod(self.grid), 64)))
 
 

@@ -1,6 +1,6 @@
-"""Rewrites preprocessed Metal text into C++ that `src/simulator/metal/shim.h` completes.
+"""Rewrite preprocessed Metal text into C++ that `src/simulator/metal/shim.h` completes.
 
-Only what C++ cannot say is touched, and lines stay where they are:
+Only what C++ cannot express is changed, and lines stay where they are:
 - address spaces and `kernel` disappear, `constant` is `const`;
 - `threadgroup T a[N];` is a reference into the threadgroup's memory;
 - `[[attributes]]` disappear; those of the entry's parameters become the arguments of a generated call;
@@ -74,7 +74,7 @@ def translate(preprocessed: str, entry: str, constants: Mapping[int, object]) ->
 
 
 def rewrite_declarations(tokens: list[Token], constants: Mapping[int, object]) -> None:
-    """Attributes, function constants and threadgroup variables: what stays Metal's own in any dialect of C++."""
+    """Rewrite attributes, function constants and threadgroup variables, which no dialect of C++ has."""
     _set_function_constants(tokens, constants)
     _remove_explicit_instantiations(tokens)
     _blank_attributes(tokens)
@@ -106,7 +106,7 @@ def _remove_explicit_instantiations(tokens: list[Token]) -> None:
 
 
 def _find_entry(tokens: list[Token], name: str) -> int:
-    """Index of the parenthesis that opens the parameters of the definition of kernel `name`."""
+    """Return the index of the parenthesis that opens the parameters of the definition of kernel `name`."""
     kernels = []
     for i, token in enumerate(tokens):
         if token.text != "kernel" or token.kind != "name":
@@ -164,7 +164,7 @@ def _argument(p: Parameter, constants: Mapping[int, object]) -> str:
 
 
 def _set_function_constants(tokens: list[Token], constants: Mapping[int, object]) -> None:
-    """`constant bool b [[function_constant(1)]];` becomes `constant bool b = <value>;`."""
+    """Turn `constant bool b [[function_constant(1)]];` into `constant bool b = <value>;`."""
     for i in range(len(tokens)):
         if tokens[i].text != "function_constant" or not is_attribute(tokens, max(i - 2, 0)):
             continue
@@ -178,7 +178,7 @@ def _set_function_constants(tokens: list[Token], constants: Mapping[int, object]
 
 
 def _statement_start(tokens: list[Token], i: int) -> bool:
-    """Is the token at i the first of a declaration, but for alignas(...) and `static`?"""
+    """Whether the token at i begins a declaration, apart from alignas(...) and `static`."""
     j = previous_token(tokens, i)
     while text_at(tokens, j) == ")":
         depth = 0
@@ -215,7 +215,7 @@ def _rewrite_threadgroup_variables(tokens: list[Token]) -> None:
 
 
 def threadgroup_references(words: list[str]) -> str:
-    """The references that stand for a declaration of arrays in memory that a group shares."""
+    """Return the references that replace a declaration of arrays in memory that a group shares."""
     align = "0"
     if "alignas" in words:
         at = words.index("alignas")
@@ -259,7 +259,7 @@ def _after_parameters(tokens: list[Token], i: int) -> bool:
 
 
 def _drop_repeated_specialisations(tokens: list[Token]) -> None:
-    """`struct s<device T*>` and `struct s<threadgroup T*>` are the same type now: keep the first."""
+    """Keep the first of `struct s<device T*>` and `struct s<threadgroup T*>`, which are now the same type."""
     seen = set()
     for i, token in enumerate(tokens):
         if token.text not in ("struct", "class"):
@@ -281,7 +281,7 @@ def _drop_repeated_specialisations(tokens: list[Token]) -> None:
 
 
 def _drop_repeated_functions(tokens: list[Token]) -> None:
-    """`int f(device T*) {..}` and `int f(threadgroup T*) {..}` are the same overload now: keep the first of a scope."""
+    """Keep the first of `int f(device T*) {..}` and `int f(threadgroup T*) {..}` in a scope: they are now the same overload."""
     scopes = [(set(), len(tokens))]  # signatures seen, and where the scope ends
     head: list[int] = []  # significant tokens of the declaration at hand
     i = next(significant(tokens, 0), len(tokens))
@@ -293,7 +293,7 @@ def _drop_repeated_functions(tokens: list[Token]) -> None:
             end = matching(tokens, i)
             words = [tokens[k].text for k in head]
             if "namespace" in words[:2] or words[:1] == ["extern"]:
-                end = i  # its declarations are met one by one
+                end = i  # the declarations in it are visited one by one
             elif words and _is_class(words):
                 scopes.append((set(), end))
                 end = i
@@ -314,13 +314,13 @@ def _drop_repeated_functions(tokens: list[Token]) -> None:
 
 
 def _is_class(words: list[str]) -> bool:
-    """Do the words before a brace open a class? `template <class T>` alone does not, nor does a function."""
+    """Whether the words before a brace open a class; `template <class T>` alone does not, nor does a function."""
     outside = outside_brackets(words)
     return any(w in ("struct", "class", "union") for w in outside) and outside[-1:] != [")"]
 
 
 def _signature(words: list[str]) -> list[str]:
-    """A function's words without its initialisers."""
+    """Return a function's words without its initialisers."""
     depth = 0
     for i, w in enumerate(words):
         depth += (w in ("(", "[", "<")) - (w in (")", "]", ">"))

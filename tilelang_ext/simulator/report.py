@@ -1,4 +1,4 @@
-"""What a simulated launch tells: its counts and its findings."""
+"""The result of a simulated launch: counts and findings."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, fields
 class Counts:
     """Operations of one launch, summed over its threadgroups.
 
-    `mma` counts 8x8x8 multiply-accumulates of a simdgroup; a larger matrix operation counts as many as it equals.
-    Bytes are those of each thread's own accesses and are counted with `check=True` only (None without).
-    `threadgroup_barriers` are counted once a threadgroup; simdgroup operations once a simdgroup.
+    `mma` counts 8x8x8 MMAs of a simdgroup; a larger MMA counts as the number of 8x8x8 ones that it equals.
+    Bytes are those that threads access, and are counted only with `check=True` (None otherwise). `threadgroup_barriers` are
+    counted once per threadgroup, simdgroup operations once per simdgroup.
     """
 
     mma: int
@@ -30,16 +30,16 @@ class Counts:
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault seen in a run: what, where in the kernel's text, and by which thread first."""
+    """A fault seen in a run: its kind, the line of the kernel's text, and the first thread that showed it."""
 
     kind: str  # "out of bounds", "race", "uninitialised", "divergence", "limit", "operand", "address space"
     message: str
     line: int
-    text: str  # of that line
+    text: str  # the text of that line
     file: str
     threadgroup: tuple[int, int, int]
     thread: tuple[int, int, int]
-    count: int  # how often it was seen
+    count: int  # number of times that it was seen
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}" if self.line else self.file
@@ -51,15 +51,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """Result of a simulated launch. It says what the text computes and touches; it says nothing about speed."""
+    """Result of a simulated launch: what the text computes and which memory it accesses. It says nothing about speed."""
 
     counts: Counts
     findings: tuple[Finding, ...]
     threadgroup_memory: int  # bytes declared by one threadgroup
     checked: bool
-    instructions: Mapping[str, int] = field(
-        default_factory=dict
-    )  # HIP: matrix instructions by name, as often as a wave ran them
+    instructions: Mapping[str, int] = field(default_factory=dict)  # HIP: how often waves ran each matrix instruction, by name
 
     def __str__(self) -> str:
         lines = ["simulated launch (counts and findings; nothing here is a measure of speed)"]

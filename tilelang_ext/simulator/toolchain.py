@@ -1,4 +1,4 @@
-"""The C++ compiler behind the simulator: where it is, its flags, and a cache of what it built."""
+"""The C++ compiler of the simulator: where it is, its flags, and a cache of what it built."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .errors import CompileError, CompilerMissingError
 
 MINIMUM_CLANG = 16
 MAXIMUM_CACHED = 4000
-# Every half and bfloat operation rounds, nothing contracts, 1.0 is a float; the switch of fibers needs no red zone.
+# Every half and bfloat operation rounds, nothing contracts, 1.0 is a float; fibers switch without a red zone.
 _LANGUAGE = (
     "-std=c++20", "-O2", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-exceptions", "-fno-rtti",
     "-fno-threadsafe-statics", "-fno-omit-frame-pointer", "-fno-stack-protector", "-fno-sanitize=undefined", "-fsigned-char",
@@ -41,12 +41,12 @@ _CHECK = (
 class Dialect:
     """A GPU language: how its texts become C++ that this machine compiles.
 
-    `headers` are empty for its texts, which see the shim `<folder>/shim.h` instead. `defines` hold while a text is
+    Its texts include empty `headers`, and are compiled with the shim `<folder>/shim.h` instead. `defines` hold while a text is
     preprocessed, `flags` while it and the run time are compiled.
     """
 
     folder: str
-    source_name: str  # of a text in findings
+    source_name: str  # the name of a text in findings
     headers: tuple[str, ...]
     defines: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ METAL = Dialect(
 
 @dataclass(frozen=True)
 class Compiler:
-    """A clang that builds kernels: the start of its command line, its bare front end, what it calls this machine, and the
+    """A clang that builds kernels: the start of its command line, its front end alone, its flags for this machine, and the
     flags that choose its linker."""
 
     command: tuple[str, ...]
@@ -81,7 +81,7 @@ class Compiler:
 
 
 def include_directory() -> Path:
-    """The folder of the shim and the run time: beside this file in an installation, src/simulator in a checkout."""
+    """Return the folder of the shim and the run time: beside this file in an installation, src/simulator in a checkout."""
     here = Path(__file__).resolve().parent
     for folder in (here / "include", here.parents[1] / "src" / "simulator"):
         if (folder / "engine.h").is_file():
@@ -91,7 +91,7 @@ def include_directory() -> Path:
 
 @functools.cache
 def find_compiler() -> Compiler:
-    """The newest clang of at least MINIMUM_CLANG on PATH, else the one in PyPI's ziglang."""
+    """Return the newest clang of at least MINIMUM_CLANG on PATH, else the one in PyPI's ziglang."""
     seen = []
     for name in ("clang++", *(f"clang++-{v}" for v in range(30, MINIMUM_CLANG - 1, -1))):
         path = shutil.which(name)
@@ -116,7 +116,7 @@ def find_compiler() -> Compiler:
 
 
 def _linker(clang: str) -> tuple[str, ...]:
-    """LLVM's, where clang has it: it links a kernel in two thirds of the time."""
+    """Return the flags for LLVM's linker where clang has it: it takes two thirds of the time per kernel."""
     lld = subprocess.run([clang, "-print-prog-name=ld.lld"], capture_output=True, text=True).stdout.strip()
     return ("-fuse-ld=lld",) if sys.platform != "darwin" and shutil.which(lld) else ()
 
@@ -126,7 +126,7 @@ def _is_x86() -> bool:
 
 
 def cache_directory() -> Path:
-    """The user's cache, or a temporary folder where the home cannot be written."""
+    """Return the folder of the cache: in the user's home, or a temporary one if the home cannot be written."""
     folder = Path.home() / ".cache" / "tilelang_ext" / "simulator"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,13 +136,13 @@ def cache_directory() -> Path:
         pass
     folder = Path(tempfile.gettempdir()) / f"tilelang_ext-simulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # programs are run from here
+    if folder.stat().st_uid != os.getuid():  # since programs are run from here
         raise PermissionError(f"cache: must be the user's own folder; got {folder} of another user; remove it")
     return folder
 
 
 def _forget_oldest(folder: Path) -> None:
-    """Keep the cache small: past MAXIMUM_CACHED, the half that was used longest ago goes. Others may do the same beside us."""
+    """Keep the cache small: past MAXIMUM_CACHED, remove the least recently used half. Other processes may do the same."""
     entries = []
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -164,11 +164,11 @@ def _shim_digest() -> str:
 
 
 def cached(name: str, key: Sequence[str], build) -> Path:
-    """The file that `build(folder)` makes for this key, built once; two builders at once do no harm."""
+    """Return the file that `build(folder)` makes for this key; it is built once, and two builders at once do no harm."""
     digest = hashlib.sha256("\0".join((_shim_digest(), *key)).encode()).hexdigest()[:32]
     target = cache_directory() / f"{digest}-{name}"
     try:
-        os.utime(target)  # used now, so no other process forgets it before we are done with it
+        os.utime(target)  # marked as used, so that no other process removes it meanwhile
     except FileNotFoundError:
         _forget_oldest(cache_directory())
         with tempfile.TemporaryDirectory(dir=cache_directory()) as folder:
@@ -182,7 +182,7 @@ def cached(name: str, key: Sequence[str], build) -> Path:
 
 
 def run_compiler(arguments: Sequence[str | Path], what: str) -> str:
-    """Run the compiler; its standard output. Raises CompileError with its messages."""
+    """Run the compiler and return its standard output; CompileError holds its messages."""
     compiler = find_compiler()
     done = subprocess.run([*compiler.command, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
@@ -193,12 +193,12 @@ def run_compiler(arguments: Sequence[str | Path], what: str) -> str:
 
 
 def run_frontend(arguments: Sequence[str | Path]) -> str:
-    """What the bare front end says about a text; errors in it are no failure."""
+    """Return the messages of the front end about a text; errors in the text are no failure."""
     return subprocess.run([*find_compiler().frontend, *map(str, arguments)], capture_output=True, text=True).stderr
 
 
 def preprocess(dialect: Dialect, source: Path, include_directories: Sequence[Path]) -> str:
-    """The text with macros and includes expanded, and line markers."""
+    """Return the text with macros and includes expanded, and line markers."""
     stubs = cached("stubs", dialect.headers, lambda folder: _make_stubs(folder, dialect.headers))
     includes = [f"-I{d}" for d in (stubs, *include_directories)]
     return run_compiler(
@@ -215,7 +215,7 @@ def _make_stubs(folder: Path, headers: Sequence[str]) -> Path:
 
 
 def build(dialect: Dialect, text: str, check: bool) -> Path:
-    """Compile one translated kernel to a program; cached by its text."""
+    """Compile one translated kernel to a program, which is cached by its text."""
     return cached("kernel", (text, *dialect.flags, str(check)), lambda folder: _build(folder, dialect, text, check))
 
 
@@ -231,9 +231,9 @@ def _build(folder: Path, dialect: Dialect, text: str, check: bool) -> Path:
 
 
 def _shim(dialect: Dialect, flags: Sequence[str]) -> Path:
-    """The shim as the compiler has read it, which is a seventh of the work on a kernel."""
+    """Return the precompiled shim, which saves a seventh of the work on a kernel."""
     header = include_directory() / dialect.folder / "shim.h"
-    # The cache knows the headers by their content; the compiler would go by when they were written.
+    # The cache identifies headers by content; the compiler would compare their time stamps.
     untimed = ("-Xclang", "-fno-pch-timestamp")
 
     def precompile(folder: Path) -> Path:
@@ -255,7 +255,7 @@ def _runtime(dialect: Dialect) -> Path:
 
 _LOCATION = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"')
-# Calls that look up where they came from: the checks, and the meetings of lanes (sim::meet, sim::threadgroup_barrier).
+# Calls that look up the line they came from: the checks, and where lanes wait (sim::meet, sim::threadgroup_barrier).
 _CALLBACK = re.compile(r"\s*(?:callq?|bl)\s+_?(?:__tsan_|_ZN3sim4meet|_ZN3sim19threadgroup_barrier)")
 
 
