@@ -1,4 +1,4 @@
-"""Every relative link of a page leads to a file of the checkout, and every anchor to a heading there."""
+"""Every relative link of a page leads to a file of the checkout, every anchor to a heading; pages that sources name exist."""
 
 import re
 from pathlib import Path
@@ -29,6 +29,14 @@ def broken_links(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page):
     assert not broken_links(page)
+
+
+def test_pages_that_sources_name():
+    folders = ("tilelang_ext", "tilelang_ext_cli", "testing", "benchmark", "examples", "src")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".h", ".cc")]
+    named = {(page, path.name) for path in sources for page in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text())}
+    assert ("docs/design/architecture.md", "test_architecture_rules.py") in named
+    assert [(page, name) for page, name in sorted(named) if not (ROOT / page).exists()] == []
 
 
 def test_a_broken_link_is_seen(tmp_path):

@@ -55,7 +55,7 @@ class Config:
 
 
 # By the rows that an expert has when all experts are equally busy; each is the fastest of some on an H200 at the sizes of
-# docs/performance.md.
+# docs/design/performance.md.
 _MAX_ROWS_PER_EXPERT = 6
 _TABLE = (
     # (slots up to, config)

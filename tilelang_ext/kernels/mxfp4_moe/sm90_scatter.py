@@ -4,7 +4,7 @@ A row's scale is that of `quantization.quantize`: float32(amax / 448), at least 
 with a NaN or an infinity gets the scale NaN. Its codes are those of `quantization.quantize` too, for scales of at least 2^-93.
 
 A block of threads holds a row in registers between its largest element and its codes, all its loads under way together. Blocks
-start before the launch before theirs has ended, and wait for its end; docs/decisions.md has what may come before.
+start before the launch before theirs has ended, and wait for its end; docs/design/decisions.md has what may come before.
 """
 
 import math

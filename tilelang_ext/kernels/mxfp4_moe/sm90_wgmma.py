@@ -11,7 +11,7 @@ E4M3 sums of tokens are multiplied by the scale of the token and by the power of
 
 A product reads 128 bytes of its tokens a step and 34 (bfloat16) or 68 (E4M3) of its rows: few tokens an expert take many rows a
 block, which reads tokens less often; many take 128 rows by up to 256 tokens, which decodes weights less often. What was
-measured is in docs/performance.md.
+measured is in docs/design/performance.md.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,7 @@ class Config:
 
 
 # By the rows that an expert has when all experts are equally busy; each is the fastest of some on an H200 at the sizes of
-# docs/performance.md. The bounds between them were not searched.
+# docs/design/performance.md. The bounds between them were not searched.
 _TABLES = {
     "bfloat16": (
         # (rows per expert up to, config)

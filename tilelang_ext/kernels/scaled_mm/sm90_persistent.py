@@ -26,7 +26,7 @@ That is the timeline of `fast_accum`, where the accumulator stays in the tensor 
 own, whose partial accumulator is promoted: the warpgroup adds it, times the row scales if they are blockwise, to a float32
 accumulator in registers, while the other consumer's MMA runs. Errors of the tensor core's narrower sums then do not add up.
 
-Takes scales that cover all of K, or 1x128 beside 128x128. Floor on an H200: 2 M N K / 1.98e15 s; see docs/performance.md.
+Takes scales that cover all of K, or 1x128 beside 128x128. Floor on an H200: 2 M N K / 1.98e15 s (docs/design/performance.md).
 """
 
 import functools

@@ -30,7 +30,8 @@ Steady state:
 An MMA has 64 rows, A may have fewer: it then reads the next stage, or padding, below them, and the rows that this gives are
 discarded.
 
-Takes what `sm90_persistent` takes. Floor on an H200: (M + N) K / 4.25e12 s, 7.0 us for 16x4096x7168; see docs/performance.md.
+Takes what `sm90_persistent` takes. Floor on an H200: (M + N) K / 4.25e12 s, 7.0 us for 16x4096x7168
+(docs/design/performance.md).
 """
 
 import functools
