@@ -281,7 +281,7 @@ def bare_minimum(case: Case) -> dict:
     _, config = case.kernel
     written = case.M * case.N * case.torch_dtype.itemsize
     if vecmat.takes(case.problem):
-        threadgroups = -(-case.N // (config.rows * config.groups))
+        threadgroups = -(-case.N // (config.rows * config.passes))
         read = case.N * case.K + threadgroups * case.M * case.K
         return {"mma": 0, "device_bytes_read": read, "device_bytes_written": written}
     rows, cols = -(-case.M // config.block_M), -(-case.N // config.block_N)
