@@ -136,12 +136,14 @@ void CodeGenMetal::PrintExtern(const CallNode* call, std::ostream& os) {
     std::string op = name.substr(base.size() + 1, name.find(',') - base.size() - 1);
     if (Prelude::Has(op)) prelude_.Use(op);
   }
-  bool wants_thread = base == "all_reduce_shared" || base == "inclusive_scan";
+  Texts texts;
+  for (const PrimExpr& e : args) texts.push_back(e.dtype().is_handle() ? PointerTo(e).text : Print(e));
+  // The thread comes last; behind it, whether it takes part in the reduction.
+  if (base == "all_reduce_shared") texts.insert(texts.begin() + 2, "threadIdx.x");
+  if (base == "inclusive_scan") texts.push_back("threadIdx.x");
   os << name << '(';
-  for (size_t i = 0; i < args.size(); ++i) {
-    os << (i ? ", " : "") << (args[i].dtype().is_handle() ? PointerTo(args[i]).text : Print(args[i]));
-  }
-  os << (wants_thread ? ", threadIdx.x)" : ")");
+  for (size_t i = 0; i < texts.size(); ++i) os << (i ? ", " : "") << texts[i];
+  os << ')';
 }
 
 void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {

@@ -302,18 +302,20 @@ inline T all_reduce(T x) {
 }
 )"},
       {"all_reduce_shared", {"all_reduce"}, R"(
-// The same over several simdgroups: lanes first, then one value a thread through threadgroup memory. Every thread of
-// the threadgroup must arrive. The simdgroups are combined in one order for all, so that replicas agree to the bit.
+// The same over several simdgroups, numbered from thread FIRST: lanes first where FIRST is a simdgroup's first, then one value
+// a thread through threadgroup memory. Every thread of the threadgroup must arrive, whether it takes part or not. Values are
+// combined in one order for all, so that replicas agree to the bit.
 template <typename Op, int THREADS, int SCALE, int FIRST, int BATCH, int STRIDE, typename T>
-inline void all_reduce_shared(thread T* x, threadgroup T* workspace, uint thread_index) {
-  constexpr int step = SCALE > 32 ? SCALE : 32;
+inline void all_reduce_shared(thread T* x, threadgroup T* workspace, uint thread_index, bool takes_part = true) {
+  constexpr int lanes = FIRST % 32 == 0 ? 32 : 1;
+  constexpr int step = SCALE > lanes ? SCALE : lanes;
   const int self = int(thread_index) - FIRST;
   const int base = self & ~(THREADS - step);
-  for (int b = 0; b < BATCH; ++b) {
-    workspace[b * STRIDE + self] = all_reduce<Op, 32, SCALE>(x[b]);
+  for (int b = 0; takes_part && b < BATCH; ++b) {
+    workspace[b * STRIDE + self] = all_reduce<Op, lanes, SCALE>(x[b]);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int b = 0; b < BATCH; ++b) {
+  for (int b = 0; takes_part && b < BATCH; ++b) {
     T sum = workspace[b * STRIDE + base];
     for (int other = step; other < THREADS; other += step) {
       sum = Op()(sum, workspace[b * STRIDE + base + other]);
@@ -323,8 +325,8 @@ inline void all_reduce_shared(thread T* x, threadgroup T* workspace, uint thread
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 template <typename Op, int THREADS, int SCALE, int FIRST, typename T>
-inline T all_reduce_shared(T x, threadgroup T* workspace, uint thread_index) {
-  all_reduce_shared<Op, THREADS, SCALE, FIRST, 1, 0>(&x, workspace, thread_index);
+inline T all_reduce_shared(T x, threadgroup T* workspace, uint thread_index, bool takes_part = true) {
+  all_reduce_shared<Op, THREADS, SCALE, FIRST, 1, 0>(&x, workspace, thread_index, takes_part);
   return x;
 }
 )"},

@@ -16,10 +16,14 @@ from tilelang.backend.pass_pipeline.pipeline_utils import (
 from tvm import IRModule, s_tir, tirx
 from tvm.target import Target
 
+from tilelang_ext.metal.all_reduce import count_from, with_participants
 from tilelang_ext.metal.one_instruction import OneInstruction
 from tilelang_ext.metal.parameter_order import order_parameters
 from tilelang_ext.metal.staged_reads import StageReads
 from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
+from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
+from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
+from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 
 
 def _materialize_kernel_launch():
@@ -108,6 +112,9 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     )(mod)
     mod = transform.ThreadSync("shared")(mod)
     mod = transform.ThreadSync("shared.dyn")(mod)
+    mod = CountFromFirstThread(mod, count_from)
+    mod = PlaceMissingBarriers(mod)
+    mod = PartDivergentBarriers(mod, with_participants)
     mod = transform.MergeIfStmt()(mod)
     mod = transform.MakePackedAPI()(mod)
     mod = transform.Simplify()(mod)

@@ -156,6 +156,33 @@ __device__ __forceinline__ void {name}(float* d, const void* a, const void* b, i
     )
 
 
+def all_reduce_text() -> str:
+    """Return the definition of all_reduce<operator, threads, scale, first>(value, workspace, takes part), and of the same for
+    `batch` values at a pointer, `stride` apart in the workspace."""
+    return _guarded(
+        "all_reduce",
+        """\
+// Combine the values of the threads whose numbers, counted from `first`, differ in the bits from `scale` up to `threads`. Every
+// thread of the block must arrive, whether it takes part or not.
+template <class Operator, int threads, int scale, int first, int batch, int stride, typename T>
+__device__ __forceinline__ void all_reduce(T* x, T* workspace, bool takes_part = true) {
+  const int self = static_cast<int>(threadIdx.x) - first;
+  for (int offset = threads / 2; offset >= scale; offset /= 2) {
+    __syncthreads();
+    for (int i = 0; takes_part && i < batch; ++i) workspace[self + i * stride] = x[i];
+    __syncthreads();
+    for (int i = 0; takes_part && i < batch; ++i) x[i] = Operator()(x[i], workspace[(self ^ offset) + i * stride]);
+  }
+}
+template <class Operator, int threads, int scale, int first, typename T>
+__device__ __forceinline__ T all_reduce(T x, T* workspace, bool takes_part = true) {
+  all_reduce<Operator, threads, scale, first, 1, 0>(&x, workspace, takes_part);
+  return x;
+}
+""",
+    )
+
+
 def _guarded(name: str, text: str) -> str:
     """A kernel with several products has the text several times, and the definition once."""
     guard = f"TILELANG_EXT_{name.upper()}"
