@@ -1,0 +1,220 @@
+"""How a prim_func is launched, as data: read from what tilelang lowers, and launched on the fake driver."""
+
+import ctypes
+import shutil
+
+import pytest
+import tilelang.language as T
+import torch
+from launch.fakes import FakeCuda, cubin
+
+from tilelang_ext.launch.plan import arch_of
+from tilelang_ext.launch.recipe import assemble, lower
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, the CUDA compiler, on PATH")
+ARCH = "sm_90a"
+
+
+def nine_tensors():
+    """Eight inputs (n, 256) with strides of their own for the first, a factor, and their sum."""
+    n, stride = T.dynamic("n"), T.dynamic("stride")
+
+    @T.prim_func
+    def add(
+        x0: T.StridedTensor((n, 256), (stride, 1), "float32"),
+        x1: T.Tensor((n, 256), "float32"),
+        x2: T.Tensor((n, 256), "float32"),
+        x3: T.Tensor((n, 256), "float32"),
+        x4: T.Tensor((n, 256), "float32"),
+        x5: T.Tensor((n, 256), "float32"),
+        x6: T.Tensor((n, 256), "float32"),
+        x7: T.Tensor((n, 256), "float32"),
+        factor: T.float32,
+        out: T.Tensor((n, 256), "float32"),
+    ):
+        with T.Kernel(T.ceildiv(n, 4), threads=128) as bx:
+            for i, j in T.Parallel(4, 256):
+                if bx * 4 + i < n:
+                    out[bx * 4 + i, j] = factor * (
+                        x0[bx * 4 + i, j]
+                        + x1[bx * 4 + i, j]
+                        + x2[bx * 4 + i, j]
+                        + x3[bx * 4 + i, j]
+                        + x4[bx * 4 + i, j]
+                        + x5[bx * 4 + i, j]
+                        + x6[bx * 4 + i, j]
+                        + x7[bx * 4 + i, j]
+                    )
+
+    return add
+
+
+def matmul():
+    """b is read by TMA, out of a pipeline."""
+    m = T.dynamic("m")
+
+    @T.prim_func
+    def matmul(a: T.Tensor((m, 256), "bfloat16"), b: T.Tensor((512, 256), "bfloat16"), out: T.Tensor((m, 512), "float32")):
+        with T.Kernel(T.ceildiv(512, 128), T.ceildiv(m, 64), threads=128) as (bx, by):
+            a_s, b_s = T.alloc_shared((64, 64), "bfloat16"), T.alloc_shared((128, 64), "bfloat16")
+            out_f = T.alloc_fragment((64, 128), "float32")
+            T.clear(out_f)
+            for k in T.Pipelined(4, num_stages=2):
+                T.copy(a[by * 64, k * 64], a_s)
+                T.copy(b[bx * 128, k * 64], b_s)
+                T.gemm(a_s, b_s, out_f, transpose_B=True)
+            T.copy(out_f, out[by * 64, bx * 128])
+
+    return matmul
+
+
+def two_kernels():
+    """The second waits for the first, and may begin before its end; blocks of both are in clusters of two."""
+    blocks, n = T.dynamic("blocks"), T.dynamic("n")
+
+    @T.prim_func
+    def twice(x: T.Tensor((blocks * 128,), "float32"), ids: T.Tensor((blocks,), "int32"), out: T.Tensor((n,), "float32")):
+        with T.Kernel(2, blocks, threads=128, cluster_dims=(2, 1, 1)) as (bx, by):
+            for i in T.Parallel(128):
+                if bx == 0:
+                    x[by * 128 + i] = T.cast(ids[by], "float32")
+        with T.Kernel(T.ceildiv(n, 128), threads=128) as bx:
+            T.pdl_sync()
+            for i in T.Parallel(128):
+                if bx * 128 + i < n:
+                    out[bx * 128 + i] = x[bx * 128 + i]
+
+    return twice
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    return {make.__name__: lower(make(), ARCH) for make in (nine_tensors, matmul, two_kernels)}
+
+
+def planned(cuda, recipe):
+    """The plan of a recipe on the fake driver, of a cubin made for it."""
+    return cuda.plan(recipe.name, {argument["name"]: argument["type"] for argument in recipe.arguments}, recipe.variant)
+
+
+def test_nine_tensors(lowered):
+    cuda = FakeCuda()
+    plan = planned(cuda, lowered["nine_tensors"])
+    xs = [torch.randn(10, 512)[:, :256], *(torch.randn(10, 256) for _ in range(8))]
+    plan(*xs[:8], 0.5, xs[8])
+    [done] = cuda.launches()
+    assert (done.kernel, done.grid, done.block, done.attributes) == ("add_kernel", (3, 1, 1), (128, 1, 1), {})
+    assert done.parameters == [xs[8].data_ptr(), *(x.data_ptr() for x in xs[:8]), 0x3F000000, 10, 512]
+    xs[3] = torch.randn(11, 256)
+    with pytest.raises(ValueError, match=r"add: x3 must have shape \(10, 256\) beside the other arguments; got \(11, 256\)"):
+        plan(*xs[:8], 0.5, xs[8])
+    xs[3] = torch.randn(10, 512)[:, ::2]
+    with pytest.raises(ValueError, match=r"add: x3 must have strides \(256, 1\) for shape \(10, 256\); got \(512, 2\)"):
+        plan(*xs[:8], 0.5, xs[8])
+    assert len(cuda.launches()) == 1
+
+
+def test_descriptors(lowered):
+    cuda = FakeCuda()
+    plan = planned(cuda, lowered["matmul"])
+    a, b, out = torch.zeros(100, 256, dtype=torch.bfloat16), torch.zeros(512, 256, dtype=torch.bfloat16), torch.zeros(100, 512)
+    plan(a, b, out)
+    [done] = cuda.launches()
+    assert (done.grid, done.shared > 0) == ((4, 2, 1), True)
+    encoded = {line.split("swizzle")[0] for line in cuda.lines("encode")}
+    assert f"encode dtype 9 address {a.data_ptr():x} extents 256 100 strides 512 box 64 64 " in encoded
+    assert f"encode dtype 9 address {b.data_ptr():x} extents 256 512 strides 512 box 64 128 " in encoded
+    plan(a, b, out)
+    assert len(cuda.lines("encode")) == len(encoded)
+
+
+def test_clusters_pdl_and_extents_that_are_products(lowered):
+    cuda = FakeCuda()
+    plan = planned(cuda, lowered["two_kernels"])
+    x, ids, out = torch.zeros(384), torch.zeros(3, dtype=torch.int32), torch.zeros(300)
+    plan(x, ids, out)
+    one, two = cuda.launches()
+    assert (one.grid, {id: values[:3] for id, values in one.attributes.items()}) == ((2, 3, 1), {4: (2, 1, 1)})
+    assert (two.grid, two.attributes[4][:2], two.attributes[6][0]) == ((3, 1, 1), (2, 1), 1)
+    with pytest.raises(ValueError, match=r"twice: x must have shape \(384,\) beside the other arguments; got \(256,\)"):
+        plan(x[:256], ids, out)
+
+
+def test_alignment():
+    cuda = FakeCuda()
+    x = torch.zeros(2561)[1:].view(10, 256)
+    rest = [torch.zeros(10, 256) for _ in range(8)]
+    for alignment, names in ((16, "x0"), ({"x0": 4}, "x1")):
+        plan = planned(cuda, lower(nine_tensors(), ARCH, alignment=alignment))
+        if names == "x1":
+            plan(x, *rest[:7], 0.5, rest[7])
+            rest[0] = x
+        with pytest.raises(
+            ValueError, match=f"add: {names} must start at a multiple of 16 bytes; got one 4 past it; clone the"
+        ):
+            plan(x, *rest[:7], 0.5, rest[7])
+
+
+@needs_nvcc
+def test_cubin_of_nvcc(lowered):
+    recipe = lowered["nine_tensors"]
+    binary = assemble(recipe.source, ARCH)
+    assert arch_of(binary) == ARCH
+    cuda = FakeCuda()
+    sizes = [8] * 9 + [4] * 3
+    cuda.driver.fake_kernel(b"add_kernel", len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+    plan = recipe.plan(binary, cuda.launcher)
+    plan(*(torch.randn(10, 256) for _ in range(8)), 0.5, torch.empty(10, 256))
+    assert len(cuda.launches()) == 1
+    for other in ("sm_90", "sm_100a"):
+        with pytest.raises(ValueError, match=f"add: binary must be for sm_90a; got one whose ELF says {other}; compile it for"):
+            recipe.plan(assemble(recipe.source, other), cuda.launcher)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_symbols_that_no_tensor_gives():
+    n = T.dynamic("n")
+
+    @T.prim_func
+    def half(x: T.Tensor((n * 2,), "float32")):
+        with T.Kernel(n, threads=32) as bx:
+            x[bx * 2] = 0
+
+    with pytest.raises(
+        NotImplementedError, match="half: every symbol must be an extent, a stride or a parameter; got n; give a"
+    ):
+        lower(half, ARCH)
+
+
+def test_loops_of_the_host():
+    @T.prim_func
+    def steps(x: T.Tensor((64,), "float32")):
+        for i in range(4):
+            with T.Kernel(2, threads=32) as bx:
+                x[bx + i] = 0
+
+    with pytest.raises(NotImplementedError, match="steps: launches must not depend on the host; got a For; take it out"):
+        lower(steps, ARCH)
+
+
+def test_elements_of_half_a_byte():
+    @T.prim_func
+    def copy(x: T.Tensor((64,), "float4_e2m1fn"), out: T.Tensor((64,), "float32")):
+        with T.Kernel(1, threads=32):
+            for i in T.Parallel(64):
+                out[i] = T.cast(x[i], "float32")
+
+    with pytest.raises(
+        NotImplementedError, match="copy: tensors must have elements of whole bytes; got x float4_e2m1fn; pass uint8"
+    ):
+        lower(copy, ARCH)
+
+
+def test_binary_must_fit_the_recipe(lowered):
+    recipe = lowered["nine_tensors"]
+    with pytest.raises(
+        ValueError, match=r"binary must have kernel add_kernel with parameters of bytes \(8, .*4\); got one with \(8,\)"
+    ):
+        recipe.plan(cubin(ARCH, {"add_kernel": [8]}), FakeCuda().launcher)
