@@ -1,1 +1,1 @@
-"""What must hold of lowered TIR on every target, whatever upstream's passes left: one pass a file, named by what it does."""
+"""What must hold of lowered TIR on every target, whatever upstream's passes left: one pass per file, named by what it does."""
