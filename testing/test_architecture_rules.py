@@ -30,10 +30,13 @@ ROOMS = {
     "language": Room(("formats", "marks")),  # no branch on a target: a macro is the same on each
     "program": Room(()),
     "native": Room(()),
+    "passes": Room(()),  # what must hold of lowered TIR on every target
     "quantization": Room(("formats",)),
     "checkpoints": Room(("formats", "quantization")),
     "reference": Room(("formats", "quantization"), never=("tilelang", "tvm")),  # the truth, in plain torch
-    **dict.fromkeys(BACKENDS, Room(("formats", "marks", "program", "native", "registration"))),  # a backend serves any kernel
+    **dict.fromkeys(
+        BACKENDS, Room(("formats", "marks", "program", "native", "registration", "passes"))
+    ),  # a backend serves any kernel
     "registration": Room(()),
     # It executes text, wherever that came from, and works where tilelang is not installed.
     "simulator": Room((), never=("tilelang", "tvm")),
