@@ -2,10 +2,10 @@
 
 out[i, j] = sum over groups g of scale_a[i, g] * scale_b[j, g] * (a[i, g] . b[j, g]) + bias[j]
 
-The time is that of the weights' bytes: every block streams columns of its own once, and most of its SM's shared memory is
-stages of TMA loads in flight. A warpgroup needs longer to begin the MMA of a K block than the MMA takes, so the consumers of a
-block take turns along K, each with an accumulator of its own. Where there are at most half as many tiles as SMs, the two blocks
-of a cluster split K as well.
+The time is that of the weights' bytes: every block streams its own rows of B once, and most of the SM's shared memory is stages
+of TMA loads in flight. A warpgroup needs longer to begin the MMA of a K block than the MMA takes, so the consumers of a block
+take turns along K, each with an accumulator of its own. Where there are at most half as many tiles as SMs, the two blocks of a
+cluster split K as well.
 
 Warp roles, one block per SM:
 
@@ -27,8 +27,8 @@ Steady state:
     consumer w  wait | MMA of its next K block, complete: release | promote: add the partial accumulator, times the row scales
     at the end  accumulators to shared memory | exchange in the cluster | add, scale, add the bias, store
 
-An MMA has 64 rows, A may have fewer: it then reads the next stage, or padding, below them, and the rows that this gives are
-discarded.
+An MMA has 64 rows. Where A has fewer, the MMA reads the next stage or padding below them, and those rows of the accumulator
+are discarded.
 
 Takes what `sm90_persistent` takes. Floor on an H200: (M + N) K / 4.25e12 s, 7.0 us for 16x4096x7168
 (docs/design/performance.md).
@@ -92,8 +92,8 @@ def pick_config(problem: Problem) -> Config | None:
             num_consumers = min(num_consumers, 1 << (k_blocks_of_block.bit_length() - 1))
             config = Config(block_M, block_N, num_splits, num_consumers, 0)
             fitting = (_SHARED_BYTES - _fixed_bytes(problem, config)) // ((block_M + block_N) * BLOCK_K)
-            # Powers of two: k % num_stages is cheap, and all uses of a stage are one consumer's, or there is only one use. A
-            # consumer that shared a stage could take the phase of another consumer's K block for the phase that it waits for.
+            # Powers of two: k % num_stages is cheap, and a stage has one consumer, or is used once. If two consumers used it in
+            # turn, one could take the phase of the other's K block for the phase that it waits for.
             needed = 1 << (k_blocks_of_block - 1).bit_length()
             return replace(config, num_stages=min(needed, 1 << (fitting.bit_length() - 1), _MAX_STAGES))
     return None
@@ -226,11 +226,11 @@ def _matmul(traits, operands):
             _produce(traits, operands, block)
         else:
             _multiply(traits, operands, block, accumulators, partials)
-        _meet(block, exchange)
+        _exchange_accumulators(block, exchange)
         if thread < traits.consumer_threads:
             _store_tile(traits, operands, block, exchange, out_f)
         if exchange is not None:
-            T.cluster_sync()  # the other block has received what this one sent: its memory may go
+            T.cluster_sync()  # no block may end while the other one still receives from its shared memory
 
 
 def _alloc_accumulators(traits: _Traits) -> list:
@@ -298,7 +298,7 @@ def _dispatch_consumers(traits: _Traits, block: _Block, accumulators: list, part
 
 
 def _consume(traits: _Traits, block: _Block, consumer: int, accumulator, partial) -> None:
-    """Multiply every K block of one consumer, then write its accumulator to shared memory."""
+    """Multiply the K blocks of one consumer, then write its accumulator to shared memory."""
     num_consumers, all_k_blocks, pipeline = traits.config.num_consumers, traits.all_k_blocks, block.pipeline
     block_M, block_N, mma_M = traits.config.block_M, traits.config.block_N, traits.mma_M
     iterations = -(-(traits.k_blocks - consumer) // num_consumers)
@@ -352,10 +352,10 @@ def _write_accumulator(traits: _Traits, block: _Block, consumer: int, accumulato
 
 
 @T.macro
-def _meet(block, exchange):
+def _exchange_accumulators(block, exchange):
     """Wait until the accumulators of all consumers are in shared memory, those of the other block of the cluster too."""
     if exchange is not None:
-        # Both blocks are done with their stages, in whose memory the compiler may place what they receive.
+        # Both blocks have read their stages: the compiler may place `received_s` in the same memory.
         T.cluster_sync()
         other = 1 - block.rank
         T.copy_cluster(
