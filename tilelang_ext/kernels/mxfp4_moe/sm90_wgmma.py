@@ -1,22 +1,45 @@
-"""The two products of a mixture of experts on Hopper by products of a warpgroup: bfloat16 or E4M3 activations, MXFP4 weights.
+"""The two GEMMs of a mixture of experts on Hopper by WGMMA: warp-specialized persistent kernels.
 
-Weights are the left operand, so that decoded codes go into the matrix unit from registers, and tokens the columns. Blocks stay
-for all of the product and take every so many tiles of it, rows of weights by tokens of one expert. A loading warpgroup
-keeps a ring of stages filled by bulk copies, and does not stop between tiles: the tokens, 128 bytes of each at a time, and the
-weights as they lie. Two computing warpgroups decode what the next step takes while the matrix unit multiplies this one's; they
-do not wait for each other, so that one stores while the other multiplies. Tokens are in sorted order, since a bulk copy cannot
-pick rows.
+    hidden[row, j] = act(w13[e, j] . x[row] + bias13[e, j], w13[e, I + j] . x[row] + bias13[e, I + j])
+    y[token(row), slot(row), h] = weight[row] * (w2[e, h] . hidden[row] + bias2[e, h])
 
-E4M3 sums of tokens are multiplied by the scale of the token and by the power of two of the row.
+Activations are bfloat16 or E4M3, in sorted order; weights are MXFP4. Weights are the left operand of the MMA, which the tensor
+core reads from registers, so decoded codes never go to shared memory; tokens are its columns. A tile of the result is some rows
+of weights by block_M tokens of one expert. For E4M3 the accumulator is multiplied by the scale of the token and by the power of
+two of the row of weights.
 
-A product reads 128 bytes of its tokens a step and 34 (bfloat16) or 68 (E4M3) of its rows: few tokens an expert take many rows a
-block, which reads tokens less often; many take 128 rows by up to 256 tokens, which decodes weights less often. What was
-measured is in docs/design/performance.md.
+Warp roles, of a block of 384 threads, one block per SM:
+
+| warpgroup | role | registers |
+| --- | --- | --- |
+| 0, 1 | consumers: each decodes one half of the tile's rows of weights, issues their MMAs and runs their epilogue | 232 |
+| 2 | producer: TMA loads of activations, of weights, and of what the epilogue reads | 40 |
+
+Pipelines, producer role -> consumer role:
+
+| pipeline | carries | full | empty |
+| --- | --- | --- | --- |
+| producer -> both consumers | activations and weights of one step, 128 bytes of K | 128 threads, the bytes | 8 warps |
+| producer -> both epilogues, two buffers | vectors of the tile's rows and tokens | with the tile's first stage | 8 warps |
+| consumer -> its stores | a subtile of the result | a named barrier of 128 threads | the same |
+
+Steady state:
+
+    producer    acquire | TMA activations, TMA weights | commit ; on to the next tile
+                in the first step of a tile, before the commit: acquire a buffer of the epilogue | TMA bias, ids, scales
+    consumers   issue the MMAs of step k | the MMAs of step k - 1 are complete: release | wait | decode step k + 1
+                after the last step: release | scale, add the bias, activate or weight | store subtiles | release the buffer
+
+The consumers do not wait for each other: one stores while the MMAs of the other run. A step reads 128 bytes per token and 34
+(bfloat16) or 68 (E4M3) bytes per row of weights. So for few tokens per expert a tile has many rows of weights, and tokens are
+read less often; for many it has 128 rows by up to 256 tokens, and weights are decoded less often. docs/log/mxfp4_moe.md lists
+what was measured.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any
 
 from tilelang.layout import make_swizzled_layout
 
@@ -24,59 +47,79 @@ from tilelang_ext import language as T
 from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import sm90_scatter
 from tilelang_ext.kernels.mxfp4_moe.problem import HOPPER_LAYOUTS, Problem
-from tilelang_ext.kernels.mxfp4_moe.routing import TOKEN_BITS
+from tilelang_ext.kernels.mxfp4_moe.routing import TOKEN_BITS, TOKEN_MASK
 from tilelang_ext.kernels.mxfp4_moe.sm90_decode import BFLOAT16, TILE, TILE_FORMATS, TileFormat, decode
+from tilelang_ext.kernels.mxfp4_moe.sm90_slots import slots_type, store_pair
+from tilelang_ext.kernels.sm90 import pdl
+from tilelang_ext.kernels.sm90.pipeline import (
+    CONSUMER_START,
+    PRODUCER_START,
+    Pipeline,
+    PipelineState,
+    alloc_pipeline,
+    start_state,
+)
+from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch, warpgroup_sync
+from tilelang_ext.kernels.sm90.scheduler import PersistentScheduler
 
 PARTIAL_DTYPE, USES_PDL = "bfloat16", True
-
-# Barriers order everything here, and one that upstream adds would be met by the elected thread alone.
+# The kernel's own barriers order everything here. One that upstream adds would be reached by the elected thread alone.
 PASS_CONFIGS = {
     "tl.disable_warp_specialized": True,
     "tl.disable_safe_memory_legalize": True,
     "tl.disable_thread_storage_sync": True,
 }
-_WARPGROUP = 128  # threads
-_COMPUTING = 2  # warpgroups
-_COMPUTING_THREADS = _COMPUTING * _WARPGROUP
-_THREADS = _COMPUTING_THREADS + _WARPGROUP
-_LOADER_REGISTERS, _COMPUTER_REGISTERS = 40, 232
-_PART = 64  # columns that a warpgroup stores at a time
-_TOKENS_OF_PART = 72  # likewise, at most
-_READY = 4  # times eight tokens whose results a thread has before it stores the first: loads are not moved across a store
-_PAD = 8  # elements, against bank conflicts
-_LEFT_WORDS = 16  # registers of the left operand for a tile
-_PRODUCTS = 4  # of a step and tile, 32 bytes of K each
-_TOKEN = (1 << TOKEN_BITS) - 1
-_SWIZZLE_128B = 1  # of a shared memory descriptor; its rows of eight lie 1024 bytes apart
-_DESCRIPTOR = 16  # bytes that descriptors count in
+_ROLES = Roles(num_consumers=2)
+_AUX_BUFFERS = 2  # of what the epilogue reads
+_MAX_SUBTILE_N = 64  # columns of hidden that a consumer stores at a time
+_MAX_SUBTILE_M = 72  # tokens that a consumer stores at a time
+_MAX_READY_GROUPS = 4  # groups of eight tokens, see `Config.ready_groups`
+_PAD = 8  # elements of a row of shared memory, against bank conflicts
+_TILE_REGISTERS = 16  # of the left operand, for one tile of weights
+_MMAS_PER_STEP = 4  # of one tile, 32 bytes of K each
+_ROW_BYTES = 128  # of a token in a stage: one swizzled row of shared memory
+_FEATURES = TILE // 2  # of a tile of w13, which has a gate row and an up row for each
+_SWIZZLE_128B = 1  # the swizzle mode of a shared memory descriptor
+_SWIZZLE_ATOM_BYTES = 1024  # eight rows of 128 bytes: the stride of a descriptor
+_DESCRIPTOR_UNIT = 16  # bytes
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tokens of a tile; bands of 64 rows of a computing warpgroup; stages of the ring."""
+    """Tokens of a tile, tiles of 64 rows of weights per consumer, and stages of the pipeline."""
 
     block_M: int
-    tiles: int
+    consumer_tiles: int
     num_stages: int
+
+    @property
+    def block_tiles(self) -> int:
+        """Tiles of weights of a block."""
+        return _ROLES.num_consumers * self.consumer_tiles
 
     @property
     def rows(self) -> int:
         """Rows of weights of a block."""
-        return _COMPUTING * self.tiles * TILE
+        return self.block_tiles * TILE
 
     @property
-    def part_M(self) -> int:
-        """Tokens that a warpgroup stores at a time: as many as divide the tile."""
-        return next(part for part in range(_TOKENS_OF_PART, 0, -8) if self.block_M % part == 0)
+    def subtile_M(self) -> int:
+        """Tokens that a consumer stores at a time: as many as divide the tile."""
+        return next(tokens for tokens in range(_MAX_SUBTILE_M, 0, -8) if self.block_M % tokens == 0)
 
     @property
-    def ready(self) -> int:
-        """Eights of tokens of a part whose results are ready before the first is stored."""
-        return next(eights for eights in range(_READY, 0, -1) if self.part_M // 8 % eights == 0)
+    def subtile_tiles(self) -> int:
+        """Tiles of w13 whose features a consumer stores at a time."""
+        return min(self.consumer_tiles, _MAX_SUBTILE_N // _FEATURES)
+
+    @property
+    def ready_groups(self) -> int:
+        """Groups of eight tokens whose results a thread computes before it stores the first: no load moves across a store."""
+        return next(groups for groups in range(_MAX_READY_GROUPS, 0, -1) if self.subtile_M // 8 % groups == 0)
 
 
-# By the rows that an expert has when all experts are equally busy; each is the fastest of some on an H200 at the sizes of
-# docs/design/performance.md. The bounds between them were not searched.
+# By the rows that an expert has when all experts are equally busy; each is the fastest of some on an H200, see
+# docs/log/mxfp4_moe.md. The bounds between them were not searched.
 _TABLES = {
     "bfloat16": (
         # (rows per expert up to, config)
@@ -113,7 +156,7 @@ def pick_config(problem: Problem) -> Config:
 def fitted(config: Config, problem: Problem, rows: int) -> Config:
     """Return `config` for weights of `rows` per expert, or one of half the rows per tile if that takes a tenth less time.
 
-    Time is taken to be the rows that an SM computes in all waves.
+    Time is taken to be the number of rows that an SM computes in all waves.
     """
     smaller = _OF_256_ROWS[problem.a_format].get(config, config)
 
@@ -124,487 +167,677 @@ def fitted(config: Config, problem: Problem, rows: int) -> Config:
     return smaller if rows_of_sm(smaller) < 0.9 * rows_of_sm(config) else config
 
 
-def _product(config: Config, num_blocks: int, operand: TileFormat, fetch, epilogue):
-    """Return the macro of a product.
+# --- what a kernel is made of ----------------------------------------------------------------------------------------
 
-    `epilogue(sinks, acc, buffer, row0, row_tile, warpgroup, thread)` takes the sums of a tile, for each thread of a warpgroup.
-    Those of tile m lie at m * block_M / 2: of columns 8 n + 2 t and the next, two of row g, then two of row g + 8. What it
-    needs beside them, `fetch(sinks, buffer, full, stage, expert, row0, row_tile)` has begun to copy, by one thread, under the
-    barrier full[stage]: there are two buffers, of tiles in turn.
+
+@dataclass(frozen=True, eq=False)
+class _Traits:
+    """What the host knows of one kernel."""
+
+    config: Config
+    num_blocks: int
+    tile_format: TileFormat
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether accumulators are multiplied by scales of rows and tokens."""
+        return self.tile_format is not BFLOAT16
+
+    @property
+    def tile_accumulators(self) -> int:
+        """Accumulator registers of a thread for one tile of weights."""
+        return self.config.block_M // 2
+
+    @property
+    def lane_scale_words(self) -> int:
+        """Words of scales that one lane decodes with, for rows g and g + 8 of a tile."""
+        return self.tile_format.K // MX_GROUP // 2
+
+
+@dataclass(frozen=True, eq=False)
+class _Operands:
+    """Tensors of a GEMM in global memory, and how many tiles and steps there are."""
+
+    activations: Any  # (blocks * block_M, K), in sorted order
+    tiles: Any  # uint32 (experts, row_tiles, steps, words)
+    expert_ids: Any  # (blocks,)
+    num_valid: Any  # (1,)
+    row_tiles: Any  # tiles of weights of one expert
+    steps: Any  # of K
+    tile_columns: Any  # tiles of the result for the same tokens
+
+
+@dataclass(frozen=True, eq=False)
+class _EpilogueTensors:
+    """Tensors in global memory that an epilogue reads or writes, and the extents of the result."""
+
+    bias: Any  # (experts, row_tiles * 64) float32
+    row_scale: Any  # likewise, for E4M3
+    token_scale: Any  # (blocks * block_M,) float32, for E4M3
+    out: Any  # hidden or y
+    columns: Any  # of hidden or y
+    tokens: Any = None  # of y
+    token_ids: Any = None  # (blocks * block_M,) int32, for y
+    token_weights: Any = None  # (blocks * block_M,) float32, for y
+
+
+@dataclass(frozen=True, eq=False)
+class _EpilogueArgs:
+    """What an epilogue works on beside the accumulators: tensors, two buffers of vectors in shared memory, and registers."""
+
+    tensors: _EpilogueTensors
+    out_s: Any  # (consumers, subtile_M, columns and padding) bfloat16, a subtile of each consumer
+    bias_s: Any  # (2, rows)
+    row_scale_s: Any  # (2, rows)
+    token_scale_s: Any  # (2, block_M)
+    token_ids_s: Any  # (2, block_M), for y
+    token_weights_s: Any  # (2, block_M), for y
+    row_bias_r: Any  # (2,), of rows g and g + 8
+    row_scale_r: Any  # (2,), of rows g and g + 8
+    token_scale_r: Any  # of the tokens whose results are ready together
+    token_weights_r: Any
+    values_r: Any  # their results
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """What the roles of a block share."""
+
+    X_s: Any  # (num_stages, block_M, K)
+    W_s: Any  # (num_stages, block_tiles, words)
+    pipeline: Pipeline
+    aux: Pipeline  # of the epilogue's two buffers; the first stage of a tile completes one, so it has no full barriers
+    scheduler: PersistentScheduler
+    tile_columns: Any  # tiles of the result for the same tokens
+    thread: Any
+
+    def tile_row(self, wave):
+        """Return which block of tokens the tile of a wave has."""
+        return T.truncdiv(self.scheduler.tile(wave), self.tile_columns)
+
+    def tile_column(self, wave, tile_row):
+        """Return which rows of weights the tile of a wave has, counted in tiles of the result."""
+        return self.scheduler.tile(wave) - tile_row * self.tile_columns
+
+
+@dataclass(frozen=True, eq=False)
+class _Consumer:
+    """The registers of a thread of a consumer, and which thread it is; with g = lane / 4 and t = lane % 4.
+
+    The accumulators of tile m of weights begin at m * tile_accumulators. For each group n of eight tokens they are row g of
+    tokens 8 n + 2 t and 8 n + 2 t + 1, then row g + 8 of the same tokens.
     """
-    block_M, tiles, num_stages = config.block_M, config.tiles, config.num_stages
-    sums, lane_words, tile_words = block_M // 2, operand.lane_words, operand.tile_words
-    tiles_of_block = _COMPUTING * tiles
-    scale_words = operand.K // MX_GROUP // 2  # of a lane, for rows g and g + 8
-    row_bytes = 128  # of a token in a stage
 
-    @T.macro
-    def advance(ring):
-        """Go on to the next stage. Where it is a count of steps instead, the ring has to be a power of two not to be slow."""
-        ring[0] = ring[0] + 1
-        if ring[0] == num_stages:
-            ring[0] = 0
-            ring[1] = ring[1] ^ 1
+    A_r: Any  # decoded weights of two steps: one is multiplied while the next is decoded
+    accumulators: Any
+    codes: Any  # of one tile, before they are decoded; allocated outside all loops, or the compiler's passes take long
+    scales: Any
+    descriptor: Any  # of the activations in shared memory
+    state: PipelineState
+    warpgroup: Any  # 0 or 1
+    thread: Any  # of the warpgroup
 
-    @T.macro
-    def load_weights(w, W_s, full, expert, row_tile, row_tiles, step, stage):
-        # Not T.tma_copy, which takes one dimension only where it can prove that it stays inside, and an expert is read.
-        if T.shuffle_elect(_WARPGROUP):
-            T.mbarrier_expect_tx(full[stage], tiles_of_block * tile_words * 4)
-            for i in T.unroll(tiles_of_block):
-                tile = T.min(row_tile + i, row_tiles - 1)
-                T.tma_load(
-                    T.address_of(W_s[stage, i, 0]), T.address_of(w[expert, tile, step, 0]), full[stage], tile_words * 4, 0
-                )
+    @property
+    def warp(self):
+        """The warp of the warpgroup."""
+        return self.thread // WARP
 
-    @T.macro
-    def load(x, w, expert_ids, X_s, W_s, full, empty, taken, sinks, block, items, columns, row_tiles, steps):
-        """Fill the ring for every tile of the block."""
-        T.dec_max_nreg(_LOADER_REGISTERS)
-        ring = T.alloc_local((2,), "int32")  # stage and phase
-        ring[0], ring[1] = 0, 1
-        T.pdl_sync()
-        T.pdl_trigger()
-        for turn in T.serial(T.ceildiv(items - block, num_blocks)):
-            by = T.alloc_var("int32", T.truncdiv(turn * num_blocks + block, columns))
-            row_tile = T.alloc_var("int32", (turn * num_blocks + block - by * columns) * tiles_of_block)
-            expert = T.alloc_var("int32", expert_ids[by])
-            for step in T.serial(steps):
-                stage = ring[0]
-                T.barrier_wait(empty[stage], ring[1])
-                T.tma_copy(
-                    x[by * block_M : (by + 1) * block_M, step * operand.K : (step + 1) * operand.K],
-                    X_s[stage, :, :],
-                    barrier=full[stage],
-                )
-                load_weights(w, W_s, full, expert, row_tile, row_tiles, step, stage)
-                if step == 0:
-                    T.barrier_wait(taken[turn % 2], (turn // 2 & 1) ^ 1)
-                    if T.shuffle_elect(_WARPGROUP):
-                        fetch(sinks, turn % 2, full, stage, expert, by * block_M, row_tile)
-                T.barrier_arrive(full[stage])
-                advance(ring)
-
-    def decode_tiles(W_s, own, A_r, stage, warpgroup, warp, lane, buffer: int):
-        for m in range(tiles):
-
-            @T.macro
-            def emit():
-                codes, scales = own
-                for part in T.unroll(lane_words // 4):
-                    for v in T.vectorized(4):
-                        codes[part * 4 + v] = W_s[
-                            stage, warpgroup * tiles + m, ((warp * (lane_words // 4) + part) * 32 + lane) * 4 + v
-                        ]
-                for v in T.vectorized(scale_words):
-                    scales[v] = W_s[stage, warpgroup * tiles + m, 128 * lane_words + (warp * 8 + lane // 4) * scale_words + v]
-                decode(operand, codes, scales, A_r, (buffer * tiles + m) * _LEFT_WORDS)
-
-            emit()
-
-    def multiply(descriptor, A_r, acc, stage, buffer: int):
-        @T.macro
-        def emit():
-            # The same number, but the compiler can see that all threads have it, and keeps descriptors in uniform registers.
-            own = T.alloc_var("int32", T.call_pure_extern("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), stage, 0))
-            for k in T.unroll(_PRODUCTS):
-                for m in T.unroll(tiles):
-                    T.ptx_wgmma_rs(
-                        "float32", f"m64n{block_M}k{operand.K // _PRODUCTS}", True, operand.ptx, operand.ptx, "fp32",
-                        A_r.data, (buffer * tiles + m) * _LEFT_WORDS + 4 * k,
-                        descriptor.data, (own * block_M * row_bytes + k * 32) // _DESCRIPTOR,
-                        acc.data, m * sums, T.bool(True), 1, 1,
-                    )  # fmt: skip
-
-        emit()
-
-    @T.macro
-    def release(empty, stage, lane):
-        if lane == 0:
-            T.mbarrier_arrive(empty[stage])
-
-    def step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, ring, step, steps, warpgroup, warp, lane, buffer: int):
-        """Multiply what has been decoded, and decode the next step's tiles while that runs."""
-
-        @T.macro
-        def emit():
-            T.warpgroup_arrive()
-            multiply(descriptor, A_r, acc, ring[0], buffer)
-            T.warpgroup_commit_batch()
-            if step > 0:
-                T.wait_wgmma(1)
-                release(empty, T.if_then_else(ring[0] == 0, num_stages, ring[0]) - 1, lane)
-            if step + 1 < steps:
-                advance(ring)
-                T.barrier_wait(full[ring[0]], ring[1])
-                decode_tiles(W_s, own, A_r, ring[0], warpgroup, warp, lane, 1 - buffer)
-
-        emit()
-
-    @T.macro
-    def compute(X_s, W_s, full, empty, taken, sinks, block, items, columns, steps, thread):
-        T.inc_max_nreg(_COMPUTER_REGISTERS)
-        A_r = T.alloc_local((2 * tiles * _LEFT_WORDS,), "uint32")
-        acc = T.alloc_local((tiles * sums,), "float32")
-        # Of a tile. Allocated here: the compiler's passes take long over buffers in inner scopes.
-        own = [T.alloc_local((words,), "uint32") for words in (lane_words, scale_words)]
-        ring = T.alloc_local((2,), "int32")  # stage and phase
-        descriptor = T.alloc_wgmma_desc()
-        warpgroup, warp, lane = thread // _WARPGROUP, thread % _WARPGROUP // 32, thread % 32
-        T.initialize_wgmma_descriptor(descriptor, X_s.access_ptr("r"), _SWIZZLE_128B, 1, 1024 // _DESCRIPTOR)
-        ring[0], ring[1] = 0, 0
-        T.pdl_sync()
-        for turn in T.serial(T.ceildiv(items - block, num_blocks)):
-            by = T.alloc_var("int32", T.truncdiv(turn * num_blocks + block, columns))
-            row_tile = T.alloc_var("int32", (turn * num_blocks + block - by * columns) * tiles_of_block + warpgroup * tiles)
-            for i in T.unroll(tiles * sums):
-                acc[i] = T.float32(0)
-            T.barrier_wait(full[ring[0]], ring[1])
-            decode_tiles(W_s, own, A_r, ring[0], warpgroup, warp, lane, 0)
-            for pair in T.serial(T.ceildiv(steps, 2)):
-                step_of_turn(W_s, own, full, empty, A_r, acc, descriptor, ring, 2 * pair, steps, warpgroup, warp, lane, 0)
-                if 2 * pair + 1 < steps:
-                    step_of_turn(
-                        W_s, own, full, empty, A_r, acc, descriptor, ring, 2 * pair + 1, steps, warpgroup, warp, lane, 1
-                    )
-            T.wait_wgmma(0)
-            release(empty, ring[0], lane)
-            advance(ring)
-            epilogue(sinks, acc, turn % 2, by * block_M, row_tile, warpgroup, thread % _WARPGROUP)
-            release(taken, turn % 2, lane)
-
-    @T.macro
-    def product(x, w, expert_ids, num_valid, sinks, block, columns, row_tiles, steps):
-        X_s = T.alloc_shared((num_stages, block_M, operand.K), operand.dtype)
-        W_s = T.alloc_shared((num_stages, tiles_of_block, tile_words), "uint32")
-        T.annotate_layout({X_s: make_swizzled_layout(X_s)})
-        full = T.alloc_barrier([_WARPGROUP] * num_stages)
-        empty = T.alloc_barrier([_COMPUTING_THREADS // 32] * num_stages)  # a warp each
-        taken = T.alloc_barrier([_COMPUTING_THREADS // 32] * 2)
-        tx = T.get_thread_binding()
-        items = num_valid[0] // block_M * columns
-        # The last threads load: a warpgroup's four warps begin at a multiple of four.
-        if tx < _COMPUTING_THREADS:
-            compute(X_s, W_s, full, empty, taken, sinks, block, items, columns, steps, tx)
-        else:
-            load(x, w, expert_ids, X_s, W_s, full, empty, taken, sinks, block, items, columns, row_tiles, steps)
-
-    return product
+    @property
+    def lane(self):
+        return self.thread % WARP
 
 
-@T.macro
-def _meet(warpgroup):
-    """Wait for the other threads of the warpgroup. A barrier that is no constant would reserve all sixteen."""
-    if warpgroup == 0:
-        T.sync_threads(barrier_id=1, arrive_count=_WARPGROUP)
-    else:
-        T.sync_threads(barrier_id=2, arrive_count=_WARPGROUP)
+@dataclass(frozen=True, eq=False)
+class _Tile:
+    """A consumer's part of a tile of the result."""
+
+    token: Any  # the first, in sorted order
+    row_tile: Any  # the first tile of weights
+    buffer: Any  # of the vectors that the epilogue reads
 
 
-def _put_rows(part_M: int, width: int, put):
-    """The macro that stores what a warpgroup has in sinks.out_s (warpgroups, part_M, columns), and frees that.
-
-    `put(sinks, buffer, warpgroup, row0, part, row, first_tile, column)` stores eight elements of a row of the part.
-    """
-    pieces = width // 8
-
-    @T.macro
-    def put_rows(sinks, buffer, warpgroup, thread, row0, part, first_tile):
-        _meet(warpgroup)
-        for turn in T.serial(-(-part_M * pieces // _WARPGROUP)):
-            place = turn * _WARPGROUP + thread
-            row, column = place // pieces, place % pieces * 8
-            if row < part_M:
-                put(sinks, buffer, warpgroup, row0, part, row, first_tile, column)
-        _meet(warpgroup)
-
-    return put_rows
-
-
-def _fetch(config: Config, operand: TileFormat):
-    """The macros that begin to copy bias and power of a tile's rows, and a vector's elements for its tokens; and the one that
-    takes what rows g and g + 8 need from the first.
-    """
-    tiles, block_M = _COMPUTING * config.tiles, config.block_M
-
-    @T.macro
-    def fetch_rows(sinks, buffer, full, stage, expert, row_tile):
-        T.mbarrier_expect_tx(full[stage], tiles * TILE * 4 * (1 if operand is BFLOAT16 else 2))
-        for i in T.unroll(tiles):
-            row = T.min(row_tile + i, sinks.row_tiles - 1) * TILE
-            bias_s, power_s = T.address_of(sinks.bias_s[buffer, i * TILE]), T.address_of(sinks.power_s[buffer, i * TILE])
-            T.tma_load(bias_s, T.address_of(sinks.bias[expert, row]), full[stage], TILE * 4, 0)
-            if operand is not BFLOAT16:
-                T.tma_load(power_s, T.address_of(sinks.power[expert, row]), full[stage], TILE * 4, 0)
-
-    @T.macro
-    def fetch_tokens(vector, vector_s, buffer, full, stage, row0):
-        T.mbarrier_expect_tx(full[stage], block_M * 4)
-        T.tma_load(T.address_of(vector_s[buffer, 0]), T.address_of(vector[row0]), full[stage], block_M * 4, 0)
-
-    @T.macro
-    def take_rows(sinks, buffer, row):
-        for v in T.unroll(2):
-            sinks.rows_bias[v] = sinks.bias_s[buffer, row + v * 8]
-            sinks.rows_power[v] = T.float32(1) if operand is BFLOAT16 else sinks.power_s[buffer, row + v * 8]
-
-    return fetch_rows, fetch_tokens, take_rows
-
-
-def _take_tokens(config: Config, vector_s, own, buffer, first, t):
-    """Load what a thread of t needs of a vector for config.ready eights of tokens from `first` on."""
-
-    @T.macro
-    def emit():
-        for n in T.unroll(config.ready):
-            for i in T.vectorized(2):
-                own[n * 2 + i] = vector_s[buffer, first + n * 8 + t * 2 + i]
-
-    emit()
-
-
-def _sigmoid(x):
-    """Without the branches of an exact division, behind which nothing is moved ahead; bfloat16 holds less."""
-    exponential = T.call_pure_extern("float32", "__expf", -x)
-    return T.call_pure_extern("float32", "__fdividef", T.float32(1), T.float32(1) + exponential)
-
-
-def slots_type(epilogue: str, tokens, top_k, H):
-    """The type of y. `reduce`: each slot by itself, bfloat16; `atomic`: float32, zeros to which slots are added."""
-    return T.Tensor((tokens, top_k, H), "bfloat16") if epilogue == "reduce" else T.Tensor((tokens, H), "float32")
-
-
-def put_pair(epilogue: str):
-    """The macro that stores two neighbours of a slot's row, a pair of `values`."""
-
-    @T.macro
-    def put_pair(y, token, slot, column, values, pair):
-        if epilogue == "reduce":
-            for v in T.vectorized(2):
-                y[token, slot, column + v] = T.cast(values[pair * 2 + v], "bfloat16")
-        else:
-            for v in T.unroll(2):
-                T.atomic_add(y[token, column + v], values[pair * 2 + v])
-
-    return put_pair
-
-
-def gate_up(config: Config, num_blocks: int, activation, operand: TileFormat = BFLOAT16):
-    """The prim_func of stage 1: (x, scale_x, expert_ids, num_valid, w13, scale13, bias13, hidden).
+def gate_up(config: Config, num_blocks: int, activation, tile_format: TileFormat = BFLOAT16):
+    """Return the prim_func of the first GEMM: (x, scale_x, expert_ids, num_valid, w13, scale13, bias13, hidden).
 
     | parameter | shape | dtype |
     | --- | --- | --- |
-    | x | (blocks * block_M, H), tokens in sorted order | bfloat16 or E4M3 |
-    | scale_x | (blocks * block_M,); of bfloat16 empty | float32 |
-    | expert_ids, num_valid | of `moe_sort`, with block_M | int32 |
-    | w13 | (E, row tiles, steps, words) of the operand's packing, gate beside up | uint32 |
-    | scale13 | (E, row tiles * 64), gate beside up; of bfloat16 (0, 0) | float32 |
-    | bias13 | (E, row tiles * 64), gate beside up | float32 |
+    | x | (blocks * block_M, H), rows of tokens in sorted order | bfloat16 or E4M3 |
+    | scale_x | (blocks * block_M,); for bfloat16 empty | float32 |
+    | expert_ids, num_valid | as `moe_sort` with block_M writes them | int32 |
+    | w13 | (E, row tiles, steps, words), tiles of `HopperWeights` | uint32 |
+    | scale13 | (E, row tiles * 64), its row_scale; for bfloat16 (0, 0) | float32 |
+    | bias13 | (E, row tiles * 64), its bias | float32 |
     | hidden | (blocks * block_M, I), in sorted order; rows of padding, and past num_valid, are undefined | bfloat16 |
     """
     H, groups, blocks = T.dynamic("H"), T.dynamic("groups"), T.dynamic("blocks")
     experts, row_tiles, steps = T.dynamic("experts"), T.dynamic("row_tiles"), T.dynamic("steps")
     scaled_tokens, scaled_experts, scaled_rows = (T.dynamic(f"scaled_{name}") for name in ("tokens", "experts", "rows"))
-    I = groups * MX_GROUP
-    block_M, tiles = config.block_M, config.tiles
-    part_M, ready, sums = config.part_M, config.ready, block_M // 2
-    features = TILE // 2  # of a tile
-    tiles_of_part = min(tiles, _PART // features)
-
-    fetch_rows, fetch_tokens, take_rows = _fetch(config, operand)
-
-    @T.macro
-    def fetch(sinks, buffer, full, stage, expert, row0, row_tile):
-        fetch_rows(sinks, buffer, full, stage, expert, row_tile)
-        if operand is not BFLOAT16:
-            fetch_tokens(sinks.scale, sinks.scale_s, buffer, full, stage, row0)
-
-    @T.macro
-    def put(sinks, buffer, warpgroup, row0, part, row, first_tile, column):
-        if first_tile * features + column < sinks.I:
-            for v in T.vectorized(8):
-                sinks.hidden[row0 + part * part_M + row, first_tile * features + column + v] = sinks.out_s[
-                    warpgroup, row, column + v
-                ]
-
-    put_rows = _put_rows(part_M, tiles_of_part * features, put)
-
-    def store(sinks, acc, buffer, row0, row_tile, warpgroup, thread):
-        def activate(m: int, part: int):
-            @T.macro
-            def emit():
-                g, t, warp = thread % 32 // 4, thread % 4, thread // 32
-                row = (warpgroup * tiles + m) * TILE + warp * 16 + g
-                take_rows(sinks, buffer, row)
-                feature = m % tiles_of_part * features + warp * 8 + g
-                for first in T.unroll(part_M // 8 // ready):
-                    if operand is not BFLOAT16:
-                        _take_tokens(config, sinks.scale_s, sinks.scales, buffer, part * part_M + first * ready * 8, t)
-                    for n in T.unroll(ready):
-                        for i in T.unroll(2):
-                            at = m * sums + (part * part_M // 8 + first * ready + n) * 4 + i
-                            scale = T.float32(1) if operand is BFLOAT16 else sinks.scales[n * 2 + i]
-                            gate = acc[at] * (scale * sinks.rows_power[0]) + sinks.rows_bias[0]
-                            up = acc[at + 2] * (scale * sinks.rows_power[1]) + sinks.rows_bias[1]
-                            sinks.values[n * 2 + i] = activation(gate, up, _sigmoid)
-                    for n in T.unroll(ready):
-                        for i in T.unroll(2):
-                            place = (first * ready + n) * 8 + t * 2 + i
-                            sinks.out_s[warpgroup, place, feature] = T.cast(sinks.values[n * 2 + i], "bfloat16")
-
-            emit()
-
-        for first in range(0, tiles, tiles_of_part):
-            for part in range(block_M // part_M):
-                for m in range(tiles_of_part):
-                    activate(first + m, part)
-                put_rows(sinks, buffer, warpgroup, thread, row0, part, row_tile + first)
-
-    product = _product(config, num_blocks, operand, fetch, store)
+    I, block_M = groups * MX_GROUP, config.block_M
+    traits = _Traits(config, num_blocks, tile_format)
+    columns, store = config.subtile_tiles * _FEATURES, functools.partial(_store_hidden, activation)
 
     @T.prim_func
     def gate_up(
-        x: T.Tensor((blocks * block_M, H), operand.dtype),
+        x: T.Tensor((blocks * block_M, H), tile_format.dtype),
         scale_x: T.Tensor((scaled_tokens,), "float32"),
         expert_ids: T.Tensor((blocks,), "int32"),
         num_valid: T.Tensor((1,), "int32"),
-        w13: T.Tensor((experts, row_tiles, steps, operand.tile_words), "uint32"),
+        w13: T.Tensor((experts, row_tiles, steps, tile_format.tile_words), "uint32"),
         scale13: T.Tensor((scaled_experts, scaled_rows), "float32"),
         bias13: T.Tensor((experts, row_tiles * TILE), "float32"),
         hidden: T.Tensor((blocks * block_M, I), "bfloat16"),
     ):
-        with T.Kernel(num_blocks, threads=_THREADS) as block:
-            out_s = T.alloc_shared((_COMPUTING, part_M, tiles_of_part * features + _PAD), "bfloat16")
-            bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for name in ("bias", "power"))
-            scale_s = T.alloc_shared((2, block_M), "float32")
-            rows_bias, rows_power = (T.alloc_local((2,), "float32") for name in ("bias", "power"))
-            scales, values = (T.alloc_local((2 * ready,), "float32") for name in ("scales", "values"))
-            sinks = SimpleNamespace(
-                scale=scale_x, power=scale13, bias=bias13, scale_s=scale_s, power_s=power_s, bias_s=bias_s, out_s=out_s,
-                rows_bias=rows_bias, rows_power=rows_power, scales=scales, values=values, hidden=hidden, I=I,
-                row_tiles=row_tiles,
-            )  # fmt: skip
-            product(x, w13, expert_ids, num_valid, sinks, block, T.ceildiv(2 * I, config.rows), row_tiles, steps)
+        with T.Kernel(num_blocks, threads=_ROLES.threads) as block:
+            args = _alloc_epilogue(traits, columns, _EpilogueTensors(bias13, scale13, scale_x, hidden, I))
+            operands = _Operands(x, w13, expert_ids, num_valid, row_tiles, steps, T.ceildiv(2 * I, config.rows))
+            _gemm(traits, operands, args, store, block)
 
     return gate_up
 
 
-def down(config: Config, num_blocks: int, epilogue: str, operand: TileFormat = BFLOAT16):
-    """The prim_func of stage 2: (hidden, scale_hidden, token_ids, weights, expert_ids, num_valid, w2, scale2, bias2, y).
+def down(config: Config, num_blocks: int, epilogue: str, tile_format: TileFormat = BFLOAT16):
+    """Return the prim_func of the second GEMM.
+
+    Its parameters are (hidden, scale_hidden, token_ids, weights, expert_ids, num_valid, w2, scale2, bias2, y).
 
     | parameter | shape | dtype |
     | --- | --- | --- |
     | hidden | (blocks * block_M, I), in sorted order | bfloat16 or E4M3 |
-    | scale_hidden | (blocks * block_M,); of bfloat16 empty | float32 |
-    | token_ids, weights, expert_ids, num_valid | of `moe_sort`, with block_M | int32; weights float32 |
-    | w2 | (E, row tiles, steps, words) of the operand's packing, `neighbours` | uint32 |
-    | scale2 | (E, row tiles * 64), `neighbours`; of bfloat16 (0, 0) | float32 |
-    | bias2 | (E, row tiles * 64), `neighbours` | float32 |
-    | y | of `slots_type`; slots without a local expert are not written | |
+    | scale_hidden | (blocks * block_M,); for bfloat16 empty | float32 |
+    | token_ids, weights, expert_ids, num_valid | as `moe_sort` with block_M writes them | int32; weights float32 |
+    | w2 | (E, row tiles, steps, words), tiles of `HopperWeights` | uint32 |
+    | scale2 | (E, row tiles * 64), its row_scale; for bfloat16 (0, 0) | float32 |
+    | bias2 | (E, row tiles * 64), its bias | float32 |
+    | y | as `slots_type` returns; slots without a local expert are not written | |
     """
     tokens, top_k, groups, I, blocks = (T.dynamic(name) for name in ("tokens", "top_k", "groups", "I", "blocks"))
     experts, row_tiles, steps = T.dynamic("experts"), T.dynamic("row_tiles"), T.dynamic("steps")
     scaled_tokens, scaled_experts, scaled_rows = (T.dynamic(f"scaled_{name}") for name in ("tokens", "experts", "rows"))
-    H = groups * MX_GROUP
-    block_M, tiles = config.block_M, config.tiles
-    part_M, ready, sums = config.part_M, config.ready, block_M // 2
-    add_pair = put_pair("atomic")
-
-    fetch_rows, fetch_tokens, take_rows = _fetch(config, operand)
-
-    @T.macro
-    def fetch(sinks, buffer, full, stage, expert, row0, row_tile):
-        fetch_rows(sinks, buffer, full, stage, expert, row_tile)
-        fetch_tokens(sinks.token_ids, sinks.ids_s, buffer, full, stage, row0)
-        fetch_tokens(sinks.weights, sinks.weights_s, buffer, full, stage, row0)
-        if operand is not BFLOAT16:
-            fetch_tokens(sinks.scale, sinks.scale_s, buffer, full, stage, row0)
-
-    @T.macro
-    def put(sinks, buffer, warpgroup, row0, part, row, first_tile, column):
-        id = T.alloc_var("int32", sinks.ids_s[buffer, part * part_M + row])
-        if (id & _TOKEN) < sinks.tokens and first_tile * TILE + column < sinks.H:
-            for v in T.vectorized(8):
-                sinks.y[id & _TOKEN, id >> TOKEN_BITS, first_tile * TILE + column + v] = sinks.out_s[warpgroup, row, column + v]
-
-    put_rows = _put_rows(part_M, TILE, put)
-
-    def store(sinks, acc, buffer, row0, row_tile, warpgroup, thread):
-        def finish(m: int, part: int):
-            @T.macro
-            def emit():
-                g, t, warp = thread % 32 // 4, thread % 4, thread // 32
-                row = (warpgroup * tiles + m) * TILE + warp * 16 + g
-                take_rows(sinks, buffer, row)
-                for first in T.unroll(part_M // 8 // ready):
-                    _take_tokens(config, sinks.weights_s, sinks.own_weights, buffer, part * part_M + first * ready * 8, t)
-                    if operand is not BFLOAT16:
-                        _take_tokens(config, sinks.scale_s, sinks.scales, buffer, part * part_M + first * ready * 8, t)
-                    for n in T.unroll(ready):
-                        for i in T.unroll(2):
-                            scale = T.float32(1) if operand is BFLOAT16 else sinks.scales[n * 2 + i]
-                            for v in T.unroll(2):
-                                at = m * sums + (part * part_M // 8 + first * ready + n) * 4 + v * 2 + i
-                                sum = acc[at] * (scale * sinks.rows_power[v]) + sinks.rows_bias[v]
-                                sinks.values[(n * 2 + i) * 2 + v] = sum * sinks.own_weights[n * 2 + i]
-                    for n in T.unroll(ready):
-                        for i in T.unroll(2):
-                            place = (first * ready + n) * 8 + t * 2 + i
-                            put_own(sinks, buffer, row_tile + m, warpgroup, part, place, warp * 16 + 2 * g, n * 2 + i)
-
-            emit()
-
-        for m in range(tiles):
-            for part in range(block_M // part_M):
-                finish(m, part)
-                if epilogue == "reduce":
-                    put_rows(sinks, buffer, warpgroup, thread, row0, part, row_tile + m)
-        if epilogue == "atomic":
-            _meet(warpgroup)  # as put_rows does last: then the buffer is given back
-
-    @T.macro
-    def put_own(sinks, buffer, tile, warpgroup, part, place, column, pair):
-        """Store the neighbours that a thread has of a token: to shared memory, or where they are added."""
-        if epilogue == "reduce":
-            for v in T.vectorized(2):
-                sinks.out_s[warpgroup, place, column + v] = T.cast(sinks.values[pair * 2 + v], "bfloat16")
-        else:
-            token = sinks.ids_s[buffer, part * part_M + place] & _TOKEN
-            if token < sinks.tokens and tile * TILE + column < sinks.H:
-                add_pair(sinks.y, token, 0, tile * TILE + column, sinks.values, pair)
-
-    product = _product(config, num_blocks, operand, fetch, store)
+    H, block_M = groups * MX_GROUP, config.block_M
+    traits = _Traits(config, num_blocks, tile_format)
+    store = functools.partial(_store_slots, epilogue)
 
     @T.prim_func
     def down(
-        hidden: T.Tensor((blocks * block_M, I), operand.dtype),
+        hidden: T.Tensor((blocks * block_M, I), tile_format.dtype),
         scale_hidden: T.Tensor((scaled_tokens,), "float32"),
         token_ids: T.Tensor((blocks * block_M,), "int32"),
         weights: T.Tensor((blocks * block_M,), "float32"),
         expert_ids: T.Tensor((blocks,), "int32"),
         num_valid: T.Tensor((1,), "int32"),
-        w2: T.Tensor((experts, row_tiles, steps, operand.tile_words), "uint32"),
+        w2: T.Tensor((experts, row_tiles, steps, tile_format.tile_words), "uint32"),
         scale2: T.Tensor((scaled_experts, scaled_rows), "float32"),
         bias2: T.Tensor((experts, row_tiles * TILE), "float32"),
         y: slots_type(epilogue, tokens, top_k, H),
     ):
-        with T.Kernel(num_blocks, threads=_THREADS) as block:
-            out_s = T.alloc_shared((_COMPUTING, part_M, TILE + _PAD), "bfloat16")
-            ids_s = T.alloc_shared((2, block_M), "int32")
-            weights_s, scale_s = (T.alloc_shared((2, block_M), "float32") for name in ("weights", "scale"))
-            bias_s, power_s = (T.alloc_shared((2, config.rows), "float32") for name in ("bias", "power"))
-            rows_bias, rows_power = (T.alloc_local((2,), "float32") for name in ("bias", "power"))
-            scales, own_weights = (T.alloc_local((2 * ready,), "float32") for name in ("scales", "weights"))
-            values = T.alloc_local((4 * ready,), "float32")
-            sinks = SimpleNamespace(
-                scale=scale_hidden, power=scale2, bias=bias2, scale_s=scale_s, power_s=power_s, bias_s=bias_s, out_s=out_s,
-                rows_bias=rows_bias, rows_power=rows_power, token_ids=token_ids, weights=weights, ids_s=ids_s,
-                weights_s=weights_s, scales=scales, own_weights=own_weights, values=values, tokens=tokens, H=H,
-                row_tiles=row_tiles, y=y,
-            )  # fmt: skip
-            product(hidden, w2, expert_ids, num_valid, sinks, block, T.ceildiv(H, config.rows), row_tiles, steps)
+        with T.Kernel(num_blocks, threads=_ROLES.threads) as block:
+            tensors = _EpilogueTensors(bias2, scale2, scale_hidden, y, H, tokens, token_ids, weights)
+            args = _alloc_epilogue(traits, TILE, tensors)
+            operands = _Operands(hidden, w2, expert_ids, num_valid, row_tiles, steps, T.ceildiv(H, config.rows))
+            _gemm(traits, operands, args, store, block)
 
     return down
+
+
+# --- block: shared memory, barriers, scheduler, roles ----------------------------------------------------------------
+
+
+def _alloc_epilogue(traits: _Traits, columns: int, tensors: _EpilogueTensors) -> _EpilogueArgs:
+    """Allocate what an epilogue uses; `columns` are those of a subtile."""
+    config, of_rows, of_tokens = traits.config, (_AUX_BUFFERS, traits.config.rows), (_AUX_BUFFERS, traits.config.block_M)
+    has_slots = tensors.token_ids is not None
+    ready_tokens = 2 * config.ready_groups  # of one thread
+    values = ready_tokens * (2 if has_slots else 1)
+
+    @T.macro
+    def alloc_shared():
+        out_s = T.alloc_shared((_ROLES.num_consumers, config.subtile_M, columns + _PAD), "bfloat16")
+        bias_s, row_scale_s = T.alloc_shared(of_rows, "float32"), T.alloc_shared(of_rows, "float32")
+        token_scale_s = T.alloc_shared(of_tokens, "float32")
+        return out_s, bias_s, row_scale_s, token_scale_s
+
+    @T.macro
+    def alloc_shared_of_slots():
+        token_ids_s, token_weights_s = T.alloc_shared(of_tokens, "int32"), T.alloc_shared(of_tokens, "float32")
+        return token_ids_s, token_weights_s
+
+    @T.macro
+    def alloc_registers():
+        row_bias_r, row_scale_r = T.alloc_local((2,), "float32"), T.alloc_local((2,), "float32")
+        token_scale_r, token_weights_r = T.alloc_local((ready_tokens,), "float32"), T.alloc_local((ready_tokens,), "float32")
+        values_r = T.alloc_local((values,), "float32")
+        return row_bias_r, row_scale_r, token_scale_r, token_weights_r, values_r
+
+    of_slots = alloc_shared_of_slots() if has_slots else (None, None)
+    return _EpilogueArgs(tensors, *alloc_shared(), *of_slots, *alloc_registers())
+
+
+@T.macro
+def _gemm(traits, operands, args, store, block):
+    """Run the GEMM of a block. `store(traits, args, consumer, tile)` emits the epilogue of a consumer."""
+    X_s = T.alloc_shared((traits.config.num_stages, traits.config.block_M, traits.tile_format.K), traits.tile_format.dtype)
+    W_s = T.alloc_shared((traits.config.num_stages, traits.config.block_tiles, traits.tile_format.tile_words), "uint32")
+    T.annotate_layout({X_s: make_swizzled_layout(X_s)})
+    pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, _ROLES.consumer_warps)
+    aux_empty = T.alloc_barrier([_ROLES.consumer_warps] * _AUX_BUFFERS)
+    thread = T.get_thread_binding()
+    num_tiles = operands.num_valid[0] // traits.config.block_M * operands.tile_columns
+    scheduler = PersistentScheduler(traits.num_blocks, block, num_tiles)
+    aux = Pipeline(_AUX_BUFFERS, None, aux_empty)
+    shared = _Block(X_s, W_s, pipeline, aux, scheduler, operands.tile_columns, thread)
+    _dispatch_roles(traits, operands, args, store, shared)
+
+
+def _dispatch_roles(traits: _Traits, operands: _Operands, args: _EpilogueArgs, store: Callable, block: _Block) -> None:
+    """Make the first threads consumers and the others producers."""
+    consume = functools.partial(_consume, traits, operands, args, store, block)
+    produce = functools.partial(_produce, traits, operands, args, block)
+    dispatch(block.thread, (_ROLES.consumer_threads, consume), (WARPGROUP, produce))
+
+
+# --- producer --------------------------------------------------------------------------------------------------------
+
+
+@T.macro
+def _produce(traits, operands, args, block):
+    """Keep the pipeline filled, tile after tile."""
+    _ROLES.begin_producer()
+    state = start_state(traits.config.num_stages, PRODUCER_START)
+    pdl.wait()
+    pdl.trigger()
+    for wave in T.serial(block.scheduler.num_waves):
+        by = T.alloc_var("int32", block.tile_row(wave))
+        row_tile = T.alloc_var("int32", block.tile_column(wave, by) * traits.config.block_tiles)
+        expert = T.alloc_var("int32", operands.expert_ids[by])
+        for step in T.serial(operands.steps):
+            stage = state.stage
+            block.pipeline.acquire(stage, state.phase)
+            _load_activations(traits, operands, block, stage, by, step)
+            _load_weights(traits, operands, block, stage, expert, row_tile, step)
+            if step == 0:
+                block.aux.acquire(block.aux.stage(wave), block.aux.empty_phase(wave))
+                if T.shuffle_elect(WARPGROUP):
+                    _load_row_vectors(traits, operands, args, block, stage, expert, row_tile, block.aux.stage(wave))
+                    _load_token_vectors(traits, args, block, stage, by, block.aux.stage(wave))
+            block.pipeline.commit(stage)
+            state.advance()
+
+
+def _load_activations(traits: _Traits, operands: _Operands, block: _Block, stage, by, step) -> None:
+    """Issue the load of one step of the tile's tokens."""
+    x, X_s, block_M, K = operands.activations, block.X_s, traits.config.block_M, traits.tile_format.K
+    rows, columns = slice(by * block_M, (by + 1) * block_M), slice(step * K, (step + 1) * K)
+
+    @T.macro
+    def emit():
+        T.tma_copy(x[rows, columns], X_s[stage, :, :], barrier=block.pipeline.full[stage])
+
+    emit()
+
+
+@T.macro
+def _load_weights(traits, operands, block, stage, expert, row_tile, step):
+    """Issue the loads of one step of the tile's weights. Tiles past the last are loaded too, as the last.
+
+    This is not T.tma_copy, which takes one dimension only where it can prove that it stays inside, and the expert is a number
+    that was loaded.
+    """
+    if T.shuffle_elect(WARPGROUP):
+        T.mbarrier_expect_tx(block.pipeline.full[stage], traits.config.block_tiles * traits.tile_format.tile_words * 4)
+        for i in T.unroll(traits.config.block_tiles):
+            tile = T.min(row_tile + i, operands.row_tiles - 1)
+            T.tma_load(
+                T.address_of(block.W_s[stage, i, 0]), T.address_of(operands.tiles[expert, tile, step, 0]),
+                block.pipeline.full[stage], traits.tile_format.tile_words * 4, 0,
+            )  # fmt: skip
+
+
+@T.macro
+def _load_row_vectors(traits, operands, args, block, stage, expert, row_tile, buffer):
+    """Issue the loads of bias and scale of the tile's rows, by one thread; they complete with the first stage of the tile."""
+    T.mbarrier_expect_tx(block.pipeline.full[stage], traits.config.block_tiles * TILE * 4 * (2 if traits.is_scaled else 1))
+    for i in T.unroll(traits.config.block_tiles):
+        row = T.min(row_tile + i, operands.row_tiles - 1) * TILE
+        bias_s, row_scale_s = T.address_of(args.bias_s[buffer, i * TILE]), T.address_of(args.row_scale_s[buffer, i * TILE])
+        T.tma_load(bias_s, T.address_of(args.tensors.bias[expert, row]), block.pipeline.full[stage], TILE * 4, 0)
+        if traits.is_scaled:
+            T.tma_load(row_scale_s, T.address_of(args.tensors.row_scale[expert, row]), block.pipeline.full[stage], TILE * 4, 0)
+
+
+def _load_token_vectors(traits: _Traits, args: _EpilogueArgs, block: _Block, stage, by, buffer) -> None:
+    """Issue the loads of ids, weights and scale of the tile's tokens, likewise."""
+    tensors, vectors = args.tensors, []
+    if tensors.token_ids is not None:
+        vectors += [(tensors.token_ids, args.token_ids_s), (tensors.token_weights, args.token_weights_s)]
+    if traits.is_scaled:
+        vectors.append((tensors.token_scale, args.token_scale_s))
+    for vector, vector_s in vectors:
+        _load_token_vector(vector, vector_s, block.pipeline.full, stage, by * traits.config.block_M, buffer)
+
+
+@T.macro
+def _load_token_vector(vector, vector_s, full, stage, first, buffer):
+    T.mbarrier_expect_tx(full[stage], vector_s.shape[1] * 4)
+    T.tma_load(T.address_of(vector_s[buffer, 0]), T.address_of(vector[first]), full[stage], vector_s.shape[1] * 4, 0)
+
+
+# --- consumers -------------------------------------------------------------------------------------------------------
+
+
+@T.macro
+def _consume(traits, operands, args, store, block):
+    """Multiply and store the consumer's rows of weights, tile after tile."""
+    _ROLES.begin_consumer()
+    consumer = _alloc_consumer(traits, block)
+    pdl.wait()
+    for wave in T.serial(block.scheduler.num_waves):
+        by = T.alloc_var("int32", block.tile_row(wave))
+        first_tile = consumer.warpgroup * traits.config.consumer_tiles  # of the block's
+        row_tile = T.alloc_var("int32", block.tile_column(wave, by) * traits.config.block_tiles + first_tile)
+        for i in T.unroll(traits.config.consumer_tiles * traits.tile_accumulators):
+            consumer.accumulators[i] = T.float32(0)
+        block.pipeline.wait(consumer.state.stage, consumer.state.phase)
+        _decode_step(traits, block, consumer, 0)
+        # Two steps per iteration, since the registers that a step is decoded to must be constants.
+        for pair in T.serial(T.ceildiv(operands.steps, 2)):
+            _multiply_and_decode(traits, operands, block, consumer, 2 * pair, 0)
+            if 2 * pair + 1 < operands.steps:
+                _multiply_and_decode(traits, operands, block, consumer, 2 * pair + 1, 1)
+        T.wait_wgmma(0)
+        block.pipeline.release(consumer.state.stage, consumer.lane)
+        consumer.state.advance()
+        store(traits, args, consumer, _Tile(by * traits.config.block_M, row_tile, block.aux.stage(wave)))
+        block.aux.release(block.aux.stage(wave), consumer.lane)
+
+
+def _alloc_consumer(traits: _Traits, block: _Block) -> _Consumer:
+    tiles, X_s = traits.config.consumer_tiles, block.X_s
+
+    @T.macro
+    def alloc():
+        A_r = T.alloc_local((2 * tiles * _TILE_REGISTERS,), "uint32")
+        acc = T.alloc_local((tiles * traits.tile_accumulators,), "float32")
+        codes = T.alloc_local((traits.tile_format.lane_words,), "uint32")
+        scales = T.alloc_local((traits.lane_scale_words,), "uint32")
+        descriptor = T.alloc_wgmma_desc()
+        stride = _SWIZZLE_ATOM_BYTES // _DESCRIPTOR_UNIT
+        T.initialize_wgmma_descriptor(descriptor, X_s.access_ptr("r"), _SWIZZLE_128B, 1, stride)
+        return A_r, acc, codes, scales, descriptor
+
+    registers = alloc()
+    state = start_state(traits.config.num_stages, CONSUMER_START)
+    return _Consumer(*registers, state, warpgroup=block.thread // WARPGROUP, thread=block.thread % WARPGROUP)
+
+
+def _multiply_and_decode(traits: _Traits, operands: _Operands, block: _Block, consumer: _Consumer, step, half: int) -> None:
+    """Issue the MMAs of a step, whose weights are decoded in one half of A_r; decode the next step to the other half."""
+    state, pipeline = consumer.state, block.pipeline
+
+    @T.macro
+    def emit():
+        T.warpgroup_arrive()
+        _issue_mmas(traits, consumer, half)
+        T.warpgroup_commit_batch()
+        if step > 0:
+            T.wait_wgmma(1)
+            pipeline.release(state.previous_stage, consumer.lane)
+        if step + 1 < operands.steps:
+            state.advance()
+            pipeline.wait(state.stage, state.phase)
+            _decode_step(traits, block, consumer, 1 - half)
+
+    emit()
+
+
+def _issue_mmas(traits: _Traits, consumer: _Consumer, half: int) -> None:
+    """Issue the MMAs of one step: all tiles of weights of the consumer by all tokens of the tile."""
+    tile_format, tiles, block_M = traits.tile_format, traits.config.consumer_tiles, traits.config.block_M
+    A_r, accumulators, descriptor = consumer.A_r, consumer.accumulators, consumer.descriptor
+    shape = f"m64n{block_M}k{tile_format.K // _MMAS_PER_STEP}"
+
+    @T.macro
+    def emit():
+        # All threads have the same stage; from a shuffle the compiler sees it, and keeps descriptors in uniform registers.
+        stage = T.alloc_var("int32", T.call_pure_extern("int32", "__shfl_sync", T.uint32(0xFFFFFFFF), consumer.state.stage, 0))
+        for k in T.unroll(_MMAS_PER_STEP):
+            for m in T.unroll(tiles):
+                T.ptx_wgmma_rs(
+                    "float32", shape, True, tile_format.ptx, tile_format.ptx, "fp32",
+                    A_r.data, (half * tiles + m) * _TILE_REGISTERS + 4 * k,
+                    descriptor.data, (stage * block_M * _ROW_BYTES + k * 32) // _DESCRIPTOR_UNIT,
+                    accumulators.data, m * traits.tile_accumulators, T.bool(True), 1, 1,
+                )  # fmt: skip
+
+    emit()
+
+
+def _decode_step(traits: _Traits, block: _Block, consumer: _Consumer, half: int) -> None:
+    """Decode the weights of the consumer's stage to one half of A_r."""
+    for m in range(traits.config.consumer_tiles):
+        _decode_tile(traits, block, consumer, m, (half * traits.config.consumer_tiles + m) * _TILE_REGISTERS)
+
+
+def _decode_tile(traits: _Traits, block: _Block, consumer: _Consumer, m: int, begin: int) -> None:
+    """Decode the lane's part of the consumer's tile m to A_r[begin:]."""
+    W_s, codes, scales, A_r, stage = block.W_s, consumer.codes, consumer.scales, consumer.A_r, consumer.state.stage
+    lane_words, scale_words, warp, lane = traits.tile_format.lane_words, traits.lane_scale_words, consumer.warp, consumer.lane
+    tile = consumer.warpgroup * traits.config.consumer_tiles + m
+
+    @T.macro
+    def emit():
+        for part in T.unroll(lane_words // 4):
+            for v in T.vectorized(4):
+                codes[part * 4 + v] = W_s[stage, tile, ((warp * (lane_words // 4) + part) * 32 + lane) * 4 + v]
+        for v in T.vectorized(scale_words):
+            scales[v] = W_s[stage, tile, 128 * lane_words + (warp * 8 + lane // 4) * scale_words + v]
+        decode(traits.tile_format, codes, scales, A_r, begin)
+
+    emit()
+
+
+# --- epilogue of a consumer ------------------------------------------------------------------------------------------
+
+
+@T.macro
+def _consumer_sync(warpgroup):
+    """Wait for the other threads of a consumer, by a named barrier of its own, whose number must be a constant."""
+    if warpgroup == 0:
+        warpgroup_sync(0)
+    else:
+        warpgroup_sync(1)
+
+
+def _sigmoid(x):
+    """Return a sigmoid without the branches of an exact division, across which nothing is moved; bfloat16 keeps less."""
+    exponential = T.call_pure_extern("float32", "__expf", -x)
+    return T.call_pure_extern("float32", "__fdividef", T.float32(1), T.float32(1) + exponential)
+
+
+def _load_row_args(traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile, m: int) -> None:
+    """Load what the epilogue needs of rows g and g + 8 of the consumer's tile m."""
+    row_in_tile = consumer.warp * 16 + consumer.lane // 4
+    first = (consumer.warpgroup * traits.config.consumer_tiles + m) * TILE + row_in_tile
+    bias_s, scale_s, buffer = args.bias_s, args.row_scale_s, tile.buffer
+
+    @T.macro
+    def emit():
+        for v in T.unroll(2):
+            args.row_bias_r[v] = bias_s[buffer, first + v * 8]
+            args.row_scale_r[v] = scale_s[buffer, first + v * 8] if traits.is_scaled else T.float32(1)
+
+    emit()
+
+
+def _load_token_args(traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile, first) -> None:
+    """Load what the epilogue needs of tokens 8 n + 2 t and the next, for the ready groups n from token `first` on."""
+    if args.token_weights_s is not None:
+        _load_tokens(traits, args.token_weights_s, args.token_weights_r, consumer, tile, first)
+    if traits.is_scaled:
+        _load_tokens(traits, args.token_scale_s, args.token_scale_r, consumer, tile, first)
+
+
+def _load_tokens(traits: _Traits, vector_s, vector_r, consumer: _Consumer, tile: _Tile, first) -> None:
+    t = consumer.lane % 4
+
+    @T.macro
+    def emit():
+        for n in T.unroll(traits.config.ready_groups):
+            for i in T.vectorized(2):
+                vector_r[n * 2 + i] = vector_s[tile.buffer, first + n * 8 + t * 2 + i]
+
+    emit()
+
+
+def _scale_and_add_bias(args: _EpilogueArgs, accumulator, token_scale, v):
+    """Return an accumulator of row g + 8 v, scaled and with its bias."""
+    return accumulator * (token_scale * args.row_scale_r[v]) + args.row_bias_r[v]
+
+
+def _store_subtile(traits: _Traits, consumer: _Consumer, columns: int, token, row_tile, store_piece: Callable) -> None:
+    """Store the subtile that the consumer has in shared memory, which it may write again afterwards.
+
+    `store_piece(token, row_tile, row, column)` stores eight columns of a row; the subtile begins at `token` and `row_tile`.
+    """
+    rows, pieces = traits.config.subtile_M, columns // 8
+
+    @T.macro
+    def emit(token, row_tile):
+        _consumer_sync(consumer.warpgroup)
+        for turn in T.serial(-(-rows * pieces // WARPGROUP)):
+            piece = turn * WARPGROUP + consumer.thread
+            row, column = piece // pieces, piece % pieces * 8
+            if row < rows:
+                store_piece(token, row_tile, row, column)
+        _consumer_sync(consumer.warpgroup)
+
+    emit(token, row_tile)
+
+
+def _store_hidden(activation, traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile) -> None:
+    """The epilogue of `gate_up`: activate the consumer's tiles and store hidden rows, one subtile after the other."""
+    config = traits.config
+    for first in range(0, config.consumer_tiles, config.subtile_tiles):
+        for token in range(0, config.block_M, config.subtile_M):
+            for m in range(first, first + config.subtile_tiles):
+                _activate(activation, traits, args, consumer, tile, m, token)
+            _store_hidden_subtile(traits, args, consumer, tile, first, token)
+
+
+def _activate(activation, traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile, m: int, token: int) -> None:
+    """Write the features of the consumer's tile m to its subtile in shared memory, for tokens from `token` of the tile on."""
+    ready, warpgroup = traits.config.ready_groups, consumer.warpgroup
+    g, t = consumer.lane // 4, consumer.lane % 4
+    feature = m % traits.config.subtile_tiles * _FEATURES + consumer.warp * 8 + g
+
+    @T.macro
+    def emit():
+        _load_row_args(traits, args, consumer, tile, m)
+        for group in T.unroll(traits.config.subtile_M // 8 // ready):
+            _load_token_args(traits, args, consumer, tile, token + group * ready * 8)
+            for n in T.unroll(ready):
+                for i in T.unroll(2):
+                    at = m * traits.tile_accumulators + (token // 8 + group * ready + n) * 4 + i
+                    scale = args.token_scale_r[n * 2 + i] if traits.is_scaled else T.float32(1)
+                    gate = _scale_and_add_bias(args, consumer.accumulators[at], scale, 0)
+                    up = _scale_and_add_bias(args, consumer.accumulators[at + 2], scale, 1)
+                    args.values_r[n * 2 + i] = activation(gate, up, _sigmoid)
+            for n in T.unroll(ready):
+                for i in T.unroll(2):
+                    row = (group * ready + n) * 8 + t * 2 + i
+                    args.out_s[warpgroup, row, feature] = T.cast(args.values_r[n * 2 + i], "bfloat16")
+
+    emit()
+
+
+def _store_hidden_subtile(
+    traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile, first: int, token: int
+) -> None:
+    """Store a subtile of hidden: features of tiles from `first` on, tokens from `token` of the tile on."""
+    I, hidden, out_s = args.tensors.columns, args.tensors.out, args.out_s
+    columns = traits.config.subtile_tiles * _FEATURES
+
+    @T.macro
+    def store_piece(first_token, row_tile, row, column):
+        if row_tile * _FEATURES + column < I:
+            for v in T.vectorized(8):
+                hidden[first_token + token + row, row_tile * _FEATURES + column + v] = out_s[
+                    consumer.warpgroup, row, column + v
+                ]
+
+    _store_subtile(traits, consumer, columns, tile.token, tile.row_tile + first, store_piece)
+
+
+def _store_slots(epilogue: str, traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile) -> None:
+    """The epilogue of `down`: weight the results and store or add them, one subtile after the other."""
+    config = traits.config
+    for m in range(config.consumer_tiles):
+        for token in range(0, config.block_M, config.subtile_M):
+            _weight(epilogue, traits, args, consumer, tile, m, token)
+            if epilogue == "reduce":
+                _store_slots_subtile(traits, args, consumer, tile, m, token)
+    if epilogue == "atomic":
+        _consumer_sync(consumer.warpgroup)  # as _store_subtile does last: then the buffer of the epilogue is released
+
+
+def _weight(epilogue: str, traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile, m: int, token: int) -> None:
+    """Store or add the weighted results of the consumer's tile m for tokens from `token` of the tile on."""
+    ready, t = traits.config.ready_groups, consumer.lane % 4
+
+    @T.macro
+    def emit():
+        _load_row_args(traits, args, consumer, tile, m)
+        for group in T.unroll(traits.config.subtile_M // 8 // ready):
+            _load_token_args(traits, args, consumer, tile, token + group * ready * 8)
+            for n in T.unroll(ready):
+                for i in T.unroll(2):
+                    scale = args.token_scale_r[n * 2 + i] if traits.is_scaled else T.float32(1)
+                    for v in T.unroll(2):
+                        at = m * traits.tile_accumulators + (token // 8 + group * ready + n) * 4 + v * 2 + i
+                        result = _scale_and_add_bias(args, consumer.accumulators[at], scale, v)
+                        args.values_r[(n * 2 + i) * 2 + v] = result * args.token_weights_r[n * 2 + i]
+            for n in T.unroll(ready):
+                for i in T.unroll(2):
+                    row = (group * ready + n) * 8 + t * 2 + i
+                    _store_or_add_pair(epilogue, args, consumer, tile, m, token, row, n * 2 + i)
+
+    emit()
+
+
+def _store_or_add_pair(epilogue: str, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile, m: int, token: int, row, pair):
+    """Emit the store of two neighbouring columns of a row to the consumer's subtile, or their addition to y.
+
+    The row is counted in the subtile, which begins at `token` of the tile; the values are pair `pair` of values_r.
+    """
+    H, tokens, y, add_pair = args.tensors.columns, args.tensors.tokens, args.tensors.out, store_pair("atomic")
+
+    @T.macro
+    def emit(row_tile, row, column, pair):
+        if epilogue == "reduce":
+            for v in T.vectorized(2):
+                args.out_s[consumer.warpgroup, row, column + v] = T.cast(args.values_r[pair * 2 + v], "bfloat16")
+        else:
+            id = args.token_ids_s[tile.buffer, token + row] & TOKEN_MASK
+            if id < tokens and row_tile * TILE + column < H:
+                add_pair(y, id, 0, row_tile * TILE + column, args.values_r, pair)
+
+    emit(tile.row_tile + m, row, consumer.warp * 16 + 2 * (consumer.lane // 4), pair)
+
+
+def _store_slots_subtile(traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile, m: int, token: int) -> None:
+    """Store a subtile of y: the rows of the consumer's tile m, tokens from `token` of the tile on, each to its slot."""
+    H, tokens, y, out_s = args.tensors.columns, args.tensors.tokens, args.tensors.out, args.out_s
+
+    @T.macro
+    def store_piece(first_token, row_tile, row, column):
+        id = T.alloc_var("int32", args.token_ids_s[tile.buffer, token + row])
+        if (id & TOKEN_MASK) < tokens and row_tile * TILE + column < H:
+            for v in T.vectorized(8):
+                y[id & TOKEN_MASK, id >> TOKEN_BITS, row_tile * TILE + column + v] = out_s[consumer.warpgroup, row, column + v]
+
+    _store_subtile(traits, consumer, TILE, tile.token, tile.row_tile + m, store_piece)
+
+
+# --- host ------------------------------------------------------------------------------------------------------------
 
 
 def takes(problem: Problem) -> bool:
@@ -614,13 +847,13 @@ def takes(problem: Problem) -> bool:
 
 def compile_kernels(problem: Problem, device) -> Callable:
     """Return run(x, routing, w13, w2, y), see `problem`."""
-    config, operand, num_blocks = pick_config(problem), TILE_FORMATS[problem.a_format], problem.num_sms
+    config, tile_format, num_blocks = pick_config(problem), TILE_FORMATS[problem.a_format], problem.num_sms
     H, I = problem.hidden_size, problem.intermediate_size
     scatter = sm90_scatter.compile_scatter(problem, device)
     config13, config2 = fitted(config, problem, 2 * I), fitted(config, problem, H)
-    first = device.compile(gate_up, config13, num_blocks, problem.activation, operand, pass_configs=PASS_CONFIGS)
+    first = device.compile(gate_up, config13, num_blocks, problem.activation, tile_format, pass_configs=PASS_CONFIGS)
     requantize = sm90_scatter.compile_requantize(problem, device)
-    second = device.compile(down, config2, num_blocks, problem.epilogue, operand, pass_configs=PASS_CONFIGS)
+    second = device.compile(down, config2, num_blocks, problem.epilogue, tile_format, pass_configs=PASS_CONFIGS)
 
     def run(x, routing, w13, w2, y) -> None:
         token_ids, weights, expert_ids, num_valid, _ = routing

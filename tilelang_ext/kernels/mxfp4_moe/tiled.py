@@ -27,11 +27,10 @@ from tilelang_ext.kernels.mxfp4_moe.formats import (
     tile_dtype,
 )
 from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, Problem
-from tilelang_ext.kernels.mxfp4_moe.routing import TOKEN_BITS
+from tilelang_ext.kernels.mxfp4_moe.routing import TOKEN_BITS, TOKEN_MASK
 
 PARTIAL_DTYPE, USES_PDL = "float32", False
 _GROUP_BYTES = MX_GROUP // CODES_PER_BYTE  # bytes of codes that share a scale
-_TOKEN = (1 << TOKEN_BITS) - 1  # of a sorted token id
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def gate_up(config: Config, activation: Activation, a_format: str):
             if by * block_M < sorted_rows.num_valid[0]:
                 expert = T.alloc_var("int32", sorted_rows.expert_ids[by])
                 for i in T.Parallel(block_M):
-                    token_s[i] = sorted_rows.token_ids[by * block_M + i] & _TOKEN
+                    token_s[i] = sorted_rows.token_ids[by * block_M + i] & TOKEN_MASK
                 T.clear(gate_f)
                 T.clear(up_f)
                 x_rows, gate_rows = _gathered(token_s), _of_expert(expert, bx * block_N)
@@ -250,7 +249,7 @@ def down(config: Config, a_format: str, epilogue: str):
                     T.gemm(A_s, W_s, C_f, transpose_B=True)
                 for i, j in T.Parallel(block_M, block_N):
                     row, column = by * block_M + i, bx * block_N + j
-                    token = T.alloc_var("int32", sorted_rows.token_ids[row] & _TOKEN)
+                    token = T.alloc_var("int32", sorted_rows.token_ids[row] & TOKEN_MASK)
                     slot = T.alloc_var("int32", sorted_rows.token_ids[row] >> TOKEN_BITS)
                     if token < tokens and column < H:
                         store(y, token, slot, column, sorted_rows.weights[row] * (C_f[i, j] + w2.bias[expert, column]))
