@@ -39,16 +39,17 @@ def test_the_host_of_a_target_stays():
 def test_the_key_follows_the_files(tmp_path):
     folder = tmp_path / "backend"
     folder.mkdir()
-    for name in ("formats.py", "marks.py", "program.py", "registration.py", "backend/pipeline.py"):
+    (tmp_path / "passes").mkdir()
+    for name in ("formats.py", "marks.py", "program.py", "registration.py", "passes/all.py", "backend/pipeline.py"):
         (tmp_path / name).write_text("")
     registration.lowering_key.cache_clear()
     keys = [registration.lowering_key(folder)]
-    for path in (folder / "pipeline.py", folder / "types.h", tmp_path / "marks.py"):
+    for path in (folder / "pipeline.py", folder / "types.h", tmp_path / "marks.py", tmp_path / "passes" / "all.py"):
         path.write_text("changed")
         registration.lowering_key.cache_clear()
         keys.append(registration.lowering_key(folder))
     keys.append(registration.lowering_key(folder, "another library"))
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 6
 
 
 @pytest.mark.parametrize("table", [None, {}])

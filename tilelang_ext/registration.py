@@ -18,7 +18,7 @@ from tvm import IRModule
 from tvm.target import Target
 
 KEY_PREFIX = "tilelang_ext-"
-_SHARED_MODULES = ("formats.py", "marks.py", "program.py", "registration.py")  # what any backend may import
+_SHARED_FILES = ("formats.py", "marks.py", "passes/*.py", "program.py", "registration.py")  # what any backend may import
 
 
 @functools.cache
@@ -29,8 +29,9 @@ def lowering_key(folder: Path, digest: str = "") -> str:
     another version of ours.
     """
     key = hashlib.sha256(digest.encode())
-    sources = [path for path in folder.iterdir() if path.suffix in (".py", ".h")]
-    for path in (*sorted(sources), *(folder.parent / name for name in _SHARED_MODULES)):
+    own = [path for path in folder.iterdir() if path.suffix in (".py", ".h")]
+    shared = [path for pattern in _SHARED_FILES for path in folder.parent.glob(pattern)]
+    for path in (*sorted(own), *sorted(shared)):
         key.update(path.read_bytes())
     return f"{KEY_PREFIX}{key.hexdigest()[:12]}"
 
