@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -86,24 +87,32 @@ def launch(problem: Problem, operands: Operands, out: Tensor, *, compiled: Calla
 
     A caller with another way to run a prim_func passes a function in place of `compiled`.
     """
+    _compile(problem, Device(operands.x.device, compiled))(operands, out)
+
+
+@functools.lru_cache(maxsize=1024)  # of problems, which differ in tokens; the kernels are fewer, and kept by `compiled`
+def _compile(problem: Problem, device: Device) -> Callable:
+    """Return run(operands, out), which launches the kernels for a problem."""
     _check_tilelang(problem)
-    x, topk_ids, topk_weights, w13, w2, expert_mask = operands
-    device = Device(x.device, compiled)
     implementation = next(file for file in IMPLEMENTATIONS if file.takes(problem))
     sort = _compile_sort(problem, implementation, device)
     gemms = implementation.compile_kernels(problem, device)
     combine = _compile_combine(problem, implementation, device)
 
-    mask = _every_expert(problem.num_experts, x.device) if expert_mask is None else expert_mask.int()
-    # These copies come before the sort, since kernels launched after it may read x before the one before them has ended.
-    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous()
-    routing = sort(topk_ids, topk_weights, mask)
-    if problem.epilogue == "atomic":
-        y = torch.zeros(out.shape, device=x.device)
-    else:
-        y = device.empty(problem.tokens, problem.top_k, problem.hidden_size, dtype=implementation.PARTIAL_DTYPE)
-    gemms(x, routing, w13, w2, y)
-    combine(y, routing, out)
+    def run(operands: Operands, out: Tensor) -> None:
+        x, topk_ids, topk_weights, w13, w2, expert_mask = operands
+        mask = _every_expert(problem.num_experts, x.device) if expert_mask is None else expert_mask.int()
+        # These copies come before the sort, since kernels launched after it may read x before the one before them has ended.
+        x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous()
+        routing = sort(topk_ids, topk_weights, mask)
+        if problem.epilogue == "atomic":
+            y = torch.zeros(out.shape, device=x.device)
+        else:
+            y = device.empty(problem.tokens, problem.top_k, problem.hidden_size, dtype=implementation.PARTIAL_DTYPE)
+        gemms(x, routing, w13, w2, y)
+        combine(y, routing, out)
+
+    return run
 
 
 def _compile_sort(problem: Problem, implementation, device: Device) -> Callable:
@@ -173,5 +182,6 @@ def _every_expert(num_experts: int, device: torch.device) -> Tensor:
     return _MASKS[key]
 
 
+@functools.cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
