@@ -22,6 +22,7 @@ from tilelang_ext.metal.parameter_order import order_parameters
 from tilelang_ext.metal.staged_reads import StageReads
 from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
 from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
+from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 
@@ -73,6 +74,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     LayoutVisual(mod)
     mod = transform.LowerTileOp()(mod)
     mod = transform.VerifyReducerConsumed()(mod)
+    mod = MoveGuardsOfCasts(mod)
     mod = transform.DecoupleTypeCast()(mod)
     mod = transform.LegalizeVectorizedLoop()(mod)
     mod = transform.LegalizeSafeMemoryAccess()(mod)

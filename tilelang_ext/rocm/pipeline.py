@@ -1,12 +1,23 @@
-"""The pass list of target `hip`: MMAs with scales, then tilelang's list, then fixes of what its generator gets wrong."""
+"""The pass list of target `hip`: upstream's, with scales, and with repairs of what its passes and its generator get wrong."""
 
 from __future__ import annotations
 
-from tilelang.rocm.pipeline import ROCMPassPipelineBody
-from tvm import IRModule
+import inspect
+
+import tilelang
+from tilelang.backend.pass_pipeline.pipeline_utils import (
+    LayoutVisual,
+    allow_vectorize,
+    should_disable_shared_memory_reuse,
+    should_enable_aggressive_merge,
+    should_enable_race_check,
+    should_force_let_inline,
+)
+from tvm import IRModule, s_tir, tirx
 from tvm.target import Target
 
 from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
+from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.rocm.all_reduce import count_from, define_all_reduce, with_participants
@@ -15,13 +26,92 @@ from tilelang_ext.rocm.block_scaled import lower_block_scaled
 from tilelang_ext.rocm.spelling import SpellEightBits
 
 
+def _materialize_kernel_launch():
+    materialize = tilelang.transform.MaterializeKernelLaunch
+    if "lower_grid_binding" not in inspect.signature(materialize).parameters:  # 0.1.14
+        return materialize()
+    return materialize(
+        lower_grid_binding=True,
+        lower_thread_binding=True,
+        default_threads=128,
+        unsupported_annotations=["cluster_dims"],
+    )
+
+
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
+    transform = tilelang.transform
+    config = transform.get_pass_context()
     mod = lower_block_scaled(mod, target)
-    mod = ROCMPassPipelineBody(mod, target)
+    mod = tirx.transform.BindTarget(target)(mod)
+    mod = _materialize_kernel_launch()(mod)
+    if should_force_let_inline():
+        mod = transform.LetInline()(mod)
+    mod = transform.AddWrapperForSingleBufStore()(mod)
+    mod = transform.LegalizeNegativeIndex()(mod)
+    if should_enable_race_check():
+        mod = transform.VerifyParallelLoop()(mod)
+    mod = transform.InjectAssumes()(mod)
+    mod = transform.Simplify()(mod)
+    mod = transform.CanonicalizeLegacyReducer()(mod)
+    mod = transform.VerifyReducerEpoch()(mod)
+    mod = transform.VerifyBufferInit()(mod)
+    mod = transform.IfStmtBinding()(mod)
+    mod = transform.PipelinePlanning()(mod)
+    mod = transform.InjectSoftwarePipeline()(mod)
+    mod = transform.Simplify()(mod)
+
+    # Tile operations become loops over threads; T.gemm through tilelang_ext.rocm.gemm.
+    mod = transform.LayoutInference()(mod)
+    mod = transform.ReducerPlanAndMaterialize()(mod)
+    LayoutVisual(mod)
+    mod = transform.LowerTileOp()(mod)
+    mod = transform.VerifyReducerConsumed()(mod)
+    mod = MoveGuardsOfCasts(mod)
+    mod = transform.DecoupleTypeCast()(mod)
+    mod = transform.LegalizeVectorizedLoop()(mod)
+    mod = transform.LegalizeSafeMemoryAccess()(mod)
+    mod = transform.LowerAccessPtr()(mod)
+    mod = transform.Simplify()(mod)
+    mod = transform.HoistNonRestrictParams()(mod)
+
+    mod = transform.PlanAndUpdateBufferAllocationLocation()(mod)
+    mod = transform.HoistGlobalBufferAllocations()(mod)
+    mod = transform.LowerOpaqueBlock()(mod)
+    mod = transform.Simplify()(mod)
+    mod = tirx.transform.NarrowDataType(32)(mod)
+    mod = transform.FlattenBuffer()(mod)
+    mod = transform.ConfigIndexBitwidth()(mod)
+    mod = tirx.transform.Simplify()(mod)
+    mod = transform.VectorizeLoop(enable_vectorize=allow_vectorize(pass_ctx=config))(mod)
+    mod = transform.StorageRewrite()(mod)
+    mod = transform.LoopUnswitching()(mod)
+    mod = transform.UnrollLoop()(mod)
+    mod = s_tir.transform.RenormalizeSplitPattern()(mod)
+    mod = tirx.transform.Simplify()(mod)
+    mod = tirx.transform.RemoveNoOp()(mod)
+    mod = s_tir.transform.HoistIfThenElse()(mod)
+    mod = tirx.transform.VerifyMemory()(mod)
+    mod = tirx.transform.AnnotateEntryFunc()(mod)
+    mod = s_tir.transform.InferFragment()(mod)
+    mod = transform.LowerThreadAllreduce()(mod)
+
+    mod = transform.AnnotateDeviceRegions()(mod)
+    mod = transform.SplitHostDevice()(mod)
+    mod = transform.AnnotateReadOnlyParams()(mod)
+    mod = transform.MergeSharedMemoryAllocations(
+        enable_aggressive_merge=should_enable_aggressive_merge(pass_ctx=config, target=target),
+        disable_reuse=should_disable_shared_memory_reuse(pass_ctx=config),
+    )(mod)
+    mod = transform.ThreadSync("shared")(mod)
+    mod = transform.ThreadSync("shared.dyn")(mod)
     mod = CountFromFirstThread(mod, count_from)
     mod = PlaceMissingBarriers(mod)
     mod = PartDivergentBarriers(mod, with_participants)
     mod = define_all_reduce(mod)
+    mod = transform.MergeIfStmt()(mod)
+    mod = transform.MakePackedAPI()(mod)
+    mod = transform.Simplify()(mod)
+    mod = transform.LowerDeviceKernelLaunch()(mod)
     mod = CopyWords(mod)
     return SpellEightBits(mod)

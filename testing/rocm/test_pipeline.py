@@ -1,0 +1,19 @@
+"""Our pass list is upstream's, in its order, with passes of ours between."""
+
+import inspect
+import re
+
+from tilelang.rocm.pipeline import ROCMPassPipelineBody
+
+from tilelang_ext.rocm import pipeline
+
+
+def passes(function) -> list[str]:
+    return re.findall(r"transform\.([A-Z]\w+)", inspect.getsource(function))
+
+
+def test_the_list_is_upstreams():
+    materialize, *ours = passes(pipeline._materialize_kernel_launch) + passes(pipeline.lower)
+    theirs = passes(ROCMPassPipelineBody)
+    assert materialize in theirs
+    assert ours == [name for name in theirs if name != materialize]
