@@ -464,28 +464,21 @@ DLDevice Variant::Check(const Argument* arguments, int64_t* facts) const {
   return arguments[first->argument].tensor.device;
 }
 
-int64_t Variant::WorkspaceBytes(const int64_t* facts) const {
-  int64_t total = 0;
-  for (const Expression& bytes : workspace_) {
-    total += (std::max<int64_t>(bytes(facts), 0) + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-  }
-  return total;
-}
-
-void Variant::Place(const Argument* arguments, const int64_t* facts, uint64_t workspace, uint64_t* addresses) const {
+int64_t Variant::Place(const Argument* arguments, const int64_t* facts, uint64_t* addresses) const {
   for (size_t i = 0; i < names_.size(); ++i) {
     const DLTensor& tensor = arguments[i].tensor;
     const bool is_tensor = names_[i].type == ArgumentType::kTensor && arguments[i].present;
     *addresses++ = is_tensor ? reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset : 0;
   }
+  int64_t end = 0;
   for (const Expression& bytes : workspace_) {
-    *addresses++ = workspace;
-    workspace +=
-        (std::max<int64_t>(bytes(facts), 0) + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+    *addresses++ = end;
+    end += (std::max<int64_t>(bytes(facts), 0) + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   }
   for (const Tensor& constant : constants_) {
     *addresses++ = reinterpret_cast<uint64_t>(constant.data_ptr()) + constant.byte_offset();
   }
+  return end;
 }
 
 // --- plans ---
@@ -506,6 +499,7 @@ Plan::Plan(std::shared_ptr<Shared> shared, const Recipe& recipe)
   key_table_ = FactTable(std::move(texts));
   for (const Any& any : ArrayOf(recipe, "key")) key_.emplace_back(any, &key_table_);
   CheckLimit(key_.size(), kMaxKey, "expressions in its key", name_);
+  size_ = Expression(recipe.at("size"), &key_table_);
   CheckLimit(key_table_.size(), kMaxFacts, "facts in its key", name_);
   tables_.push_back(std::make_unique<const Table>());
   table_.store(tables_.back().get());
@@ -526,35 +520,46 @@ void Plan::Add(const Recipe& recipe, const Array<Bytes>& cubins, const Array<Ten
                         << values.size() << "; see the plan's key";
   }
   for (size_t i = 0; i < values.size(); ++i) key[i] = values[i].cast<int64_t>();
+  const auto sizes = recipe.at("sizes").cast<Array<int64_t>>();
   std::lock_guard<std::mutex> lock(mutex_);
   auto table = std::make_unique<Table>(*tables_.back());
-  (*table)[key] = variant.get();
+  std::vector<OfSizes>& served = (*table)[key];
+  const OfSizes added{sizes[0], sizes[1], variant.get()};
+  const auto is_replaced = [&](const OfSizes& other) { return added.first <= other.first && other.last <= added.last; };
+  served.erase(std::remove_if(served.begin(), served.end(), is_replaced), served.end());
+  served.insert(served.begin(), added);
   variants_.push_back(std::move(variant));
   tables_.push_back(std::move(table));
   table_.store(tables_.back().get(), std::memory_order_release);
 }
 
-void Plan::ReadKey(const Argument* arguments, Key* key) const {
+int64_t Plan::ReadKey(const Argument* arguments, Key* key) const {
   int64_t facts[kMaxFacts];
   key_table_.Read(arguments, facts);
   for (size_t i = 0; i < key_.size(); ++i) (*key)[i] = key_[i](facts);
+  return size_(facts);
 }
 
 Variant* Plan::Find(const Argument* arguments) const {
   const Table& table = *table_.load(std::memory_order_acquire);
-  if (key_.empty()) return table.empty() ? nullptr : table.begin()->second;
   Key key{};
-  ReadKey(arguments, &key);
-  const auto found = table.find(key);
-  return found == table.end() ? nullptr : found->second;
+  const int64_t size = ReadKey(arguments, &key);
+  const auto found = key_.empty() ? table.begin() : table.find(key);
+  if (found == table.end()) return nullptr;
+  for (const OfSizes& served : found->second) {
+    if (served.first <= size && size <= served.last) return served.variant;
+  }
+  return nullptr;
 }
 
 Array<int64_t> Plan::KeyOf(int64_t tuple) const {
   Argument arguments[kMaxArguments];
   shared_->python.Read(reinterpret_cast<void*>(tuple), names_, name_, arguments, nullptr);
   Key key{};
-  ReadKey(arguments, &key);
-  return Array<int64_t>(key.begin(), key.begin() + key_.size());
+  const int64_t size = ReadKey(arguments, &key);
+  Array<int64_t> values(key.begin(), key.begin() + key_.size());
+  values.push_back(size);
+  return values;
 }
 
 const Device& Plan::DeviceOf(const Variant& variant, const DLDevice& device) {
@@ -584,15 +589,15 @@ bool Plan::Call(int64_t tuple) {
 void Plan::Launch(Variant* variant, const Argument* arguments) {
   int64_t facts[kMaxFacts];
   const DLDevice device = variant->Check(arguments, facts);
+  uint64_t addresses[kMaxBuffers];
+  const int64_t bytes = variant->Place(arguments, facts, addresses);
   const ReleaseLock release(shared_->python);
   Driver& driver = shared_->driver;
   const Device& opened = DeviceOf(*variant, device);
   const Stream stream = shared_->python.CurrentStream(device, name_);
   const ContextGuard guard(driver, opened.context, name_);
-  const Workspace workspace(&shared_->workspaces, driver, shared_->python, device, stream,
-                            variant->WorkspaceBytes(facts), name_);
-  uint64_t addresses[kMaxBuffers];
-  variant->Place(arguments, facts, workspace.address(), addresses);
+  const Workspace workspace(&shared_->workspaces, driver, shared_->python, device, stream, bytes, name_);
+  variant->MoveWorkspace(workspace.address(), addresses);
   for (const std::unique_ptr<Step>& step : variant->steps()) {
     Resolved resolved;
     step->Resolve(&driver, device.device_id, addresses, facts, name_, &resolved);
@@ -612,7 +617,7 @@ class Bound {
     }
     device_ = variant_->Check(arguments_.data(), facts_);
     context_ = plan_->DeviceOf(*variant_, device_).context;
-    workspace_bytes_ = variant_->WorkspaceBytes(facts_);
+    workspace_bytes_ = variant_->Place(arguments_.data(), facts_, addresses_);
     resolved_ = std::vector<Resolved>(variant_->steps().size());
     const ContextGuard guard(driver(), context_, plan_->name_);
     if (workspace_bytes_ == 0) Resolve(0);
@@ -633,10 +638,9 @@ class Bound {
   Driver& driver() { return plan_->shared_->driver; }
 
   void Resolve(uint64_t workspace) {
-    uint64_t addresses[kMaxBuffers];
-    variant_->Place(arguments_.data(), facts_, workspace, addresses);
+    variant_->MoveWorkspace(workspace - workspace_, addresses_);
     for (size_t i = 0; i < resolved_.size(); ++i) {
-      variant_->steps()[i]->Resolve(&driver(), device_.device_id, addresses, facts_, plan_->name_, &resolved_[i]);
+      variant_->steps()[i]->Resolve(&driver(), device_.device_id, addresses_, facts_, plan_->name_, &resolved_[i]);
     }
     workspace_ = workspace;
   }
@@ -655,8 +659,9 @@ class Bound {
   Context context_;
   int64_t facts_[kMaxFacts];
   int64_t workspace_bytes_;
+  uint64_t addresses_[kMaxBuffers];
   std::mutex mutex_;        // of a call with workspace
-  uint64_t workspace_ = 0;  // that resolved_ is for
+  uint64_t workspace_ = 0;  // that addresses_ and resolved_ are for
   std::vector<Resolved> resolved_;
 };
 

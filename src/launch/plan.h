@@ -2,10 +2,10 @@
  * \file plan.h
  * \brief A plan: an operator bound to all that does not change from call to call.
  *
- * A plan has a key, expressions over its arguments, and a variant for each value of the key that was compiled. A
- * variant has rules that its arguments must keep, workspace, and steps: launches of kernels and fills of memory. A call
- * reads the arguments, finds the variant, checks its rules, computes the parameters of every kernel, and enqueues them
- * on the current stream.
+ * A plan has a key, expressions over its arguments, and a size, one more. A variant serves one value of the key and a
+ * range of sizes. It has rules that its arguments must keep, workspace, and steps: launches of kernels and fills of
+ * memory. A call reads the arguments, finds the variant, checks its rules, computes the parameters of every kernel, and
+ * enqueues them on the current stream.
  */
 #ifndef TILELANG_EXT_LAUNCH_PLAN_H_
 #define TILELANG_EXT_LAUNCH_PLAN_H_
@@ -156,9 +156,15 @@ class Variant {
 
   /*! \brief Read the facts of the arguments and check them. Returns the arguments' device. */
   DLDevice Check(const Argument* arguments, int64_t* facts) const;
-  int64_t WorkspaceBytes(const int64_t* facts) const;
-  /*! \brief Addresses of all buffers, in the order of the recipe: arguments, workspace, constants. */
-  void Place(const Argument* arguments, const int64_t* facts, uint64_t workspace, uint64_t* addresses) const;
+  /*!
+   * \brief Write the addresses of all buffers in the order of the recipe, arguments, workspace, constants: those of the
+   * workspace as offsets from its beginning. Returns the bytes of workspace.
+   */
+  int64_t Place(const Argument* arguments, const int64_t* facts, uint64_t* addresses) const;
+  /*! \brief Add the beginning of the workspace to the addresses of its slots. */
+  void MoveWorkspace(uint64_t by, uint64_t* addresses) const {
+    for (size_t i = 0; i < workspace_.size(); ++i) addresses[names_.size() + i] += by;
+  }
   const std::vector<std::unique_ptr<Step>>& steps() const { return steps_; }
   int sm() const { return sm_; }
   bool arch_specific() const { return arch_specific_; }
@@ -196,7 +202,7 @@ class Plan : public std::enable_shared_from_this<Plan> {
  public:
   Plan(std::shared_ptr<Shared> shared, const Recipe& recipe);
 
-  /*! \brief Add a variant, in place of one of the same key. */
+  /*! \brief Add a variant, in place of those of its key and range. */
   void Add(const Recipe& recipe, const tvm::ffi::Array<tvm::ffi::Bytes>& cubins,
            const tvm::ffi::Array<tvm::ffi::Tensor>& constants);
   /*! \brief Launch the variant of the arguments in a tuple of Python's; false if there is none. Needs Python's lock. */
@@ -211,10 +217,14 @@ class Plan : public std::enable_shared_from_this<Plan> {
   struct Hash {
     size_t operator()(const Key& key) const;
   };
-  using Table = std::unordered_map<Key, Variant*, Hash>;
+  struct OfSizes {
+    int64_t first, last;
+    Variant* variant;
+  };
+  using Table = std::unordered_map<Key, std::vector<OfSizes>, Hash>;
   friend class Bound;
 
-  void ReadKey(const Argument* arguments, Key* key) const;
+  int64_t ReadKey(const Argument* arguments, Key* key) const;  // returns the size
   Variant* Find(const Argument* arguments) const;
   void Launch(Variant* variant, const Argument* arguments);
   const Device& DeviceOf(const Variant& variant, const DLDevice& device);
@@ -224,6 +234,7 @@ class Plan : public std::enable_shared_from_this<Plan> {
   std::vector<ArgumentName> names_;
   FactTable key_table_;
   std::vector<Expression> key_;
+  Expression size_;
   std::mutex mutex_;  // of Add
   // A call reads the table without a lock: Add puts a new one in its place, and keeps the old ones and all variants.
   std::atomic<const Table*> table_;

@@ -63,19 +63,21 @@ class FakeCuda:
         self.driver.fake_stream(None)
         self.launcher = Launcher(path, self.driver.fake_exchange(torch_exchange()))
 
-    def plan(self, name: str, arguments: dict[str, str], variant: dict, key=(), arch="sm_90a", constants=()) -> Plan:
+    def plan(self, name: str, arguments: dict[str, str], variant: dict, key=(), size=0, arch="sm_90a", constants=()) -> Plan:
         """Return a plan with one variant, of a cubin made for it; `arguments` are names and types."""
         recipe = {
             "name": name,
             "arguments": [{"name": argument, "type": type} for argument, type in arguments.items()],
             "key": list(key),
+            "size": size,
         }
         plan = self.launcher.plan(recipe)
         self.add(plan, variant, arch, constants)
         return plan
 
     def add(self, plan: Plan, variant: dict, arch="sm_90a", constants=()) -> None:
-        variant = {"key": [], "target": arch, "requirements": [], "workspace": [], "constants": [], **variant}
+        base = {"key": [], "sizes": [0, 0], "target": arch, "requirements": [], "workspace": [], "constants": []}
+        variant = {**base, **variant}
         kernels = {}
         for step in variant["steps"]:
             if "launch" in step:

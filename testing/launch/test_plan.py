@@ -4,6 +4,7 @@ import ctypes
 import gc
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from launch.fakes import FakeCuda, cubin, launch, tensor
 
 from tilelang_ext.launch import expression
 from tilelang_ext.launch import plan as plans
-from tilelang_ext.launch.expression import OPERATORS, ceildiv, evaluate, fact, power_of_two, recipe_of, select, shape
+from tilelang_ext.launch.expression import OPERATORS, ceildiv, evaluate, fact, recipe_of, shape
 from tilelang_ext.launch.plan import Launcher, torch_exchange
 
 NINE = [f"x{i}" for i in range(9)]
@@ -251,7 +252,7 @@ def test_tensors_without_a_rule_must_be_none(cuda):
 @pytest.mark.parametrize("built_for", ["sm_90", "sm_80", "sm_100a"])
 def test_binary_of_another_target(cuda, built_for):
     plan = nine_tensors(cuda)
-    variant = {"key": [], "target": "sm_90a", "tensors": [], "steps": []}
+    variant = {"key": [], "sizes": [0, 0], "target": "sm_90a", "tensors": [], "steps": []}
     with pytest.raises(ValueError, match=f"add: binary must be for sm_90a; got one whose ELF says {built_for}; compile it for"):
         plan.add(variant, [cubin(built_for, {})])
     with pytest.raises(ValueError, match=r"add: binary must be a cubin whose ELF proves its arch.*; got one that is no ELF"):
@@ -260,7 +261,9 @@ def test_binary_of_another_target(cuda, built_for):
 
 def test_plain_target_takes_no_specific_binary(cuda):
     with pytest.raises(ValueError, match="binary must be for sm_90; got one whose ELF says sm_90a"):
-        nine_tensors(cuda).add({"key": [], "target": "sm_90", "tensors": [], "steps": []}, [cubin("sm_90a", {})])
+        nine_tensors(cuda).add(
+            {"key": [], "sizes": [0, 0], "target": "sm_90", "tensors": [], "steps": []}, [cubin("sm_90a", {})]
+        )
 
 
 @pytest.mark.parametrize(
@@ -282,7 +285,7 @@ def test_compute_capability(cuda, arch, capability, runs):
 @pytest.mark.parametrize("sizes", [{"one_kernel": [8, 8]}, {"one_kernel": [4]}, {"two_kernel": [8]}])
 def test_binary_of_another_kernel(cuda, sizes):
     plan, step = of_x(cuda), one_kernel(["pointer", "x", 0])
-    variant = {"key": [], "target": "sm_90a", "tensors": [tensor("x", [None])], "steps": [step]}
+    variant = {"key": [], "sizes": [0, 0], "target": "sm_90a", "tensors": [tensor("x", [None])], "steps": [step]}
     with pytest.raises(ValueError, match=r"binary must have kernel one_kernel with parameters of bytes \(8,\); got one"):
         plan.add(variant, [cubin("sm_90a", sizes)])
 
@@ -466,32 +469,33 @@ def test_bound_keeps_its_tensors(cuda):
 # --- variants -------------------------------------------------------------------------------------------------------
 
 
-def test_variants_by_key(cuda):
+def test_variants_by_key_and_size(cuda):
     rows = shape("x", 0)
-    key = recipe(select(rows <= 4, rows, power_of_two(rows)), fact("present", "bias"), fact("value", "fast"))
+    key = recipe(rows % 2, fact("present", "bias"), fact("value", "fast"))
 
-    def variant(rows, bias, fast):
-        rules = [tensor("x", [None]), *([tensor("bias", [1])] if bias else [])]
-        step = launch(f"kernel_{rows}_{bias}_{fast}", [["pointer", "x", 0]])
-        return {"key": [rows, bias, fast], "tensors": rules, "steps": [step]}
+    def variant(first, last, *key):
+        rules = [tensor("x", [None]), *([tensor("bias", [1])] if key[1] else [])]
+        step = launch("_".join(map(str, ("kernel", first, *key))), [["pointer", "x", 0]])
+        return {"key": list(key), "sizes": [first, last], "tensors": rules, "steps": [step]}
 
     arguments = {"x": "tensor", "bias": "tensor", "fast": "int"}
-    plan = cuda.plan("x", arguments, variant(4, 0, 0), key=key)
-    cuda.add(plan, variant(16, 1, 1))
-    cuda.add(plan, variant(16, 0, 1))
+    plan = cuda.plan("x", arguments, variant(4, 8, 0, 0, 0), key=key, size=recipe_of(rows))
+    cuda.add(plan, variant(9, 99, 0, 0, 0))
+    cuda.add(plan, variant(1, 99, 1, 1, 1))
     plan(torch.randn(4), None, False)
+    plan(torch.randn(10), None, False)
     plan(torch.randn(9), torch.randn(1), True)
-    plan(torch.randn(16), None, True)
-    assert [done.kernel for done in cuda.launches()] == ["kernel_4_0_0", "kernel_16_1_1", "kernel_16_0_1"]
-    missing = (torch.randn(17), None, 1)
-    assert plan.launch(missing) is False
-    assert plan.key(*missing) == [32, 0, 1]
-    with pytest.raises(LookupError, match=r"x: a plan must have a variant for its arguments; got none for key \[32, 0, 1\]"):
-        plan(*missing)
-    with pytest.raises(ValueError, match="bind needs a variant for these sizes; got none compiled; call the plan first"):
-        plan.bind(*missing)
+    plan(torch.randn(8), None, 0)
+    assert [done.kernel for done in cuda.launches()] == ["kernel_4_0_0_0", "kernel_9_0_0_0", "kernel_1_1_1_1", "kernel_4_0_0_0"]
+    for missing, wanted in (((torch.randn(2), None, 0), "[0, 0, 0] and size 2"), ((torch.randn(100), None, 1), "[0, 0, 1]")):
+        assert plan.launch(missing) is False
+        with pytest.raises(LookupError, match="a plan must have a variant for .*; got none for key " + re.escape(wanted)):
+            plan(*missing)
+        with pytest.raises(ValueError, match="bind needs a variant for these sizes; got none compiled; call the plan first"):
+            plan.bind(*missing)
+    assert plan.key(torch.randn(7), torch.randn(1), True) == ([1, 1, 1], 7)
     with pytest.raises(ValueError, match="the key of a variant must have 3 values; got 2"):
-        cuda.add(plan, {**variant(4, 0, 0), "key": [4, 0]})
+        cuda.add(plan, {**variant(4, 8, 0, 0, 0), "key": [4, 0]})
 
 
 def test_texts_and_floats_in_keys(cuda):
@@ -499,16 +503,19 @@ def test_texts_and_floats_in_keys(cuda):
     key = recipe(fact("value", "kind"), fact("value", "alpha"))
     plan = cuda.plan("x", arguments, {"key": [0, 0], "tensors": [], "steps": []}, key=key)
     x, calls = torch.randn(4), (("fp8", 1.0), ("fp8", 1.5), ("mxfp8", 1.0), ("", 1.0))
-    keys = [tuple(plan.key(kind, alpha, x)) for kind, alpha in calls]
+    keys = [tuple(plan.key(kind, alpha, x)[0]) for kind, alpha in calls]
     assert len(set(keys)) == 4
-    assert tuple(plan.key("f" + "p8", 1, x)) == keys[0]
+    assert tuple(plan.key("f" + "p8", 1, x)[0]) == keys[0]
 
 
-def test_a_variant_replaces_one_of_its_key(cuda):
-    plan = nine_tensors(cuda)
-    cuda.add(plan, {"tensors": [tensor(name, [None, 64]) for name in NINE], "steps": [launch("new_kernel", [])]})
-    plan(*tensors())
-    assert [done.kernel for done in cuda.launches()] == ["new_kernel"]
+def test_a_variant_replaces_those_that_it_covers(cuda):
+    rules, size = [tensor("x", [None])], recipe_of(shape("x", 0))
+    plan = cuda.plan("x", {"x": "tensor"}, {"sizes": [1, 8], "tensors": rules, "steps": [launch("old_kernel", [])]}, size=size)
+    for name, sizes in (("large_kernel", [5, 100]), ("new_kernel", [1, 8])):
+        cuda.add(plan, {"sizes": sizes, "tensors": rules, "steps": [launch(name, [])]})
+    for rows in (4, 6, 9):
+        plan(torch.randn(rows))
+    assert [done.kernel for done in cuda.launches()] == ["new_kernel", "new_kernel", "large_kernel"]
 
 
 # --- errors of the driver -------------------------------------------------------------------------------------------
@@ -516,9 +523,11 @@ def test_a_variant_replaces_one_of_its_key(cuda):
 
 def test_without_a_driver(cuda):
     plan = Launcher("libcuda_of_no_machine.so", cuda.driver.fake_exchange(torch_exchange())).plan(
-        {"name": "add", "arguments": [{"name": "x", "type": "tensor"}], "key": []}
+        {"name": "add", "arguments": [{"name": "x", "type": "tensor"}], "key": [], "size": 0}
     )
-    plan.add({"key": [], "target": "sm_90a", "tensors": [tensor("x", [None])], "steps": []}, [cubin("sm_90a", {})])
+    plan.add(
+        {"key": [], "sizes": [0, 0], "target": "sm_90a", "tensors": [tensor("x", [None])], "steps": []}, [cubin("sm_90a", {})]
+    )
     with pytest.raises(RuntimeError, match=r"add: needs the NVIDIA driver; got libcuda_of_no_machine.so: .*; run it on"):
         plan(torch.randn(4))
 
@@ -561,9 +570,9 @@ plan = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(plan)
 import torch
 arguments = [{"name": "x", "type": "tensor"}]
-made = plan.Launcher("libcuda_of_no_machine.so").plan({"name": "add", "arguments": arguments, "key": []})
+made = plan.Launcher("libcuda_of_no_machine.so").plan({"name": "add", "arguments": arguments, "key": [], "size": 0})
 rule = {"name": "x", "dtype": "float32", "shape": [None], "strides": None}
-made.add({"key": [], "target": "sm_90a", "tensors": [rule]}, [])
+made.add({"key": [], "sizes": [0, 0], "target": "sm_90a", "tensors": [rule]}, [])
 try:
     made(torch.zeros(4))
 except ValueError as error:
@@ -632,10 +641,10 @@ def test_expressions_mean_the_same_natively(written, b):
 
 def test_expressions_fold():
     n = shape("x", 0)
-    assert ceildiv(100, 8).recipe == 13
+    assert ceildiv(100, 8) == 13
     assert (n * 1 + 0).recipe == ["shape", "x", 0]
     assert (2 * (n - 1)).recipe == ["*", ["-", ["shape", "x", 0], 1], 2]
-    assert expression.substitute(ceildiv(n, 8), lambda fact: 100).recipe == 13
+    assert expression.substitute(ceildiv(n, 8), lambda fact: 100) == 13
     with pytest.raises(TypeError, match="must not be a condition of Python's"):
         bool(n == 3)
 

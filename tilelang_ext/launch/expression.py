@@ -9,12 +9,13 @@ A recipe is an integer, a fact about an argument, or an operator with its operan
     ["value", "n"]                            an integer argument; the bits of a float, the digest of a str
     ["//", ["+", ["shape", "x", 0], 63], 64]  an operator of `OPERATORS`; // and % round as Python's do
 
-`Expression` writes them with Python's operators. Source of the meaning: src/launch/expression.cc.
+`Expression` writes them with Python's operators; what is known at once is an int, so that code for sizes serves both. They
+mean what src/launch/expression.cc computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Recipe = int | list
 FACTS = ("shape", "stride", "rank", "dtype", "device", "address", "present", "value")
@@ -45,7 +46,7 @@ OPERATORS: dict[str, Callable[..., int]] = {
 
 
 class Expression:
-    """An integer that is known when a plan is called. Comparisons give 1 or 0, also as expressions."""
+    """An integer that a call of a plan gives. Comparisons give 1 or 0, as expressions too."""
 
     __slots__ = ("recipe",)
     __hash__ = None
@@ -69,6 +70,9 @@ class Expression:
         return apply("*", self, other)
 
     __rmul__ = __mul__
+
+    def __neg__(self) -> Expression:
+        return apply("-", 0, self)
 
     def __floordiv__(self, other) -> Expression:
         return apply("//", self, other)
@@ -104,11 +108,11 @@ def recipe_of(value: Expression | int | list) -> Recipe:
     return value if isinstance(value, list) else int(value)
 
 
-def apply(operator: str, *operands) -> Expression:
-    """Return an operator of operands, computed where all are constants; 0 and 1 drop out of sums and products."""
+def apply(operator: str, *operands) -> Expression | int:
+    """Return an operator of operands; an int where all are known. 0 and 1 drop out of sums, products and quotients."""
     recipes = [recipe_of(operand) for operand in operands]
     if all(isinstance(recipe, int) for recipe in recipes):
-        return Expression(OPERATORS[operator](*recipes))
+        return OPERATORS[operator](*recipes)
     neutral = {"+": 0, "-": 0, "*": 1, "//": 1}.get(operator)
     if neutral is not None and recipes[1] == neutral:
         return Expression(recipes[0])
@@ -130,26 +134,34 @@ def fact(kind: str, name: str) -> Expression:
     return Expression([kind, name])
 
 
-def ceildiv(value, divisor) -> Expression:
+def ceildiv(value, divisor) -> Expression | int:
     return apply("//", apply("+", value, apply("-", divisor, 1)), divisor)
 
 
-def maximum(left, right) -> Expression:
+def maximum(left, right) -> Expression | int:
     return apply("max", left, right)
 
 
-def minimum(left, right) -> Expression:
+def minimum(left, right) -> Expression | int:
     return apply("min", left, right)
 
 
-def select(condition, then, otherwise) -> Expression:
+def select(condition, then, otherwise) -> Expression | int:
     """Return `then` where the condition is not 0, else `otherwise`; both are computed."""
     return apply("select", condition, then, otherwise)
 
 
-def power_of_two(value) -> Expression:
+def power_of_two(value) -> Expression | int:
     """Return the least power of two that is not less."""
     return apply("power_of_two", value)
+
+
+def contiguous_strides(extents: Sequence[Expression | int]) -> list[Expression | int]:
+    """Return the strides of a contiguous tensor, in elements."""
+    strides: list[Expression | int] = [1] * len(extents)
+    for i in reversed(range(len(extents) - 1)):
+        strides[i] = strides[i + 1] * extents[i + 1]
+    return strides
 
 
 def evaluate(recipe: Recipe | Expression, facts: Callable[..., int]) -> int:
@@ -163,12 +175,12 @@ def evaluate(recipe: Recipe | Expression, facts: Callable[..., int]) -> int:
     return OPERATORS[head](*(evaluate(operand, facts) for operand in rest))
 
 
-def substitute(recipe: Recipe | Expression, replace: Callable[[list], Recipe | Expression]) -> Expression:
-    """Return the expression with every fact put through `replace`."""
+def substitute(recipe: Recipe | Expression, replace: Callable[[list], Expression | int]) -> Expression | int:
+    """Return a recipe's value with `replace` of each fact in its place."""
     recipe = recipe_of(recipe)
     if isinstance(recipe, int):
-        return Expression(recipe)
+        return recipe
     head, *rest = recipe
     if head in FACTS:
-        return Expression(recipe_of(replace(recipe)))
+        return replace(recipe)
     return apply(head, *(substitute(operand, replace) for operand in rest))

@@ -16,11 +16,13 @@ Recipes are dicts, lists, texts and integers alone, as JSON holds them; their in
 | --- | --- |
 | name | begins every error |
 | arguments | name and type of each: "tensor" (None is allowed), "int", "float" or "str" |
-| key | expressions; a variant is compiled for their values; [] has one |
+| key | expressions; a variant is compiled for their values |
+| size | one more expression, such as rows of the batch; a variant serves a range of it |
 
 | of a variant | |
 | --- | --- |
 | key | the values |
+| sizes | the first and the last size that it serves |
 | target | as "sm_90a"; every cubin's ELF must prove it |
 | tensors | name, dtype, shape and strides (None: any), alignment in bytes of each tensor that is not None |
 | requirements | that (not 0), rule, got, hint: more rules, with the text of their errors |
@@ -139,12 +141,16 @@ class Plan:
         return self.recipe["name"]
 
     def add(self, variant: dict, cubins: Sequence[bytes], constants: Sequence[torch.Tensor] = ()) -> None:
-        """Add a variant, in place of one of the same key. Raises ValueError for a cubin that does not prove the target."""
+        """Add a variant, in place of those of its key within its sizes.
+
+        Raises ValueError for a cubin that does not prove the target, or that has other kernels.
+        """
         self._add(variant, [bytes(cubin) for cubin in cubins], list(constants))
 
-    def key(self, *arguments) -> list[int]:
-        """Return the key of the arguments."""
-        return list(self._key(id(arguments)))
+    def key(self, *arguments) -> tuple[list[int], int]:
+        """Return the key of the arguments, and their size."""
+        *key, size = self._key(id(arguments))
+        return key, size
 
     def launch(self, arguments: tuple) -> bool:
         """Launch as a call does, with the arguments in a tuple; return False where no variant has their key."""
@@ -153,8 +159,9 @@ class Plan:
     def __call__(self, *arguments) -> None:
         # The launcher reads the tuple itself, through torch's DLPack exchange: a tenth of what an FFI tensor each costs.
         if not self._call(id(arguments)):
+            key, size = self.key(*arguments)
             raise LookupError(
-                f"{self.name}: a plan must have a variant for its arguments; got none for key {self.key(*arguments)}; add it"
+                f"{self.name}: a plan must have a variant for its arguments; got none for key {key} and size {size}; add one"
             )
 
     def bind(self, *arguments) -> Callable[[], None]:

@@ -55,7 +55,7 @@ class Lowered:
 
     def plan(self, cubin: bytes, at: Launcher | None = None) -> Plan:
         """Return the plan of this prim_func alone, of launcher `at` or the process's."""
-        plan = (at or launcher()).plan({"name": self.name, "arguments": self.arguments, "key": []})
+        plan = (at or launcher()).plan({"name": self.name, "arguments": self.arguments, "key": [], "size": 0})
         plan.add(self.variant, [cubin])
         return plan
 
@@ -111,6 +111,7 @@ def lower(
     aligned |= dict.fromkeys(aligned, alignment) if isinstance(alignment, int) else alignment
     variant = {
         "key": [],
+        "sizes": [0, 0],
         "target": arch,
         "tensors": [symbols.tensor_rule(tensor, aligned[tensor.name]) for tensor in tensors],
         "requirements": [],
@@ -209,25 +210,28 @@ class _Symbols:
         if buffer.strides:
             strides = [self._rule(value, expression.stride(parameter.name, i)) for i, value in enumerate(buffer.strides)]
         else:
-            stride, strides = Expression(1), []
-            for dimension in reversed(range(len(buffer.shape))):
-                strides.insert(0, stride.recipe)
-                stride = stride * expression.shape(parameter.name, dimension)
-                if isinstance(shape[dimension], int):
-                    stride = Expression(strides[0]) * shape[dimension]
+            extents = [
+                expression.shape(parameter.name, i) if recipe is None else Expression(recipe) for i, recipe in enumerate(shape)
+            ]
+            strides = [expression.recipe_of(stride) for stride in expression.contiguous_strides(extents)]
         return {"name": parameter.name, "dtype": parameter.dtype, "shape": shape, "strides": strides, "alignment": alignment}
 
     def _rule(self, value: tirx.PrimExpr, own: Expression):
-        recipe = read_expression(value, self).recipe
+        recipe = read_recipe(value, self)
         return None if recipe == own.recipe else recipe
 
 
-def read_expression(value: tirx.PrimExpr, symbols: _Symbols) -> Expression:
-    """Return an integer expression of TIR as one of a recipe."""
+def read_recipe(value: tirx.PrimExpr | int, symbols: _Symbols) -> expression.Recipe:
+    """Return the recipe of an integer expression of TIR."""
+    return expression.recipe_of(read_expression(value, symbols))
+
+
+def read_expression(value: tirx.PrimExpr | int, symbols: _Symbols) -> Expression | int:
+    """Return an integer expression of TIR as one of a plan."""
     if isinstance(value, int):
-        return Expression(value)
+        return value
     if isinstance(value, tirx.IntImm):
-        return Expression(int(value.value))
+        return int(value.value)
     if isinstance(value, tirx.Var):
         return symbols.value(value)
     if isinstance(value, tirx.Cast):
@@ -248,13 +252,13 @@ def read_expression(value: tirx.PrimExpr, symbols: _Symbols) -> Expression:
     raise NotImplementedError(f"{symbols.name}: sizes must be integer arithmetic; got {value}; compute it before the call")
 
 
-def _read_call(call: tirx.Call, symbols: _Symbols) -> Expression:
+def _read_call(call: tirx.Call, symbols: _Symbols) -> Expression | int:
     operator = str(call.op.name).rpartition(".")[2]
     operands = [read_expression(operand, symbols) for operand in call.args]
     if operator == "if_then_else":
         return expression.select(*operands)
-    if operator in ("shift_left", "shift_right") and isinstance(operands[1].recipe, int):
-        return expression.apply("*" if operator == "shift_left" else "//", operands[0], 1 << operands[1].recipe)
+    if operator in ("shift_left", "shift_right") and isinstance(operands[1], int):
+        return expression.apply("*" if operator == "shift_left" else "//", operands[0], 1 << operands[1])
     raise NotImplementedError(f"{symbols.name}: sizes must be integer arithmetic; got {call}; compute it before the call")
 
 
@@ -296,8 +300,8 @@ def _read_tensor_map(arguments: list, symbols: _Symbols) -> dict:
         "of": symbols.tensor(address),
         "offset": 0,
         "dtype": int(dtype),
-        "extents": [read_expression(value, symbols).recipe for value in extents],
-        "strides": [read_expression(value, symbols).recipe for value in strides[1:]],  # the first is an element
+        "extents": [read_recipe(value, symbols) for value in extents],
+        "strides": [read_recipe(value, symbols) for value in strides[1:]],  # the first is an element
         "box": [int(value) for value in box],
         "element_strides": [int(value) for value in element_strides],
         "interleave": interleave,
@@ -320,7 +324,7 @@ def _read_launch(called: str, arguments: list, kernel: tirx.PrimFunc, descriptor
     launch = {"launch": called, "cubin": 0, "grid": [1, 1, 1], "block": [1, 1, 1], "shared_bytes": 0}
     cluster = [1, 1, 1]
     for tag, size in zip(tags, sizes, strict=True):
-        recipe = read_expression(size, symbols).recipe
+        recipe = read_recipe(size, symbols)
         dimension = "xyz".find(tag[-1])
         if tag.startswith("blockIdx."):
             launch["grid"][dimension] = recipe
@@ -353,7 +357,7 @@ def _read_parameter(parameter: tirx.Var, argument, descriptors: list, symbols: _
     dtype = str(parameter.dtype)
     if dtype != "handle":
         kind = {"bool": "int32", "uint8": "int8", "uint16": "int16", "uint32": "int32", "uint64": "int64"}.get(dtype, dtype)
-        return [kind, read_expression(argument, symbols).recipe]
+        return [kind, read_recipe(argument, symbols)]
     for variable, tensor_map in descriptors:
         if variable.same_as(argument):
             return ["tensor_map", tensor_map]
