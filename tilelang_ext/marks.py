@@ -10,3 +10,8 @@ BLOCK_SCALED = "block_scaled"
 
 # On a T.gemm: a target whose matrix unit takes no fp8 must refuse the product instead of decoding the codes.
 REQUIRE_NATIVE_FP8 = "require_native_fp8"
+
+# On a T.gemm and the loops behind it that together add a product times its scales to a fragment: the value is what
+# `language.scaled_product.scaled_product` returns, and an empty list on all but the first. CUDA keeps the sum of a loop over K
+# across its steps (`cuda/scaled_loop.py`).
+SCALED_PRODUCT = "scaled_product"

@@ -22,7 +22,8 @@ from tilelang.tileop.gemm import registry
 language, backends, impls = dict(vars(L)), dict(module._BACKENDS), {impl.name: impl for impl in registry._GEMM_IMPLS}
 import tilelang_ext
 assert {k for k in vars(L) if vars(L)[k] is not language.get(k)} <= {"__warningregistry__"}, "upstream's language patched"
-assert {n for n in backends if module._BACKENDS[n] is not backends[n]} == {"cpu", "metal", "rocm"}, "other backends replaced"
+replaced = {n for n in backends if module._BACKENDS[n] is not backends[n]}
+assert replaced == {"cpu", "cuda", "metal", "rocm"}, "other backends replaced"
 now = {impl.name: impl for impl in registry._GEMM_IMPLS}
 assert len(now) == len(registry._GEMM_IMPLS), "a name registered twice"
 assert now.keys() - impls.keys() == {"tilelang_ext.cpu"} and not impls.keys() - now.keys(), now.keys() ^ impls.keys()

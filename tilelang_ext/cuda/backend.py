@@ -12,17 +12,22 @@ from tilelang.tileop.gemm.registry import register_gemm_impl
 from tvm.target import Target
 
 from tilelang_ext import registration
+from tilelang_ext.cuda import pipeline
 from tilelang_ext.cuda.fp8_gemm import Fp8GemmFMA, Fp8GemmMMA, Fp8GemmWGMMA
 
 
 def register() -> None:
-    """Register the GEMM implementations and the target's key; idempotent. Without fp8 operands each is upstream's."""
+    """Register the GEMM implementations, the pass list and the target's key; idempotent.
+
+    Without fp8 operands each is upstream's.
+    """
     # What a pass raises comes back through TVM as a RuntimeError, unless its class is registered.
     tvm_ffi.register_error("NotImplementedError", NotImplementedError)
     register_gemm_impl("cuda.mma", GEMM_INST_MMA, _is_ampere_or_later, Fp8GemmMMA)
     register_gemm_impl("cuda.wgmma", GEMM_INST_WGMMA, target_is_cuda, Fp8GemmWGMMA)
     register_gemm_impl("cuda.fma", GEMM_INST_FMA, target_is_cuda, Fp8GemmFMA)
     register_target_normalizer("cuda", normalize_target, override=True)
+    registration.replace_pass_list("cuda", "cuda", pipeline.lower)
 
 
 def _is_ampere_or_later(target: Target) -> bool:

@@ -21,9 +21,10 @@ import tilelang.language as T
 
 from tilelang_ext.formats import E8M0, FP8_OPERANDS, BlockScaledLayout
 from tilelang_ext.language.block_scaled import block_scaled
+from tilelang_ext.language.scaled_product import scaled_product
 from tilelang_ext.language.scales import Scales, read_scales
 from tilelang_ext.language.tile import Tile, differ, equal, integer, tile
-from tilelang_ext.marks import READ_ONCE, REQUIRE_NATIVE_FP8
+from tilelang_ext.marks import READ_ONCE, REQUIRE_NATIVE_FP8, SCALED_PRODUCT
 
 _NAME = "T.fp8_scaled_matmul"
 _OPERAND_DTYPES = tuple(format.dtype for format in FP8_OPERANDS)
@@ -44,6 +45,7 @@ def fp8_scaled_matmul(
     transpose_B: bool = False,
     scale_layout: BlockScaledLayout | tuple[BlockScaledLayout, BlockScaledLayout] | None = None,
     clear_accum: bool = False,
+    use_fast_accum: bool = False,
     require_native: bool = False,
 ) -> None:
     """Add the product of two fp8 tiles, each times its scales, to C; with `clear_accum` overwrite C.
@@ -52,6 +54,9 @@ def fp8_scaled_matmul(
     follows from the shapes and dtypes of the scales. What C held is never scaled. M, N and the K of tiles in shared memory or
     fragments are constants; the K of global operands may be symbolic. Where the matrix unit takes no fp8, codes are decoded to
     half, which is exact; with `require_native`, lowering to such a target raises NotImplementedError instead.
+
+    On Hopper the sums of a loop over K move on to float32 every 128 elements. `use_fast_accum` lets them stay in the matrix
+    unit, which keeps fewer bits, where no scale changes along K; elsewhere it changes nothing.
 
     Raises TypeError for dtypes and scopes, ValueError for shapes and layouts, NotImplementedError for what no target has.
     """
@@ -101,13 +106,28 @@ def fp8_scaled_matmul(
     factor_of_rows = _factor(scales, 0, grouped=False)
     annotations = {REQUIRE_NATIVE_FP8: 1} if require_native else {}
 
+    product_mark, rest_mark = {}, {}
+    if once and not clear_accum and not transpose_A and transpose_B and a.scope == "shared" and c.scope == "fragment":
+        of_step, of_all_k = (tuple(_of_rows(scale, grouped=grouped) for scale in scales) for grouped in (True, False))
+        A, B, C = (operand.region(*((0, extent) for extent in operand.shape)) for operand in (a, b, c))
+        product_mark = scaled_product(A, B, C, of_step, of_all_k, fast=use_fast_accum)
+        rest_mark = {SCALED_PRODUCT: []}
+
     # Constants reach macros as closures: a macro turns the numbers it is given into variables.
     @T.macro
     def add_product(total, A_k, B_k, factor, marks):
         if once:
-            T.gemm(A_k, B_k, total, transpose_A=transpose_A, transpose_B=transpose_B, clear_accum=True, annotations=annotations)
+            T.gemm(
+                A_k,
+                B_k,
+                total,
+                transpose_A=transpose_A,
+                transpose_B=transpose_B,
+                clear_accum=True,
+                annotations=annotations | product_mark,
+            )
             if factor is not None:
-                for i, j in T.Parallel(M, N, annotations={READ_ONCE: 1}):
+                for i, j in T.Parallel(M, N, annotations={READ_ONCE: 1} | rest_mark):
                     total[i, j] *= factor(i, j)
         else:
             partial = T.alloc_fragment((M, N), "float32")
@@ -158,7 +178,7 @@ def fp8_scaled_matmul(
                 add_products(total, A_t, B_t, step, t * step)
         else:
             add_products(total, a, b, K, 0)
-        for i, j in T.Parallel(M, N, annotations={READ_ONCE: 1}):
+        for i, j in T.Parallel(M, N, annotations={READ_ONCE: 1} | rest_mark):
             value = total[i, j] if factor_of_rows is None else total[i, j] * factor_of_rows(i, j)
             if clear_accum:
                 c.buffer[c.index(i, j)] = T.cast(value, c.dtype)
@@ -202,6 +222,11 @@ def _factor(scales: tuple[Scales, Scales], k, *, grouped: bool) -> Callable | No
     if b.grouped is grouped:
         return lambda i, j: b.at(j, k)
     return None
+
+
+def _of_rows(scale: Scales, *, grouped: bool) -> Callable:
+    """Return i -> the scale of row i of a tile that is one step of K; 1 if it is not `grouped` as asked."""
+    return (lambda i: scale.at(i, 0)) if scale.grouped is grouped else (lambda i: T.float32(1))
 
 
 def _check_types(a: Tile, b: Tile, c: Tile) -> None:

@@ -1,0 +1,14 @@
+"""The pass list of target `cuda`: upstream's, behind a pass that only products with scales concern."""
+
+from __future__ import annotations
+
+from tilelang.cuda.pipeline import CUDAPassPipelineBody
+from tvm import IRModule
+from tvm.target import Target
+
+from tilelang_ext.cuda.scaled_loop import specialize_scaled_loops
+
+
+def lower(mod: IRModule, target: Target) -> IRModule:
+    """Lower tile programs to flat device functions and their host code."""
+    return CUDAPassPipelineBody(specialize_scaled_loops(mod, target), target)
