@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from kernels.mxfp4_moe import operands as moe_operands
 from kernels.scaled_mm.operands import ROW, case
 
-from tilelang_ext import scaled_mm
+from tilelang_ext import mxfp4_moe, scaled_mm, tile_for_hopper
 from tilelang_ext.launch import compile as compiling
 from tilelang_ext.launch import device as devices
 
@@ -93,16 +94,35 @@ def named(name):
     return f"prim_func of {name}"
 
 
+# --- two GPUs --------------------------------------------------------------------------------------------------------
+
+
+def scaled_mm_on(device):
+    arguments, _ = case(64, 256, 256, (ROW, ROW))
+    moved = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments]
+    moved[1] = moved[1].t().contiguous().t()
+    return scaled_mm(*moved, output_dtype=torch.float32)
+
+
+def mxfp4_moe_on(device):
+    (x, topk_ids, topk_weights, *weights), _ = moe_operands.arguments()
+    tiled = [tile_for_hopper(each) for each in weights]
+    moved = [
+        each._replace(**{name: getattr(each, name).to(device) for name in ("tiles", "row_scale", "bias")}) for each in tiled
+    ]
+    return mxfp4_moe(x.to(device), topk_ids.to(device), topk_weights.to(device), *moved, activation=moe_operands.SWIGLU)
+
+
 @pytest.mark.cuda
 @pytest.mark.two_gpus
-def test_operators_leave_the_current_device_alone():
-    """A call on cuda:1, the result beside that of cuda:0."""
-    arguments, _ = case(64, 256, 256, (ROW, ROW))
+@pytest.mark.parametrize("operator_on", [scaled_mm_on, mxfp4_moe_on])
+def test_operators_leave_the_current_device_alone(operator_on):
+    """A call on cuda:1 while cuda:0 is current, the result beside that of cuda:0; and the other way round."""
     results = []
-    for index in (0, 1):
-        torch.cuda.set_device(0)
-        moved = [value.to(f"cuda:{index}") if isinstance(value, torch.Tensor) else value for value in arguments]
-        moved[1] = moved[1].t().contiguous().t()
-        results.append(scaled_mm(*moved, output_dtype=torch.float32).cpu())
-        assert torch.cuda.current_device() == 0
-    assert torch.equal(*results)
+    for index, current in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        torch.cuda.set_device(current)
+        results.append(operator_on(torch.device("cuda", index)).cpu())
+        assert torch.cuda.current_device() == current
+    torch.cuda.set_device(0)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert results[0].any()
