@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from tilelang_ext.launch import record
 from tilelang_ext.launch.plan import Launcher, Plan, torch_exchange
+from tilelang_ext.launch.recipe import Lowered, lower
 
 _BYTES = {"pointer": 8, "tensor_map": 128, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float32": 4, "float64": 8}
 
@@ -78,12 +80,29 @@ class FakeCuda:
     def add(self, plan: Plan, variant: dict, arch="sm_90a", constants=()) -> None:
         base = {"key": [], "sizes": [0, 0], "target": arch, "requirements": [], "workspace": [], "constants": []}
         variant = {**base, **variant}
+        plan.add(variant, [self.cubin_of(variant)], constants)
+
+    def cubin_of(self, variant: dict) -> bytes:
+        """Return a cubin with the kernels of a variant, and tell the driver of their parameters."""
         kernels = {}
         for step in variant["steps"]:
             if "launch" in step:
                 kernels[step["launch"]] = sizes = [_BYTES[parameter[0]] for parameter in step["parameters"]]
                 self.driver.fake_kernel(step["launch"].encode(), len(sizes), (ctypes.c_int * len(sizes))(*sizes))
-        plan.add(variant, [cubin(arch, kernels)], constants)
+        return cubin(variant["target"], kernels)
+
+    def stand_in_for_compilers(self, monkeypatch) -> None:
+        """Make `record` lower kernels without nvcc and without the cache on disk, each once: cubins have headers alone."""
+        made = {}
+
+        def compile_cached(key, make, arch, pass_configs) -> tuple[Lowered, bytes]:
+            if repr(key) not in made:
+                lowered = lower(make(), arch, pass_configs)
+                made[repr(key)] = lowered, self.cubin_of(lowered.variant)
+            return made[repr(key)]
+
+        monkeypatch.setattr(record, "kernel", record.kernel.__wrapped__)
+        monkeypatch.setattr(record, "compile_cached", compile_cached)
 
     def log(self) -> list[str]:
         return self.driver.fake_log().decode().splitlines()

@@ -178,14 +178,30 @@ def test_symbols_that_no_tensor_gives():
     n = T.dynamic("n")
 
     @T.prim_func
-    def half(x: T.Tensor((n * 2,), "float32")):
+    def odd(x: T.Tensor((n * 2 + 1,), "float32")):
         with T.Kernel(n, threads=32) as bx:
             x[bx * 2] = 0
 
-    with pytest.raises(
-        NotImplementedError, match="half: every symbol must be an extent, a stride or a parameter; got n; give a"
-    ):
-        lower(half, ARCH)
+    message = "odd: every symbol must be a parameter, a stride, or an extent up to a factor; got n; give a tensor that extent"
+    with pytest.raises(NotImplementedError, match=message):
+        lower(odd, ARCH)
+
+
+def test_symbols_that_are_extents_up_to_a_factor():
+    groups = T.dynamic("groups")
+
+    @T.prim_func
+    def clear(x: T.Tensor((groups * 32,), "float32")):
+        with T.Kernel(groups, threads=32) as bx:
+            for i in T.Parallel(32):
+                x[bx * 32 + i] = 0
+
+    cuda = FakeCuda()
+    plan = planned(cuda, lower(clear, ARCH))
+    plan(torch.zeros(96))
+    assert cuda.launches()[0].grid == (3, 1, 1)
+    with pytest.raises(ValueError, match=r"clear: x must have shape \(96,\) beside the other arguments; got \(100,\)"):
+        plan(torch.zeros(100))
 
 
 def test_loops_of_the_host():

@@ -6,8 +6,8 @@ once, that is data (`plan` has its form), and no host code is left to run. What 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 
 import tilelang
 import torch
@@ -17,6 +17,7 @@ from tvm import tirx
 from tvm.target import Target
 
 from tilelang_ext.launch import expression
+from tilelang_ext.launch.cache import cached
 from tilelang_ext.launch.device import target_of
 from tilelang_ext.launch.expression import Expression
 from tilelang_ext.launch.plan import Launcher, Plan, launcher
@@ -78,8 +79,26 @@ def prepare(
         if not torch.cuda.is_available():
             raise RuntimeError(f'{name}: arch must be given without a GPU; got None; pass arch="sm_90a" for an H200')
         arch = target_of(name, torch.device("cuda", torch.cuda.current_device())).arch
-    lowered = lower(prim_func, arch, pass_configs, alignment)
-    return lowered.plan(assemble(lowered.source, arch, pass_configs))
+    key = "prim_func", prim_func.script(), arch, sorted((pass_configs or {}).items()), alignment
+    lowered, cubin = compile_cached(key, lambda: prim_func, arch, pass_configs, alignment)
+    return lowered.plan(cubin)
+
+
+def compile_cached(
+    key: tuple,
+    make: Callable[[], tirx.PrimFunc],
+    arch: str,
+    pass_configs: Mapping | None = None,
+    alignment: int | Mapping[str, int] = ALIGNMENT,
+) -> tuple[Lowered, bytes]:
+    """Return make(), a prim_func, lowered, and its cubin; `key` tells it apart from all others (see `cache`)."""
+
+    def build() -> tuple[dict, bytes]:
+        lowered = lower(make(), arch, pass_configs, alignment)
+        return asdict(lowered), assemble(lowered.source, arch, pass_configs)
+
+    lowered, cubin = cached(key, build)
+    return Lowered(**lowered), cubin
 
 
 def assemble(source: str, arch: str, pass_configs: Mapping | None = None) -> bytes:
@@ -166,14 +185,18 @@ class _Symbols:
             for parameter in self.parameters
             if parameter.buffer is None
         }
-        for fact, values_of in (
-            (expression.shape, lambda buffer: buffer.shape),
-            (expression.stride, lambda buffer: buffer.strides),
-        ):
-            for parameter in self.parameters:
-                for dimension, value in enumerate(values_of(parameter.buffer) if parameter.buffer is not None else ()):
-                    if isinstance(value, tirx.Var) and self._find(value) is None and value.name not in self._scalars:
-                        self._values.append((value, fact(parameter.name, dimension)))
+        tensors = [parameter for parameter in self.parameters if parameter.buffer is not None]
+        extents = [(extent, expression.shape(t.name, i)) for t in tensors for i, extent in enumerate(t.buffer.shape)]
+        strides = [(extent, expression.stride(t.name, i)) for t in tensors for i, extent in enumerate(t.buffer.strides)]
+        for value, fact in (*extents, *strides):
+            self._define(value, fact)
+        for value, fact in extents:
+            if isinstance(value, tirx.Mul) and isinstance(value.b, tirx.IntImm):  # the rule of this extent checks the rest
+                self._define(value.a, fact // int(value.b.value))
+
+    def _define(self, variable: tirx.PrimExpr, value: Expression) -> None:
+        if isinstance(variable, tirx.Var) and self._find(variable) is None and variable.name not in self._scalars:
+            self._values.append((variable, value))
 
     def _find(self, variable: tirx.Var) -> Expression | None:
         return next((value for known, value in self._values if known.same_as(variable)), None)
@@ -185,8 +208,8 @@ class _Symbols:
             found = self._scalars.get(variable.name)
         if found is None:
             raise NotImplementedError(
-                f"{self.name}: every symbol must be an extent, a stride or a parameter; got {variable.name}; "
-                "give a tensor that extent alone"
+                f"{self.name}: every symbol must be a parameter, a stride, or an extent up to a factor; got {variable.name}; "
+                "give a tensor that extent"
             )
         return found
 
