@@ -1,5 +1,6 @@
 # make matmul   the matmul benchmark on the best device present (CUDA, MPS, else the simulator)
-# make test     the tests; TESTS=testing/metal runs a part of them; make test-peers also runs other libraries' kernels
+# make test     the tests; TESTS=testing/metal runs a part of them; make test-changed runs those that a change since their last
+#               run may have broken; make test-peers also runs other libraries' kernels
 # make hip      installs the compiler for AMD GPUs (root and apt-get for clang), which the tests marked hip need
 # make wheel    builds a wheel into dist; make sdist a source distribution
 # make venv     prepares the environment only; make doctor says what is missing; make lint, make format, make clean
@@ -9,18 +10,20 @@ PYTHON ?= python3
 TILELANG ?= 0.1.15
 TESTS ?=
 WORKERS ?= logical --maxprocesses 8
+CMAKE_FLAGS ?=
 
 VENV := .venv$(if $(filter-out 0.1.15,$(TILELANG)),-$(TILELANG))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
 CPP_FILES := $(shell find src -name '*.cc' -o -name '*.h' 2>/dev/null)
+UNTRACED := $(CPP_FILES) $(shell find testing tilelang_ext -name '*.h' -o -name '*.json' 2>/dev/null)
 MYPY_FILES := tilelang_ext/language $(wildcard tilelang_ext/formats.py)
 
 ifeq ($(wildcard requirements/tilelang-$(TILELANG).txt),)
 $(error TILELANG: must be one of $(patsubst requirements/tilelang-%.txt,%,$(wildcard requirements/tilelang-*.txt)); got $(TILELANG); pass one of these)
 endif
 
-.PHONY: venv matmul test test-peers hip wheel sdist doctor lint lint-ruff lint-format lint-spelling lint-cpp lint-types format clean always
+.PHONY: venv matmul test test-changed test-peers hip wheel sdist doctor lint lint-ruff lint-format lint-spelling lint-cpp lint-types format clean always
 
 venv: $(VENV)/.built
 
@@ -30,6 +33,15 @@ matmul: venv
 # Neighbouring tests share what they lower, so a worker runs them in order; one that is done steals tests from another.
 test: venv
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+# Tests that ran a Python line, in their own process, that has changed since they last passed. Of files that are not Python this
+# knows nothing, so after a change of one all tests run, as they do the first time.
+test-changed: venv $(VENV)/.untraced
+	TESTMON_DATAFILE=$(VENV)/testmondata $(BIN)/python -m pytest -n $(WORKERS) --testmon $(TESTS) || [ $$? -eq 5 ]  # 5: none to run
+
+$(VENV)/.untraced: $(UNTRACED)
+	@rm -f $(VENV)/testmondata*
+	@touch $@
 
 # Downloads other libraries' kernels and runs them in the simulator beside ours.
 test-peers: venv
@@ -86,8 +98,11 @@ $(VENV)/.requirements: $(wildcard requirements/*)
 	@requirements/has_clang.sh || $(PIP) -r requirements/simulator.txt
 	@touch $@
 
-# The native library goes to tilelang_ext/lib; a second build compiles only what changed.
-$(VENV)/.built: $(VENV)/.requirements pyproject.toml CMakeLists.txt $(CPP_FILES) $(if $(wildcard tilelang_ext/lib/libtilelang_ext.*),,always)
-	@echo "building the native library"
-	@$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(VENV)/build --editable .
+# The native libraries go to tilelang_ext/lib; a second build compiles only what changed. The environment gets the path of the
+# checkout, not a list of its files, so that they may come, go and move.
+$(VENV)/.built: $(VENV)/.requirements pyproject.toml CMakeLists.txt $(CPP_FILES) $(if $(and $(wildcard tilelang_ext/lib/$(TILELANG)/*),$(wildcard tilelang_ext/lib/*launch*)),,always)
+	@echo "building the native libraries for tilelang $(TILELANG)"
+	@$(BIN)/cmake -S . -B $(VENV)/build -G Ninja --log-level=WARNING $(CMAKE_FLAGS) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	@$(BIN)/cmake --build $(VENV)/build -- --quiet
+	@$(PIP) --no-build-isolation --no-deps --config-settings=editable.mode=inplace --config-settings=wheel.cmake=false --editable .
 	@touch $@

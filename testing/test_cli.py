@@ -109,7 +109,7 @@ def test_speaks_when_the_package_cannot_be_imported(checkout_without_library):
     command = [sys.executable, "-c", start + "import tilelang_ext_cli; sys.exit(tilelang_ext_cli.main(['doctor']))"]
     done = subprocess.run(command, cwd=checkout_without_library, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    assert "tilelang_ext native library: must be built; got no file" in done.stdout
+    assert "tilelang_ext native library: must be built for tilelang 0.1." in done.stdout
     assert "MISSING native library; disables everything" in done.stdout
     assert "pip install --no-build-isolation -e ." in done.stdout
 

@@ -11,17 +11,25 @@ import ctypes
 import functools
 import hashlib
 import platform
+from importlib import metadata
 from pathlib import Path
 
 _SUFFIX = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
 
 
 def find_library() -> Path:
-    """Path of the native library: ``lib/`` beside this file, in a checkout and in an installed wheel alike."""
-    path = Path(__file__).resolve().parent / "lib" / f"libtilelang_ext{_SUFFIX}"
+    """Path of the native library built for the installed tilelang: ``lib/<version>/`` beside this file, in a checkout and in
+    an installed wheel alike."""
+    try:
+        version = metadata.version("tilelang").split("+")[0]
+    except metadata.PackageNotFoundError:
+        raise ImportError(
+            "tilelang_ext native library: needs tilelang; got none installed; run `pip install tilelang`"
+        ) from None
+    path = Path(__file__).resolve().parent / "lib" / version / f"libtilelang_ext{_SUFFIX}"
     if not path.is_file():
         raise ImportError(
-            f"tilelang_ext native library: must be built; got no file {path}; "
+            f"tilelang_ext native library: must be built for tilelang {version}; got no file {path}; "
             "run `make venv` (or `pip install --no-build-isolation -e .`) in the checkout"
         )
     return path
