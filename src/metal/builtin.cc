@@ -15,6 +15,7 @@ using tvm::tirx::CallNode;
 using tvm::tirx::FLowerIntrinsic;
 using tvm::tirx::TCallEffectKind;
 using tvm::tirx::TScriptPrinterName;
+using tvm::tirx::TVectorizable;
 
 TVM_REGISTER_OP("tilelang_ext.metal_simdgroup_mma")
     .set_num_inputs(3)
@@ -25,6 +26,17 @@ TVM_REGISTER_OP("tilelang_ext.metal_matmul2d")
     .set_num_inputs(8)
     .set_attr<TScriptPrinterName>("TScriptPrinterName", "metal_matmul2d")
     .set_attr<TCallEffectKind>("TCallEffectKind", Integer(CallEffectKind::kOpaque));
+
+TVM_REGISTER_OP("tilelang_ext.keep")
+    .set_num_inputs(1)
+    .set_attr<TScriptPrinterName>("TScriptPrinterName", "keep")
+    .set_attr<TVectorizable>("TVectorizable", true)
+    .set_attr<TCallEffectKind>("TCallEffectKind", Integer(CallEffectKind::kPure));
+
+const Op& keep() {
+  static const Op& op = Op::Get("tilelang_ext.keep");
+  return op;
+}
 
 const Op& metal_simdgroup_mma() {
   static const Op& op = Op::Get("tilelang_ext.metal_simdgroup_mma");

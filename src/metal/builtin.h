@@ -1,6 +1,6 @@
 /*!
  * \file builtin.h
- * \brief TIR builtins of the Metal backend: matrix products on a lane's registers.
+ * \brief TIR builtins: matrix products on a lane's registers, and what keeps floats from the simplifier.
  */
 #ifndef TILELANG_EXT_METAL_BUILTIN_H_
 #define TILELANG_EXT_METAL_BUILTIN_H_
@@ -9,6 +9,9 @@
 
 namespace tilelang_ext {
 namespace metal {
+
+/*! \brief keep(x): x, which no simplifier sees through; see tilelang_ext/passes/float_arithmetic.py. */
+const tvm::Op& keep();
 
 /*!
  * \brief c += a * b for 8x8 tiles: metal_simdgroup_mma(c_ptr, a_ptr, b_ptr).

@@ -81,8 +81,8 @@ class CodeGenMetal final : public CodeGenC {
   }
   void VisitExpr_(const MinNode* op, std::ostream& os) final { Binary("min", op, os); }
   void VisitExpr_(const MaxNode* op, std::ostream& os) final { Binary("max", op, os); }
-  void VisitExpr_(const EQNode* op, std::ostream& os) final { Binary("==", op, os); }
-  void VisitExpr_(const NENode* op, std::ostream& os) final { Binary("!=", op, os); }
+  void VisitExpr_(const EQNode* op, std::ostream& os) final { Equality("==", op->dtype, op->a, op->b, os); }
+  void VisitExpr_(const NENode* op, std::ostream& os) final { Equality("!=", op->dtype, op->a, op->b, os); }
   void VisitExpr_(const LTNode* op, std::ostream& os) final { Binary("<", op, os); }
   void VisitExpr_(const LENode* op, std::ostream& os) final { Binary("<=", op, os); }
   void VisitExpr_(const GTNode* op, std::ostream& os) final { Binary(">", op, os); }
@@ -164,6 +164,7 @@ class CodeGenMetal final : public CodeGenC {
   void Binary(const std::string& op, const Node* node, std::ostream& os) {
     os << BinaryText(op, node->dtype, node->a, node->b);
   }
+  void Equality(const std::string& op, DataType out, const PrimExpr& a, const PrimExpr& b, std::ostream& os);
   std::string BinaryText(const std::string& op, DataType out, const PrimExpr& a, const PrimExpr& b);
   std::string Convert(const std::string& value, DataType from, DataType to);
   std::string Call_(const std::string& function, DataType out, const std::vector<PrimExpr>& args);

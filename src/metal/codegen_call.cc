@@ -293,7 +293,7 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
   } else if (name == "tl.get_warp_idx" || name == "tl.get_warp_idx_sync") {
     uses_simdgroup_ = true;
     os << Type(op->dtype) << "(simd_group)";
-  } else if (name == "tl.__ldg") {
+  } else if (name == "tl.__ldg" || op->op.same_as(keep())) {
     os << arg(0);
   } else if (name == "tl.pack_b16") {
     os << "as_type<" << Type(op->dtype) << ">(" << Type(args[0].dtype().with_lanes(2)) << '(' << arg(0) << ", "

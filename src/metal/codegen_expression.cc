@@ -3,6 +3,7 @@
  * \brief How the Metal code generator spells memory accesses, conversions and operators.
  */
 #include <tvm/arith/analyzer.h>
+#include <tvm/tirx/analysis.h>
 
 #include <cmath>
 #include <cstdio>
@@ -212,6 +213,19 @@ std::string CodeGenMetal::BinaryText(const std::string& op, DataType out, const 
     bool narrow_integer = (out.is_int() || out.is_uint()) && out.bits() < 32 && part.lanes() == 1;
     return narrow_integer ? Type(part) + text : text;
   });
+}
+
+/*! \brief A comparison. That of a float with itself asks for NaN, which Apple's compiler, with fast math, takes for absent. */
+void CodeGenMetal::Equality(const std::string& op, DataType out, const PrimExpr& a, const PrimExpr& b,
+                            std::ostream& os) {
+  DataType t = a.dtype().element_of();
+  const auto* kept = b.as<CallNode>();
+  const bool is_kept = kept && kept->op.same_as(keep());
+  if (AsNarrowFloat(t) || !(t.is_float() || t.is_bfloat16()) || !ExprDeepEqual()(a, is_kept ? kept->args[0] : b)) {
+    os << BinaryText(op, out, a, b);
+    return;
+  }
+  os << (op == "==" ? "(!" : "") << Call_("is_nan", out, {a}) << (op == "==" ? ")" : "");
 }
 
 /*! \brief A conversion of at most four lanes. */

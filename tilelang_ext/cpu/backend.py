@@ -18,6 +18,9 @@ from tilelang_ext import registration
 from tilelang_ext.cpu import narrow_floats, pipeline
 from tilelang_ext.cpu.gemm import OneThreadGemm
 from tilelang_ext.cpu.one_thread_blocks import needs_one_thread_blocks
+from tilelang_ext.passes.booleans import SpellBooleans
+from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
+from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.registration import has_key
 
 _BUILD = "target.build.tilelang_c"
@@ -60,18 +63,18 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
-    return CPUPassPipelineBody(mod, registration.without_key(target))
+    return CPUPassPipelineBody(KeepFloatArithmetic(SpellBooleans(mod)), registration.without_key(target))
 
 
 def _wrap_builder() -> None:
-    """Give upstream's generator the target without the key, which it prints into the text."""
+    """Give upstream's generator the floats' arithmetic as it was written, and the target without the key, which it prints."""
     upstream = tvm_ffi.get_global_func(f"{_BUILD}.upstream", allow_missing=True)
     if upstream is None:
         upstream = tvm_ffi.get_global_func(_BUILD)
         tvm_ffi.register_global_func(f"{_BUILD}.upstream", upstream)
 
     def build(mod: IRModule, target: Target):
-        return upstream(mod, registration.without_key(target))
+        return upstream(WrapNarrowIntegers(ReleaseFloatArithmetic(mod)), registration.without_key(target))
 
     tvm_ffi.register_global_func(_BUILD, build, override=True)
 

@@ -12,6 +12,8 @@ from tvm.target import Target
 from tilelang_ext.cpu.narrow_floats import CarryNarrowFloats
 from tilelang_ext.cpu.one_thread_blocks import OneThreadBlocks, RefuseThreadIndices
 from tilelang_ext.cpu.workspace import PlaceLargeArrays
+from tilelang_ext.passes.booleans import SpellBooleans
+from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 
 
 def _materialize_kernel_launch():
@@ -28,6 +30,8 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = RefuseThreadIndices(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = OneThreadBlocks(mod)
+    mod = SpellBooleans(mod)
+    mod = KeepFloatArithmetic(mod)
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
     mod = transform.AddWrapperForSingleBufStore()(mod)

@@ -16,9 +16,12 @@ from tilelang.backend.pass_pipeline.pipeline_utils import (
 from tvm import IRModule, s_tir, tirx
 from tvm.target import Target
 
+from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
+from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
+from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.rocm.all_reduce import count_from, define_all_reduce, with_participants
 from tilelang_ext.rocm.async_copy import CopyWords
@@ -45,6 +48,8 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = lower_block_scaled(mod, target)
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
+    mod = SpellBooleans(mod)
+    mod = KeepFloatArithmetic(mod)
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
     mod = transform.AddWrapperForSingleBufStore()(mod)
@@ -113,5 +118,11 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.MakePackedAPI()(mod)
     mod = transform.Simplify()(mod)
     mod = transform.LowerDeviceKernelLaunch()(mod)
-    mod = CopyWords(mod)
+    return CopyWords(mod)
+
+
+def spell(mod: IRModule) -> IRModule:
+    """Say in other words what upstream's generator spells wrong, or not at all; nothing simplifies behind it."""
+    mod = ReleaseFloatArithmetic(mod)
+    mod = WrapNarrowIntegers(mod)
     return SpellEightBits(mod)
