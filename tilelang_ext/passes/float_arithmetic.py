@@ -5,8 +5,8 @@
     After   y - y           (x + 1e8) - 1e8            x != x            not x < y
 
 TVM's rules are those of integers. Of a NaN the first is NaN and the third is true; the second rounds; the last is true where
-x >= y is not. `KeepFloatArithmetic` runs before the first pass that simplifies and hides one operand of each such expression from
-it. The last one comes after the pass list: `ReleaseFloatArithmetic` runs where text is generated.
+x >= y is not. `KeepFloatArithmetic` runs before the first pass that simplifies and hides one operand of each such expression
+from it. The last one comes after the pass list: `ReleaseFloatArithmetic` runs where text is generated.
 """
 
 from __future__ import annotations
