@@ -2,8 +2,8 @@
 
 A tile is 64 rows by the K that 128 bytes of activations hold: 64 of bfloat16, 128 of E4M3. The words of codes come first, then
 the words of scales, and one TMA load moves both. Each group of 16 rows belongs to one warp of a warpgroup, and the words of a
-lane are its registers of the left operand, which are the same for `mma` and for `wgmma` (PTX ISA 9.7.14 and 9.7.15). With
-g = lane / 4 and t = lane % 4:
+lane decode to its registers of the left operand, which are the same for `mma` and for `wgmma` (PTX ISA 9.7.14 and 9.7.15).
+With g = lane / 4 and t = lane % 4:
 
 **bfloat16**, one word for 16 of K
 
