@@ -77,6 +77,18 @@ class FloatFormat:
             return sign * math.ldexp(mantissa, 1 - self.bias - self.mantissa_bits)
         return sign * math.ldexp((1 << self.mantissa_bits) + mantissa, exponent - self.bias - self.mantissa_bits)
 
+    def encode(self, value: float) -> int:
+        """Return the code nearest to a value, of two the even one; the largest number for what is past it, where infinity has
+        no code."""
+        if math.isnan(value):
+            return self.nan_codes[0]
+        negative = math.copysign(1.0, value) < 0 and self.signed
+        if math.isinf(value) and self.inf_codes:
+            return self.inf_codes[negative]
+        magnitudes = range(self.values.index(self.max) + 1)
+        code = min(magnitudes, key=lambda code: (abs(self.values[code] - min(abs(value), self.max)), code % 2))
+        return code | self.sign_mask if negative and (code or self.has_negative_zero) else code
+
 
 E4M3 = FloatFormat("E4M3", "float8_e4m3fn", "float8_e4m3fn", 4, 3, 7, nan_codes=(0x7F, 0xFF))
 E5M2 = FloatFormat(

@@ -12,7 +12,7 @@ namespace metal {
 
 const NarrowFloat* AsNarrowFloat(DataType t) {
   static const NarrowFloat e4m3fn{"float8_e4m3fn", "e4m3fn_to_half", "half", "float_to_e4m3fn", 3, 7, 0x7e, false};
-  static const NarrowFloat e5m2{"float8_e5m2", "e5m2_to_half", "half", "float_to_e5m2", 2, 15, 0x7b, false};
+  static const NarrowFloat e5m2{"float8_e5m2", "e5m2_to_half", "half", "float_to_e5m2", 2, 15, 0x7b, false, 0x7c};
   static const NarrowFloat e4m3fnuz{
       "float8_e4m3fnuz", "e4m3fnuz_to_half", "half", "float_to_e4m3fnuz", 3, 8, 0x7f, true};
   static const NarrowFloat e5m2fnuz{
@@ -41,7 +41,7 @@ int EncodeNarrow(const NarrowFloat& f, double value) {
     return code;
   }
   if (std::isinf(a)) {
-    code = f.max_code;
+    code = f.infinity ? f.infinity : f.max_code;
   } else if (a > 0) {
     // In units of the last place of the value's binade; a carry moves into the exponent by itself.
     int exponent = std::max(std::ilogb(a), 1 - f.bias);
@@ -265,6 +265,7 @@ std::string MathFunction(const std::string& name) {
       {"tl.ieee_fsqrt", "precise::sqrt"},
       {"tl.max_nan", "max_nan"},
       {"tl.min_nan", "min_nan"},
+      {"tl.round_ties_away_from_zero", "round"},
       {"tl::RoundTiesAwayFromZero", "round"},
   };
   auto it = table.find(name);

@@ -22,13 +22,14 @@ struct NarrowFloat {
   const char* decoded;  // "half" or "float"
   const char* encode;   // helper: float to codes
   int mantissa, bias, max_code;
-  bool fnuz;  // 0x80 is NaN and there is no -0
+  bool fnuz;         // 0x80 is NaN and there is no -0
+  int infinity = 0;  // its code, 0 if there is none
 };
 
 /*! \brief The format of a dtype, or nullptr for types that Metal computes on. */
 const NarrowFloat* AsNarrowFloat(DataType t);
 
-/*! \brief A constant of a narrow format: round to nearest even, saturate. */
+/*! \brief A constant of a narrow format: round to nearest even, saturate; infinity where it has a code. */
 int EncodeNarrow(const NarrowFloat& format, double value);
 
 /*!

@@ -18,9 +18,11 @@ from tilelang_ext import registration
 from tilelang_ext.cpu import narrow_floats, pipeline
 from tilelang_ext.cpu.gemm import OneThreadGemm
 from tilelang_ext.cpu.one_thread_blocks import needs_one_thread_blocks
+from tilelang_ext.cpu.operators import RULES
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
+from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.registration import has_key
 
 _BUILD = "target.build.tilelang_c"
@@ -63,7 +65,8 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
-    return CPUPassPipelineBody(KeepFloatArithmetic(SpellBooleans(mod)), registration.without_key(target))
+    mod = KeepFloatArithmetic(SpellBooleans(spell_operators(mod, RULES)))
+    return CPUPassPipelineBody(mod, registration.without_key(target))
 
 
 def _wrap_builder() -> None:

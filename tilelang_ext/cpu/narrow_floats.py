@@ -179,6 +179,8 @@ class _Carry(PyStmtExprMutator):
         if isinstance(expr, tirx.BufferLoad):
             return self._load(expr)
         if isinstance(expr, tirx.FloatImm):
+            if math.isinf(expr.value) and _FORMATS[dtype].inf_codes:  # a cast of it saturates
+                return tirx.IntImm(storage_dtype(dtype), _FORMATS[dtype].inf_codes[expr.value < 0])
             return self._encode(dtype, self._as_float(tirx.FloatImm("float64", expr.value)))
         if isinstance(expr, tirx.Cast):
             return self._encode(dtype, self._as_float(expr.value))

@@ -11,9 +11,11 @@ from tvm.target import Target
 
 from tilelang_ext.cpu.narrow_floats import CarryNarrowFloats
 from tilelang_ext.cpu.one_thread_blocks import OneThreadBlocks, RefuseThreadIndices
+from tilelang_ext.cpu.operators import RULES
 from tilelang_ext.cpu.workspace import PlaceLargeArrays
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
+from tilelang_ext.passes.operators import spell_operators
 
 
 def _materialize_kernel_launch():
@@ -30,6 +32,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = RefuseThreadIndices(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = OneThreadBlocks(mod)
+    mod = spell_operators(mod, RULES)
     mod = SpellBooleans(mod)
     mod = KeepFloatArithmetic(mod)
     if should_force_let_inline():

@@ -18,6 +18,7 @@ from tvm.target import Target
 
 from tilelang_ext.metal.all_reduce import count_from, with_participants
 from tilelang_ext.metal.one_instruction import OneInstruction
+from tilelang_ext.metal.operators import RULES
 from tilelang_ext.metal.parameter_order import order_parameters
 from tilelang_ext.metal.staged_reads import StageReads
 from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
@@ -25,7 +26,9 @@ from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
+from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
+from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 
 
@@ -53,6 +56,8 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = OneInstruction(mod)
+    mod = spell_operators(mod, RULES)
+    mod = CountLanes(mod, 32, keep_default=True)
     mod = SpellBooleans(mod)
     mod = KeepFloatArithmetic(mod)
     if should_force_let_inline():

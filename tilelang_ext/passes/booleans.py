@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from tvm import tirx
 from tvm.ir import Op
-from tvm.tirx.stmt_functor import ir_transform
 from tvm.tirx.transform import prim_func_pass
+
+from tilelang_ext.passes.rewrite import rewritten
 
 _NOT, _REDUCE, _REGION = "tirx.bitwise_not", "tl.tileop.reduce", "tl.tileop.region"
 _ANY, _ALL = ("max", "absmax", "bitor"), ("min", "bitand")
@@ -95,7 +96,7 @@ def _spell(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
             return _negate(node)
         return reductions.reduce(node) if isinstance(node, tirx.Evaluate) else reductions.allocate(node)
 
-    return func.with_body(ir_transform(func.body, None, rewrite, ["tirx.Call", "tirx.Evaluate", "tirx.SBlock"]))
+    return func.with_body(rewritten(func.body, rewrite, ["tirx.Call", "tirx.Evaluate", "tirx.SBlock"]))
 
 
 SpellBooleans = prim_func_pass(_spell, opt_level=0, name="tilelang_ext.SpellBooleans")

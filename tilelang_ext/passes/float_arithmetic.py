@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from tvm import arith, ir, tirx
 from tvm.ir import Op
-from tvm.tirx.stmt_functor import ir_transform, post_order_visit, substitute
+from tvm.tirx.stmt_functor import post_order_visit, substitute
 from tvm.tirx.transform import prim_func_pass
+
+from tilelang_ext.passes.rewrite import rewritten
 
 _KEEP = "tilelang_ext.keep"  # of the native library
 _ARITHMETIC = (tirx.Sub, tirx.Mul, tirx.EQ, tirx.NE)
@@ -47,7 +49,7 @@ def _keep_all(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
         kept = type(node)(node.a, _keep(node.b))
         return None if _is_as_written(type(node), substitute(node.a, bound), substitute(node.b, bound)) else kept
 
-    return func.with_body(ir_transform(func.body, None, keep, ["tirx.Not", *(f"tirx.{kind.__name__}" for kind in _ARITHMETIC)]))
+    return func.with_body(rewritten(func.body, keep, ["tirx.Not", *(f"tirx.{kind.__name__}" for kind in _ARITHMETIC)]))
 
 
 def _is_as_written(operator, a: tirx.PrimExpr, b: tirx.PrimExpr) -> bool:
@@ -61,7 +63,7 @@ def _release(stmt: tirx.Stmt) -> tirx.Stmt:
     def release(node):
         return node.args[0] if isinstance(node.op, Op) and node.op.name == _KEEP else None
 
-    return ir_transform(stmt, None, release, ["tirx.Call"])
+    return rewritten(stmt, release, ["tirx.Call"])
 
 
 def _release_all(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:

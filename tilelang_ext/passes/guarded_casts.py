@@ -16,8 +16,10 @@ branch: what the conditions inside it guard is overwritten with what nobody wrot
 from __future__ import annotations
 
 from tvm import tirx
-from tvm.tirx.stmt_functor import ir_transform, post_order_visit, substitute
+from tvm.tirx.stmt_functor import post_order_visit, substitute
 from tvm.tirx.transform import prim_func_pass
+
+from tilelang_ext.passes.rewrite import rewritten
 
 
 def _move(loop: tirx.For) -> tirx.Stmt | None:
@@ -72,7 +74,7 @@ def _converts(stmt: tirx.Stmt) -> bool:
 
 
 def _move_all(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
-    return func.with_body(ir_transform(func.body, None, _move, ["tirx.For"]))
+    return func.with_body(rewritten(func.body, _move, ["tirx.For"]))
 
 
 MoveGuardsOfCasts = prim_func_pass(_move_all, opt_level=0, name="tilelang_ext.MoveGuardsOfCasts")

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from tvm import tirx
 from tvm.ir import Op
-from tvm.tirx.stmt_functor import ir_transform
 from tvm.tirx.transform import prim_func_pass
+
+from tilelang_ext.passes.rewrite import rewritten
 
 _NARROW = ("int8", "uint8", "int16", "uint16")
 _OPERATORS = (tirx.Add, tirx.Sub, tirx.Mul)
@@ -34,7 +35,7 @@ def _promoted(operand: tirx.PrimExpr) -> tirx.PrimExpr:
 
 def _wrap_all(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     kinds = ["tirx.Call", *(f"tirx.{operator.__name__}" for operator in _OPERATORS)]
-    return func.with_body(ir_transform(func.body, None, _wrap, kinds))
+    return func.with_body(rewritten(func.body, _wrap, kinds))
 
 
 WrapNarrowIntegers = prim_func_pass(_wrap_all, opt_level=0, name="tilelang_ext.WrapNarrowIntegers")

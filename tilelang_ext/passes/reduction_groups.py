@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 from tvm import IRModule, arith, tirx
 from tvm.ir import Op
-from tvm.tirx.stmt_functor import ir_transform, post_order_visit, substitute
+from tvm.tirx.stmt_functor import post_order_visit, substitute
+
+from tilelang_ext.passes.rewrite import rewritten
 
 # What upstream's lowering and ours call them: operator, threads, scale, first thread, values at once, their distance.
 _NAME = re.compile(
@@ -85,7 +87,7 @@ class _Counting:
                 then_case,
                 None if stmt.else_case is None else self._under(tirx.Not(stmt.condition), stmt.else_case),
             )
-        return ir_transform(stmt, None, self._count, ["tirx.Call"])
+        return rewritten(stmt, self._count, ["tirx.Call"])
 
     def _under(self, condition: tirx.PrimExpr, stmt: tirx.Stmt) -> tirx.Stmt:
         self.conditions.append(condition)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilelang_ext.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ
+from tilelang_ext.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, format_of
 from tilelang_ext.rocm.instructions import MatrixInstruction, codes_per_byte, scaled_product
 
 NAMESPACE = "tilelang_ext"
@@ -156,6 +156,64 @@ __device__ __forceinline__ void {name}(float* d, const void* a, const void* b, i
     )
 
 
+def fp8_value_name(dtype: str) -> str:
+    """Return the function that converts a value of `dtype` to float: name(value in upstream's type)."""
+    return f"{NAMESPACE}::float_of_{_NAMES[dtype]}"
+
+
+def fp8_code_name(dtype: str) -> str:
+    """Return the function that converts a float to `dtype`: to nearest even, saturating; infinity too, as HIP's own do."""
+    return f"{NAMESPACE}::{_NAMES[dtype]}_of_float"
+
+
+def fp8_conversion_text(dtype: str) -> str:
+    """Return the definitions of `fp8_value_name` and `fp8_code_name`."""
+    format, name = format_of(dtype), _NAMES[dtype]
+    carrier = "fp8_e4_t" if format.mantissa_bits == E4M3.mantissa_bits else "fp8_e5_t"
+    mantissa, bias, top = format.mantissa_bits, format.bias, format.values.index(format.max)
+    if format.has_negative_zero:
+        infinity = format.inf_codes[0] if format.inf_codes else 0x80
+        nan = f"magnitude > {top} && magnitude != {infinity:#x}"
+        infinite = f"magnitude == {infinity:#x} ? __builtin_inff() : " if format.inf_codes else ""
+        zero = "true"
+    else:
+        nan, infinite, zero = "code == 0x80", "", "code != 0"
+    return _guarded(
+        f"{name}_conversions",
+        f"""\
+__device__ __forceinline__ float float_of_{name}({carrier} value) {{
+  const unsigned code = value.data, magnitude = code & 0x7f;
+  if ({nan}) return __builtin_nanf("");
+  const unsigned exponent = magnitude >> {mantissa}, mantissa = magnitude & {(1 << mantissa) - 1};
+  const int significand = static_cast<int>(exponent ? mantissa + {1 << mantissa} : mantissa);
+  const unsigned power = (exponent ? exponent : 1) + {127 - bias - mantissa};
+  const float finite = static_cast<float>(significand) * __builtin_bit_cast(float, power << 23);
+  const float absolute = {infinite}finite;
+  return code & 0x80 ? -absolute : absolute;
+}}
+__device__ __forceinline__ {carrier} {name}_of_float(float value) {{
+  const unsigned bits = __builtin_bit_cast(unsigned, value), magnitude = bits & 0x7fffffff;
+  {carrier} result;
+  result.data = {format.nan_codes[0]:#x};
+  if (magnitude > 0x7f800000) return result;
+  unsigned code;
+  if (magnitude < {128 - bias}u << 23) {{  // below the smallest normal number: a multiple of the smallest subnormal one
+    const unsigned aligned = {127 + 24 - bias - mantissa}u << 23;
+    const float sum = __builtin_bit_cast(float, magnitude) + __builtin_bit_cast(float, aligned);
+    code = __builtin_bit_cast(unsigned, sum) - aligned;
+  }} else {{
+    const unsigned odd = (magnitude >> {23 - mantissa}) & 1;
+    code = ((magnitude + {(1 << (22 - mantissa)) - 1}u + odd) >> {23 - mantissa}) - {(127 - bias) << mantissa}u;
+  }}
+  code = code < {top}u ? code : {top}u;
+  result.data = static_cast<unsigned char>(bits >> 31 && {zero} ? code | 0x80 : code);
+  return result;
+}}
+""",
+        "tl_templates/hip/hip_fp8.h",
+    )
+
+
 def all_reduce_text() -> str:
     """Return the definition of all_reduce<operator, threads, scale, first>(value, workspace, takes part), and of the same for
     `batch` values at a pointer, `stride` apart in the workspace."""
@@ -183,13 +241,13 @@ __device__ __forceinline__ T all_reduce(T x, T* workspace, bool takes_part = tru
     )
 
 
-def _guarded(name: str, text: str) -> str:
+def _guarded(name: str, text: str, header: str = "hip/hip_runtime.h") -> str:
     """A kernel with several products has the text several times, and the definition once."""
     guard = f"TILELANG_EXT_{name.upper()}"
     return f"""\
 #ifndef {guard}
 #define {guard}
-#include <hip/hip_runtime.h>
+#include <{header}>
 namespace {NAMESPACE} {{
 {text}}}  // namespace {NAMESPACE}
 #endif

@@ -20,12 +20,16 @@ from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
+from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
+from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.rocm.all_reduce import count_from, define_all_reduce, with_participants
 from tilelang_ext.rocm.async_copy import CopyWords
 from tilelang_ext.rocm.block_scaled import lower_block_scaled
+from tilelang_ext.rocm.fp8_casts import ConvertByFormat
+from tilelang_ext.rocm.operators import RULES
 from tilelang_ext.rocm.spelling import SpellEightBits
 
 
@@ -48,6 +52,8 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = lower_block_scaled(mod, target)
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
+    mod = spell_operators(mod, RULES)
+    mod = CountLanes(mod, int(target.attrs["thread_warp_size"]), keep_default=False)
     mod = SpellBooleans(mod)
     mod = KeepFloatArithmetic(mod)
     if should_force_let_inline():
@@ -124,5 +130,6 @@ def lower(mod: IRModule, target: Target) -> IRModule:
 def spell(mod: IRModule) -> IRModule:
     """Say in other words what upstream's generator spells wrong, or not at all; nothing simplifies behind it."""
     mod = ReleaseFloatArithmetic(mod)
-    mod = WrapNarrowIntegers(mod)
-    return SpellEightBits(mod)
+    mod = ConvertByFormat(mod)
+    mod = SpellEightBits(mod)
+    return WrapNarrowIntegers(mod)

@@ -12,6 +12,8 @@ Masked copies of such tiles have all three. The pass runs last, and leaves what 
 
 from __future__ import annotations
 
+import math
+
 from tvm import tirx
 from tvm.tirx.stmt_functor import ir_transform
 from tvm.tirx.transform import prim_func_pass
@@ -19,10 +21,15 @@ from tvm.tirx.transform import prim_func_pass
 from tilelang_ext.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, format_of
 
 _E5M2 = (E5M2.dtype, E5M2_FNUZ.dtype)
+<<<<<<< HEAD
 # The numbers of lanes that the generator cannot spell.
+=======
+_E4M3 = (E4M3.dtype, E4M3_FNUZ.dtype)
+# The lanes that the generator cannot spell.
+>>>>>>> 1792010 (AMD: fp8 by the format's bits whatever the chip's; operators that round, lanes of a given size, directed rounding refused by name)
 _LANES = {
     **dict.fromkeys(("int8", "uint8"), (4, 8, 16)),
-    **dict.fromkeys((E4M3.dtype, E4M3_FNUZ.dtype), (2,)),
+    **dict.fromkeys(_E4M3, (2,)),
     **dict.fromkeys(_E5M2, (2, 4, 8, 16)),
 }
 _WORD_LANES = 4  # 8-bit values per word
@@ -31,14 +38,21 @@ _WORD_LANES = 4  # 8-bit values per word
 def _code(value: tirx.PrimExpr) -> tirx.PrimExpr:
     """Return the bits of an 8-bit value as uint8."""
     if isinstance(value, tirx.FloatImm):
+<<<<<<< HEAD
         values = format_of(str(value.dtype)).values
         return tirx.IntImm("uint8", [repr(v) for v in values].index(repr(value.value)))  # repr tells 0.0 from -0.0
+=======
+        return tirx.IntImm("uint8", format_of(str(value.dtype)).encode(value.value))
+>>>>>>> 1792010 (AMD: fp8 by the format's bits whatever the chip's; operators that round, lanes of a given size, directed rounding refused by name)
     return value if str(value.dtype) == "uint8" else tirx.reinterpret("uint8", value)
 
 
 def _spell(node: tirx.PrimExpr) -> tirx.PrimExpr | None:
     if isinstance(node, tirx.FloatImm):
-        return tirx.reinterpret(node.dtype, _code(node)) if str(node.dtype) in _E5M2 else None
+        dtype = str(node.dtype)
+        # Zero has one code in either flavour of E4M3, which the generator spells.
+        is_ours = dtype in _E5M2 or (dtype in _E4M3 and (node.value != 0 or math.copysign(1.0, node.value) < 0))
+        return tirx.reinterpret(node.dtype, _code(node)) if is_ours else None
     lanes = int(node.lanes)
     if lanes not in _LANES.get(str(node.value.dtype), ()):
         return None

@@ -1,0 +1,53 @@
+"""Operators that upstream's HIP generator lacks or gets wrong, in words that it knows."""
+
+from __future__ import annotations
+
+from tvm import DataType, tirx
+from tvm.ir import Op
+
+from tilelang_ext.passes.operators import Rule, infinity, nearest_even, only_to_nearest
+
+_OPERATORS = {"tl.ieee_add": tirx.Add, "tl.ieee_sub": tirx.Sub, "tl.ieee_mul": tirx.Mul, "tl.ieee_fdiv": tirx.Div}
+
+
+def _round(call: tirx.Call) -> tirx.Call | None:
+    """`roundf` goes away from zero; for halves the generator has `hrint`, which goes to even."""
+    return nearest_even(call) if DataType(call.dtype).bits > 16 else None
+
+
+def _pow(call: tirx.Call) -> tirx.Cast | None:
+    """`hpow` takes its exponent for an integer."""
+    if DataType(call.dtype).bits > 16:
+        return None
+    wide = f"float32x{DataType(call.dtype).lanes}" if DataType(call.dtype).lanes > 1 else "float32"
+    return tirx.Cast(call.dtype, tirx.Call(wide, call.op, [tirx.Cast(wide, operand) for operand in call.args]))
+
+
+def _to_nearest(call: tirx.Call) -> tirx.PrimExpr:
+    """`T.ieee_*` to nearest, which is how HIP's operators and functions round."""
+    name, operands = call.op.name, [operand for operand in call.args if not isinstance(operand, tirx.StringImm)]
+    if name in _OPERATORS:
+        return _OPERATORS[name](*operands)
+    if name == "tl.ieee_fmaf":
+        return tirx.call_pure_extern(call.dtype, "fma" if DataType(call.dtype).bits == 64 else "fmaf", *operands)
+    root = tirx.Call(call.dtype, Op.get("tirx.sqrt"), operands)
+    if name == "tl.ieee_fsqrt":
+        return root
+    return tirx.const(1.0, call.dtype) / (operands[0] if name == "tl.ieee_frcp" else root)
+
+
+def _checked(check: Rule) -> Rule:
+    def rule(call: tirx.Call) -> tirx.PrimExpr:
+        check(call)
+        return _to_nearest(call)
+
+    return rule
+
+
+RULES: dict[str, Rule] = {
+    "tl.infinity": infinity,
+    "tirx.round": _round,
+    "tirx.pow": _pow,
+    "tl.ieee_frsqrt": _to_nearest,
+    **{name: _checked(check) for name, check in only_to_nearest("AMD").items()},
+}
