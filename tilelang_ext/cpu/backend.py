@@ -21,6 +21,7 @@ from tilelang_ext.cpu.one_thread_blocks import needs_one_thread_blocks
 from tilelang_ext.cpu.operators import RULES
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
+from tilelang_ext.passes.float_constants import SpellFloatConstants, by_ldexp
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.registration import has_key
@@ -77,7 +78,8 @@ def _wrap_builder() -> None:
         tvm_ffi.register_global_func(f"{_BUILD}.upstream", upstream)
 
     def build(mod: IRModule, target: Target):
-        return upstream(WrapNarrowIntegers(ReleaseFloatArithmetic(mod)), registration.without_key(target))
+        mod = SpellFloatConstants(ReleaseFloatArithmetic(mod), by_ldexp)
+        return upstream(WrapNarrowIntegers(mod), registration.without_key(target))
 
     tvm_ffi.register_global_func(_BUILD, build, override=True)
 

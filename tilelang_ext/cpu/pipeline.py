@@ -16,6 +16,7 @@ from tilelang_ext.cpu.workspace import PlaceLargeArrays
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.operators import spell_operators
+from tilelang_ext.passes.wide_indices import WidenIndices
 
 
 def _materialize_kernel_launch():
@@ -56,6 +57,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.VerifyReducerConsumed()(mod)
     mod = tilelang.cpu.transform.LowerCPUAtomics()(mod)
     mod = transform.LegalizeSafeMemoryAccess()(mod)
+    mod = WidenIndices(mod)
     mod = transform.LowerAccessPtr()(mod)
     mod = transform.Simplify()(mod)
     mod = transform.HoistNonRestrictParams()(mod)
@@ -65,6 +67,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.LowerOpaqueBlock()(mod)
     mod = transform.Simplify()(mod)
     mod = tirx.transform.NarrowDataType(32)(mod)
+    mod = WidenIndices(mod)
     mod = transform.FlattenBuffer()(mod)
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)

@@ -30,6 +30,8 @@ from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
+from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
+from tilelang_ext.passes.wide_indices import WidenIndices
 
 
 def _materialize_kernel_launch():
@@ -58,6 +60,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = OneInstruction(mod)
     mod = spell_operators(mod, RULES)
     mod = CountLanes(mod, 32, keep_default=True)
+    mod = SpellScalarAtomics(mod)
     mod = SpellBooleans(mod)
     mod = KeepFloatArithmetic(mod)
     if should_force_let_inline():
@@ -87,6 +90,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.DecoupleTypeCast()(mod)
     mod = transform.LegalizeVectorizedLoop()(mod)
     mod = transform.LegalizeSafeMemoryAccess()(mod)
+    mod = WidenIndices(mod)
     mod = transform.LowerAccessPtr()(mod)
     mod = transform.Simplify()(mod)
     mod = transform.HoistNonRestrictParams()(mod)
@@ -96,6 +100,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.LowerOpaqueBlock()(mod)
     mod = transform.Simplify()(mod)
     mod = tirx.transform.NarrowDataType(32)(mod)
+    mod = WidenIndices(mod)
     mod = transform.FlattenBuffer()(mod)
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)

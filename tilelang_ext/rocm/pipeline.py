@@ -19,12 +19,15 @@ from tvm.target import Target
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
+from tilelang_ext.passes.float_constants import SpellFloatConstants, by_bits
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
+from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
+from tilelang_ext.passes.wide_indices import WidenIndices
 from tilelang_ext.rocm.all_reduce import count_from, define_all_reduce, with_participants
 from tilelang_ext.rocm.async_copy import CopyWords
 from tilelang_ext.rocm.block_scaled import lower_block_scaled
@@ -54,6 +57,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = _materialize_kernel_launch()(mod)
     mod = spell_operators(mod, RULES)
     mod = CountLanes(mod, int(target.attrs["thread_warp_size"]), keep_default=False)
+    mod = SpellScalarAtomics(mod)
     mod = SpellBooleans(mod)
     mod = KeepFloatArithmetic(mod)
     if should_force_let_inline():
@@ -82,6 +86,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.DecoupleTypeCast()(mod)
     mod = transform.LegalizeVectorizedLoop()(mod)
     mod = transform.LegalizeSafeMemoryAccess()(mod)
+    mod = WidenIndices(mod)
     mod = transform.LowerAccessPtr()(mod)
     mod = transform.Simplify()(mod)
     mod = transform.HoistNonRestrictParams()(mod)
@@ -91,6 +96,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.LowerOpaqueBlock()(mod)
     mod = transform.Simplify()(mod)
     mod = tirx.transform.NarrowDataType(32)(mod)
+    mod = WidenIndices(mod)
     mod = transform.FlattenBuffer()(mod)
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)
@@ -130,6 +136,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
 def spell(mod: IRModule) -> IRModule:
     """Say in other words what upstream's generator spells wrong, or not at all; nothing simplifies behind it."""
     mod = ReleaseFloatArithmetic(mod)
+    mod = SpellFloatConstants(mod, by_bits)
     mod = ConvertByFormat(mod)
     mod = SpellEightBits(mod)
     return WrapNarrowIntegers(mod)
