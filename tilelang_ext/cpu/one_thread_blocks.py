@@ -31,8 +31,8 @@ def _name(node) -> str:
 
 
 def needs_one_thread_blocks(func: tirx.PrimFunc) -> bool:
-    """Whether upstream's lowering for `c` would refuse `func`, or get its indices wrong: it has fragments, fp8, bfloat16, several
-    dynamic shared buffers, a fill of shared memory, or a tensor of more elements than 32 bits count."""
+    """Whether upstream's lowering for `c` would refuse `func`, or get its indices wrong: it has fragments, fp8, bfloat16,
+    several dynamic shared buffers, a fill of shared memory, or a tensor of more elements than 32 bits count."""
     buffers = [*func.buffer_map.values()]
     dtypes = set()
     filled = []

@@ -21,12 +21,8 @@ from tvm.tirx.transform import prim_func_pass
 from tilelang_ext.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, format_of
 
 _E5M2 = (E5M2.dtype, E5M2_FNUZ.dtype)
-<<<<<<< HEAD
-# The numbers of lanes that the generator cannot spell.
-=======
 _E4M3 = (E4M3.dtype, E4M3_FNUZ.dtype)
-# The lanes that the generator cannot spell.
->>>>>>> 1792010 (AMD: fp8 by the format's bits whatever the chip's; operators that round, lanes of a given size, directed rounding refused by name)
+# The numbers of lanes that the generator cannot spell.
 _LANES = {
     **dict.fromkeys(("int8", "uint8"), (4, 8, 16)),
     **dict.fromkeys(_E4M3, (2,)),
@@ -38,12 +34,7 @@ _WORD_LANES = 4  # 8-bit values per word
 def _code(value: tirx.PrimExpr) -> tirx.PrimExpr:
     """Return the bits of an 8-bit value as uint8."""
     if isinstance(value, tirx.FloatImm):
-<<<<<<< HEAD
-        values = format_of(str(value.dtype)).values
-        return tirx.IntImm("uint8", [repr(v) for v in values].index(repr(value.value)))  # repr tells 0.0 from -0.0
-=======
         return tirx.IntImm("uint8", format_of(str(value.dtype)).encode(value.value))
->>>>>>> 1792010 (AMD: fp8 by the format's bits whatever the chip's; operators that round, lanes of a given size, directed rounding refused by name)
     return value if str(value.dtype) == "uint8" else tirx.reinterpret("uint8", value)
 
 
