@@ -1,93 +1,85 @@
 """What `scaled_mm` does before a kernel runs: problems, the cache of kernels, memory it promises; stand-ins for devices."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
-from kernels.scaled_mm.operands import E4M3, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, case, operands, problem
-from kernels.scaled_mm.recording import BF16, CUDA, E4M3_TORCH, key
+from kernels.scaled_mm.operands import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, operands, problem
+from kernels.scaled_mm.recording import BF16, E4M3_TORCH, key
 from metal.recording import FakeArray, RecordedShader, record_mlx
 
 from tilelang_ext import metal, program
+from tilelang_ext.kernels.scaled_mm import launch as launches
 from tilelang_ext.kernels.scaled_mm import operator, vecmat
 from tilelang_ext.kernels.scaled_mm.problem import bucket_of
 
 
 def test_problem_of_a_launch(kernels):
-    run = operator._compile(key(recipes=(ROW_BLOCK, SQUARE_BLOCK)), True)
-    (made,) = kernels.problems
-    assert made == problem(
+    assert operator._problem_of(key(recipes=(ROW_BLOCK, SQUARE_BLOCK)), True) == problem(
         5, 64, 128, (ROW_BLOCK, SQUARE_BLOCK), kind="cuda", arch="sm_90a", bias="bfloat16", out="bfloat16", fast_accum=True
     )
-    assert operator._launchers == {(key(recipes=(ROW_BLOCK, SQUARE_BLOCK)), True): run}
 
 
 def test_problem_on_a_mac(kernels):
-    operator._compile(key(device=torch.device("mps", 0), bias=None), False)
+    run = operator._compile(key(device=torch.device("mps", 0), bias=None), False)
     assert kernels.problems == [problem(5, 64, 128, (ROW, ROW), out="bfloat16")]
+    assert operator._launchers == {(key(device=torch.device("mps", 0), bias=None), False): run}
 
 
 def test_other_devices(kernels):
     with pytest.raises(NotImplementedError, match="tensors must be on cuda, mps or cpu; got xpu; move them"):
-        operator._compile(key(device=torch.device("xpu", 0)), False)
+        operator._problem_of(key(device=torch.device("xpu", 0)), False)
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_fnuz_off_the_cpu(kernels, name):
     with pytest.raises(NotImplementedError, match=f"mat_{name} must be .* on cuda; got float8_e5m2fnuz; convert"):
-        operator._compile(key(**{name: torch.float8_e5m2fnuz}), False)
+        operator._problem_of(key(**{name: torch.float8_e5m2fnuz}), False)
 
 
-def launch(a, b, bias=None):
-    """What a kernel is given by `_launch` on CPU tensors."""
-    launches = []
-    made = problem(a.shape[0], b.shape[0], a.shape[1], (ROW, ROW), bias=None if bias is None else "float32")
-    run = operator._run_of(made, lambda *arguments: launches.append(arguments))
-    scale = torch.ones(1, 1)
+@pytest.mark.parametrize(
+    ("M", "sizes"), [(1, (1, 1)), (4, (4, 4)), (5, (5, 16)), (16, (5, 16)), (17, (17, 32)), (99, (65, 128))]
+)
+def test_batches_that_share_a_kernel(M, sizes):
+    assert launches.sizes_of_bucket(M) == sizes
+    assert {bucket_of(size) for size in range(sizes[0], sizes[1] + 1)} == {bucket_of(M)}
+    assert bucket_of(sizes[0] - 1) != bucket_of(M) != bucket_of(sizes[1] + 1)
+
+
+def launched(kernels, a, b, bias=None, scale=None):
+    """What a kernel of Metal is given by `_launch` on CPU tensors."""
+    run = operator._compile(key(device=torch.device("mps", 0), bias=None if bias is None else bias.dtype), False)
+    scale = torch.ones(1, 1) if scale is None else scale
     operator._launch(run, a, scale, b, scale, bias, torch.empty(a.shape[0], b.shape[0]))
-    return launches[-1]
+    return kernels.launches[-1]
 
 
-def test_launch_passes_memory_on():
+def test_launch_passes_memory_on(kernels):
     (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
-    given = launch(a, b)
+    given = launched(kernels, a, b)
     assert given[0] is a
     assert given[2] is b
     assert len(given) == 5, "a kernel without bias is called without it"
 
 
-def test_launch_makes_rows_of_a_and_bias_contiguous():
+def test_launch_makes_rows_of_a_bias_and_scales_contiguous(kernels):
     (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
-    wide, bias = a.repeat(1, 2)[:, :32], torch.arange(32.0)[::2]
-    given = launch(wide, b, bias)
+    wide, bias, scale = a.repeat(1, 2)[:, :32], torch.arange(32.0)[::2], torch.ones(4, 4)[::2, ::2]
+    given = launched(kernels, wide, b, bias, scale)
     assert given[0].is_contiguous()
     assert torch.equal(given[0].view(torch.uint8), a.view(torch.uint8))
+    assert given[1].is_contiguous()
     assert given[4].is_contiguous()
     assert torch.equal(given[4], bias)
 
 
-def test_launch_refuses_what_kernels_cannot_read():
+def test_launch_refuses_what_kernels_cannot_read(kernels):
     (a, _, b, _), _ = operands(5, 16, 32, (ROW, ROW))
     with pytest.raises(ValueError, match=r"mat_b must be column-major, as weight.t\(\) is; got strides \(16, 1\); pass"):
-        launch(a, b.t().contiguous().t())
+        launched(kernels, a, b.t().contiguous().t())
     moved = torch.zeros(5 * 32 + 1, dtype=torch.uint8)[1:].view(5, 32).view(E4M3_TORCH)
     for operand_a, operand_b, name in ((moved, b, "mat_a"), (a, moved, "mat_b")):
         with pytest.raises(ValueError, match=f"{name} must start at a multiple of 16 bytes; got a slice"):
-            launch(operand_a, operand_b)
-
-
-@pytest.mark.parametrize(
-    ("kind", "recipes", "copied"), [("cuda", (ROW, ROW), True), ("cuda", (ROW_BLOCK, SQUARE_BLOCK), False)]
-)
-def test_strides_of_scales(kind, recipes, copied):
-    """Kernels of CUDA read the scales of groups by their strides; scales of all of K are contiguous everywhere."""
-    launches = []
-    run = operator._run_of(problem(2, 2, 256, recipes, kind="cuda"), lambda *arguments: launches.append(arguments))
-    scale = torch.ones(4, 4)[::2, ::2]
-    run(None, scale, None, scale, None, None)
-    assert (launches[0][1] is scale) is not copied
-    assert launches[0][1].is_contiguous() or not copied
+            launched(kernels, operand_a, operand_b)
 
 
 # --- Metal -----------------------------------------------------------------------------------------------------------
@@ -126,28 +118,3 @@ def test_mlx_launch(monkeypatch):
     assert out.dtype == np.float16
     (record,) = fake_mlx.records
     assert record["grid"] == (2 * 32, 1, 1)
-
-
-def test_the_operator_finds_its_kernel_once(kernels, monkeypatch):
-    """The whole way with CPU tensors that say they are elsewhere: one kernel for all batch sizes of a bucket."""
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    arguments, _ = case(5, 64, 128, (ROW, ROW), E4M3)
-
-    class Elsewhere:
-        """A tensor that says it is on CUDA; the operator asks nothing of it that needs a device."""
-
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-        device = CUDA
-
-        def __getattr__(self, name):
-            value = getattr(self.tensor, name)
-            return (lambda *a: Elsewhere(value(*a))) if name in ("t", "contiguous", "reshape") else value
-
-    for M in (5, 16, 17):
-        a, scale_a = torch.zeros(M, 128).to(E4M3_TORCH), torch.ones(M, 1)
-        tensors = [Elsewhere(t) for t in (a, arguments[1], scale_a, arguments[4], torch.empty(M, 64))]
-        operator._scaled_mm_out(*tensors[:3], ROW.value, 0, tensors[3], ROW.value, 0, None, False, tensors[4])
-    assert [made.max_M for made in kernels.problems] == [16, 32]
-    assert len(kernels.launches) == 3

@@ -2,20 +2,21 @@
 
 out[i, j] = sum over k of (scale_a mat_a)[i, k] * (scale_b mat_b)[k, j] + bias[j]
 
-The operator checks what a kernel need not, finds the kernel in a table, and launches it. Source of names, shapes and strides:
-torch 2.13, torch.nn.functional.scaled_mm and torch._meta_registrations.
+On NVIDIA GPUs the operator launches by its plan (`launch`), elsewhere it finds the kernel in a table. Names, shapes and strides
+are those of torch 2.13, torch.nn.functional.scaled_mm and torch._meta_registrations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.scaled_mm import sm90_persistent, sm90_split_k, tiled, vecmat
+from tilelang_ext.kernels.scaled_mm import launch, sm90_persistent, sm90_split_k, tiled, vecmat
 from tilelang_ext.kernels.scaled_mm.arguments import (
     FNUZ,
     LAYOUTS,
@@ -30,6 +31,7 @@ from tilelang_ext.kernels.scaled_mm.problem import Problem, bucket_of
 from tilelang_ext.launch.compile import compiled
 from tilelang_ext.launch.device import current, target_of
 from tilelang_ext.launch.gradient import without_gradient
+from tilelang_ext.launch.plan import Plan
 
 KERNELS = (vecmat, sm90_split_k, sm90_persistent, tiled)  # the first that takes a problem compiles it
 ALIGNMENT = 16  # bytes: of TMA and of the widest loads
@@ -109,8 +111,20 @@ torch.library.define("tilelang_ext::scaled_mm", f"({_ARGUMENTS}, ScalarType outp
 torch.library.define("tilelang_ext::scaled_mm_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=_TAGS)
 
 
-def _scaled_mm_out(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, use_fast_accum, out):
-    scale_a, scale_b = check(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, out)
+def _scaled_mm_out(*arguments) -> None:
+    # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
+    if arguments[0].is_cuda and launch.takes_plans():
+        try:
+            if launch.plan().launch(arguments):
+                return
+        except (TypeError, ValueError):
+            pass
+    _check_and_launch(*arguments)
+
+
+def _check_and_launch(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, use_fast_accum, out):
+    arguments = mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, use_fast_accum, out
+    scale_a, scale_b = check(*arguments[:9], out)
     (M, K), N = mat_a.shape, mat_b.shape[1]
     if M == 0 or N == 0:
         return
@@ -122,8 +136,12 @@ def _scaled_mm_out(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b
     else:
         bias_dtype = None if bias is None else bias.dtype
         key = (mat_a.device, bucket_of(M), N, K, mat_a.dtype, mat_b.dtype, recipe_a, recipe_b, bias_dtype, out.dtype)
-        run = _launchers.get((key, use_fast_accum)) or _compile(key, use_fast_accum)
-        _launch(run, mat_a, scale_a, mat_b.t(), scale_b, bias, out)
+        if target_of("scaled_mm", mat_a.device).kind == "cuda":
+            _check_memory(mat_a.contiguous(), mat_b.t())
+            _launch_plan(launch.plan(), key, launch.with_memory_of_kernels(arguments, (scale_a, scale_b)))
+        else:
+            run = _launchers.get((key, use_fast_accum)) or _compile(key, use_fast_accum)
+            _launch(run, mat_a, scale_a, mat_b.t(), scale_b, bias, out)
 
 
 def _scaled_mm(*arguments) -> Tensor:
@@ -159,8 +177,8 @@ for _name_of_op, _implementation, _shape_of in (("scaled_mm", _scaled_mm, _fake)
 _launchers: dict[tuple, Callable] = {}
 
 
-def _compile(key: tuple, use_fast_accum: bool) -> Callable:
-    """Compile the kernel of a new key and keep it."""
+def _problem_of(key: tuple, use_fast_accum: bool) -> Problem:
+    """Return the problem of device, max_M, N, K, dtypes, recipes and dtypes of bias and result."""
     device, max_M, N, K, a_dtype, b_dtype, recipe_a, recipe_b, bias_dtype, out_dtype = key
     target = target_of("scaled_mm", device)
     for name, dtype in (("mat_a", a_dtype), ("mat_b", b_dtype)):
@@ -169,7 +187,7 @@ def _compile(key: tuple, use_fast_accum: bool) -> Callable:
                 f"scaled_mm: {name} must be float8_e4m3fn or float8_e5m2 on {device.type}; got {_name(dtype)}; convert it with "
                 "quantize.fnuz_to_ocp, or move the tensors to the CPU"
             )
-    problem = Problem(
+    return Problem(
         target_kind=target.kind,
         arch=target.arch,
         num_sms=target.num_sms,
@@ -185,39 +203,54 @@ def _compile(key: tuple, use_fast_accum: bool) -> Callable:
         fast_accum=use_fast_accum,
     )
 
+
+def _implementation_of(problem: Problem) -> ModuleType:
+    return next(file for file in KERNELS if file.takes(problem))
+
+
+def _launch_plan(plan: Plan, key: tuple, arguments: tuple) -> None:
+    """Launch on an NVIDIA GPU; a variant that the plan lacks is compiled first."""
+    if not plan.launch(arguments):
+        problem = _problem_of(key, arguments[-2])
+        launch.add_variant(plan, arguments, problem, _implementation_of(problem))
+        plan(*arguments)
+
+
+def _compile(key: tuple, use_fast_accum: bool) -> Callable:
+    """Compile the kernel of a new key for AMD or Metal and keep it."""
+    problem, target = _problem_of(key, use_fast_accum), target_of("scaled_mm", key[0])
+
     def compile(make: Callable, *arguments, pass_configs: Mapping[str, bool] | None = None) -> Callable:
         return compiled(make, arguments, target, tuple((pass_configs or {}).items()))
 
-    kernel = next(file for file in KERNELS if file.takes(problem)).compile_kernel(problem, compile)
-    run = _launchers[key, use_fast_accum] = _run_of(problem, kernel)
-    return run
-
-
-def _run_of(problem: Problem, kernel: Callable) -> Callable:
-    """Return run(a, scale_a, b, scale_b, bias, out), which passes scales and bias on as `problem` promises them."""
-    reads_strides = problem.target_kind == "cuda" and problem.layout_a.k is not None
+    kernel = _implementation_of(problem).compile_kernel(problem, compile)
 
     def run(a, scale_a, b, scale_b, bias, out):
-        if not reads_strides:
-            scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
-        kernel(a, scale_a, b, scale_b, *([] if bias is None else [bias.contiguous()]), out)
+        biases = [] if bias is None else [bias.contiguous()]
+        kernel(a, scale_a.contiguous(), b, scale_b.contiguous(), *biases, out)
 
+    _launchers[key, use_fast_accum] = run
     return run
 
 
-def _launch(run: Callable, a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Check what the operands' memory must be, and launch a kernel on it."""
+def _check_memory(a: Tensor, b: Tensor) -> None:
+    """Raise for operands (M, K) and (N, K) whose memory no kernel reads."""
     if not b.is_contiguous():
         raise ValueError(
             f"scaled_mm: mat_b must be column-major, as weight.t() is; got strides {tuple(b.stride()[::-1])}; pass "
             "mat_b.t().contiguous().t(), made once"
         )
-    a = a.contiguous()
     for name, tensor in (("mat_a", a), ("mat_b", b)):
         if tensor.data_ptr() % ALIGNMENT:
             raise ValueError(
                 f"scaled_mm: {name} must start at a multiple of {ALIGNMENT} bytes; got a slice that does not; clone it"
             )
+
+
+def _launch(run: Callable, a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Launch a kernel on AMD or Metal."""
+    a = a.contiguous()
+    _check_memory(a, b)
     with current(a.device):
         run(a, scale_a, b, scale_b, bias, out)
 
