@@ -60,7 +60,7 @@ static _Thread_local void* current_context;
 
 /* The bytes of each parameter of a kernel, for the log. */
 void fake_kernel(const char* name, int count, const int* sizes) {
-  Kernel* kernel = kernels + num_kernels++ % MAX_KERNELS;
+  Kernel* kernel = kernels + num_kernels++;
   snprintf(kernel->name, sizeof kernel->name, "%s", name);
   kernel->count = count;
   memcpy(kernel->sizes, sizes, count * sizeof(int));
@@ -93,12 +93,29 @@ int cuModuleLoadData(void** module, const void* image) {
   note("load cuda:%d", (int)(uintptr_t)current_context - 0x1000);
   return *module = (void*)image, result("cuModuleLoadData");
 }
-int cuModuleGetFunction(void** function, void* module, const char* name) {
-  for (int i = num_kernels - 1; i >= 0 && i >= num_kernels - MAX_KERNELS; --i) {
-    Kernel* kernel = kernels + i % MAX_KERNELS;
-    if (strcmp(kernel->name, name) == 0) return *function = kernel, 0;
+/* A cubin of fakes.py has a note for each kernel, "parameters NAME SIZE SIZE ...\n"; of others fake_kernel has told. */
+static Kernel* read_kernel(const char* image, const char* name) {
+  const char* end = image + *(const uint64_t*)(image + 40) + 64 * *(const uint16_t*)(image + 60);
+  char wanted[160];
+  const int length = snprintf(wanted, sizeof wanted, "parameters %s ", name);
+  for (const char* at = image; at + length < end; ++at) {
+    if (memcmp(at, wanted, length) != 0) continue;
+    Kernel* kernel = calloc(1, sizeof(Kernel));
+    snprintf(kernel->name, sizeof kernel->name, "%s", name);
+    for (char* number = (char*)at + length; *number != '\n'; ++number) {
+      kernel->sizes[kernel->count++] = (int)strtol(number, &number, 10);
+    }
+    return kernel;
   }
-  return 500;
+  return NULL;
+}
+
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  Kernel* kernel = read_kernel(module, name);
+  for (int i = num_kernels - 1; kernel == NULL && i >= 0; --i) {
+    if (strcmp(kernels[i].name, name) == 0) kernel = kernels + i;
+  }
+  return *function = kernel, kernel == NULL ? 500 : 0;
 }
 int cuFuncSetAttribute(void* function, int attribute, int value) {
   note("attribute %s %d %d", ((Kernel*)function)->name, attribute, value);

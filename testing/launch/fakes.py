@@ -80,29 +80,7 @@ class FakeCuda:
     def add(self, plan: Plan, variant: dict, arch="sm_90a", constants=()) -> None:
         base = {"key": [], "sizes": [0, 0], "target": arch, "requirements": [], "workspace": [], "constants": []}
         variant = {**base, **variant}
-        plan.add(variant, [self.cubin_of(variant)], constants)
-
-    def cubin_of(self, variant: dict) -> bytes:
-        """Return a cubin with the kernels of a variant, and tell the driver of their parameters."""
-        kernels = {}
-        for step in variant["steps"]:
-            if "launch" in step:
-                kernels[step["launch"]] = sizes = [_BYTES[parameter[0]] for parameter in step["parameters"]]
-                self.driver.fake_kernel(step["launch"].encode(), len(sizes), (ctypes.c_int * len(sizes))(*sizes))
-        return cubin(variant["target"], kernels)
-
-    def stand_in_for_compilers(self, monkeypatch) -> None:
-        """Make `record` lower kernels without nvcc and without the cache on disk, each once: cubins have headers alone."""
-        made = {}
-
-        def compile_cached(key, make, arch, pass_configs) -> tuple[Lowered, bytes]:
-            if repr(key) not in made:
-                lowered = lower(make(), arch, pass_configs)
-                made[repr(key)] = lowered, self.cubin_of(lowered.variant)
-            return made[repr(key)]
-
-        monkeypatch.setattr(record, "kernel", record.kernel.__wrapped__)
-        monkeypatch.setattr(record, "compile_cached", compile_cached)
+        plan.add(variant, [cubin_of(variant)], constants)
 
     def log(self) -> list[str]:
         return self.driver.fake_log().decode().splitlines()
@@ -145,16 +123,41 @@ def tensor(name: str, shape: list, dtype="float32", strides=None, alignment=16) 
     return {"name": name, "dtype": dtype, "shape": shape, "strides": strides, "alignment": alignment}
 
 
+_made: dict[str, tuple[Lowered, bytes]] = {}
+
+
+def compile_without_nvcc(monkeypatch) -> None:
+    """Make `record` lower each kernel once in a process, without nvcc and the cache on disk; cubins have headers alone."""
+
+    def compile_cached(key, make, arch, pass_configs) -> tuple[Lowered, bytes]:
+        if repr(key) not in _made:
+            lowered = lower(make(), arch, pass_configs)
+            _made[repr(key)] = lowered, cubin_of(lowered.variant)
+        return _made[repr(key)]
+
+    monkeypatch.setattr(record, "kernel", record.kernel.__wrapped__)
+    monkeypatch.setattr(record, "compile_cached", compile_cached)
+
+
+def cubin_of(variant: dict) -> bytes:
+    """Return a cubin with the kernels of a variant, for its target."""
+    steps = [step for step in variant["steps"] if "launch" in step]
+    kernels = {step["launch"]: [_BYTES[parameter[0]] for parameter in step["parameters"]] for step in steps}
+    return cubin(variant["target"], kernels)
+
+
 def cubin(arch: str, kernels: dict[str, list[int]], abi: int = 8, note: str = "") -> bytes:
     """An ELF with what ptxas writes of the architecture and of the parameters of kernels, and no code.
 
-    `abi` is 8 for CUDA 13, 7 for CUDA 12; `note` stands where ptxas repeats its command line.
+    `abi` is 8 for CUDA 13, 7 for CUDA 12; `note` stands where ptxas repeats its command line. The fake driver reads sizes of
+    parameters from notes of its own.
     """
     sm, accelerator = int(arch.removeprefix("sm_").rstrip("af")), arch.endswith("a")
     sections = [("", 0, b""), (".note.nv.tkinfo", 7, note.encode())]
     if abi >= 8:
         sections.append((".nv.compat", 0x70000086, bytes([2, 9, accelerator, 0, 2, 2, 1, 0])))
     for kernel, sizes in kernels.items():
+        sections.append((f".note.{kernel}", 7, " ".join(["parameters", kernel, *map(str, sizes), "\n"]).encode()))
         info, offset = bytes([1, 0x37, 0, 0]), 0
         for ordinal, size in reversed(list(enumerate(sizes))):
             info += struct.pack("<BBHIHHI", 4, 0x17, 12, 0, ordinal, offset, size << 18 | 0xF000)

@@ -3,7 +3,7 @@
 import pytest
 import tilelang.language as T
 import torch
-from launch.fakes import FakeCuda
+from launch.fakes import FakeCuda, compile_without_nvcc
 
 from tilelang_ext.launch.expression import evaluate, fact, recipe_of, shape, stride
 from tilelang_ext.launch.record import Recorder, View
@@ -42,7 +42,7 @@ def add_blocks(block):
 @pytest.fixture
 def cuda(monkeypatch):
     cuda = FakeCuda()
-    cuda.stand_in_for_compilers(monkeypatch)
+    compile_without_nvcc(monkeypatch)
     return cuda
 
 

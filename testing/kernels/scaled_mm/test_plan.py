@@ -11,7 +11,7 @@ from kernels.scaled_mm.operands import (
     as_torch,
     operands,
 )
-from launch.fakes import FakeCuda
+from launch.fakes import FakeCuda, compile_without_nvcc
 
 from tilelang_ext.kernels.scaled_mm import arguments as checks
 from tilelang_ext.kernels.scaled_mm import launch as launches
@@ -32,7 +32,7 @@ class OnCuda(torch.Tensor):
 def cuda(monkeypatch):
     """The fake driver, and an operator whose plan launches there."""
     cuda = FakeCuda()
-    cuda.stand_in_for_compilers(monkeypatch)
+    compile_without_nvcc(monkeypatch)
     plan = cuda.launcher.plan(launches.RECIPE)
     monkeypatch.setattr(launches, "plan", lambda: plan)
     monkeypatch.setattr(operator, "target_of", lambda name, device: Target("cuda", "sm_90a", 132))

@@ -1,10 +1,15 @@
-"""Launches of `mxfp4_moe` on torch tensors: the sort, the GEMMs of one implementation, the sum over slots."""
+"""Launches of `mxfp4_moe`: the sort, the GEMMs of one implementation, the sum over slots.
+
+The launches are written once, in `_compile`, for torch tensors and for the views of a plan: on NVIDIA GPUs a plan launches them
+(`plan`, `add_variant`). A variant is compiled for the sizes, dtypes and options of a call, and serves all numbers of tokens
+that have its kernels and tiles.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import tilelang
@@ -16,10 +21,14 @@ from tilelang_ext.kernels.mxfp4_moe import sm90_mma, sm90_wgmma, tiled
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.arguments import Operands
 from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, Problem
-from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, capacity_of, count_slots, moe_sort
+from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, TOKEN_BITS, capacity_of, count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
+from tilelang_ext.kernels.mxfp4_moe.weights import from_arguments
 from tilelang_ext.launch.compile import compiled as compile_kernel
 from tilelang_ext.launch.device import target_of
+from tilelang_ext.launch.expression import fact, minimum, recipe_of, shape
+from tilelang_ext.launch.plan import Plan, launcher
+from tilelang_ext.launch.record import Recorder
 
 IMPLEMENTATIONS = (sm90_mma, sm90_wgmma, tiled)  # the first that takes a problem runs it
 
@@ -87,56 +96,76 @@ def launch(problem: Problem, operands: Operands, out: Tensor, *, compiled: Calla
 
     A caller with another way to run a prim_func passes a function in place of `compiled`.
     """
-    _compile(problem, Device(operands.x.device, compiled))(operands, out)
+    # These copies come before the sort, since kernels launched after it may read x before the one before them has ended.
+    operands = readable(operands)
+    if operands.expert_mask is None:
+        operands = operands._replace(expert_mask=_every_expert(problem.num_experts, out.device))
+    _compile_once(problem, Device(out.device, compiled))(operands, out)
 
 
-@functools.lru_cache(maxsize=1024)  # of problems, which differ in tokens; the kernels are fewer, and kept by `compiled`
-def _compile(problem: Problem, device: Device) -> Callable:
-    """Return run(operands, out), which launches the kernels for a problem."""
+def readable(operands: Operands) -> Operands:
+    """Return the operands with copies in place of tensors that kernels cannot read."""
+    x, topk_ids, topk_weights, w13, w2, expert_mask = operands
+    mask = None if expert_mask is None else expert_mask.int()
+    return Operands(x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous(), w13, w2, mask)
+
+
+def _compile(problem: Problem, device) -> Callable:
+    """Return run(operands, out): it launches on tensors and a `Device`, and records on views and a `Recorder`.
+
+    The problem decides which kernels run, with which tiles; extents that differ with the number of tokens come from the
+    operands.
+    """
     _check_tilelang(problem)
-    implementation = next(file for file in IMPLEMENTATIONS if file.takes(problem))
+    implementation = _implementation_of(problem)
     sort = _compile_sort(problem, implementation, device)
     gemms = implementation.compile_kernels(problem, device)
     combine = _compile_combine(problem, implementation, device)
 
-    def run(operands: Operands, out: Tensor) -> None:
-        x, topk_ids, topk_weights, w13, w2, expert_mask = operands
-        mask = _every_expert(problem.num_experts, x.device) if expert_mask is None else expert_mask.int()
-        # These copies come before the sort, since kernels launched after it may read x before the one before them has ended.
-        x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous()
+    def run(operands: Operands, out) -> None:
+        x, topk_ids, topk_weights, w13, w2, mask = operands
         routing = sort(topk_ids, topk_weights, mask)
         if problem.epilogue == "atomic":
             y = torch.zeros(out.shape, device=x.device)
         else:
-            y = device.empty(problem.tokens, problem.top_k, problem.hidden_size, dtype=implementation.PARTIAL_DTYPE)
+            y = device.empty(*topk_ids.shape, problem.hidden_size, dtype=implementation.PARTIAL_DTYPE)
         gemms(x, routing, w13, w2, y)
         combine(y, routing, out)
 
     return run
 
 
-def _compile_sort(problem: Problem, implementation, device: Device) -> Callable:
+# Of problems, which differ in tokens; the kernels are fewer, and kept by `compiled`.
+_compile_once = functools.lru_cache(maxsize=1024)(_compile)
+
+
+def _implementation_of(problem: Problem):
+    return next(file for file in IMPLEMENTATIONS if file.takes(problem))
+
+
+def _compile_sort(problem: Problem, implementation, device) -> Callable:
     """Return sort(topk_ids, topk_weights, mask), which returns the Routing."""
     block_M, max_experts = implementation.pick_config(problem).block_M, problem.max_experts
-    # No more experts have rows than there are slots, so with few tokens hardly a block of the next launches is empty. At least
-    # top_k experts are counted, since the rows of ids that are not distinct have to fit too.
-    experts = min(max(problem.num_experts, problem.top_k), problem.slots)
-    capacity = capacity_of(problem.tokens, problem.top_k, experts, block_M)
-    chunks = -(-problem.slots // CHUNK)
-    if chunks > 1:
+    has_chunks = problem.slots > CHUNK
+    if has_chunks:
         count = device.compile(count_slots, max_experts, problem.ids_dtype)
     sort = device.compile(moe_sort, block_M, max_experts, problem.ids_dtype, implementation.USES_PDL)
 
-    def run(topk_ids: Tensor, topk_weights: Tensor, mask: Tensor) -> Routing:
+    def run(topk_ids, topk_weights, mask) -> Routing:
+        tokens, top_k = topk_ids.shape
+        # No more experts have rows than there are slots, so with few tokens hardly a block of the next launches is empty. At
+        # least top_k experts are counted, since the rows of ids that are not distinct have to fit too.
+        experts = minimum(max(problem.num_experts, top_k), tokens * top_k)
+        capacity = capacity_of(tokens, top_k, experts, block_M)
         routing = Routing(
             token_ids=device.empty(capacity, dtype="int32"),
             weights=device.empty(capacity, dtype="float32"),
             expert_ids=device.empty(capacity // block_M, dtype="int32"),
             num_valid=device.empty(1, dtype="int32"),
-            positions=device.empty(problem.tokens, problem.top_k, dtype="int32"),
+            positions=device.empty(tokens, top_k, dtype="int32"),
         )
-        counts = device.empty(chunks, max_experts, dtype="int32")
-        if chunks > 1:
+        counts = device.empty(-(-tokens * top_k // CHUNK), max_experts, dtype="int32")
+        if has_chunks:
             count(topk_ids, counts)
         sort(topk_ids, topk_weights, mask, counts, *routing)
         return routing
@@ -144,7 +173,7 @@ def _compile_sort(problem: Problem, implementation, device: Device) -> Callable:
     return run
 
 
-def _compile_combine(problem: Problem, implementation, device: Device) -> Callable:
+def _compile_combine(problem: Problem, implementation, device) -> Callable:
     """Return combine(y, routing, out), which adds the slots of each token where the GEMMs have not."""
     if problem.epilogue == "atomic":
         return lambda y, routing, out: out.copy_(y)
@@ -152,7 +181,7 @@ def _compile_combine(problem: Problem, implementation, device: Device) -> Callab
     arguments = problem.dtype, implementation.PARTIAL_DTYPE, uses_pdl
     add = device.compile(sum_slots, *arguments, pass_configs=PDL_PASS_CONFIGS if uses_pdl else None)
 
-    def run(y: Tensor, routing: Routing, out: Tensor) -> None:
+    def run(y, routing: Routing, out) -> None:
         add(y.unflatten(2, (-1, MX_GROUP)), routing.positions, out.unflatten(1, (-1, MX_GROUP)))
 
     return run
@@ -185,3 +214,92 @@ def _every_expert(num_experts: int, device: torch.device) -> Tensor:
 @functools.cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# --- the plan of NVIDIA GPUs -----------------------------------------------------------------------------------------
+
+_TYPES = {
+    **dict.fromkeys(("x", "topk_ids", "topk_weights"), "tensor"),
+    **{"w13": "tensor", "scale13": "tensor", "bias13": "tensor", "rows13": "int", "k13": "int", "layout13": "str"},
+    **{"w2": "tensor", "scale2": "tensor", "bias2": "tensor", "rows2": "int", "k2": "int", "layout2": "str"},
+    **{"activation": "str", "alpha": "float", "limit": "float", "a_format": "str", "epilogue": "str"},
+    **{"expert_mask": "tensor", "out": "tensor"},
+}
+_KEY = (
+    *(fact("value", name) for name, type in _TYPES.items() if type != "tensor"),
+    *(fact("dtype", name) for name in ("x", "topk_ids", "topk_weights", "expert_mask", "out")),
+    fact("device", "x"),
+    shape("topk_ids", 1),
+    shape("w13", 0),
+    shape("expert_mask", 0),
+)
+RECIPE = {
+    "name": "mxfp4_moe",
+    "arguments": [{"name": name, "type": type} for name, type in _TYPES.items()],
+    "key": [recipe_of(value) for value in _KEY],
+    "size": recipe_of(shape("x", 0)),
+}
+
+
+@functools.cache
+def plan() -> Plan:
+    """Return the plan of this process, with the variants that calls have added."""
+    return launcher().plan(RECIPE)
+
+
+def has_plan(problem: Problem) -> bool:
+    """Return whether a plan launches this: what torch does beside kernels, as the cast of atomic sums, is in none."""
+    return problem.target_kind == "cuda" and problem.epilogue == "reduce"
+
+
+def add_variant(plan: Plan, arguments: tuple, problem: Problem, arch: str) -> None:
+    """Compile the kernels of one call, whose arguments are those of `mxfp4_moe_out` and `readable`, and add them to the plan.
+
+    Not while a graph is captured: a mask of every expert is kept.
+    """
+    given = dict(zip(_TYPES, arguments, strict=True))
+    recorder = Recorder("mxfp4_moe", arch)
+    tokens, H = shape("x", 0), problem.hidden_size
+
+    def argument(name: str, *extents):
+        return recorder.argument(name, _name(given[name].dtype), extents or given[name].shape)
+
+    weights = []
+    for matrix, gated in (("13", True), ("2", False)):
+        tensors = (argument(f"{part}{matrix}") for part in ("w", "scale", "bias"))
+        numbers = (given[f"{part}{matrix}"] for part in ("rows", "k", "layout"))
+        weights.append(from_arguments(*tensors, *numbers, gated=gated))
+    if given["expert_mask"] is None:
+        mask = recorder.constant(_every_expert(problem.num_experts, given["x"].device))
+    else:
+        mask = argument("expert_mask")
+    operands = Operands(
+        argument("x", tokens, H),
+        argument("topk_ids", tokens, problem.top_k),
+        argument("topk_weights", tokens, problem.top_k),
+        *weights,
+        mask,
+    )
+    _compile(problem, recorder)(operands, argument("out", tokens, H))
+    key, _ = plan.key(*arguments)
+    plan.add(recorder.variant(key, tokens_of_kernels(problem)), recorder.cubins, recorder.constants)
+
+
+def tokens_of_kernels(problem: Problem) -> tuple[int, int]:
+    """Return the fewest and the most tokens that have the kernels and tiles of this problem."""
+
+    def kernels(tokens: int) -> tuple:
+        of_tokens = replace(problem, tokens=tokens)
+        implementation = _implementation_of(of_tokens)
+        return implementation, implementation.pick_config(of_tokens), of_tokens.slots > CHUNK
+
+    wanted = kernels(problem.tokens)
+    # All that is chosen is chosen by bounds on the tokens, so numbers of tokens that have the same kernels lie together.
+    bounds = []
+    for outside in (0, 1 << TOKEN_BITS):
+        inside = problem.tokens
+        while abs(outside - inside) > 1:
+            middle = (inside + outside) // 2
+            inside, outside = (middle, outside) if kernels(middle) == wanted else (inside, middle)
+        bounds.append(inside)
+    return bounds[0], bounds[1]

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
+from tilelang_ext.kernels.mxfp4_moe import launch as launches
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.arguments import Operands, check
 from tilelang_ext.kernels.mxfp4_moe.formats import SIXTEEN_BITS, hidden_format
-from tilelang_ext.kernels.mxfp4_moe.launch import launch, problem_of
 from tilelang_ext.kernels.mxfp4_moe.problem import Problem
 from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights, from_arguments, to_arguments
-from tilelang_ext.launch.device import current
+from tilelang_ext.launch.device import current, target_of
 from tilelang_ext.launch.gradient import without_gradient
+from tilelang_ext.launch.plan import Plan
 
 _A_FORMATS = {
     torch.float8_e4m3fn: "fp8",
@@ -131,14 +132,44 @@ def _checked(x, topk_ids, topk_weights, *rest) -> tuple[Operands, Activation, st
 
 
 def _mxfp4_moe_out(*arguments) -> None:
+    # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
+    if arguments[0].is_cuda and torch.version.hip is None:
+        try:
+            if launches.plan().launch(arguments):
+                return
+        except (TypeError, ValueError):
+            pass
+    _check_and_launch(*arguments)
+
+
+def _check_and_launch(*arguments) -> None:
     operands, *options = _checked(*arguments)
     out = arguments[-1]
     if not operands.topk_ids.numel():
         out.zero_()
         return
-    run = _by_reference if out.device.type == "cpu" else launch
-    with current(out.device):
-        run(problem_of(operands, *options), operands, out)
+    problem = launches.problem_of(operands, *options)
+    if out.device.type == "cpu":
+        _by_reference(problem, operands, out)
+    elif not launches.has_plan(problem):
+        with current(out.device):
+            launches.launch(problem, operands, out)
+    else:
+        _launch_plan(launches.plan(), problem, operands, arguments)
+
+
+def _launch_plan(plan: Plan, problem: Problem, operands: Operands, arguments: tuple) -> None:
+    """Launch on an NVIDIA GPU; a variant that the plan lacks is compiled first."""
+    given, out = launches.readable(operands), arguments[-1]
+    arguments = (*given[:3], *arguments[3:-2], given.expert_mask, out)
+    if plan.launch(arguments):
+        return
+    if torch.cuda.is_current_stream_capturing():
+        with current(out.device):
+            launches.launch(problem, operands, out)
+    else:
+        launches.add_variant(plan, arguments, problem, target_of("mxfp4_moe", out.device).arch)
+        plan(*arguments)
 
 
 def _mxfp4_moe(x, *rest) -> Tensor:

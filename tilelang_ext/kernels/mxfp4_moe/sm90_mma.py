@@ -489,7 +489,7 @@ def compile_kernels(problem: Problem, device) -> Callable:
 
     def run(x, routing, w13, w2, y) -> None:
         token_ids, weights, expert_ids, _, _ = routing
-        hidden = device.empty(len(token_ids), problem.intermediate_size, dtype="bfloat16")
+        hidden = device.empty(token_ids.shape[0], problem.intermediate_size, dtype="bfloat16")
         first(x, token_ids, expert_ids, w13.tiles.view(-1, LANE_WORDS), w13.bias, hidden)
         second(hidden, token_ids, weights, expert_ids, w2.tiles.view(-1, LANE_WORDS), w2.bias, y)
 

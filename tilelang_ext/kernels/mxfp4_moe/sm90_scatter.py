@@ -270,7 +270,7 @@ def compile_scatter(problem: Problem, device) -> Callable:
         kernel = device.compile(scatter_quantized, H, pass_configs=PASS_CONFIGS)
 
     def run(x, routing) -> tuple:
-        rows = len(routing.token_ids)
+        rows = routing.token_ids.shape[0]
         if problem.a_format == "bfloat16":
             sorted_x, scale = device.empty(rows, H, dtype="bfloat16"), device.empty(0, dtype="float32")
             kernel(x, routing.positions, sorted_x)

@@ -857,7 +857,7 @@ def compile_kernels(problem: Problem, device) -> Callable:
 
     def run(x, routing, w13, w2, y) -> None:
         token_ids, weights, expert_ids, num_valid, _ = routing
-        hidden = device.empty(len(token_ids), I, dtype="bfloat16")
+        hidden = device.empty(token_ids.shape[0], I, dtype="bfloat16")
         first(*scatter(x, routing), expert_ids, num_valid, w13.tiles, w13.row_scale, w13.bias, hidden)
         second(*requantize(hidden, routing), token_ids, weights, expert_ids, num_valid, w2.tiles, w2.row_scale, w2.bias, y)
 

@@ -313,7 +313,7 @@ def compile_kernels(problem: Problem, device) -> Callable:
 
     def run(x, routing, w13, w2, y) -> None:
         token_ids, weights, expert_ids, num_valid, _ = routing
-        hidden = empty_tensors(h_format, len(token_ids), problem.intermediate_size, device)
+        hidden = empty_tensors(h_format, token_ids.shape[0], problem.intermediate_size, device)
         first(*quantize(x), token_ids, expert_ids, num_valid, *_by_groups(w13), *hidden)
         second(*hidden, token_ids, weights, expert_ids, num_valid, *_by_groups(w2), y)
 
