@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import fp8_scaled_matmul_persistent as example
 from fp8_scaled_matmul_persistent import BLOCKS, ROWS, SMALL, TALL, WIDE, Tile
 
+ROOT = Path(__file__).resolve().parents[2]
 ARCH = "sm_90a"
 F8 = "float8_e4m3fn"
 TENSORS = (L.per_tensor(), L.per_tensor())
@@ -132,6 +133,13 @@ def test_what_c_held_is_not_scaled(symbolic):
     assert_close(C, expected, dtype="float32", max_error=1e-5, rms_error=1e-5)
 
 
+def test_the_guide_shows_the_kernel_of_the_example():
+    source = Path(example.__file__).read_text()
+    kernel = source.partition("# [kernel]\n")[2].partition("# [/kernel]")[0].strip("\n")
+    assert kernel in (ROOT / "docs" / "guide" / "fp8_scaled_matmul.md").read_text()
+    assert len(kernel.splitlines()) <= 40
+
+
 # --- text and machine code -------------------------------------------------------------------------------------------
 
 
@@ -169,6 +177,19 @@ def test_the_way_of_sums():
     assert [int(n) for n in re.findall(r"wait_wgmma<(\d)>", consumer)] == [1, 0]
     consumer, _ = loops(lower(plain(512, 256, 1024, block_M=256), ARCH))
     assert [int(n) for n in re.findall(r"wait_wgmma<(\d)>", consumer)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("layouts", "tile"),
+    [(ROWS, TALL), (BLOCKS, TALL), (ROWS, Tile(192, 128, 2, 384)), (BLOCKS, Tile(192, 128, 2, 384))],
+)
+def test_registers_suffice(layouts, tile):
+    """The consumers take no more than the producer gives up of the block's registers, else they wait for ever."""
+    text = lower(example.scaled_matmul(768, 256, 1024, *layouts, tile, 2), ARCH)
+    threads = int(re.search(r"__launch_bounds__\((\d+), 1\)", text)[1])
+    [consumer], [producer] = (re.findall(rf"warpgroup_reg_{change}<(\d+)>", text) for change in ("alloc", "dealloc"))
+    assert threads == tile.threads + 128
+    assert int(consumer) * tile.threads + int(producer) * 128 <= 65536 // threads // 8 * 8 * threads
 
 
 @needs_nvcc

@@ -35,7 +35,7 @@ BLOCK_K = 128  # of a step: the bytes of a swizzled row of shared memory
 _REGISTERS = 65536  # of an SM
 _MAX_REGISTERS = 240  # of a thread
 _OTHER_REGISTERS = 32  # of a consumer thread, for what is neither a sum nor a partial product
-_PRODUCER_REGISTERS = {False: 24, True: 48}  # of a thread, by "the producer fetches factors"
+_PRODUCER_REGISTERS = {False: 24, True: 40}  # of a thread, by "the producer fetches factors"
 _MAX_COLUMNS = 256  # of a product
 _TMA_BYTES = 16  # what strides of a matrix in global memory are multiples of
 _SYNCHRONIZATION = ("barrier", "sync", "tma_load", "cp_async", "wgmma", "tcgen05", "max_nreg")  # in names of operators
@@ -90,10 +90,15 @@ class Kernel:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Registers of a thread of the producer and of a consumer."""
+        """Registers of a thread of the producer and of a consumer.
+
+        The consumers take what the producer gives up of the block's registers, which are as many for each thread at first. They
+        would wait for ever for one that is not there.
+        """
         producer = _PRODUCER_REGISTERS[self.product.grouped]
-        consumer = (_REGISTERS - WARPGROUP * producer) // self.threads // 8 * 8
-        return producer, min(consumer, _MAX_REGISTERS)
+        threads = self.threads + WARPGROUP
+        block = _REGISTERS // threads // 8 * 8 * threads
+        return producer, min((block - WARPGROUP * producer) // self.threads // 8 * 8, _MAX_REGISTERS)
 
 
 @dataclass(frozen=True)
