@@ -15,6 +15,7 @@ from tilelang_ext.cuda.statements import (
     bound_values,
     call,
     contains,
+    equal,
     fence,
     fragment,
     is_one,
@@ -26,6 +27,7 @@ from tilelang_ext.cuda.statements import (
     sequence,
     shared,
     store,
+    strides_of,
     when,
     with_body,
 )
@@ -347,29 +349,45 @@ class _Factors:
         ]
 
     def fetch_turn(self, first) -> tirx.Stmt:
-        """Fetch the factors of a turn from step `first` on, of whole turns by wide loads where scales of a row are neighbours.
+        """Fetch the factors of a turn from step `first` on, one load right after another, as wide as the scales of a row allow.
 
-        One load after another: rows of scales lie in different lines of the L1 cache, which all of a tile's would overflow.
+        Rows of scales lie in different lines of the L1 cache: a warp's load of one step takes as many look-ups as one of four.
         """
         ring, product = self.ring, self.ring.kernel.product
-        turn, k = ring.turn, ring.kernel.loop.loop_var
         thread = ring.kernel.thread - (ring.kernel.threads + _LOADERS)
         rows = [T.min(thread + chunk * _FETCHERS, self.rows - 1) for chunk in range(self.chunks)]
-        factors = [(self.factors_a, chunk, substitute(product.group_a, {product.i: row})) for chunk, row in enumerate(rows)]
-        for group, column in enumerate(self.columns):
-            factors.append((self.factors_b, group, group_factor_b(product, column, self.tiling.columns)))
         stmts = []
-        for buffer, place, factor in factors:
-            if ring.even:
-                n = tirx.Var("n", "int32")
-                body = store(buffer, substitute(factor, {k: first + n}), place * turn + n)
-                stmts.append(loop(n, turn, body, tirx.ForKind.VECTORIZED))
-            else:
-                for n in range(turn):
-                    step = T.min(first + n, ring.steps - 1)
-                    stmts.append(store(buffer, substitute(factor, {k: step}), place * turn + n))
-        fetched = sequence(*stmts)
-        return when(first < ring.steps, fetched) if ring.even else fetched
+        for chunk, row in enumerate(rows):
+            stmts += self.fetch(self.factors_a, chunk, substitute(product.group_a, {product.i: row}), first)
+        for group, column in enumerate(self.columns):
+            stmts += self.fetch(self.factors_b, group, group_factor_b(product, column, self.tiling.columns), first)
+        return when(first < ring.steps, sequence(*stmts)) if ring.even else sequence(*stmts)
+
+    def fetch(self, buffer: tirx.Buffer, place: int, factor: tirx.PrimExpr, first) -> list[tirx.Stmt]:
+        """Store a factor of the steps of a turn; those past the last step are the last one's."""
+        ring, turn = self.ring, self.ring.turn
+        width = _width(factor, turn) if ring.even else 1
+
+        def of(n) -> tirx.Stmt:
+            step = first + n if ring.even else T.min(first + n, ring.steps - 1)
+            return store(buffer, substitute(factor, {ring.kernel.loop.loop_var: step}), place * turn + n)
+
+        if width == 1:
+            return [of(n) for n in range(turn)]
+        stmts = []
+        for begin in range(0, turn, width):
+            n = tirx.Var("n", "int32")
+            stmts.append(loop(n, width, of(begin + n), tirx.ForKind.VECTORIZED))
+        return stmts
+
+
+def _width(factor: tirx.PrimExpr, steps: int) -> int:
+    """Return how many steps' scales one load can take: they are neighbours, and rows begin at a multiple of as many."""
+    strides = [strides_of(load.buffer) for load in nodes_of(factor, lambda node: isinstance(node, tirx.BufferLoad))]
+    for width in (4, 2):
+        if steps % width == 0 and all(equal(last, 1) and all(equal(s % width, 0) for s in rest) for *rest, last in strides):
+            return width
+    return 1
 
 
 # --- the way to the loop over K --------------------------------------------------------------------------------------
