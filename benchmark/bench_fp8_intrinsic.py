@@ -3,8 +3,8 @@
     python benchmark/bench_fp8_intrinsic.py                                 # on a Hopper GPU
     python benchmark/bench_fp8_intrinsic.py --cases rows blocks --m 128 --n 4096 --k 7168 --csv intrinsic.csv
 
-Both multiply the same inputs in turn. Every result is checked against float64 before anything is timed. Without a Hopper GPU
-the kernels are lowered and nothing is timed.
+They multiply the same inputs in turn, the example with one tile or two. Every result is checked against float64 before anything
+is timed. Without a Hopper GPU the kernels are lowered and nothing is timed.
 """
 
 import argparse
@@ -73,10 +73,11 @@ class Case:
         return f"{self.M}x{self.N}x{self.K} {self.kind}"
 
     @property
-    def tile(self) -> Tile:
+    def tiles(self) -> dict[str, Tile]:
+        """The tiles that are tried, by name."""
         if self.M <= 128:
-            return SMALL
-        return WIDE if self.fast else TALL
+            return {"small": SMALL}
+        return {"wide": WIDE} if self.fast else {"tall": TALL, "wide": WIDE}
 
     @property
     def layouts(self) -> tuple:
@@ -90,9 +91,9 @@ class Case:
     def bytes(self) -> int:
         return (self.M + self.N) * self.K + 2 * self.M * self.N
 
-    def kernel(self, num_blocks: int):
+    def kernel(self, tile: Tile, num_blocks: int):
         """Return the prim_func of the example."""
-        return scaled_matmul(self.M, self.N, self.K, *self.layouts, self.tile, num_blocks, use_fast_accum=self.fast)
+        return scaled_matmul(self.M, self.N, self.K, *self.layouts, tile, num_blocks, use_fast_accum=self.fast)
 
     def inputs(self, seed: int) -> tuple[torch.Tensor, ...]:
         """Return (A, scale_a, B, scale_b) on the GPU, random; every scale differs."""
@@ -104,10 +105,10 @@ class Case:
         return tuple(made)
 
 
-def make_intrinsic(case: Case):
+def make_intrinsic(case: Case, tile: Tile):
     """Return the example's kernel, and the inputs as it takes them."""
     num_blocks = torch.cuda.get_device_properties().multi_processor_count
-    kernel = tilelang.compile(case.kernel(num_blocks), target={"kind": "cuda", "arch": ARCH})
+    kernel = tilelang.compile(case.kernel(tile, num_blocks), target={"kind": "cuda", "arch": ARCH})
     return kernel, lambda A, scale_a, B, scale_b: (A, scale_a, B, scale_b)
 
 
@@ -121,25 +122,23 @@ def make_scaled_mm(case: Case):
     return run, lambda A, scale_a, B, scale_b: (A, scale_a.t().contiguous().t(), B.t(), scale_b.t())
 
 
-PROVIDERS = {"intrinsic": make_intrinsic, "scaled_mm": make_scaled_mm}
-
-
 def measure(case: Case, seed: int) -> list[dict]:
-    """Check, then time: both on the same inputs, which rotate through more than the cache."""
+    """Check, then time: all on the same inputs, which rotate through more than the cache; scaled_mm comes last."""
     sets = rotation(case.bytes, cache_bytes("cuda"))
     inputs = [case.inputs(seed + i) for i in range(sets)]
     outputs = [torch.empty(case.M, case.N, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
     A, scale_a, B, scale_b = inputs[0]
     expected = reference.scaled_matmul(A, scale_a, B, scale_b, *case.layouts)
     rows, chains = [], []
-    for name, make in PROVIDERS.items():
+    makers = {f"intrinsic, {name}": partial(make_intrinsic, tile=tile) for name, tile in case.tiles.items()}
+    for name, make in {**makers, "scaled_mm": make_scaled_mm}.items():
         run, prepare = make(case)
         chains.append([partial(run, *prepare(*one), out) for one, out in zip(inputs, outputs, strict=True)])
         outputs[0].fill_(torch.nan)
         chains[-1][0]()
         max_error = SUM_ERROR[case.fast] + BOUNDS["bfloat16"][0]
         error = assert_close(outputs[0], expected, dtype="bfloat16", max_error=max_error)
-        rows.append({"case": case.name, "tile": tuple(case.tile), "provider": name, "max_error": error.max})
+        rows.append({"case": case.name, "provider": name, "max_error": error.max})
     times = time_cuda_in_turn(chains)
     for row, us in zip(rows, times, strict=True):
         row |= {"us": us, "tflops": 2 * case.M * case.N * case.K / us / 1e6, "speed_of_scaled_mm": times[-1] / us}
@@ -148,11 +147,13 @@ def measure(case: Case, seed: int) -> list[dict]:
 
 def lower(case: Case, reason: str) -> list[dict]:
     """Lower to text without a device; nothing runs."""
-    target = Target({"kind": "cuda", "arch": ARCH})
-    with target:
-        source = tilelang.lower(case.kernel(NUM_SMS), target=target, enable_device_compile=False).kernel_source
-    status = f"lowered for {ARCH}, not run: {reason}"
-    return [{"case": case.name, "provider": "intrinsic", "lines": source.count("\n"), "status": status}]
+    target, rows = Target({"kind": "cuda", "arch": ARCH}), []
+    for name, tile in case.tiles.items():
+        with target:
+            source = tilelang.lower(case.kernel(tile, NUM_SMS), target=target, enable_device_compile=False).kernel_source
+        status = f"lowered for {ARCH}, not run: {reason}"
+        rows.append({"case": case.name, "provider": f"intrinsic, {name}", "lines": source.count("\n"), "status": status})
+    return rows
 
 
 def main(command_line: list[str] | None = None) -> list[dict]:
@@ -171,7 +172,8 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     cases = [Case(*size, kind) for size in sizes_of(arguments, SIZES) for kind in arguments.cases]
     run = measure if device == "cuda" else lambda case, _: lower(case, reason)
     rows = [row for case in progress(cases, "fp8 intrinsic") for row in run(case, arguments.seed)]
-    notes = [METHOD["cuda"] + " Both replay in turn."] if device == "cuda" else []
+    notes = [f"{name}: {tile}" for name, tile in {"wide": WIDE, "tall": TALL, "small": SMALL}.items()]
+    notes += [METHOD["cuda"] + " All replay in turn."] if device == "cuda" else []
     title = f"T.fp8_scaled_matmul in a kernel of 40 lines, e4m3 to bfloat16, {describe(device)}"
     show(title, rows, TIMES if device == "cuda" else LOWERED, notes)
     if arguments.csv:
