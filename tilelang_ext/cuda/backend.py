@@ -19,7 +19,7 @@ from tilelang_ext.cuda.fp8_gemm import Fp8GemmFMA, Fp8GemmMMA, Fp8GemmWGMMA
 def register() -> None:
     """Register the GEMM implementations, the pass list and the target's key; idempotent.
 
-    Without fp8 operands each is upstream's.
+    Without fp8 operands each GEMM is upstream's.
     """
     # What a pass raises comes back through TVM as a RuntimeError, unless its class is registered.
     tvm_ffi.register_error("NotImplementedError", NotImplementedError)

@@ -1,4 +1,4 @@
-"""The pass list of target `cuda`: upstream's, behind a pass that only products with scales concern."""
+"""The pass list of target `cuda`: upstream's, behind passes that only products with scales concern."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from tilelang.cuda.pipeline import CUDAPassPipelineBody
 from tvm import IRModule
 from tvm.target import Target
 
+from tilelang_ext.cuda.mxfp4_product import lower_mxfp4_products
 from tilelang_ext.cuda.scaled_loop import specialize_scaled_loops
 
 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
+    mod = lower_mxfp4_products(mod, target)
     return CUDAPassPipelineBody(specialize_scaled_loops(mod, target), target)

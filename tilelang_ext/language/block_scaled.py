@@ -18,7 +18,7 @@ def block_scaled(total, A, scale_a, B, scale_b, K, *, part: int = 0) -> dict:
     | operand | what |
     | --- | --- |
     | total | (M, N) float32, a fragment |
-    | A, B | regions (M, K), (N, K) of an fp8 type, or packed E2M1: uint8, K / 2 columns; past K they hold zeros or end |
+    | A, B | regions (M, K), (N, K) of a float type, or packed E2M1: uint8, K / 2 columns; past K they hold zeros or end |
     | scale_a, scale_b | regions (M, K / 32), (N, K / 32) of E8M0 bytes; None for 1 |
 
     Where one product takes several statements in a row, each statement has the mark and its number `part`: a target that takes

@@ -80,7 +80,7 @@ def mxfp4_scaled_matmul(A, scale_a, W_packed, scale_w, C, *, clear_accum: bool =
         if not as_it_is:
             A_s = T.alloc_shared((M, step), dtype)
         T.clear(total)
-        for t in T.serial(K // step, annotations=_native(total, a_read, s_a_read, w_read, s_w_read, K)):
+        for t in T.serial(K // step, annotations=_mark(total, a_read, s_a_read, w_read, s_w_read, K)):
             for j, k in T.Parallel(N, step):
                 W_s[j, k] = mxfp4_value(w_read, s_w_read, j, t * step + k, dtype)
             if as_it_is:
@@ -104,10 +104,8 @@ def _columns(a: Tile, t, step: int, K):
     return a.buffer if a.scope == "fragment" else a.columns(0 if equal(step, K) else t * step, step)
 
 
-def _native(total, a: Tile, s_a: Tile | None, w: Tile, s_w: Tile, K) -> dict | None:
-    """Return the annotation for matrix units that take codes and scales; None where A has no codes."""
-    if a.dtype in _WIDE:
-        return None
+def _mark(total, a: Tile, s_a: Tile | None, w: Tile, s_w: Tile, K) -> dict:
+    """Return the annotation for targets that compute the whole product in another way."""
     A, scale_a, W, scale_w = (None if each is None else each.columns(0, each.shape[1]) for each in (a, s_a, w, s_w))
     return block_scaled(total, A, scale_a, W, scale_w, K)
 
