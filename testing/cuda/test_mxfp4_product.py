@@ -31,7 +31,7 @@ def text_of(kernel, arch: str = "sm_90a") -> str:
         (MANY, "float8_e4m3fn", "mxfp4_wgmma<tl::DataType::kFloat8_e4m3, 256, 128, 256, "),
         (Tile(128, 128, 128), "float8_e5m2", "mxfp4_wgmma<tl::DataType::kFloat8_e5m2, 128, 128, 128, "),
         (SOME, "bfloat16", "mxfp4_mma<16, 32, 512>"),
-        (FEW, "bfloat16", "mxfp4_mma<8, 32, 512>"),
+        (FEW, "bfloat16", "mxfp4_mma<8, 16, 256>"),
     ],
 )
 def test_all_of_k_is_one_call(tile, dtype, function):

@@ -87,7 +87,7 @@ __device__ __forceinline__ void fence_registers(float (&registers)[kRegisters]) 
 }
 
 // A tile of kTokens by kRows by warpgroups of kThreads, 128 bytes of each token a step. kFp8 says what tokens are.
-template <tl::DataType kType, int kTokens, int kRows, int kThreads, int kStages, int kVariant>
+template <tl::DataType kType, int kTokens, int kRows, int kThreads, int kStages>
 struct Mxfp4Wgmma {
   static constexpr bool kFp8 = kType != tl::DataType::kBFloat16;
   static constexpr int kWarpgroups = kThreads / 128, kBands = kRows / 64 / kWarpgroups;
@@ -99,9 +99,8 @@ struct Mxfp4Wgmma {
   static constexpr int kScaleStages = kFp8 ? kStages : kStages / 2;  // four scales of a row each
   static constexpr int kBarriers =
       kStages * (kTokenBytes + kWeightBytes) + kScaleStages * kRows * 4;  // their first byte
-  static constexpr bool kInterleaves = kVariant % 2 == 1;
-  static constexpr int kDrift = 1 + kVariant / 2;  // steps that a warpgroup may be ahead of another
-  static constexpr int kLargestShift = 12;         // 6 * 2^(12 - 6) is 384; 448 is the largest number of E4M3
+  static constexpr int kDrift = 1;          // steps that a warpgroup may be ahead of another
+  static constexpr int kLargestShift = 12;  // 6 * 2^(12 - 6) is 384; 448 is the largest number of E4M3
   static_assert(kStages % 2 == 0 || kFp8);
 
   const Mxfp4Operands& p;
@@ -323,6 +322,8 @@ struct Mxfp4Wgmma {
     // Stages and rounds: of this step, and of the one whose copies begin.
     int stage = 0, filled = kAhead;
     unsigned phase = 0, filled_phase = 1;
+    // No proxy fence stands between copies and products: it would wait for all copies under way. The copies of cp.async
+    // have arrived in shared memory when their barrier is complete, and the matrix unit reads them from there.
     // A step multiplies what has been decoded and decodes the next. The matrix unit takes registers as it begins each
     // product, and the warps wait for that: it is the other warpgroup that decodes meanwhile, so they do not wait for
     // each other.
@@ -337,49 +338,25 @@ struct Mxfp4Wgmma {
         cute::warpgroup_arrive();
         const unsigned long long right = descriptor(__shfl_sync(0xffffffff, stage, 0));
         const int before = stage == 0 ? kStages - 1 : stage - 1, next = stage == kStages - 1 ? 0 : stage + 1;
-        const bool more = step + 1 < steps;
-        auto products = [&](int k) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
 #pragma unroll
           for (int band = 0; band < kBands; ++band)
             multiply<kTokens>(&left[half][band][4 * k], right + 2 * k, sums[band], true);
-        };
-        auto copy = [&] {
-          if (step + kAhead < steps) {
-            wait(empty(filled), filled_phase);
-            begin(step + kAhead, filled);
-          }
-          if (++filled == kStages) filled = 0, filled_phase ^= 1;
-        };
-        products(0);
-        if constexpr (kInterleaves) {
-          cute::warpgroup_commit_batch();
-          cute::warpgroup_wait<1>();
-          if (step > 0) release(before);
-          if (more) {
-            wait(full(next), next == 0 ? phase ^ 1 : phase);
-            begin_decode(next, 1 - half, base, decoder);
-          }
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<1>();
+        if (step > 0) release(before);
+        if (step + kAhead < steps) {
+          wait(empty(filled), filled_phase);
+          begin(step + kAhead, filled);
+        }
+        if (++filled == kStages) filled = 0, filled_phase ^= 1;
+        if (step + 1 < steps) {
+          wait(full(next), next == 0 ? phase ^ 1 : phase);
+          begin_decode(next, 1 - half, base, decoder);
 #pragma unroll
-          for (int quarter = 0; quarter < 4; ++quarter) {
-            if (quarter == 3) copy();
-            if (more) decode_quarter(next, 1 - half, quarter, decoder, left[1 - half]);
-            if (quarter < 3) products(quarter + 1);
-            if (quarter == 2) cute::warpgroup_commit_batch();
-          }
-        } else {
-#pragma unroll
-          for (int k = 1; k < 4; ++k) products(k);
-          cute::warpgroup_commit_batch();
-          cute::warpgroup_wait<1>();
-          if (step > 0) release(before);
-          copy();
-          if (more) {
-            wait(full(next), next == 0 ? phase ^ 1 : phase);
-            begin_decode(next, 1 - half, base, decoder);
-#pragma unroll
-            for (int quarter = 0; quarter < 4; ++quarter)
-              decode_quarter(next, 1 - half, quarter, decoder, left[1 - half]);
-          }
+          for (int quarter = 0; quarter < 4; ++quarter)
+            decode_quarter(next, 1 - half, quarter, decoder, left[1 - half]);
         }
         stage = next;
         if (stage == 0) phase ^= 1;
@@ -493,23 +470,23 @@ struct Mxfp4Wgmma {
   }
 };
 
-template <tl::DataType kType, int kTokens, int kRows, int kThreads, int kStages, int kVariant = 1, typename... Operands>
+template <tl::DataType kType, int kTokens, int kRows, int kThreads, int kStages, typename... Operands>
 __device__ __forceinline__ void mxfp4_wgmma(float* C, void* workspace, Operands... tiles) {
   const Mxfp4Operands operands(tiles...);
   const unsigned shared = (static_cast<unsigned>(__cvta_generic_to_shared(workspace)) + 1023) & ~1023u;
-  Mxfp4Wgmma<kType, kTokens, kRows, kThreads, kStages, kVariant>(operands, shared).product(C);
+  Mxfp4Wgmma<kType, kTokens, kRows, kThreads, kStages>(operands, shared).product(C);
 }
 
 // Up to 16 tokens: warps split K, and read weights, 16 bytes of a row a lane, and tokens straight from global memory.
 // The sums of split s lie in sums[s][token][row].
-template <int kTokens, int kRows, int kThreads, int kAhead_ = 0, typename... Operands>
+template <int kTokens, int kRows, int kThreads, typename... Operands>
 __device__ __forceinline__ void mxfp4_mma(float* sums, Operands... tiles) {
   const Mxfp4Operands p(tiles...);
   constexpr int kWarps = kThreads / 32;
   constexpr int kBands = kRows % 32 == 0 && kRows / 32 <= kWarps ? 2 : 1;  // of 16 rows, of a warp
   constexpr int kWarpsOfRows = kRows / 16 / kBands, kSplits = kWarps / kWarpsOfRows;
   constexpr int kColumns = (kTokens + 7) / 8;
-  constexpr int kAhead = kAhead_ ? kAhead_ : kBands == 1 ? 4 : 2;  // blocks of 128 of K
+  constexpr int kAhead = 2;  // blocks of 128 of K, whose codes are under way together
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int first_row = warp % kWarpsOfRows * kBands * 16, split = warp / kWarpsOfRows;
   const int blocks = p.K / 128;
@@ -535,25 +512,18 @@ __device__ __forceinline__ void mxfp4_mma(float* sums, Operands... tiles) {
             scales[ahead][band][row] = __ldg(p.scale + at * p.scale_stride + block * 4 + t);
           }
         }
-    uint4 all_tokens[kAhead][kColumns][4];
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead)
+    for (int ahead = 0; ahead < kAhead; ++ahead) {
+      uint4 tokens[kColumns][4];
 #pragma unroll
       for (int column = 0; column < kColumns; ++column)
 #pragma unroll
         for (int part = 0; part < 4; ++part) {
-          uint4& four = all_tokens[ahead][column][part];
-          four = make_uint4(0, 0, 0, 0);
-          if (column * 8 + g < min(kTokens, p.a_rows) && first + ahead < blocks) {
-            const void* from = p.a + (column * 8 + g) * p.a_stride + (first + ahead) * 256 + t * 64 + part * 16;
-            asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
-                         : "l"(from));
-          }
+          tokens[column][part] = make_uint4(0, 0, 0, 0);
+          if (column * 8 + g < min(kTokens, p.a_rows) && first + ahead < blocks)
+            tokens[column][part] = __ldg(reinterpret_cast<const uint4*>(p.a + (column * 8 + g) * p.a_stride +
+                                                                        (first + ahead) * 256 + t * 64 + part * 16));
         }
-#pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead) {
-      const uint4(&tokens)[kColumns][4] = all_tokens[ahead];
       bool folds = true;
 #pragma unroll
       for (int band = 0; band < kBands; ++band)
