@@ -15,3 +15,10 @@ REQUIRE_NATIVE_FP8 = "require_native_fp8"
 # `language.scaled_product.scaled_product` returns, and an empty list on all but the first. CUDA keeps the sum of a loop over K
 # across its steps (`cuda/scaled_loop.py`).
 SCALED_PRODUCT = "scaled_product"
+
+# On the loops that decode MXFP4 weights: a list of regions, of packed weights, their scales (None for 1) and what is written.
+# CUDA looks for a product of them (`cuda/mxfp4_loop.py`).
+MXFP4_DEQUANT = "mxfp4_dequant"
+
+# On the loops that only add the total of the BLOCK_SCALED loop before them to a float32 fragment: a list of its region.
+ADDS_TOTAL = "adds_total"

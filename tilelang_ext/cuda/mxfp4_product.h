@@ -322,8 +322,8 @@ struct Mxfp4Wgmma {
     // Stages and rounds: of this step, and of the one whose copies begin.
     int stage = 0, filled = kAhead;
     unsigned phase = 0, filled_phase = 1;
-    // No proxy fence stands between copies and products: it would wait for all copies under way. The copies of cp.async
-    // have arrived in shared memory when their barrier is complete, and the matrix unit reads them from there.
+    // No proxy fence stands between a stage's copies and its products, since it is a MEMBAR in each step: the bytes of
+    // cp.async are in shared memory, where the matrix unit reads them, when the stage's barrier is complete.
     // A step multiplies what has been decoded and decodes the next. The matrix unit takes registers as it begins each
     // product, and the warps wait for that: it is the other warpgroup that decodes meanwhile, so they do not wait for
     // each other.

@@ -19,10 +19,26 @@ from typing import NamedTuple
 import tilelang
 from tilelang import language as T
 from tilelang.cuda.target import target_is_hopper
-from tvm import IRModule, arith, tirx
+from tvm import IRModule, tirx
 from tvm.target import Target
-from tvm.tirx.stmt_functor import ir_transform, post_order_visit
+from tvm.tirx.stmt_functor import ir_transform
 
+from tilelang_ext.cuda.mxfp4_loop import product_of
+from tilelang_ext.cuda.statements import (
+    call,
+    contains,
+    equal,
+    fragment,
+    is_call,
+    is_global,
+    nodes_of,
+    parallel,
+    sequence,
+    shared,
+    store,
+    strides_of,
+    with_body,
+)
 from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.marks import BLOCK_SCALED
 
@@ -76,24 +92,34 @@ def lower_mxfp4_products(mod: IRModule, target: Target) -> IRModule:
 
 
 def _lower_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    blocks = _nodes(func.body, lambda node: isinstance(node, tirx.SBlock) and node.name_hint == "tilelang_root")
-    loops = _nodes(func.body, lambda node: isinstance(node, tirx.For) and BLOCK_SCALED in (node.annotations or {}))
+    blocks = nodes_of(func.body, lambda node: isinstance(node, tirx.SBlock) and node.name_hint == "tilelang_root")
+    if len(blocks) != 1:
+        return func
+    [block] = blocks
+    products = {}
+    for loop in nodes_of(block.body, lambda node: isinstance(node, tirx.For)):
+        of_loop = product_of(loop, block)
+        if of_loop is not None or BLOCK_SCALED in (loop.annotations or {}):
+            products[loop] = of_loop
     replaced, allocated, layouts = {}, [], {}
-    for loop in loops:
+    for loop, of_loop in products.items():
         try:
-            product = _recognise(loop)
-            threads = _threads(func.body, blocks, loop)
-            statement, buffers, layout = _replacement(product, threads, _shared_bytes(blocks[0], loop, loops))
+            product = _recognise(loop) if of_loop is None else _checked(_Product(_total(of_loop.C), *of_loop[1:]))
+            threads, shared_bytes = _threads(func.body, block, loop), _shared_bytes(block, list(products))
+            statement, buffers, layout = _replacement(product, threads, shared_bytes)
         except _Other as reason:
             name = func.attrs.get("global_symbol", "kernel") if func.attrs else "kernel"
-            _log.info("%s: T.mxfp4_scaled_matmul decodes to shared memory: %s", name, reason)
+            _log.info("%s: MXFP4 weights are decoded to shared memory: %s", name, reason)
             continue
+        if of_loop is not None:
+            statement = sequence(statement, _add(of_loop.C, product.total))
+            buffers = [*buffers, product.total]
         replaced[loop] = statement
         allocated += buffers
         layouts |= layout
     if not replaced:
         return func
-    return func.with_body(_rewrite(func.body, blocks[0], replaced, allocated, layouts))
+    return func.with_body(_rewrite(func.body, block, replaced, allocated, layouts))
 
 
 def _recognise(loop: tirx.For) -> _Product:
@@ -102,35 +128,39 @@ def _recognise(loop: tirx.For) -> _Product:
         raise _Other(f"A is {A.buffer.dtype}")
     if scale_a is not None:
         raise _Other("A has scales along K")
+    return _checked(_Product(total.buffer, A, W, scale, K))
+
+
+def _checked(product: _Product) -> _Product:
+    """Return a product whose operands the functions can read."""
+    _, A, W, scale, K = product
     for region in (A, W, scale):
-        if region.buffer.scope() not in ("global", ""):
+        if not is_global(region.buffer):
             raise _Other(f"{region.buffer.name} is in scope {region.buffer.scope()}")
     if not _is_multiple(K, _BLOCK_K):
         raise _Other(f"K is {K}, which may be no multiple of {_BLOCK_K}")
     for region, alignment in ((A, _ALIGNMENT), (W, _ALIGNMENT), (scale, _BLOCK_K // MX_GROUP)):
         size = region.buffer.dtype.bits // 8
-        strides = _strides(region.buffer)
+        strides = strides_of(region.buffer)
         first = region.region[-1].min
-        if not _is_one(strides[-1]) or not all(_is_multiple(stride * size, alignment) for stride in (*strides[:-1], first)):
+        if not equal(strides[-1], 1) or not all(_is_multiple(stride * size, alignment) for stride in (*strides[:-1], first)):
             raise _Other(f"rows of {region.buffer.name} do not begin at multiples of {alignment} bytes")
-    return _Product(total.buffer, A, W, scale, K)
+    return product
 
 
-def _threads(body: tirx.Stmt, blocks: list, loop: tirx.For) -> int:
+def _threads(body: tirx.Stmt, block: tirx.SBlock, loop: tirx.For) -> int:
     """Return the threads of the block, all of which come to the loop together."""
-    if len(blocks) != 1:
-        raise _Other("it is not in the one launch of a function")
-    launches = _nodes(body, lambda node: isinstance(node, tirx.Bind) and _is_call(node.value, "tl.launch_thread_idx"))
-    thread_loops = _nodes(body, _binds_threads)
+    launches = nodes_of(body, lambda node: isinstance(node, tirx.Bind) and is_call(node.value, "tl.launch_thread_idx"))
+    thread_loops = nodes_of(body, _binds_threads)
     if launches:
-        threads, launch = [bind.var for bind in launches], blocks[0].annotations.get("tl.launch_threads", [_WARPGROUP, 1, 1])
+        threads, launch = [bind.var for bind in launches], block.annotations.get("tl.launch_threads", [_WARPGROUP, 1, 1])
     else:
         threads, launch = [one.loop_var for one in thread_loops], [one.extent for one in reversed(thread_loops)]
     extents = [int(extent) for extent in launch]
     if extents[1:] not in ([], [1, 1]):
         raise _Other(f"the block has threads {extents}")
-    for node in _nodes(blocks[0].body, lambda node: isinstance(node, (tirx.For, tirx.IfThenElse))):
-        if not node.same_as(loop) and _contains(node, loop):
+    for node in nodes_of(block.body, lambda node: isinstance(node, (tirx.For, tirx.IfThenElse))):
+        if not node.same_as(loop) and contains(node, loop):
             controls = (node.condition,) if isinstance(node, tirx.IfThenElse) else (node.min, node.extent)
             kind = node.kind if isinstance(node, tirx.For) else tirx.ForKind.SERIAL
             if kind != tirx.ForKind.SERIAL or any(_uses(control, threads) for control in controls):
@@ -143,7 +173,7 @@ def _binds_threads(node) -> bool:
     return isinstance(node, tirx.For) and node.thread_binding is not None and "threadIdx" in node.thread_binding.thread_tag
 
 
-def _shared_bytes(block: tirx.SBlock, loop: tirx.For, loops: list) -> int:
+def _shared_bytes(block: tirx.SBlock, loops: list) -> int:
     """Return the shared memory that is left beside buffers which stay."""
     own = {buffer for one in loops for buffer in _buffers(one)}
     others = [buffer for buffer in block.alloc_buffers if buffer.scope().startswith("shared") and buffer.data not in own]
@@ -175,16 +205,16 @@ def _mma(product: _Product, threads: int, shared_bytes: int):
     splits = warps // groups
     if splits * M * N * 4 > shared_bytes:
         raise _Other("the block has too little shared memory")
-    sums = tirx.decl_buffer((splits, M, N), "float32", "sums", scope="shared.dyn")
-    call = _call(f"mxfp4_mma<{M}, {N}, {threads}>", product, T.access_ptr(sums, "w"))
-    i, j = tirx.Var("i", "int32"), tirx.Var("j", "int32")
-    total = sums[0, i, j]
-    for split in range(1, splits):
-        total = total + sums[split, i, j]
-    add = tirx.BufferStore(product.total, total, [i, j])
-    for var, extent in ((j, N), (i, M)):
-        add = tirx.For(var, tirx.IntImm("int32", 0), tirx.IntImm("int32", extent), tirx.ForKind.PARALLEL, add)
-    return tirx.SeqStmt([call, add]), [sums], {}
+    sums = shared((splits, M, N), "float32", "sums")
+    function = _call(f"mxfp4_mma<{M}, {N}, {threads}>", product, T.access_ptr(sums, "w"))
+
+    def total(i, j):
+        value = sums[0, i, j]
+        for split in range(1, splits):
+            value = value + sums[split, i, j]
+        return value
+
+    return sequence(function, parallel((M, N), lambda i, j: store(product.total, total(i, j), i, j))), [sums], {}
 
 
 def _wgmma(product: _Product, threads: int, shared_bytes: int, dtype: str):
@@ -201,9 +231,9 @@ def _wgmma(product: _Product, threads: int, shared_bytes: int, dtype: str):
         stages -= stages % 2  # two share the words of scales
     if stages < _MIN_STAGES:
         raise _Other(f"stages of a tile of {M} x {N} do not fit in shared memory")
-    workspace = tirx.decl_buffer((stages * stage_bytes + _SLACK,), "uint8", "stages", scope="shared.dyn")
+    workspace = shared((stages * stage_bytes + _SLACK,), "uint8", "stages")
     function = f"mxfp4_wgmma<tl::DataType::{_TYPES[dtype]}, {M}, {N}, {threads}, {stages}>"
-    call = _call(function, product, T.address_of(product.total[0, 0]), T.access_ptr(workspace, "rw"))
+    statement = _call(function, product, T.address_of(product.total[0, 0]), T.access_ptr(workspace, "rw"))
 
     def place(i, j):
         """Return the thread and the register that hold an element of the tile."""
@@ -211,16 +241,16 @@ def _wgmma(product: _Product, threads: int, shared_bytes: int, dtype: str):
         thread = j // (_BAND * bands) * _WARPGROUP + row // 16 * 32 + row % 16 // 2 * 4 + i % 8 // 2
         return thread, j // _BAND % bands * (M // 2) + i // 8 * 4 + i % 2 * 2 + row % 2
 
-    return call, [workspace], {product.total.data: T.Fragment((M, N), forward_fn=place)}
+    return statement, [workspace], {product.total.data: T.Fragment((M, N), forward_fn=place)}
 
 
 def _call(function: str, product: _Product, *results) -> tirx.Stmt:
     operands = (product.A, product.W, product.scale)
     # Not T.address_of: StorageRewrite takes a factor of its index for a number of lanes, of which there are at most 32767.
     first = [T.access_ptr(region.buffer[tuple(axis.min for axis in region.region)], "r") for region in operands]
-    strides = [T.cast(_strides(region.buffer)[-2] * (region.buffer.dtype.bits // 8), "int64") for region in operands]
+    strides = [T.cast(strides_of(region.buffer)[-2] * (region.buffer.dtype.bits // 8), "int64") for region in operands]
     rows = [region.buffer.shape[-2] - region.region[-2].min for region in operands[:2]]
-    return tirx.Evaluate(T.call_extern("handle", f"{_NAMESPACE}::{function}", *results, *first, *strides, *rows, product.K))
+    return call(T.call_extern("handle", f"{_NAMESPACE}::{function}", *results, *first, *strides, *rows, product.K))
 
 
 def _rewrite(body: tirx.Stmt, root: tirx.SBlock, replaced: dict, allocated: list, layouts: dict) -> tirx.Stmt:
@@ -236,53 +266,29 @@ def _rewrite(body: tirx.Stmt, root: tirx.SBlock, replaced: dict, allocated: list
         if layouts:
             annotations["layout_map"] = dict(annotations.get("layout_map", {})) | layouts
         text = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_c", tirx.StringImm(_HEADER.read_text()), node.body)
-        return tirx.SBlock(
-            node.iter_vars, node.reads, node.writes, node.name_hint, text, node.init, buffers, node.match_buffers, annotations
-        )  # fmt: skip
+        return with_body(node, text, buffers, annotations)
 
     return ir_transform(body, replace, allocate, ["tirx.For", "tirx.SBlock"])
 
 
-# --- statements ------------------------------------------------------------------------------------------------------
+def _total(C: tirx.Buffer) -> tirx.Buffer:
+    return fragment(tuple(C.shape), "total")
 
 
-def _nodes(root, wanted) -> list:
-    found = []
-    post_order_visit(root, lambda node: found.append(node) if wanted(node) else None)
-    return found
+def _add(C: tirx.Buffer, total: tirx.Buffer) -> tirx.Stmt:
+    return parallel(C.shape, lambda i, j: store(C, C[i, j] + total[i, j], i, j))
 
 
 def _buffers(stmt: tirx.Stmt) -> set:
     """Return the data of the buffers that a statement names."""
-    return set(_nodes(stmt, lambda node: isinstance(node, tirx.Var))) | {
-        node.buffer.data for node in _nodes(stmt, lambda node: isinstance(node, (tirx.BufferLoad, tirx.BufferStore)))
+    return set(nodes_of(stmt, lambda node: isinstance(node, tirx.Var))) | {
+        node.buffer.data for node in nodes_of(stmt, lambda node: isinstance(node, (tirx.BufferLoad, tirx.BufferStore)))
     }
 
 
-def _contains(stmt: tirx.Stmt, node) -> bool:
-    return bool(_nodes(stmt, lambda other: other.same_as(node)))
-
-
 def _uses(expression, variables: list) -> bool:
-    return bool(_nodes(expression, lambda node: any(node.same_as(variable) for variable in variables)))
-
-
-def _is_call(node, name: str) -> bool:
-    return isinstance(node, tirx.Call) and getattr(node.op, "name", None) == name
-
-
-def _is_one(value) -> bool:
-    return int(value) == 1 if isinstance(value, (int, tirx.IntImm)) else False
+    return bool(nodes_of(expression, lambda node: any(node.same_as(variable) for variable in variables)))
 
 
 def _is_multiple(value, of: int) -> bool:
-    return arith.Analyzer().can_prove_equal(tirx.convert(value) % of, 0)
-
-
-def _strides(buffer: tirx.Buffer) -> list:
-    if buffer.strides:
-        return list(buffer.strides)
-    strides = [tirx.IntImm("int32", 1)]
-    for extent in reversed(buffer.shape[1:]):
-        strides.insert(0, strides[0] * extent)
-    return strides
+    return equal(tirx.convert(value) % of, 0)

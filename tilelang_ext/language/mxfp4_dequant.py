@@ -16,11 +16,13 @@ from __future__ import annotations
 import math
 
 import tilelang.language as T
+from tilelang.utils.language import to_buffer_region
 from tvm import tirx
 
 from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E4M3, E8M0, MX_GROUP
 from tilelang_ext.language.narrow_floats import INF, bits_of, encode, mask
 from tilelang_ext.language.tile import Tile, readable, tile
+from tilelang_ext.marks import MXFP4_DEQUANT
 
 _NAME = "T.mxfp4_dequant"
 _OUT_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float32")
@@ -47,10 +49,12 @@ def mxfp4_dequant(W_packed, scale, out) -> None:
     w.check_shape(N, K // CODES_PER_BYTE, hint="slice the weights as out is, two codes per byte")
     s = None if scale is None else scale_tile(_NAME, "scale", scale, N, K)
 
+    regions = [None if each is None else to_buffer_region(each.columns(0, each.shape[1])) for each in (w, s, o)]
+
     @T.macro
     def dequant():
         w_read, s_read = readable(w), None if s is None else readable(s)
-        for j, k in T.Parallel(N, K):
+        for j, k in T.Parallel(N, K, annotations={MXFP4_DEQUANT: regions}):
             o.buffer[o.index(j, k)] = mxfp4_value(w_read, s_read, j, k, o.dtype)
 
     dequant()

@@ -30,6 +30,7 @@ from tilelang_ext.language.e8m0 import e8m0_to_float
 from tilelang_ext.language.mxfp4_dequant import SCALE_DTYPES, mxfp4_value, scale_tile
 from tilelang_ext.language.narrow_floats import decode
 from tilelang_ext.language.tile import Tile, equal, readable, tile
+from tilelang_ext.marks import ADDS_TOTAL
 
 _NAME = "T.mxfp4_scaled_matmul"
 _WIDE = ("bfloat16", "float16")
@@ -68,6 +69,8 @@ def mxfp4_scaled_matmul(A, scale_a, W_packed, scale_w, C, *, clear_accum: bool =
     step = K if a.scope == "fragment" and a.dtype in _WIDE else _step(M, N, K)
     dtype = a.dtype if a.dtype in _WIDE else "bfloat16"
     as_it_is = a.dtype in _WIDE and a.scope != "global"
+    adds = factor is None and not clear_accum and c.scope == "fragment" and c.dtype == "float32"
+    adds_total = {ADDS_TOTAL: [to_buffer_region(c.columns(0, N))]} if adds else None
 
     # Constants reach macros as closures: a macro turns the numbers it is given into variables.
     @T.macro
@@ -89,7 +92,7 @@ def mxfp4_scaled_matmul(A, scale_a, W_packed, scale_w, C, *, clear_accum: bool =
                 for i, k in T.Parallel(M, step):
                     A_s[i, k] = _activation(a_read, s_a_read, i, t * step + k, dtype)
                 T.gemm(A_s, W_s, total, transpose_B=True)
-        for i, j in T.Parallel(M, N):
+        for i, j in T.Parallel(M, N, annotations=adds_total):
             value = total[i, j] if factor is None else total[i, j] * factor(i)
             if clear_accum:
                 c.buffer[c.index(i, j)] = T.cast(value, c.dtype)
