@@ -505,9 +505,12 @@ Plan::Plan(std::shared_ptr<Shared> shared, const Recipe& recipe)
   table_.store(tables_.back().get());
 }
 
-size_t Plan::Hash::operator()(const Key& key) const {
+uint64_t Plan::HashOf(const Key& key) const {
   uint64_t hash = 0;
-  for (int64_t word : key) hash = (hash ^ static_cast<uint64_t>(word)) * 0x9e3779b97f4a7c15u, hash ^= hash >> 29;
+  for (size_t i = 0; i < key_.size(); ++i) {
+    hash = (hash ^ static_cast<uint64_t>(key[i])) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 29;
+  }
   return hash;
 }
 
@@ -523,9 +526,11 @@ void Plan::Add(const Recipe& recipe, const Array<Bytes>& cubins, const Array<Ten
   const auto sizes = recipe.at("sizes").cast<Array<int64_t>>();
   std::lock_guard<std::mutex> lock(mutex_);
   auto table = std::make_unique<Table>(*tables_.back());
-  std::vector<OfSizes>& served = (*table)[key];
-  const OfSizes added{sizes[0], sizes[1], variant.get()};
-  const auto is_replaced = [&](const OfSizes& other) { return added.first <= other.first && other.last <= added.last; };
+  std::vector<Served>& served = (*table)[HashOf(key)];
+  const Served added{key, sizes[0], sizes[1], variant.get()};
+  const auto is_replaced = [&](const Served& other) {
+    return IsEqual(key, other.key) && added.first <= other.first && other.last <= added.last;
+  };
   served.erase(std::remove_if(served.begin(), served.end(), is_replaced), served.end());
   served.insert(served.begin(), added);
   variants_.push_back(std::move(variant));
@@ -542,12 +547,12 @@ int64_t Plan::ReadKey(const Argument* arguments, Key* key) const {
 
 Variant* Plan::Find(const Argument* arguments) const {
   const Table& table = *table_.load(std::memory_order_acquire);
-  Key key{};
+  Key key;
   const int64_t size = ReadKey(arguments, &key);
-  const auto found = key_.empty() ? table.begin() : table.find(key);
+  const auto found = table.find(HashOf(key));
   if (found == table.end()) return nullptr;
-  for (const OfSizes& served : found->second) {
-    if (served.first <= size && size <= served.last) return served.variant;
+  for (const Served& served : found->second) {
+    if (served.first <= size && size <= served.last && IsEqual(key, served.key)) return served.variant;
   }
   return nullptr;
 }
@@ -555,7 +560,7 @@ Variant* Plan::Find(const Argument* arguments) const {
 Array<int64_t> Plan::KeyOf(int64_t tuple) const {
   Argument arguments[kMaxArguments];
   shared_->python.Read(reinterpret_cast<void*>(tuple), names_, name_, arguments, nullptr);
-  Key key{};
+  Key key;
   const int64_t size = ReadKey(arguments, &key);
   Array<int64_t> values(key.begin(), key.begin() + key_.size());
   values.push_back(size);

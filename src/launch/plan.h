@@ -15,6 +15,7 @@
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <memory>
@@ -213,18 +214,18 @@ class Plan : public std::enable_shared_from_this<Plan> {
   tvm::ffi::Function Bind(int64_t tuple);
 
  private:
-  using Key = std::array<int64_t, kMaxKey>;  // the rest is 0
-  struct Hash {
-    size_t operator()(const Key& key) const;
-  };
-  struct OfSizes {
-    int64_t first, last;
+  using Key = std::array<int64_t, kMaxKey>;  // as many as key_ has
+  struct Served {
+    Key key;
+    int64_t first, last;  // sizes
     Variant* variant;
   };
-  using Table = std::unordered_map<Key, std::vector<OfSizes>, Hash>;
+  using Table = std::unordered_map<uint64_t, std::vector<Served>>;  // by the hash of the key
   friend class Bound;
 
   int64_t ReadKey(const Argument* arguments, Key* key) const;  // returns the size
+  uint64_t HashOf(const Key& key) const;
+  bool IsEqual(const Key& one, const Key& other) const { return std::equal(&one[0], &one[0] + key_.size(), &other[0]); }
   Variant* Find(const Argument* arguments) const;
   void Launch(Variant* variant, const Argument* arguments);
   const Device& DeviceOf(const Variant& variant, const DLDevice& device);

@@ -123,14 +123,13 @@ def test_problem_of_a_launch(rocm, dtype):
     assert (made.target_kind, made.arch, made.a_dtype) == ("hip", "gfx942", str(dtype).removeprefix("torch."))
 
 
-def test_launch_makes_scales_contiguous():
+def test_launch_makes_scales_contiguous(rocm):
     """Kernels of AMD take no strides of scales."""
     (a, scale, b, _), _ = operands(5, 5, 256, (ROW_BLOCK, ROW_BLOCK))
     transposed = scale.t().contiguous().t()
-    launches = []
-    run = operator._run_of(hip(5, 5, 256, (ROW_BLOCK, ROW_BLOCK), "gfx942"), lambda *arguments: launches.append(arguments))
+    run = operator._compile(key(recipes=(ROW_BLOCK, ROW_BLOCK), bias=None), False)
     operator._launch(run, a, transposed, b, transposed, None, torch.empty(5, 5))
-    (given,) = launches
+    (given,) = rocm.launches
     assert given[1].is_contiguous()
     assert given[3].is_contiguous()
     assert torch.equal(given[1], scale)

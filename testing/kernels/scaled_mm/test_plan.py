@@ -12,6 +12,7 @@ from kernels.scaled_mm.operands import (
     operands,
 )
 from launch.fakes import FakeCuda, compile_without_nvcc
+from torch.nn.functional import SwizzleType
 
 from tilelang_ext.kernels.scaled_mm import arguments as checks
 from tilelang_ext.kernels.scaled_mm import launch as launches
@@ -45,7 +46,13 @@ def arguments(M, recipes, bias=None, scales=None, fast=False):
     scale_a, scale_b = scales or (as_torch(scale_a, recipes[0], "a"), as_torch(scale_b, recipes[1], "b"))
     tensors = [a, b.t(), scale_a, scale_b, bias, torch.empty(M, N, dtype=torch.bfloat16)]
     a, b, scale_a, scale_b, bias, out = (None if x is None else x.as_subclass(OnCuda) for x in tensors)
-    return a, b, scale_a, recipes[0].value, 0, scale_b, recipes[1].value, 0, bias, fast, out
+    options = checks.Options(recipes[0].value, 0, recipes[1].value, 0, fast)
+    return a, b, scale_a, scale_b, bias, options.pack(), out
+
+
+def checked_scales(given):
+    *tensors, options, out = given
+    return checks.check(*tensors, checks.unpack(options), out)
 
 
 def addresses(given):
@@ -56,7 +63,7 @@ def addresses(given):
 def test_parameters_of_few_rows(cuda, recipes):
     """Every tensor's address, and the strides of scales as `arguments.check` views them."""
     given = arguments(2, recipes)
-    scales = checks.check(*given[:9], given[-1])
+    scales = checked_scales(given)
     for count in (1, 2):
         operator._scaled_mm_out(*given)
         assert len(cuda.launches()) == count
@@ -82,7 +89,7 @@ def test_batches_share_a_variant(cuda):
 def test_scales_of_blocks_on_hopper(cuda):
     given = arguments(16, (ROW_BLOCK, SQUARE_BLOCK))
     operator._scaled_mm_out(*given)
-    scale_a, scale_b = checks.check(*given[:9], given[-1])
+    scale_a, scale_b = checked_scales(given)
     assert cuda.launches()[0].parameters[-4:] == [*scale_a.stride(), *scale_b.stride()]
 
 
@@ -117,7 +124,7 @@ def test_swizzled_scales(cuda):
     """They are put in order first, and then are scales as any others."""
     swizzled = [torch.full((128 * 16,), 127, dtype=torch.uint8), torch.full((N * 16,), 127, dtype=torch.uint8)]
     given = list(arguments(2, (MX, MX), scales=swizzled))
-    given[4] = given[7] = 1
+    given[5] = checks.unpack(given[5])._replace(swizzle_a=1, swizzle_b=1).pack()
     for count in (1, 2):
         operator._scaled_mm_out(*given)
         assert len(cuda.launches()) == count
@@ -127,8 +134,8 @@ def test_swizzled_scales(cuda):
 @pytest.mark.parametrize(
     ("place", "value", "error", "message"),
     [
-        (5, torch.rand(N + 1), ValueError, r"scaled_mm: scale_b must have shape .*; got \(257,\)"),
-        (10, torch.empty(2, N + 1, dtype=torch.bfloat16), ValueError, r"scaled_mm: out must be contiguous of shape \(2, 256\)"),
+        (3, torch.rand(N + 1), ValueError, r"scaled_mm: scale_b must have shape .*; got \(257,\)"),
+        (6, torch.empty(2, N + 1, dtype=torch.bfloat16), ValueError, r"scaled_mm: out must be contiguous of shape \(2, 256\)"),
         (0, torch.zeros(2, K), TypeError, "scaled_mm: mat_a must be one of .*; got torch.float32; quantise it"),
     ],
 )
@@ -153,3 +160,15 @@ def test_the_kernel_by_fast_accumulation(cuda):
         operator._scaled_mm_out(*arguments(2, (ROW, ROW), fast=fast))
     assert len(cuda.lines("load")) <= 2
     assert len(cuda.launches()) == 3
+
+
+def test_options_are_one_integer():
+    """By the members of torch's enums, and by the longer way for lists and members that were made anew."""
+    wanted = checks.Options(ROW_BLOCK.value, 0, SQUARE_BLOCK.value, 1, True)
+    for recipe, swizzle in ((ROW_BLOCK, None), ([ROW_BLOCK], []), (type(ROW)(ROW_BLOCK.value), SwizzleType.NO_SWIZZLE)):
+        packed = checks.options_of(recipe, swizzle, SQUARE_BLOCK, SwizzleType.SWIZZLE_32_4_4, True)
+        assert checks.unpack(packed) == wanted
+    with pytest.raises(
+        TypeError, match=r"scaled_mm: scale_recipe_b must be a torch.nn.functional.ScalingType; got int; pass one"
+    ):
+        checks.options_of(ROW, None, 1, None, False)

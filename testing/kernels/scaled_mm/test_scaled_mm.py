@@ -8,6 +8,7 @@ from numeric import assert_close
 from torch.nn.functional import ScalingType, SwizzleType
 
 from tilelang_ext import formats, reference
+from tilelang_ext.kernels.scaled_mm.arguments import options_of
 from tilelang_ext.kernels.scaled_mm.operator import scaled_mm
 
 OUTPUTS = [torch.float32, torch.float16, torch.bfloat16]
@@ -141,7 +142,7 @@ def test_opcheck(operator, monkeypatch):
 
     monkeypatch.setattr(torch, "allclose", bytes_or_close)
     (a, b, scale_a, _, scale_b, _), _ = case(5, 16, 128, (ROW, ROW))
-    arguments = (a, b, scale_a, ROW.value, 0, scale_b, ROW.value, 0, torch.ones(16), False)
+    arguments = (a, b, scale_a, scale_b, torch.ones(16), options_of(ROW, None, ROW, None, False))
     last = torch.float16 if operator == "scaled_mm" else torch.zeros(5, 16)
     torch.library.opcheck(getattr(torch.ops.tilelang_ext, operator), (*arguments, last))
 

@@ -7,6 +7,8 @@ torch 2.13, torch._meta_registrations, _scaled_mm_v2.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
@@ -23,6 +25,11 @@ LAYOUTS = {
     ROW_BLOCK: BlockScaledLayout.block(1, 128),
     SQUARE_BLOCK: BlockScaledLayout.block(128, 128),
 }
+# By identity: of objects that live as long as torch does.
+_MEMBERS = (ScalingType.TensorWise, ScalingType.RowWise, ScalingType.BlockWise1x32, ScalingType.BlockWise1x128)
+_RECIPE_BITS = {id(member): member.value for member in (*_MEMBERS, ScalingType.BlockWise128x128)}
+_SWIZZLE_BITS = {id(member): member.value for member in (SwizzleType.NO_SWIZZLE, SwizzleType.SWIZZLE_32_4_4)}
+_SWIZZLE_BITS[id(None)] = SwizzleType.NO_SWIZZLE.value
 _PAIRS = (*((recipe, recipe) for recipe in (TENSOR, ROW, MX, ROW_BLOCK)), (ROW_BLOCK, SQUARE_BLOCK), (SQUARE_BLOCK, ROW_BLOCK))
 _OPERANDS = tuple(getattr(torch, format.torch_dtype) for format in FP8_OPERANDS)
 FNUZ = tuple(getattr(torch, format.torch_dtype) for format in OCP_OF_FNUZ)
@@ -30,6 +37,46 @@ _OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 _MX_SCALES = (torch.float8_e8m0fnu, torch.uint8)
 _SWIZZLE_ROWS, _SWIZZLE_GROUPS, _SWIZZLE_LANES = 128, 4, 32  # SWIZZLE_32_4_4: tiles of 128 rows by 4 groups, 32 rows a lane
 _PADDING = 4  # torch pads the groups of 128x128 scales to a multiple of it
+
+
+class Options(NamedTuple):
+    """The operator's arguments that are not tensors, by their values. They reach it as one integer, since each costs time."""
+
+    recipe_a: int
+    swizzle_a: int
+    recipe_b: int
+    swizzle_b: int
+    use_fast_accum: bool
+
+    def pack(self) -> int:
+        """Return one integer, four bits for each option."""
+        return sum(value << 4 * i for i, value in enumerate(self))
+
+
+def unpack(options: int) -> Options:
+    """Return what `Options.pack` has packed."""
+    *values, use_fast_accum = (options >> 4 * i & 15 for i in range(len(Options._fields)))
+    return Options(*values, bool(use_fast_accum))
+
+
+def options_of(recipe_a, swizzle_a, recipe_b, swizzle_b, use_fast_accum: bool) -> int:
+    """Return the packed options of a call. Raises for recipes and swizzles that are not torch's, or for fp4."""
+    try:  # members of torch's enums, as themselves: their own hash and value take longer than all else here
+        return (
+            _RECIPE_BITS[id(recipe_a)]
+            | _SWIZZLE_BITS[id(swizzle_a)] << 4
+            | _RECIPE_BITS[id(recipe_b)] << 8
+            | _SWIZZLE_BITS[id(swizzle_b)] << 12
+            | bool(use_fast_accum) << 16
+        )
+    except KeyError:
+        return Options(
+            recipe_value("scale_recipe_a", recipe_a),
+            swizzle_value("swizzle_a", swizzle_a),
+            recipe_value("scale_recipe_b", recipe_b),
+            swizzle_value("swizzle_b", swizzle_b),
+            bool(use_fast_accum),
+        ).pack()
 
 
 def recipe_value(name: str, recipe) -> int:
@@ -83,9 +130,10 @@ def check_matrices(mat_a: Tensor, mat_b: Tensor) -> None:
         )
 
 
-def check(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, out) -> tuple[Tensor, Tensor]:
+def check(mat_a, mat_b, scale_a, scale_b, bias, options: Options, out) -> tuple[Tensor, Tensor]:
     """Check every argument and return the scales as kernels read them: (row blocks, groups of K)."""
     check_matrices(mat_a, mat_b)
+    recipe_a, swizzle_a, recipe_b, swizzle_b, _ = options
     (M, K), N = mat_a.shape, mat_b.shape[1]
     if (recipe_a, recipe_b) not in _PAIRS:
         pairs = "the same for both, or BlockWise1x128 with BlockWise128x128"

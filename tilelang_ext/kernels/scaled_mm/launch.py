@@ -12,31 +12,30 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tilelang_ext.kernels.scaled_mm.arguments import LAYOUTS, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR
+from tilelang_ext.kernels.scaled_mm.arguments import LAYOUTS, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, Options, unpack
 from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem, bucket_of
 from tilelang_ext.launch.expression import ceildiv, fact, recipe_of, select, shape, stride
 from tilelang_ext.launch.plan import Plan, launcher
+from tilelang_ext.launch.recipe import ALIGNMENT
 from tilelang_ext.launch.record import Extent, Recorder, View
 
 _TENSORS = ("mat_a", "mat_b", "scale_a", "scale_b", "bias", "out")
-_ARGUMENTS = (
-    *("mat_a", "mat_b", "scale_a", "recipe_a", "swizzle_a", "scale_b", "recipe_b", "swizzle_b"),
-    *("bias", "use_fast_accum", "out"),
-)
+_ARGUMENTS = (*_TENSORS[:5], "options", "out")
+_PACKED = fact("value", "options")
 _KEY = (
+    _PACKED,
     fact("device", "mat_a"),
     shape("mat_b", 0),
     shape("mat_b", 1),
-    *(fact("value", name) for name in _ARGUMENTS if name not in _TENSORS),
     *(fact("dtype", name) for name in _TENSORS),
     *(fact("rank", name) for name in ("scale_a", "scale_b")),
     # The extents that tell apart the forms of one recipe: (1, N) from (N, 1), and those that torch pads.
     shape("scale_b", 0),
-    select(fact("value", "recipe_a") == SQUARE_BLOCK, shape("scale_a", 0), 0),
+    select(_PACKED % Options(16, 0, 0, 0, False).pack() == SQUARE_BLOCK, shape("scale_a", 0), 0),
 )
 RECIPE = {
     "name": "scaled_mm",
-    "arguments": [{"name": name, "type": "tensor" if name in _TENSORS else "int"} for name in _ARGUMENTS],
+    "arguments": [{"name": name, "type": "int" if name == "options" else "tensor"} for name in _ARGUMENTS],
     "key": [recipe_of(value) for value in _KEY],
     "size": recipe_of(shape("mat_a", 0)),
 }
@@ -55,14 +54,15 @@ def plan() -> Plan:
 
 def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: ModuleType) -> None:
     """Compile the kernel of one file for arguments that have been checked, and add it to the plan."""
-    mat_a, _, scale_a, recipe_a, _, scale_b, recipe_b, _, bias, _, _ = arguments
+    mat_a, _, scale_a, scale_b, bias, packed, _ = arguments
+    options = unpack(packed)
     recorder = Recorder("scaled_mm", problem.arch)
     M, N, K = shape("mat_a", 0), problem.N, problem.K
     a = recorder.argument("mat_a", problem.a_dtype, (M, K))
     b = _transposed(recorder.argument("mat_b", problem.b_dtype, (K, N), (1, K)))
     scales = (
-        _scale(recorder, "scale_a", scale_a, recipe_a, M, K),
-        _scale(recorder, "scale_b", scale_b, recipe_b, N, K),
+        _scale(recorder, "scale_a", scale_a, options.recipe_a, M, K),
+        _scale(recorder, "scale_b", scale_b, options.recipe_b, N, K),
     )
     biases = [] if bias is None else [recorder.argument("bias", problem.bias_dtype, (N,))]
     out = recorder.argument("out", problem.out_dtype, (M, N))
@@ -109,17 +109,21 @@ def with_memory_of_kernels(arguments: tuple, scales: tuple[Tensor, Tensor]) -> t
 
     `scales` are the scales by blocks; those that were swizzled take the place of the caller's.
     """
-    mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, use_fast_accum, out = arguments
-    by_group = LAYOUTS[recipe_a].k is not None
+    mat_a, mat_b, scale_a, scale_b, bias, packed, out = arguments
+    options = unpack(packed)
+    by_group = LAYOUTS[options.recipe_a].k is not None
 
     def readable(scale: Tensor, by_blocks: Tensor, swizzle: int) -> Tensor:
         scale = by_blocks if swizzle else scale
         scale = scale if by_group else scale.contiguous()
-        return scale.clone() if scale.data_ptr() % 16 else scale
+        return scale.clone() if scale.data_ptr() % ALIGNMENT else scale
 
     return (
-        *(mat_a.contiguous(), mat_b),
-        *(readable(scale_a, scales[0], swizzle_a), recipe_a, 0),
-        *(readable(scale_b, scales[1], swizzle_b), recipe_b, 0),
-        *(None if bias is None else bias.contiguous(), use_fast_accum, out),
+        mat_a.contiguous(),
+        mat_b,
+        readable(scale_a, scales[0], options.swizzle_a),
+        readable(scale_b, scales[1], options.swizzle_b),
+        None if bias is None else bias.contiguous(),
+        options._replace(swizzle_a=0, swizzle_b=0).pack(),
+        out,
     )

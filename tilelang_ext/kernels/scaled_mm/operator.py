@@ -24,8 +24,8 @@ from tilelang_ext.kernels.scaled_mm.arguments import (
     check_matrices,
     check_output_dtype,
     only_scale,
-    recipe_value,
-    swizzle_value,
+    options_of,
+    unpack,
 )
 from tilelang_ext.kernels.scaled_mm.problem import Problem, bucket_of
 from tilelang_ext.launch.compile import compiled
@@ -75,37 +75,24 @@ def scaled_mm(
     On CUDA a mat_a that is not contiguous is copied. TypeError for dtypes, ValueError for shapes and values,
     NotImplementedError for recipes that this package lacks, and in a backward pass that reaches the result.
     """
-    if tuple(contraction_dim) not in _CONTRACTIONS:
+    if contraction_dim and tuple(contraction_dim) not in _CONTRACTIONS:
         raise ValueError(
             f"scaled_mm: contraction_dim must be () or (1, 0); got {tuple(contraction_dim)}; transpose the operand"
         )
     check_output_dtype("output_dtype", output_dtype)
-    arguments = (
-        mat_a,
-        mat_b,
-        only_scale("scale_a", scale_a),
-        recipe_value("scale_recipe_a", scale_recipe_a),
-        swizzle_value("swizzle_a", swizzle_a),
-        only_scale("scale_b", scale_b),
-        recipe_value("scale_recipe_b", scale_recipe_b),
-        swizzle_value("swizzle_b", swizzle_b),
-        bias,
-        use_fast_accum,
-    )
+    options = options_of(scale_recipe_a, swizzle_a, scale_recipe_b, swizzle_b, use_fast_accum)
+    scale_a, scale_b = only_scale("scale_a", scale_a), only_scale("scale_b", scale_b)
     if out is None:
-        out = torch.ops.tilelang_ext.scaled_mm(*arguments, output_dtype)
+        out = _scaled_mm_op(mat_a, mat_b, scale_a, scale_b, bias, options, output_dtype)
     else:
-        torch.ops.tilelang_ext.scaled_mm_out(*arguments, out)
-    return without_gradient("scaled_mm", out, mat_a, mat_b, arguments[2], arguments[5], bias)
+        _scaled_mm_out_op(mat_a, mat_b, scale_a, scale_b, bias, options, out)
+    return without_gradient("scaled_mm", out, mat_a, mat_b, scale_a, scale_b, bias)
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
 # Defined by their schema: torch.library.custom_op would cost ten times as much per call.
 
-_ARGUMENTS = (
-    "Tensor mat_a, Tensor mat_b, Tensor scale_a, int recipe_a, int swizzle_a, Tensor scale_b, int recipe_b, int swizzle_b, "
-    "Tensor? bias, bool use_fast_accum"
-)
+_ARGUMENTS = "Tensor mat_a, Tensor mat_b, Tensor scale_a, Tensor scale_b, Tensor? bias, int options"
 _TAGS = (torch.Tag.needs_exact_strides,)  # a compiler must not transpose mat_b in memory
 torch.library.define("tilelang_ext::scaled_mm", f"({_ARGUMENTS}, ScalarType output_dtype) -> Tensor", tags=_TAGS)
 torch.library.define("tilelang_ext::scaled_mm_out", f"({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=_TAGS)
@@ -122,9 +109,10 @@ def _scaled_mm_out(*arguments) -> None:
     _check_and_launch(*arguments)
 
 
-def _check_and_launch(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, use_fast_accum, out):
-    arguments = mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, use_fast_accum, out
-    scale_a, scale_b = check(*arguments[:9], out)
+def _check_and_launch(mat_a, mat_b, scale_a, scale_b, bias, packed, out) -> None:
+    arguments, options = (mat_a, mat_b, scale_a, scale_b, bias, packed, out), unpack(packed)
+    recipe_a, _, recipe_b, _, use_fast_accum = options
+    scale_a, scale_b = check(mat_a, mat_b, scale_a, scale_b, bias, options, out)
     (M, K), N = mat_a.shape, mat_b.shape[1]
     if M == 0 or N == 0:
         return
@@ -151,8 +139,8 @@ def _scaled_mm(*arguments) -> Tensor:
     return out
 
 
-def _fake_out(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, use_fast_accum, out) -> None:
-    check(mat_a, mat_b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, out)
+def _fake_out(mat_a, mat_b, scale_a, scale_b, bias, options, out) -> None:
+    check(mat_a, mat_b, scale_a, scale_b, bias, unpack(options), out)
 
 
 def _fake(*arguments) -> Tensor:
@@ -170,6 +158,8 @@ def _empty(mat_a: Tensor, mat_b: Tensor, output_dtype: torch.dtype) -> Tensor:
 for _name_of_op, _implementation, _shape_of in (("scaled_mm", _scaled_mm, _fake), ("scaled_mm_out", _scaled_mm_out, _fake_out)):
     torch.library.impl(f"tilelang_ext::{_name_of_op}", "CompositeExplicitAutograd", _implementation)
     torch.library.register_fake(f"tilelang_ext::{_name_of_op}", _shape_of)
+
+_scaled_mm_op, _scaled_mm_out_op = torch.ops.tilelang_ext.scaled_mm.default, torch.ops.tilelang_ext.scaled_mm_out.default
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
@@ -211,7 +201,7 @@ def _implementation_of(problem: Problem) -> ModuleType:
 def _launch_plan(plan: Plan, key: tuple, arguments: tuple) -> None:
     """Launch on an NVIDIA GPU; a variant that the plan lacks is compiled first."""
     if not plan.launch(arguments):
-        problem = _problem_of(key, arguments[-2])
+        problem = _problem_of(key, unpack(arguments[-2]).use_fast_accum)
         launch.add_variant(plan, arguments, problem, _implementation_of(problem))
         plan(*arguments)
 
