@@ -1,42 +1,12 @@
 """Several kernels as one variant: what is recorded from views, and what kernels demand of them."""
 
 import pytest
-import tilelang.language as T
 import torch
 from launch.fakes import FakeCuda, compile_without_nvcc
+from launch.kernels import add_blocks, double
 
 from tilelang_ext.launch.expression import evaluate, fact, recipe_of, shape, stride
 from tilelang_ext.launch.record import Recorder, View
-
-
-def double(columns):
-    """The prim_func (x, y): y = 2 x."""
-    n, step = T.dynamic("n"), T.dynamic("step")
-
-    @T.prim_func
-    def double(x: T.StridedTensor((n, columns), (step, 1), "float32"), y: T.Tensor((n, columns), "float32")):
-        with T.Kernel(n, threads=32) as bx:
-            for i in T.Parallel(columns):
-                y[bx, i] = 2 * x[bx, i]
-
-    return double
-
-
-def add_blocks(block):
-    """The prim_func (x, mask, out): out = x + mask, for blocks of rows."""
-    blocks = T.dynamic("blocks")
-
-    @T.prim_func
-    def add(
-        x: T.Tensor((blocks * block, 64), "float32"),
-        mask: T.Tensor((64,), "float32"),
-        out: T.Tensor((blocks, block, 64), "float32"),
-    ):
-        with T.Kernel(blocks, threads=64) as bx:
-            for i, j in T.Parallel(block, 64):
-                out[bx, i, j] = x[bx * block + i, j] + mask[j]
-
-    return add
 
 
 @pytest.fixture
