@@ -18,6 +18,8 @@ from tilelang import language as T
 from tvm import IRModule, arith, tirx
 from tvm.ir import GlobalVar
 
+from tilelang_ext.formats import CODES_PER_BYTE, E2M1
+
 _SCALAR_FORMATS = {"bool": "?", "int8": "b", "uint8": "B", "int16": "h", "uint16": "H", "int32": "i", "uint32": "I"}
 _SCALAR_FORMATS |= {"int64": "q", "uint64": "Q", "float16": "e", "float32": "f", "float64": "d"}
 
@@ -32,6 +34,12 @@ class Parameter:
     dtype: str
     shape: tuple | None  # None for a scalar
     var: tirx.Var  # by which shapes and grids refer to a scalar
+    strides: tuple | None = None  # in elements, as the function declares them; None for a contiguous tensor
+
+    @property
+    def per_element(self) -> int:
+        """How many of the shape's elements one element of the tensor that is passed holds: two FP4 codes are a byte."""
+        return CODES_PER_BYTE if self.dtype == E2M1.dtype else 1
 
 
 class Source(NamedTuple):
@@ -107,15 +115,20 @@ class Program:
         shapes = [None if p.shape is None else tuple(a.shape) for p, a in zip(self.parameters, arguments, strict=True)]
         scalars = [a if p.shape is None else None for p, a in zip(self.parameters, arguments, strict=True)]
         values = self.resolve(shapes, scalars)
-        bound = tuple(arguments[b.parameter] if b.is_tensor else values[b.var] for b in self.bindings)
+        tensors = {
+            i: self._memory(parameter, arguments[i], values) for i, parameter in enumerate(self.parameters) if parameter.shape
+        }
+        bound = tuple(tensors.get(b.parameter, arguments[b.parameter]) if b.is_tensor else values[b.var] for b in self.bindings)
         return Launch(bound, self.launch_grid(values), self.threads)
 
     def resolve(self, shapes: Sequence[tuple[int, ...] | None], scalars: Sequence) -> Values:
         """Return the number of every scalar and symbolic extent, of the user's function and of the kernel.
 
-        One shape per tensor and one number per scalar, None elsewhere, in the user's order. A tensor whose shape is None (an
-        output yet to be made) has extents that the others determine. Raises ValueError where shapes disagree.
+        One shape per tensor, that of what is passed, and one number per scalar, None elsewhere, in the user's order. A tensor
+        whose shape is None (an output yet to be made) has extents that the others determine. Raises ValueError where shapes
+        disagree.
         """
+        shapes = [_unpacked(p, shape) for p, shape in zip(self.parameters, shapes, strict=True)]
         values: dict[tirx.Var, object] = {}
         for parameter, shape, scalar in zip(self.parameters, shapes, scalars, strict=True):
             if parameter.shape is None:
@@ -124,10 +137,8 @@ class Program:
                 _bind_shape(self.name, parameter, shape, values)
         for parameter, shape in zip(self.parameters, shapes, strict=True):
             if shape is not None and self.shape(parameter, values) != tuple(shape):
-                raise ValueError(
-                    f"{self.name}: {parameter.name} must have shape {self.shape(parameter, values)}; "
-                    f"got {tuple(shape)}; pass that shape"
-                )
+                wanted, given = self.passed_shape(parameter, values), _packed(parameter, shape)
+                raise ValueError(f"{self.name}: {parameter.name} must have shape {wanted}; got {given}; pass that shape")
         for binding in self.bindings:
             parameter = self.parameters[binding.parameter]
             if binding.axis is not None:
@@ -139,6 +150,22 @@ class Program:
     def shape(self, parameter: Parameter, values: Values) -> tuple[int, ...]:
         """Return the shape of a tensor parameter under `values`."""
         return tuple(_evaluate(self.name, extent, values) for extent in parameter.shape)
+
+    def passed_shape(self, parameter: Parameter, values: Values) -> tuple[int, ...]:
+        """Return the shape of the tensor that is passed for a parameter under `values`: of FP4 codes, that of their bytes."""
+        return _packed(parameter, self.shape(parameter, values))
+
+    def _memory(self, parameter: Parameter, argument: torch.Tensor, values: Values) -> torch.Tensor:
+        """Return `argument` as the kernel takes it, one piece of memory; ValueError for other strides than the declared."""
+        if parameter.strides is None:
+            return argument
+        wanted = tuple(_evaluate(self.name, stride, values) for stride in parameter.strides)
+        if any(size > 1 and a != b for size, a, b in zip(argument.shape, wanted, argument.stride(), strict=True)):
+            raise ValueError(
+                f"{self.name}: {parameter.name} must have strides {wanted}; got {argument.stride()}; pass a view that has them"
+            )
+        last = sum((size - 1) * stride for size, stride in zip(argument.shape, argument.stride(), strict=True))
+        return argument.as_strided((last + 1 if argument.numel() else 0,), (1,))
 
     def launch_grid(self, values: Values) -> tuple[int, int, int]:
         """Return the number of blocks along each axis under `values`."""
@@ -211,7 +238,7 @@ def read_program(func: tirx.PrimFunc, kernel: tirx.PrimFunc, source: str, source
         if param in func.buffer_map:
             buffer = func.buffer_map[param]
             shape = tuple(int(e) if isinstance(e, tirx.IntImm) else e for e in buffer.shape)
-            parameters.append(Parameter(buffer.name, str(buffer.dtype), shape, param))
+            parameters.append(Parameter(buffer.name, str(buffer.dtype), shape, param, _declared_strides(buffer)))
         else:
             parameters.append(Parameter(param.name, str(param.dtype), None, param))
     bindings = [Binding(var, *source) for var, source in zip(kernel.params, sources, strict=True)]
@@ -229,6 +256,25 @@ def read_program(func: tirx.PrimFunc, kernel: tirx.PrimFunc, source: str, source
         grid=tuple(extents.get(f"blockIdx.{axis}", 1) for axis in "xyz"),
         threads=tuple(int(extents.get(f"threadIdx.{axis}", 1)) for axis in "xyz"),
     )
+
+
+def _declared_strides(buffer: tirx.Buffer) -> tuple | None:
+    """Return the strides of a buffer, None where they are those of a contiguous tensor."""
+    analyzer, contiguous = arith.Analyzer(), True
+    step = tirx.const(1)
+    for extent, stride in zip(reversed(buffer.shape), reversed(buffer.strides), strict=True) if buffer.strides else ():
+        contiguous = contiguous and analyzer.can_prove_equal(stride, step)
+        step = step * extent
+    return None if contiguous else tuple(int(s) if isinstance(s, tirx.IntImm) else s for s in buffer.strides)
+
+
+def _unpacked(parameter: Parameter, shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the shape in the function's elements of a tensor that is passed."""
+    return (*shape[:-1], shape[-1] * parameter.per_element) if shape else shape
+
+
+def _packed(parameter: Parameter, shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape[:-1], shape[-1] // parameter.per_element) if shape else tuple(shape)
 
 
 def _read_tensors(kernel: tirx.PrimFunc) -> set[tirx.Var]:
@@ -272,11 +318,12 @@ def _check_tensor(kernel: str, parameter: Parameter, argument, device: str) -> t
     if not isinstance(argument, torch.Tensor):
         raise TypeError(f"{kernel}: {parameter.name} must be a torch tensor; got {type(argument).__name__}; convert it")
     expected = T.dtype(parameter.dtype).as_torch()
-    if argument.dtype != expected:
+    is_bytes_of_codes = parameter.per_element > 1 and argument.dtype in (torch.uint8, torch.int8)
+    if argument.dtype != expected and not is_bytes_of_codes:
         raise TypeError(f"{kernel}: {parameter.name} must be {expected}; got {argument.dtype}; convert it with .to({expected})")
     if argument.device.type != device:
         raise ValueError(f"{kernel}: {parameter.name} must be on {device}; got {argument.device}; move it with .to({device!r})")
-    if not argument.is_contiguous():
+    if parameter.strides is None and not argument.is_contiguous():
         raise ValueError(f"{kernel}: {parameter.name} must be contiguous; got strides {argument.stride()}; call .contiguous()")
     return argument
 
@@ -284,7 +331,8 @@ def _check_tensor(kernel: str, parameter: Parameter, argument, device: str) -> t
 def _bind_shape(kernel: str, parameter: Parameter, shape: tuple[int, ...], values: dict[tirx.Var, object]) -> None:
     if len(shape) != len(parameter.shape):
         raise ValueError(
-            f"{kernel}: {parameter.name} must have {len(parameter.shape)} dimensions; got shape {tuple(shape)}; reshape it"
+            f"{kernel}: {parameter.name} must have {len(parameter.shape)} dimensions; got shape {_packed(parameter, shape)}; "
+            "reshape it"
         )
     for axis, (extent, size) in enumerate(zip(parameter.shape, shape, strict=True)):
         if isinstance(extent, tirx.Var) and values.setdefault(extent, size) != size:

@@ -3,7 +3,7 @@ not all threads come, and reductions over threads that do not begin at the first
 
 import pytest
 import torch
-from passes import kernels
+from passes import meeting_kernels as kernels
 
 from tilelang_ext import metal, simulate
 from tilelang_ext.metal import pipeline

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from passes import kernels
+from passes import meeting_kernels as kernels
 from rocm.kernels import lower
 
 from tilelang_ext import simulate

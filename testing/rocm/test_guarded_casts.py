@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from passes import kernels
+from passes import operator_kernels as kernels
 
 from tilelang_ext import simulate
 

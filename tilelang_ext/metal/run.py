@@ -88,7 +88,7 @@ def to_mlx(kernel, *, init_value: float | None = None) -> Callable:
             inputs=bound,
             grid=tuple(groups * size for groups, size in zip(program.launch_grid(values), program.threads, strict=True)),
             threadgroup=program.threads,
-            output_shapes=[program.shape(program.parameters[i], values) for i in bound_outputs],
+            output_shapes=[program.passed_shape(program.parameters[i], values) for i in bound_outputs],
             output_dtypes=[getattr(mx, _mlx_dtype(program.parameters[i].dtype)) for i in bound_outputs],
             init_value=init_value,
         )
@@ -114,6 +114,11 @@ def _mlx_dtype(dtype: str) -> str:
 def _check_array(mx, kernel: str, parameter: Parameter, array) -> None:
     if not isinstance(array, mx.array):
         raise TypeError(f"{kernel}: {parameter.name} must be an mx.array; got {type(array).__name__}; convert it with mx.array")
+    if parameter.strides is not None:
+        raise NotImplementedError(
+            f"{kernel}: {parameter.name} must be contiguous for MLX, whose arrays have no strides of their own; got declared "
+            f"strides {parameter.strides}; declare a T.Tensor"
+        )
     expected = getattr(mx, _mlx_dtype(parameter.dtype))
     if array.dtype != expected:
         raise TypeError(f"{kernel}: {parameter.name} must be {expected}; got {array.dtype}; convert it with .astype or .view")

@@ -4,7 +4,6 @@ import torch
 
 from tilelang_ext import language as T
 
-# ruff: noqa: SIM102  conditions within conditions are what is tested
 THREADS = 128
 
 
@@ -93,49 +92,3 @@ def normalized_row(first, sharers=64, dtype="float32"):
                 C[j] = row[i, j] / total[i]
 
     return kernel
-
-
-def guarded_casts(dtype, threads=64):
-    """Casting stores under two conditions, under one with another branch, and under one that differs from lane to lane.
-
-    What the conditions exclude keeps its value: P > 0 and row < n; P > 0, else the negative; and P > 1 of those of P > 0.
-    """
-
-    @T.prim_func
-    def kernel(
-        A: T.Tensor((16, 64), "float32"),
-        P: T.Tensor((16,), "int32"),
-        Q: T.Tensor((64,), "int32"),
-        nested: T.Tensor((16, 64), dtype),
-        both: T.Tensor((16, 64), dtype),
-        lanes: T.Tensor((16, 64), dtype),
-        n: T.int32,
-    ):
-        with T.Kernel(1, threads=threads):
-            A_f = T.alloc_fragment((16, 64), "float32")
-            T.copy(A, A_f)
-            for i, j in T.Parallel(16, 64):
-                if i < n:
-                    if P[i] > 0:
-                        nested[i, j] = T.cast(A_f[i, j], dtype)
-            for i, j in T.Parallel(16, 64):
-                if P[i] > 0:
-                    both[i, j] = T.cast(A_f[i, j], dtype)
-                else:
-                    both[i, j] = T.cast(-A_f[i, j], dtype)
-            for i, j in T.Parallel(16, 64):
-                if P[i] > 0:
-                    if Q[j] > 0:
-                        lanes[i, j] = T.cast(A_f[i, j], dtype)
-
-    return kernel
-
-
-def guarded_case(dtype):
-    A = torch.randint(1, 8, (16, 64)).float()
-    P, Q = (torch.arange(16) % 3).int(), (torch.arange(64) % 3).int()
-    old = torch.full((16, 64), 9.0)
-    takes, row = (P > 0)[:, None], (torch.arange(16) < 11)[:, None]
-    wants = torch.where(takes & row, A, old), torch.where(takes, A, -A), torch.where(takes & (Q > 0), A, old)
-    outputs = [old.to(getattr(torch, dtype)) for _ in wants]
-    return (A, P, Q, *outputs, 11), outputs, wants
