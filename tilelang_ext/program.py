@@ -15,10 +15,8 @@ from typing import NamedTuple
 
 import torch
 from tilelang import language as T
-from tvm import IRModule, arith, tirx
+from tvm import DataType, IRModule, arith, tirx
 from tvm.ir import GlobalVar
-
-from tilelang_ext.formats import CODES_PER_BYTE, E2M1
 
 _SCALAR_FORMATS = {"bool": "?", "int8": "b", "uint8": "B", "int16": "h", "uint16": "H", "int32": "i", "uint32": "I"}
 _SCALAR_FORMATS |= {"int64": "q", "uint64": "Q", "float16": "e", "float32": "f", "float64": "d"}
@@ -38,8 +36,8 @@ class Parameter:
 
     @property
     def per_element(self) -> int:
-        """How many of the shape's elements one element of the tensor that is passed holds: two FP4 codes are a byte."""
-        return CODES_PER_BYTE if self.dtype == E2M1.dtype else 1
+        """How many of the shape's elements one element of the tensor that is passed holds: a byte is two FP4 codes."""
+        return max(1, 8 // DataType(self.dtype).bits) if self.dtype != "bool" else 1
 
 
 class Source(NamedTuple):
