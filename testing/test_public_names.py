@@ -32,12 +32,12 @@ def test_operators_are_loaded_on_use():
     """`import tilelang_ext` loads no operator, no simulator, and adds less than half a second to tilelang's own import."""
     program = """
 import tilelang, torch, sys, time
-start = time.perf_counter()
+start = time.process_time()
 import tilelang_ext
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 loaded = [name for name in sys.modules if name.startswith(("tilelang_ext.kernels.", "tilelang_ext.simulator"))]
 assert not loaded, loaded
-assert seconds < 0.5 * 4, seconds  # four times as long on a busy machine of continuous integration
+assert seconds < 0.5 * 2, seconds  # of CPU time; twice as long on a busy machine of continuous integration
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 

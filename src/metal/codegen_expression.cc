@@ -215,7 +215,8 @@ std::string CodeGenMetal::BinaryText(const std::string& op, DataType out, const 
   });
 }
 
-/*! \brief A comparison. That of a float with itself asks for NaN, which Apple's compiler, with fast math, takes for absent. */
+/*! \brief A comparison. That of a float with itself asks for NaN, which Apple's compiler, with fast math, takes for
+ * absent. */
 void CodeGenMetal::Equality(const std::string& op, DataType out, const PrimExpr& a, const PrimExpr& b,
                             std::ostream& os) {
   DataType t = a.dtype().element_of();

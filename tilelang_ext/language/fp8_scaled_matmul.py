@@ -106,9 +106,12 @@ def fp8_scaled_matmul(
     factor_of_rows = _factor(scales, 0, grouped=False)
     annotations = {REQUIRE_NATIVE_FP8: 1} if require_native else {}
 
-    product_mark, rest_mark = {}, {}
+    product_mark: dict[str, list] = {}
+    rest_mark: dict[str, list] = {}
     if once and not clear_accum and not transpose_A and transpose_B and a.scope == "shared" and c.scope == "fragment":
-        of_step, of_all_k = (tuple(_of_rows(scale, grouped=grouped) for scale in scales) for grouped in (True, False))
+        of_step, of_all_k = (
+            (_of_rows(scales[0], grouped=grouped), _of_rows(scales[1], grouped=grouped)) for grouped in (True, False)
+        )
         A, B, C = (operand.region(*((0, extent) for extent in operand.shape)) for operand in (a, b, c))
         product_mark = scaled_product(A, B, C, of_step, of_all_k, fast=use_fast_accum)
         rest_mark = {SCALED_PRODUCT: []}
