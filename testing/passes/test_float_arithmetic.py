@@ -56,6 +56,6 @@ def test_values_that_bindings_hide():
 
 
 def test_products_with_zero_are_folded_when_they_are_written():
-    """TVM's operators do it, before there is a program: docs/guide/language_support.md says so. When this fails, it can go there."""
+    """TVM's operators do it, before there is a program. When this fails, its row in docs/guide/language_support.md can go."""
     assert isinstance(X * 0.0, tirx.FloatImm)
     assert (X + 0.0).same_as(X)
