@@ -95,6 +95,17 @@ NARROW = ("int8", "uint8", "int16", "uint16")
 def narrow_integers(length=N):
     """Rows of each C: shifts, sums, products, ~ and differences of 8 and 16 bits, shifted back, halved and compared."""
 
+    def emit(dtype, s):
+        @T.macro
+        def rows(A, C, tx):
+            C[0, tx] = (A[tx] << T.cast(s, dtype)) >> T.cast(s, dtype)
+            C[1, tx] = (A[tx] + A[tx]) >> T.cast(1, dtype)
+            C[2, tx] = (A[tx] * T.cast(3, dtype)) // T.cast(2, dtype)
+            C[3, tx] = (~A[tx]) >> T.cast(1, dtype)
+            C[4, tx] = T.if_then_else(A[tx] - T.cast(100, dtype) > A[tx], T.cast(1, dtype), T.cast(0, dtype))
+
+        return rows
+
     @T.prim_func
     def kernel(
         A0: T.Tensor((length,), "int8"), A1: T.Tensor((length,), "uint8"), A2: T.Tensor((length,), "int16"),
@@ -103,12 +114,10 @@ def narrow_integers(length=N):
     ):  # fmt: skip
         with T.Kernel(1, threads=64):
             tx = T.get_thread_binding()
-            for A, C, dtype, s in ((A0, C0, "int8", 4), (A1, C1, "uint8", 4), (A2, C2, "int16", 8), (A3, C3, "uint16", 8)):
-                C[0, tx] = (A[tx] << T.cast(s, dtype)) >> T.cast(s, dtype)
-                C[1, tx] = (A[tx] + A[tx]) >> T.cast(1, dtype)
-                C[2, tx] = (A[tx] * T.cast(3, dtype)) // T.cast(2, dtype)
-                C[3, tx] = (~A[tx]) >> T.cast(1, dtype)
-                C[4, tx] = T.if_then_else(A[tx] - T.cast(100, dtype) > A[tx], T.cast(1, dtype), T.cast(0, dtype))
+            emit("int8", 4)(A0, C0, tx)
+            emit("uint8", 4)(A1, C1, tx)
+            emit("int16", 8)(A2, C2, tx)
+            emit("uint16", 8)(A3, C3, tx)
 
     return kernel
 
