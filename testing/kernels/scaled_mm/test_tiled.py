@@ -79,16 +79,19 @@ def texts(M, N, K, arch, names=tuple(RECIPES), **options):
 
 @needs_nvcc
 def test_hopper_instructions():
-    """Warpgroup products fed by bulk copies; whole-K sums stay in the accumulator only when asked for."""
+    """WGMMA fed by TMA. The loops of float32 scales are those that target cuda rebuilds with sums that cross them: no step has
+    a fragment of its own for them; MX scales are applied step by step.
+    """
     sources = texts(4096, 4096, 7168, "sm_90a")
-    assert all(source.count("tl::tma_load(") == 2 for source in sources.values())
+    assert all(source.count("tl::tma_load(") >= 2 for source in sources.values())
     for name, kernel in compile_texts(sources, "sm_90a").items():
         assert kernel.count("QGMMA"), name
         assert not kernel.count("QMMA"), name
         assert kernel.spilled <= (8 if name == "mx" else 0), name
-    (steps, fast) = (texts(4096, 4096, 7168, "sm_90a", ["row"], fast_accum=fast)["row"] for fast in (False, True))
-    assert steps.count("float total[") == 1
+    assert {name: source.count("float total[") for name, source in sources.items()} == {"row": 0, "block": 0, "mx": 1}
+    fast = texts(4096, 4096, 7168, "sm_90a", ["row"], fast_accum=True)["row"]
     assert "float total[" not in fast
+    assert len(fast) < len(sources["row"]), "sums stay in the matrix unit only when asked for"
 
 
 @needs_nvcc
