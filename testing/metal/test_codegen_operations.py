@@ -148,22 +148,31 @@ def test_shuffles(dtype):
         assert torch.equal(row.float()[inside], a.float()[source[inside]])
 
 
-def reduce_kernel(rows, columns, dim, kind, dtype, threads, clear):
+def reduce_kernel(rows, columns, dim, reductions, dtype, threads):
+    """C[k] = the reduction of A along dim by the k-th (kind, clear) of `reductions`, into B without clear."""
     reduced = columns if dim == 0 else rows
+
+    @T.macro
+    def reduce_one(A_f, B, C, k, kind, clear):
+        C_f = T.alloc_fragment((reduced,), dtype)
+        T.copy(B, C_f)
+        getattr(T, f"reduce_{kind}")(A_f, C_f, dim=dim, **({} if clear else {"clear": False}))
+        T.copy(C_f, C[k, :])
+
+    def reduce_all(A_f, B, C):
+        for k, (kind, clear) in enumerate(reductions):
+            reduce_one(A_f, B, C, k, kind, clear)
 
     @T.prim_func
     def kernel(
         A: T.Tensor((rows, columns), dtype),
         B: T.Tensor((reduced,), dtype),
-        C: T.Tensor((reduced,), dtype),
+        C: T.Tensor((len(reductions), reduced), dtype),
     ):
         with T.Kernel(1, threads=threads):
             A_f = T.alloc_fragment((rows, columns), dtype)
-            C_f = T.alloc_fragment((reduced,), dtype)
             T.copy(A, A_f)
-            T.copy(B, C_f)
-            getattr(T, f"reduce_{kind}")(A_f, C_f, dim=dim, **({} if clear else {"clear": False}))
-            T.copy(C_f, C)
+            reduce_all(A_f, B, C)
 
     return kernel
 
@@ -178,33 +187,30 @@ TORCH_REDUCE = {
 JOIN = {"sum": torch.add, "abssum": torch.add, "max": torch.maximum, "min": torch.minimum, "absmax": torch.maximum}
 
 
-@pytest.mark.parametrize(
-    ("kind", "clear"), [*((k, True) for k in TORCH_REDUCE), *((k, False) for k in TORCH_REDUCE if k != "abssum")]
-)
 @pytest.mark.parametrize(("dim", "threads"), [(1, 32), (0, 128), (1, 256)], ids=["lanes", "simdgroups", "both"])
-def test_reduce(kind, clear, dim, threads):
+def test_reduce(dim, threads):
+    reductions = [*((kind, True) for kind in TORCH_REDUCE), *((kind, False) for kind in TORCH_REDUCE if kind != "abssum")]
     rows, columns = (4, 512) if threads == 256 else (16, 64)
     a = torch.randint(-50, 50, (rows, columns)).float()
     before = torch.full((a.shape[1 - dim],), 7.0)
-    out = torch.full_like(before, float("nan"))
-    expected = TORCH_REDUCE[kind](a, dim)
-    if not clear:
-        expected = JOIN[kind](before, expected)
-    run(reduce_kernel(rows, columns, dim, kind, "float32", threads, clear), a, before, out)
-    assert torch.equal(out, expected)
+    out = torch.full((len(reductions), len(before)), float("nan"))
+    run(reduce_kernel(rows, columns, dim, reductions, "float32", threads), a, before, out)
+    for (kind, clear), row in zip(reductions, out, strict=True):
+        expected = TORCH_REDUCE[kind](a, dim)
+        assert torch.equal(row, expected if clear else JOIN[kind](before, expected)), (kind, clear)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32", "int64", "int8"])
 def test_reduce_of_every_type(dtype):
     a = torch.randint(-3, 4, (16, 64)).to(getattr(torch, dtype))
-    out = torch.zeros(64, dtype=a.dtype)
-    for kind in ("sum", "max"):
-        run(reduce_kernel(16, 64, 0, kind, dtype, 128, True), a, torch.zeros_like(out), out)
-        assert torch.equal(out, TORCH_REDUCE[kind](a, 0).to(a.dtype))
+    out = torch.zeros(2, 64, dtype=a.dtype)
+    run(reduce_kernel(16, 64, 0, [("sum", True), ("max", True)], dtype, 128), a, torch.zeros_like(out[0]), out)
+    for kind, row in zip(("sum", "max"), out, strict=True):
+        assert torch.equal(row, TORCH_REDUCE[kind](a, 0).to(a.dtype)), kind
 
 
 def test_a_reduction_across_simdgroups_shares_its_barriers():
-    source = lower(reduce_kernel(16, 256, 0, "sum", "float32", 128, True)).source
+    source = lower(reduce_kernel(16, 256, 0, [("sum", True)], "float32", 128)).source
     body = source[source.index("kernel void") :]
     assert body.count("all_reduce_shared") == 1, "one exchange for all elements of a thread"
 
