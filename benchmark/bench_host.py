@@ -38,9 +38,8 @@ from tilelang_ext.kernels.mxfp4_moe import launch as moe  # noqa: E402
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation  # noqa: E402
 from tilelang_ext.kernels.mxfp4_moe.arguments import Operands  # noqa: E402
 from tilelang_ext.kernels.mxfp4_moe.operator import _by_reference  # noqa: E402
-from tilelang_ext.kernels.mxfp4_moe.weights import prepare_mxfp4_weights, tile_for_hopper, to_arguments  # noqa: E402
+from tilelang_ext.kernels.mxfp4_moe.weights import prepare_mxfp4_weights, tile_for_hopper  # noqa: E402
 from tilelang_ext.kernels.scaled_mm import launch as matmul  # noqa: E402
-from tilelang_ext.kernels.scaled_mm.arguments import options_of  # noqa: E402
 from tilelang_ext.launch.device import target_of  # noqa: E402
 from tilelang_ext.launch.recipe import compile_cached  # noqa: E402
 
@@ -191,7 +190,6 @@ def matmuls(arch: str) -> Iterator[dict]:
         a, weight = (torch.randn(rows, K, device="cuda").to(torch.float8_e4m3fn) for rows in (M, N))
         scale_a, scale_b = torch.rand(M, 1, device="cuda"), torch.rand(1, N, device="cuda")
         b, out = weight.t(), torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
-        options = options_of(row, None, row, None, False)
         expected = (a.double() * scale_a) @ (b.double() * scale_b)
 
         def ours(a=a, b=b, scale_a=scale_a, scale_b=scale_b, out=out):
@@ -201,7 +199,7 @@ def matmuls(arch: str) -> Iterator[dict]:
             torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, out=out)
 
         ours()
-        bound = matmul.plan().bind(a, b, scale_a, scale_b, None, options, out)
+        bound = matmul.plan().bind(a, b, scale_a, row, scale_b, row, None, None, None, False, out)
         case = f"scaled_mm(out=) {M}x{N}x{K}"
         for name, call, wanted in (("scaled_mm", ours, "6"), ("plan, bound", bound, None), ("torch._scaled_mm", torch_s, None)):
             out.fill_(torch.nan)
@@ -235,13 +233,13 @@ def experts(arch: str) -> Iterator[dict]:
             mxfp4_moe(x, ids, row_weights, *tiled, activation=activation, a_dtype=a_dtype, out=out)
 
         options = activation.name, activation.alpha, activation.limit, a_format, "reduce"
-        arguments = (x, ids, row_weights, *to_arguments(tiled[0]), *to_arguments(tiled[1]), *options, None, out)
+        arguments = (x, ids, row_weights, *tiled[0], *tiled[1], *options, None, out)
         ours()
         case = f"mxfp4_moe {a_format}, gpt-oss-20b, 1 token"
         bound = moe.plan().bind(*arguments)
         calls = (
             ("mxfp4_moe", ours, wanted),
-            ("plan", lambda: moe.plan().launch(arguments), None),
+            ("plan", lambda: moe.plan().launch(*arguments), None),
             ("plan, bound", bound, None),
         )
         for name, call, most in calls:

@@ -7,7 +7,7 @@
 namespace tilelang_ext {
 namespace launch {
 
-Workspace::Workspace(WorkspacePool* pool, const Driver& driver, const Python& python, const DLDevice& device,
+Workspace::Workspace(WorkspacePool* pool, const Driver& driver, const Torch& torch, const DLDevice& device,
                      Stream stream, int64_t bytes, const std::string& who) {
   if (bytes == 0) return;
   int capturing = 0;
@@ -15,7 +15,7 @@ Workspace::Workspace(WorkspacePool* pool, const Driver& driver, const Python& py
   if (stream != nullptr) driver.Check(driver.is_capturing(stream, &capturing), "cuStreamIsCapturing", who);
   const DLManagedTensorVersioned* memory;
   if (capturing) {
-    own_ = python.Allocate(device, bytes, who);
+    own_ = torch.Allocate(device, bytes, who);
     memory = own_.get();
   } else {
     WorkspacePool::OfStream& workspace = pool->Find(device.device_id, stream);
@@ -23,7 +23,7 @@ Workspace::Workspace(WorkspacePool* pool, const Driver& driver, const Python& py
     if (workspace.bytes < bytes) {
       workspace.memory.reset();  // first, so that torch may give the same memory, grown
       workspace.bytes = 0;
-      workspace.memory = python.Allocate(device, bytes, who);
+      workspace.memory = torch.Allocate(device, bytes, who);
       workspace.bytes = bytes;
     }
     memory = workspace.memory.get();

@@ -17,7 +17,7 @@
 #include <utility>
 
 #include "driver.h"
-#include "python.h"
+#include "torch.h"
 
 namespace tilelang_ext {
 namespace launch {
@@ -56,7 +56,7 @@ class WorkspacePool {
 /*! \brief The memory of one call while it enqueues; of no bytes, it takes none. */
 class Workspace {
  public:
-  Workspace(WorkspacePool* pool, const Driver& driver, const Python& python, const DLDevice& device, Stream stream,
+  Workspace(WorkspacePool* pool, const Driver& driver, const Torch& torch, const DLDevice& device, Stream stream,
             int64_t bytes, const std::string& who);
 
   uint64_t address() const { return address_; }

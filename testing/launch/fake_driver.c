@@ -262,6 +262,18 @@ const void* fake_exchange(const void* torch) {
   shown.tensor_from_object = tensor_from_object, shown.current_stream = current_stream;
   return &shown;
 }
+
+/* at::toDLPackNonOwning, shown the same way. */
+static void (*real_to_dlpack)(const void*, DLTensor*);
+static void to_dlpack(const void* tensor, DLTensor* shown) {
+  real_to_dlpack(tensor, shown);
+  show(shown);
+}
+const void* fake_to_dlpack(void (*function)(const void*, DLTensor*)) {
+  real_to_dlpack = function;
+  return (const void*)to_dlpack;
+}
+
 void fake_device(int device) { on_cuda = device >= 0, device_of_tensors = device; }
 void fake_elsewhere(const void* data, int device) { elsewhere = data, device_elsewhere = device; }
 void fake_stream(void* stream) { stream_of_thread = stream; }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tilelang_ext.launch import record
-from tilelang_ext.launch.plan import Launcher, Plan, torch_exchange
+from tilelang_ext.launch.plan import Launcher, Plan, torch_exchange, torch_functions
 from tilelang_ext.launch.recipe import Lowered, lower
 
 _BYTES = {"pointer": 8, "tensor_map": 128, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float32": 4, "float64": 8}
@@ -25,10 +25,13 @@ def library() -> tuple[ctypes.CDLL, str]:
     compiler = next(path for name in ("cc", "gcc", "clang") if (path := shutil.which(name)))
     path = Path(tempfile.mkdtemp(prefix="fake_driver"), "libcuda_fake.so")
     source = Path(__file__).with_name("fake_driver.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-pthread", str(source), "-o", str(path)], check=True, timeout=60)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-fexceptions", "-pthread", str(source), "-o", str(path)], check=True, timeout=60
+    )
     built = ctypes.CDLL(str(path))
     built.fake_log.restype = ctypes.c_char_p
-    built.fake_exchange.restype, built.fake_exchange.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    for name in ("fake_exchange", "fake_to_dlpack"):
+        getattr(built, name).restype, getattr(built, name).argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
     for name in ("fake_stream", "fake_capture"):
         getattr(built, name).argtypes = (ctypes.c_void_p,)
     built.fake_elsewhere.argtypes = (ctypes.c_void_p, ctypes.c_int)
@@ -55,7 +58,7 @@ def _integer(text: str) -> int:
 class FakeCuda:
     """The driver and its launcher; each starts with one H200, cuda:0, whose context is current, and the default stream."""
 
-    def __init__(self):
+    def __init__(self, by_exchange: bool = False):
         self.driver, path = library()
         self.driver.fake_reset()
         self.driver.fake_capability(90)
@@ -63,7 +66,13 @@ class FakeCuda:
         self.driver.fake_elsewhere(None, 0)
         self.driver.fake_set_current(0)
         self.driver.fake_stream(None)
-        self.launcher = Launcher(path, self.driver.fake_exchange(torch_exchange()))
+        functions = torch_functions()
+        assert functions["offset"], "tensors of this torch must be read directly"
+        functions["to_dlpack"] = self.driver.fake_to_dlpack(functions["to_dlpack"])
+        if by_exchange:
+            functions = dict.fromkeys(functions, 0)
+        self.torch = self.driver.fake_exchange(torch_exchange()), functions
+        self.launcher = Launcher(path, *self.torch)
 
     def plan(self, name: str, arguments: dict[str, str], variant: dict, key=(), size=0, arch="sm_90a", constants=()) -> Plan:
         """Return a plan with one variant, of a cubin made for it; `arguments` are names and types."""

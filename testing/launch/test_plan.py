@@ -21,7 +21,7 @@ from launch.fakes import FakeCuda, cubin, launch, tensor
 from tilelang_ext.launch import expression
 from tilelang_ext.launch import plan as plans
 from tilelang_ext.launch.expression import OPERATORS, ceildiv, evaluate, fact, recipe_of, shape
-from tilelang_ext.launch.plan import Launcher, torch_exchange
+from tilelang_ext.launch.plan import Launcher
 
 NINE = [f"x{i}" for i in range(9)]
 
@@ -104,7 +104,7 @@ def test_another_device_and_the_current_one_stays(cuda):
     plan.bind(*given)()
     assert [done.context for done in cuda.launches()] == [2, 2]
     assert cuda.driver.fake_current() == -1  # the fake's stack is one deep; each push had its pop
-    assert len(cuda.lines("push")) == len(cuda.lines("pop")) == 3
+    assert len(cuda.lines("push")) == len(cuda.lines("pop")) == 2
 
 
 def test_empty_grid_is_no_launch(cuda):
@@ -488,7 +488,7 @@ def test_variants_by_key_and_size(cuda):
     plan(torch.randn(8), None, 0)
     assert [done.kernel for done in cuda.launches()] == ["kernel_4_0_0_0", "kernel_9_0_0_0", "kernel_1_1_1_1", "kernel_4_0_0_0"]
     for missing, wanted in (((torch.randn(2), None, 0), "[0, 0, 0] and size 2"), ((torch.randn(100), None, 1), "[0, 0, 1]")):
-        assert plan.launch(missing) is False
+        assert plan.launch(*missing) is False
         with pytest.raises(LookupError, match="a plan must have a variant for .*; got none for key " + re.escape(wanted)):
             plan(*missing)
         with pytest.raises(ValueError, match="bind needs a variant for these sizes; got none compiled; call the plan first"):
@@ -522,7 +522,7 @@ def test_a_variant_replaces_those_that_it_covers(cuda):
 
 
 def test_without_a_driver(cuda):
-    plan = Launcher("libcuda_of_no_machine.so", cuda.driver.fake_exchange(torch_exchange())).plan(
+    plan = Launcher("libcuda_of_no_machine.so", *cuda.torch).plan(
         {"name": "add", "arguments": [{"name": "x", "type": "tensor"}], "key": [], "size": 0}
     )
     plan.add(

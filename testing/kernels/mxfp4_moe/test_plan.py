@@ -79,7 +79,7 @@ def test_as_kernel_by_kernel(cuda, a_format):
         one_by_one(cuda, problem, operands, arguments[-1])
         wanted = cuda.launches()
         cuda.driver.fake_reset()
-        if not plan.launch(arguments):
+        if not plan.launch(*launches.to_plan(arguments)):
             compiled_for.append(tokens)
             operator._launch_plan(plan, problem, operands, arguments)
         got = cuda.launches()
@@ -146,7 +146,7 @@ def test_a_capture_that_needs_a_new_variant(cuda, monkeypatch):
     monkeypatch.setattr(launches, "launch", lambda *given: launched.append(given))
     operator._launch_plan(plan, problem, operands, arguments)
     assert len(launched) == 1
-    assert plan.launch(arguments) is False
+    assert plan.launch(*launches.to_plan(arguments)) is False
 
 
 @pytest.mark.parametrize(("tokens", "bounds"), [(1, (1, 12)), (12, (1, 12)), (13, (13, 24)), (600, (513, 800))])
@@ -161,3 +161,21 @@ def test_atomic_sums_have_no_plan():
     assert launches.has_plan(problem)
     assert not launches.has_plan(dataclasses.replace(problem, epilogue="atomic"))
     assert not launches.has_plan(dataclasses.replace(problem, target_kind="hip"))
+
+
+@pytest.mark.parametrize("a_format", FORMATS)
+def test_out_without_the_dispatcher(cuda, monkeypatch, a_format):
+    """The function launches what the operator does, with the fields of the weights; other arguments reach the operator."""
+    pair, plan = weights(a_format), cuda.launcher.plan(launches.RECIPE)
+    operands, problem, arguments = call(5, pair, a_format)
+    operator._launch_plan(plan, problem, operands, arguments)
+    wanted, given, out = cuda.launches(), operands[:3], arguments[-1]
+    monkeypatch.setattr(launches, "directly", lambda: plan.launch_directly)
+    a_dtype = {"bfloat16": None, "fp8": torch.float8_e4m3fn}[a_format]
+    assert operator.mxfp4_moe(*given, *pair, activation=SWIGLU, a_dtype=a_dtype, out=out) is out
+    assert cuda.launches()[len(wanted) :] == wanted
+    with pytest.raises(ValueError, match="w13 must be prepared with gate= and w2 without"):
+        operator.mxfp4_moe(*given, pair[1], pair[0], activation=SWIGLU, a_dtype=a_dtype, out=out)
+    with pytest.raises(TypeError, match="w13 must be MXFP4Weights or HopperWeights; got tuple"):
+        operator.mxfp4_moe(*given, tuple(pair[0]), pair[1], activation=SWIGLU, a_dtype=a_dtype, out=out)
+    assert len(cuda.launches()) == 2 * len(wanted)

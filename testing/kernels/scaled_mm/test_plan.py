@@ -34,7 +34,7 @@ def cuda(monkeypatch):
     """The fake driver, and an operator whose plan launches there."""
     cuda = FakeCuda()
     compile_without_nvcc(monkeypatch)
-    plan = cuda.launcher.plan(launches.RECIPE)
+    plan = cuda.launcher.plan(launches.RECIPE, launches.MEMBERS)
     monkeypatch.setattr(launches, "plan", lambda: plan)
     monkeypatch.setattr(operator, "target_of", lambda name, device: Target("cuda", "sm_90a", 132))
     return cuda
@@ -172,3 +172,25 @@ def test_options_are_one_integer():
         TypeError, match=r"scaled_mm: scale_recipe_b must be a torch.nn.functional.ScalingType; got int; pass one"
     ):
         checks.options_of(ROW, None, 1, None, False)
+
+
+def test_out_without_the_dispatcher(cuda, monkeypatch):
+    """The function launches what the operator does; what the plan does not take directly reaches the operator."""
+    given = arguments(2, (ROW, ROW), scales=(torch.rand(2), torch.rand(N)))
+    operator._scaled_mm_out(*given)
+    a, b, scale_a, scale_b, _, _, out = (x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in given)
+    reached = []
+    monkeypatch.setattr(launches, "directly", lambda: launches.plan().launch_directly)
+    monkeypatch.setattr(operator, "_scaled_mm_out_op", lambda *arguments: reached.append(arguments))
+    assert operator.scaled_mm(a, b, scale_a, ROW, scale_b, ROW, out=out) is out
+    first, second = cuda.launches()
+    assert (first, reached) == (second, [])
+    for changed in ({"use_fast_accum": True}, {"bias": torch.rand(N)}, {"scale_a": torch.rand(2, requires_grad=True)}):
+        options = {"scale_a": scale_a, "bias": None, "use_fast_accum": False, **changed}
+        operator.scaled_mm(a, b, scale_recipe_a=ROW, scale_b=scale_b, scale_recipe_b=ROW, out=out, **options)
+    assert len(reached) == 3
+    with pytest.raises(TypeError, match=r"scale_recipe_a must be a torch.nn.functional.ScalingType; got int"):
+        operator.scaled_mm(a, b, scale_a, ROW.value, scale_b, ROW, out=out)
+    with pytest.raises(TypeError, match=r"output_dtype must be float32, float16 or bfloat16; got torch.int8"):
+        operator.scaled_mm(a, b, scale_a, ROW, scale_b, ROW, output_dtype=torch.int8, out=out)
+    assert len(cuda.launches()) == 2

@@ -20,7 +20,7 @@ from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import sm90_mma, sm90_wgmma, tiled
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.arguments import Operands
-from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, Problem
+from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, HOPPER_LAYOUTS, Problem
 from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, TOKEN_BITS, capacity_of, count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
 from tilelang_ext.kernels.mxfp4_moe.weights import from_arguments
@@ -220,11 +220,13 @@ def _name(dtype: torch.dtype) -> str:
 
 _TYPES = {
     **dict.fromkeys(("x", "topk_ids", "topk_weights"), "tensor"),
-    **{"w13": "tensor", "scale13": "tensor", "bias13": "tensor", "rows13": "int", "k13": "int", "layout13": "str"},
-    **{"w2": "tensor", "scale2": "tensor", "bias2": "tensor", "rows2": "int", "k2": "int", "layout2": "str"},
+    **{"w13": "tensor", "scale13": "tensor", "bias13": "tensor", "rows13": "int", "k13": "int", "tiles13": "str"},
+    **{"gated13": "int", "w2": "tensor", "scale2": "tensor", "bias2": "tensor", "rows2": "int", "k2": "int", "tiles2": "str"},
+    **{"gated2": "int"},
     **{"activation": "str", "alpha": "float", "limit": "float", "a_format": "str", "epilogue": "str"},
     **{"expert_mask": "tensor", "out": "tensor"},
 }
+_TILES_OF = {GENERAL_LAYOUT: GENERAL_LAYOUT, **{layout: a_format for a_format, layout in HOPPER_LAYOUTS.items()}}
 _KEY = (
     *(fact("value", name) for name, type in _TYPES.items() if type != "tensor"),
     *(fact("dtype", name) for name in ("x", "topk_ids", "topk_weights", "expert_mask", "out")),
@@ -247,6 +249,20 @@ def plan() -> Plan:
     return launcher().plan(RECIPE)
 
 
+@functools.cache
+def directly() -> Callable[..., bool]:
+    """Return the plan's `launch_directly`; where there is no NVIDIA GPU, what never launches."""
+    takes_plans = torch.version.hip is None and torch.cuda.is_available()
+    return plan().launch_directly if takes_plans else lambda *arguments: False
+
+
+def to_plan(arguments: tuple) -> tuple:
+    """Return the plan's arguments from those of `mxfp4_moe_out`: weights become the fields of `HopperWeights`."""
+    *w13, layout13 = arguments[3:9]
+    *w2, layout2 = arguments[9:15]
+    return (*arguments[:3], *w13, _TILES_OF[layout13], True, *w2, _TILES_OF[layout2], False, *arguments[15:])
+
+
 def has_plan(problem: Problem) -> bool:
     """Return whether a plan launches this: what torch does beside kernels, as the cast of atomic sums, is in none."""
     return problem.target_kind == "cuda" and problem.epilogue == "reduce"
@@ -257,7 +273,8 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, arch: str) -> No
 
     Not while a graph is captured: a mask of every expert is kept.
     """
-    given = dict(zip(_TYPES, arguments, strict=True))
+    in_plan = to_plan(arguments)
+    given = dict(zip(_TYPES, in_plan, strict=True))
     recorder = Recorder("mxfp4_moe", arch)
     tokens, H = shape("x", 0), problem.hidden_size
 
@@ -267,8 +284,8 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, arch: str) -> No
     weights = []
     for matrix, gated in (("13", True), ("2", False)):
         tensors = (argument(f"{part}{matrix}") for part in ("w", "scale", "bias"))
-        numbers = (given[f"{part}{matrix}"] for part in ("rows", "k", "layout"))
-        weights.append(from_arguments(*tensors, *numbers, gated=gated))
+        rows, k, tiles = (given[f"{part}{matrix}"] for part in ("rows", "k", "tiles"))
+        weights.append(from_arguments(*tensors, rows, k, HOPPER_LAYOUTS.get(tiles, GENERAL_LAYOUT), gated=gated))
     if given["expert_mask"] is None:
         mask = recorder.constant(_every_expert(problem.num_experts, given["x"].device))
     else:
@@ -281,7 +298,7 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, arch: str) -> No
         mask,
     )
     _compile(problem, recorder)(operands, argument("out", tokens, H))
-    key, _ = plan.key(*arguments)
+    key, _ = plan.key(*in_plan)
     plan.add(recorder.variant(key, tokens_of_kernels(problem)), recorder.cubins, recorder.constants)
 
 

@@ -14,6 +14,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
@@ -32,6 +33,7 @@ _A_FORMATS = {
     torch.float4_e2m1fn_x2: "mxfp4",
     **{name: name for name in ("fp8", "mxfp8", "mxfp4")},
 }
+_SIXTEEN_BITS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def mxfp4_moe(
@@ -76,6 +78,12 @@ def mxfp4_moe(
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for devices other than cuda
     (ROCm's too), mps and cpu, and in a backward pass that reaches the result.
     """
+    is_plain = type(w13) is type(w2) is HopperWeights and type(activation) is Activation
+    if out is not None and is_plain and not is_compiling():
+        a_format = _A_FORMATS.get(a_dtype) or _SIXTEEN_BITS.get(x.dtype if a_dtype is None else a_dtype)
+        options = activation.name, activation.alpha, activation.limit, a_format, epilogue, expert_mask
+        if launches.directly()(x, topk_ids, topk_weights, *w13, *w2, *options, out):
+            return out
     if a_dtype not in (None, x.dtype, *_A_FORMATS):
         raise TypeError(
             f"mxfp4_moe: a_dtype must be {x.dtype}, torch.float8_e4m3fn, 'mxfp8' or 'mxfp4'; got {a_dtype}; leave it out"
@@ -135,7 +143,7 @@ def _mxfp4_moe_out(*arguments) -> None:
     # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
     if arguments[0].is_cuda and torch.version.hip is None:
         try:
-            if launches.plan().launch(arguments):
+            if launches.plan().launch(*launches.to_plan(arguments)):
                 return
         except (TypeError, ValueError):
             pass
@@ -162,14 +170,15 @@ def _launch_plan(plan: Plan, problem: Problem, operands: Operands, arguments: tu
     """Launch on an NVIDIA GPU; a variant that the plan lacks is compiled first."""
     given, out = launches.readable(operands), arguments[-1]
     arguments = (*given[:3], *arguments[3:-2], given.expert_mask, out)
-    if plan.launch(arguments):
+    in_plan = launches.to_plan(arguments)
+    if plan.launch(*in_plan):
         return
     if torch.cuda.is_current_stream_capturing():
         with current(out.device):
             launches.launch(problem, operands, out)
     else:
         launches.add_variant(plan, arguments, problem, target_of("mxfp4_moe", out.device).arch)
-        plan(*arguments)
+        plan(*in_plan)
 
 
 def _mxfp4_moe(x, *rest) -> Tensor:

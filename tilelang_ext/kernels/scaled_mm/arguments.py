@@ -25,15 +25,25 @@ LAYOUTS = {
     ROW_BLOCK: BlockScaledLayout.block(1, 128),
     SQUARE_BLOCK: BlockScaledLayout.block(128, 128),
 }
-# By identity: of objects that live as long as torch does.
-_MEMBERS = (ScalingType.TensorWise, ScalingType.RowWise, ScalingType.BlockWise1x32, ScalingType.BlockWise1x128)
-_RECIPE_BITS = {id(member): member.value for member in (*_MEMBERS, ScalingType.BlockWise128x128)}
-_SWIZZLE_BITS = {id(member): member.value for member in (SwizzleType.NO_SWIZZLE, SwizzleType.SWIZZLE_32_4_4)}
-_SWIZZLE_BITS[id(None)] = SwizzleType.NO_SWIZZLE.value
+# Members of torch's enums, which live as long as torch does, and what they are to the operator.
+RECIPES = {
+    member: member.value
+    for member in (
+        ScalingType.TensorWise,
+        ScalingType.RowWise,
+        ScalingType.BlockWise1x32,
+        ScalingType.BlockWise1x128,
+        ScalingType.BlockWise128x128,
+    )
+}
+SWIZZLES = {member: member.value for member in (SwizzleType.NO_SWIZZLE, SwizzleType.SWIZZLE_32_4_4)}
+SWIZZLES[None] = SwizzleType.NO_SWIZZLE.value
+_RECIPE_BITS = {id(member): value for member, value in RECIPES.items()}
+_SWIZZLE_BITS = {id(member): value for member, value in SWIZZLES.items()}
 _PAIRS = (*((recipe, recipe) for recipe in (TENSOR, ROW, MX, ROW_BLOCK)), (ROW_BLOCK, SQUARE_BLOCK), (SQUARE_BLOCK, ROW_BLOCK))
 _OPERANDS = tuple(getattr(torch, format.torch_dtype) for format in FP8_OPERANDS)
 FNUZ = tuple(getattr(torch, format.torch_dtype) for format in OCP_OF_FNUZ)
-_OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
+OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 _MX_SCALES = (torch.float8_e8m0fnu, torch.uint8)
 _SWIZZLE_ROWS, _SWIZZLE_GROUPS, _SWIZZLE_LANES = 128, 4, 32  # SWIZZLE_32_4_4: tiles of 128 rows by 4 groups, 32 rows a lane
 _PADDING = 4  # torch pads the groups of 128x128 scales to a multiple of it
@@ -111,7 +121,7 @@ def _only(name: str, value):
 
 
 def check_output_dtype(name: str, dtype: torch.dtype | None) -> None:
-    if dtype not in _OUTPUTS:
+    if dtype not in OUTPUTS:
         raise TypeError(f"scaled_mm: {name} must be float32, float16 or bfloat16; got {dtype}; convert the result")
 
 

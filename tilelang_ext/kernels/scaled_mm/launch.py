@@ -1,18 +1,31 @@
 """The plan of `scaled_mm` on NVIDIA GPUs: which variant a call finds, and what a variant demands of the caller's tensors.
 
-The arguments are those of the torch operator `scaled_mm_out`. A variant is compiled for the sizes N and K, the dtypes, the
-recipes and the forms of the scales, and serves the batches of one bucket (`problem.bucket_of`).
+The arguments of the plan are those of the function, which calls it without torch's dispatcher where that has nothing to do
+(`directly`); those of the torch operator `scaled_mm_out`, which has the options as one integer, become them by `to_plan`. A
+variant is compiled for the sizes N and K, the dtypes, the recipes and the forms of the scales, and serves the batches of one
+bucket (`problem.bucket_of`).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from tilelang_ext.kernels.scaled_mm.arguments import LAYOUTS, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, Options, unpack
+from tilelang_ext.kernels.scaled_mm.arguments import (
+    LAYOUTS,
+    MX,
+    RECIPES,
+    ROW,
+    ROW_BLOCK,
+    SQUARE_BLOCK,
+    SWIZZLES,
+    TENSOR,
+    unpack,
+)
 from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem, bucket_of
 from tilelang_ext.launch.expression import ceildiv, fact, recipe_of, select, shape, stride
 from tilelang_ext.launch.plan import Plan, launcher
@@ -20,10 +33,13 @@ from tilelang_ext.launch.recipe import ALIGNMENT
 from tilelang_ext.launch.record import Extent, Recorder, View
 
 _TENSORS = ("mat_a", "mat_b", "scale_a", "scale_b", "bias", "out")
-_ARGUMENTS = (*_TENSORS[:5], "options", "out")
-_PACKED = fact("value", "options")
+_RECIPES, _SWIZZLES = ("scale_recipe_a", "scale_recipe_b"), ("swizzle_a", "swizzle_b")
+_ARGUMENTS = (
+    *("mat_a", "mat_b", "scale_a", "scale_recipe_a", "scale_b", "scale_recipe_b"),
+    *("swizzle_a", "swizzle_b", "bias", "use_fast_accum", "out"),
+)
 _KEY = (
-    _PACKED,
+    *(fact("value", name) for name in (*_RECIPES, *_SWIZZLES, "use_fast_accum")),
     fact("device", "mat_a"),
     shape("mat_b", 0),
     shape("mat_b", 1),
@@ -31,14 +47,16 @@ _KEY = (
     *(fact("rank", name) for name in ("scale_a", "scale_b")),
     # The extents that tell apart the forms of one recipe: (1, N) from (N, 1), and those that torch pads.
     shape("scale_b", 0),
-    select(_PACKED % Options(16, 0, 0, 0, False).pack() == SQUARE_BLOCK, shape("scale_a", 0), 0),
+    select(fact("value", "scale_recipe_a") == SQUARE_BLOCK, shape("scale_a", 0), 0),
 )
 RECIPE = {
     "name": "scaled_mm",
-    "arguments": [{"name": name, "type": "int" if name == "options" else "tensor"} for name in _ARGUMENTS],
+    "arguments": [{"name": name, "type": "tensor" if name in _TENSORS else "int"} for name in _ARGUMENTS],
     "key": [recipe_of(value) for value in _KEY],
     "size": recipe_of(shape("mat_a", 0)),
 }
+MEMBERS = {**dict.fromkeys(_RECIPES, RECIPES), **dict.fromkeys(_SWIZZLES, SWIZZLES)}
+_RECIPE_OF, _SWIZZLE_OF = ({value: member for member, value in members.items()} for members in (RECIPES, SWIZZLES))
 
 
 def takes_plans() -> bool:
@@ -49,7 +67,23 @@ def takes_plans() -> bool:
 @functools.cache
 def plan() -> Plan:
     """Return the plan of this process, with the variants that calls have added."""
-    return launcher().plan(RECIPE)
+    return launcher().plan(RECIPE, MEMBERS)
+
+
+@functools.cache
+def directly() -> Callable[..., bool]:
+    """Return the plan's `launch_directly`; where there is no NVIDIA GPU, what never launches."""
+    return plan().launch_directly if takes_plans() and torch.cuda.is_available() else lambda *arguments: False
+
+
+def to_plan(arguments: tuple) -> tuple:
+    """Return the plan's arguments from those of `scaled_mm_out`."""
+    mat_a, mat_b, scale_a, scale_b, bias, packed, out = arguments
+    recipe_a, swizzle_a, recipe_b, swizzle_b, use_fast_accum = unpack(packed)
+    return (
+        *(mat_a, mat_b, scale_a, _RECIPE_OF[recipe_a], scale_b, _RECIPE_OF[recipe_b]),
+        *(_SWIZZLE_OF[swizzle_a], _SWIZZLE_OF[swizzle_b], bias, use_fast_accum, out),
+    )
 
 
 def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: ModuleType) -> None:
@@ -67,7 +101,7 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: 
     biases = [] if bias is None else [recorder.argument("bias", problem.bias_dtype, (N,))]
     out = recorder.argument("out", problem.out_dtype, (M, N))
     implementation.compile_kernel(problem, recorder.compile)(a, scales[0], b, scales[1], *biases, out)
-    key, _ = plan.key(*arguments)
+    key, _ = plan.key(*to_plan(arguments))
     plan.add(recorder.variant(key, sizes_of_bucket(len(mat_a))), recorder.cubins)
 
 

@@ -2,8 +2,9 @@
 
 out[i, j] = sum over k of (scale_a mat_a)[i, k] * (scale_b mat_b)[k, j] + bias[j]
 
-On NVIDIA GPUs the operator launches by its plan (`launch`), elsewhere it finds the kernel in a table. Names, shapes and strides
-are those of torch 2.13, torch.nn.functional.scaled_mm and torch._meta_registrations.
+On NVIDIA GPUs the operator launches by its plan (`launch`), elsewhere it finds the kernel in a table. With `out` the function
+calls the plan itself where the dispatcher would do no more: without a mode, transform, trace, profiler, subclass or gradient.
+Names, shapes and strides are those of torch 2.13, torch.nn.functional.scaled_mm and torch._meta_registrations.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.functional import ScalingType, SwizzleType
 
 from tilelang_ext import reference
@@ -20,6 +22,7 @@ from tilelang_ext.kernels.scaled_mm import launch, sm90_persistent, sm90_split_k
 from tilelang_ext.kernels.scaled_mm.arguments import (
     FNUZ,
     LAYOUTS,
+    OUTPUTS,
     check,
     check_matrices,
     check_output_dtype,
@@ -75,6 +78,11 @@ def scaled_mm(
     On CUDA a mat_a that is not contiguous is copied. TypeError for dtypes, ValueError for shapes and values,
     NotImplementedError for recipes that this package lacks, and in a backward pass that reaches the result.
     """
+    can_skip_dispatcher = out is not None and not contraction_dim and output_dtype in OUTPUTS and not is_compiling()
+    if can_skip_dispatcher and launch.directly()(
+        mat_a, mat_b, scale_a, scale_recipe_a, scale_b, scale_recipe_b, swizzle_a, swizzle_b, bias, use_fast_accum, out
+    ):
+        return out
     if contraction_dim and tuple(contraction_dim) not in _CONTRACTIONS:
         raise ValueError(
             f"scaled_mm: contraction_dim must be () or (1, 0); got {tuple(contraction_dim)}; transpose the operand"
@@ -102,7 +110,7 @@ def _scaled_mm_out(*arguments) -> None:
     # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
     if arguments[0].is_cuda and launch.takes_plans():
         try:
-            if launch.plan().launch(arguments):
+            if launch.plan().launch(*launch.to_plan(arguments)):
                 return
         except (TypeError, ValueError):
             pass
@@ -175,7 +183,7 @@ def _problem_of(key: tuple, use_fast_accum: bool) -> Problem:
         if dtype in FNUZ and target.kind != "hip":
             raise NotImplementedError(
                 f"scaled_mm: {name} must be float8_e4m3fn or float8_e5m2 on {device.type}; got {_name(dtype)}; convert it with "
-                "quantize.fnuz_to_ocp, or move the tensors to the CPU"
+                "quantization.fnuz_to_ocp, or move the tensors to the CPU"
             )
     return Problem(
         target_kind=target.kind,
@@ -200,10 +208,11 @@ def _implementation_of(problem: Problem) -> ModuleType:
 
 def _launch_plan(plan: Plan, key: tuple, arguments: tuple) -> None:
     """Launch on an NVIDIA GPU; a variant that the plan lacks is compiled first."""
-    if not plan.launch(arguments):
+    given = launch.to_plan(arguments)
+    if not plan.launch(*given):
         problem = _problem_of(key, unpack(arguments[-2]).use_fast_accum)
         launch.add_variant(plan, arguments, problem, _implementation_of(problem))
-        plan(*arguments)
+        plan(*given)
 
 
 def _compile(key: tuple, use_fast_accum: bool) -> Callable:
