@@ -20,6 +20,7 @@ from tilelang_ext.cpu.gemm import OneThreadGemm
 from tilelang_ext.cpu.one_thread_blocks import needs_one_thread_blocks
 from tilelang_ext.cpu.operators import RULES
 from tilelang_ext.passes.booleans import SpellBooleans
+from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
 from tilelang_ext.passes.float_constants import SpellFloatConstants, by_ldexp
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
@@ -66,7 +67,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
-    mod = KeepFloatArithmetic(SpellBooleans(spell_operators(mod, RULES)))
+    mod = GuardEmptyLoops(KeepFloatArithmetic(SpellBooleans(spell_operators(mod, RULES))))
     return CPUPassPipelineBody(mod, registration.without_key(target))
 
 

@@ -14,6 +14,7 @@ from tilelang_ext.cpu.one_thread_blocks import OneThreadBlocks, RefuseThreadIndi
 from tilelang_ext.cpu.operators import RULES
 from tilelang_ext.cpu.workspace import PlaceLargeArrays
 from tilelang_ext.passes.booleans import SpellBooleans
+from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.wide_indices import WidenIndices
@@ -36,6 +37,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = spell_operators(mod, RULES)
     mod = SpellBooleans(mod)
     mod = KeepFloatArithmetic(mod)
+    mod = GuardEmptyLoops(mod)
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
     mod = transform.AddWrapperForSingleBufStore()(mod)

@@ -8,9 +8,10 @@ from tvm.target import Target
 
 from tilelang_ext.cuda.mxfp4_product import lower_mxfp4_products
 from tilelang_ext.cuda.scaled_loop import specialize_scaled_loops
+from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 
 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
-    mod = lower_mxfp4_products(mod, target)
+    mod = lower_mxfp4_products(GuardEmptyLoops(mod), target)
     return CUDAPassPipelineBody(specialize_scaled_loops(mod, target), target)

@@ -24,6 +24,7 @@ from tilelang_ext.metal.staged_reads import StageReads
 from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
+from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.lane_indices import CountLanes
@@ -63,6 +64,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = SpellScalarAtomics(mod)
     mod = SpellBooleans(mod)
     mod = KeepFloatArithmetic(mod)
+    mod = GuardEmptyLoops(mod)
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
     mod = transform.AddWrapperForSingleBufStore()(mod)

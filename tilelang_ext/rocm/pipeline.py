@@ -18,6 +18,7 @@ from tvm.target import Target
 
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
+from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
 from tilelang_ext.passes.float_constants import SpellFloatConstants, by_bits
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
@@ -60,6 +61,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = SpellScalarAtomics(mod)
     mod = SpellBooleans(mod)
     mod = KeepFloatArithmetic(mod)
+    mod = GuardEmptyLoops(mod)
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
     mod = transform.AddWrapperForSingleBufStore()(mod)
