@@ -1,6 +1,7 @@
 # make matmul   the matmul benchmark on the best device present (CUDA, MPS, else the simulator)
-# make test     the tests; TESTS=testing/metal runs a part of them; make test-changed runs those that a change since their last
-#               run may have broken; make test-peers also runs other libraries' kernels
+# make test     the tests; TESTS=testing/metal runs a part of them, TESTS="--one-case-in 3" a third of the cases of each; make
+#               test-changed runs those that a change since their last run may have broken; make test-peers also runs other
+#               libraries' kernels
 # make hip      installs the compiler for AMD GPUs (root and apt-get for clang), which the tests marked hip need
 # make wheel    builds a wheel into dist; make sdist a source distribution
 # make venv     prepares the environment only; make doctor says what is missing; make lint, make format, make clean

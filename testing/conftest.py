@@ -18,6 +18,13 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-case-in", type=int, default=1, metavar="N",
+        help="of the cases of each parametrised test run one in N, at least one, mixed over the values of its parameters",
+    )  # fmt: skip
+
+
 def pytest_configure(config):
     config.pluginmanager.register(CpuTime())
     gc.disable()  # until what is imported and collected, which stays, is out of the collector's sight
@@ -54,6 +61,22 @@ def pytest_collection_modifyitems(config, items):
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if config.option.one_case_in > 1:
+        kept = _one_case_in(config.option.one_case_in, items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def _one_case_in(n: int, items) -> set:
+    """Return the chosen cases: those whose names have the smallest checksums, hence no value of a parameter is preferred."""
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen = set()
+    for of_test in cases.values():
+        of_test.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        chosen.update(of_test[: -(-len(of_test) // n)])
+    return chosen
 
 
 def _gpus() -> int:
