@@ -40,7 +40,7 @@ def name_of(tensor):
 
 
 def tiled(A, SA, W, block_M=32, block_N=64, threads=64):
-    """C = A W^T a tile a block; the intrinsic stages K itself, rows and columns end inside a tile."""
+    """C = A W^T, one tile per block; the intrinsic stages K itself, rows and columns end inside a tile."""
     M, N, K = A.shape[0], W.shape[0], W.shape[1] * 2
     KA, wide = A.shape[1], SA is None
     scale_shape, scale_dtype = ((1, 1), "uint8") if wide else (tuple(SA.shape), name_of(SA))

@@ -82,8 +82,15 @@ def test_scatter(target, mode):
     assert_close(Y, expected, dtype="float32")
 
 
-@pytest.mark.parametrize("source", ["fragment", "global"])
-@pytest.mark.parametrize(("name", "gate"), [("swiglu", "interleaved"), ("swiglu", "separated"), ("silu_mul", "interleaved")])
+@pytest.mark.parametrize(
+    ("name", "gate", "source"),
+    [
+        ("swiglu", "interleaved", "fragment"),
+        ("swiglu", "separated", "global"),
+        ("silu_mul", "interleaved", "global"),
+        ("silu_mul", "separated", "fragment"),
+    ],
+)
 @pytest.mark.parametrize("target", WITH_CUDA)
 def test_activations(target, name, gate, source):
     """Both sides of both limits, an alpha and a limit that are not the defaults; what is not a number stays none."""

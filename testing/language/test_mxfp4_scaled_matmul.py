@@ -25,9 +25,17 @@ def test_activations(target, kind):
     check(kind, 40, 150, 288, target)
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "fp8 per row", "fp8 per 32", "fp4 per 32"])
-@pytest.mark.parametrize("target", ["hip -mcpu=gfx942", "hip -mcpu=gfx1100"])
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("hip -mcpu=gfx942", "bfloat16"),
+        ("hip -mcpu=gfx942", "fp4 per 32"),
+        ("hip -mcpu=gfx1100", "fp8 per row"),
+        ("hip -mcpu=gfx1100", "fp8 per 32"),
+    ],
+)
 def test_activations_on_amd(target, kind):
+    """Others are in testing/rocm/test_mxfp4.py, compiled as well."""
     check(kind, 40, 100, 96, target)
 
 
@@ -84,15 +92,18 @@ def in_tiles(A_scope, W_scope, C_scope, out, clear, scale, M=32, N=64, K=64):
 
 
 @pytest.mark.parametrize(
-    ("A_scope", "W_scope", "C_scope", "out", "clear"),
+    ("target", "A_scope", "W_scope", "C_scope", "out", "clear"),
     [
-        ("shared", "shared", "fragment", "float32", False),
-        ("fragment", "shared", "shared", "bfloat16", False),
-        ("shared", "fragment", "global", "float16", False),
-        ("shared", "shared", "global", "bfloat16", True),
+        ("c", "shared", "shared", "fragment", "float32", False),
+        ("c", "shared", "fragment", "global", "float16", False),
+        ("metal", "shared", "shared", "fragment", "float32", False),
+        ("metal", "fragment", "shared", "shared", "bfloat16", False),
+        ("metal", "shared", "fragment", "global", "float16", False),
+        ("metal", "shared", "shared", "global", "bfloat16", True),
+        ("hip -mcpu=gfx942", "fragment", "shared", "shared", "bfloat16", False),
+        ("hip -mcpu=gfx942", "shared", "shared", "global", "bfloat16", True),
     ],
 )
-@pytest.mark.parametrize("target", ["c", "metal", "hip -mcpu=gfx942"])
 def test_scopes(target, A_scope, W_scope, C_scope, out, clear):
     """What C held is added unscaled, and C is rounded once."""
     (A, _, x), (W, SW) = activations("bfloat16", 32, 64), weights(64, 64)

@@ -12,8 +12,17 @@ from tilelang_ext.marks import READ_ONCE
 BLOCK_M, BLOCK_N, K = 32, 64, 512
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("operands", ["shared", "global"])
+@pytest.mark.parametrize(
+    ("operands", "name"),
+    [
+        ("shared", "row"),
+        ("shared", "block"),
+        ("shared", "row and block"),
+        ("global", "tensor"),
+        ("global", "block"),
+        ("global", "e8m0"),
+    ],
+)
 def test_scales_are_read_once_a_threadgroup(operands, name):
     """2 x 2 tiles: each reads its rows of A and B once, and the scales of its rows and columns once."""
     M, N = 2 * BLOCK_M, 2 * BLOCK_N

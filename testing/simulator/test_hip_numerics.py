@@ -58,7 +58,7 @@ def test_gemm_int8(arch):
 
 @pytest.mark.parametrize(("arch", "dtype"), [("gfx942", "float8_e4m3fnuz"), ("gfx950", "float8_e4m3fn")])
 def test_gemm_fp8(arch, dtype):
-    """Each flavour on the unit that reads it; testing/rocm/test_values.py has every pair of types on every architecture."""
+    """Each flavour on the unit that reads it; testing/rocm/test_values.py has more pairs of types and architectures."""
     a, b, c, expected = operands(64, 64, 64, dtype)
     check(gemm(64, 64, 64, dtype), (a, b, c), arch)
     assert_close(c, expected, dtype="float32")
