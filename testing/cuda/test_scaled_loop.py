@@ -56,7 +56,7 @@ def is_specialized(text: str) -> bool:
 @pytest.mark.parametrize(
     ("layouts", "tile", "K", "fast"),
     [
-        (ROWS, Tile(128, 256, 2), 512, True),  # sums in the matrix unit
+        (ROWS, Tile(128, 256, 2), 512, True),  # accumulators stay in the matrix unit
         (TENSORS, Tile(128, 256, 3), 640, True),  # stages that do not divide the steps
         (BLOCKS, Tile(128, 256, 2), 256, True),  # factors of every step: never summed in the unit; two blocks of columns
         (ROWS, Tile(256, 128, 4, store_N=32), 512, False),  # two pieces of rows
@@ -265,7 +265,7 @@ LEFT = [
     ("a step of 64", plain(256, 256, 512, K_tile=64), "a step is 64 of K, not 128"),
     ("rows of 8 bytes", plain(256, 256, 520), "rows of A are no multiple of 16 bytes apart"),
     ("half a warpgroup", plain(256, 256, 512, block_M=64, threads=64), "its threads are no whole warpgroups"),
-    ("too many sums", plain(256, 512, 512, block_M=256, block_N=256), "need too many registers"),
+    ("too many accumulators", plain(256, 512, 512, block_M=256, block_N=256), "need too many registers"),
     ("scales in shared memory", with_scales_in_shared_memory(), "its loop has 3 copies and 1 products"),
     ("a barrier", with_statement("a barrier"), "it calls .*sync.* outside of the loop"),
     ("another write", with_statement("another write"), "it writes what the loop reads"),

@@ -12,7 +12,7 @@ _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+), \
 
 
 class Box(NamedTuple):
-    """What a bulk copy moves of a matrix: rows, and columns of at most 128 bytes."""
+    """The box that TMA moves of a matrix: rows, and columns of at most 128 bytes."""
 
     rows: int
     columns: int

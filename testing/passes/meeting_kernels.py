@@ -35,7 +35,7 @@ def gemm_case(K):
 
 @T.prim_func
 def rounds_of_while(n: T.int32, A: T.Tensor((4, THREADS), "float32"), C: T.Tensor((4, THREADS), "float32")):
-    """C[:n] = A[:n] with each row backwards, a row a round."""
+    """C[:n] = A[:n] with each row backwards, one row per round."""
     with T.Kernel(1, threads=THREADS):
         row = T.alloc_shared((THREADS,), "float32")
         step = T.alloc_local((1,), "int32")

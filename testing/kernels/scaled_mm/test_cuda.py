@@ -77,7 +77,7 @@ def test_every_recipe(recipes):
 
 @pytest.mark.parametrize(("M", "N", "K"), [(3, 33, 72), (70, 150, 288), (5, 66, 33)])
 def test_odd_shapes(M, N, K):
-    """K that bulk copies cannot take, and tails in every direction."""
+    """K that TMA cannot take, and tails in every direction."""
     check(M, N, K, (ROW, ROW))
 
 

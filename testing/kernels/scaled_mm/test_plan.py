@@ -155,7 +155,7 @@ def test_nothing_is_launched_of_no_rows(cuda):
 
 
 def test_the_kernel_by_fast_accumulation(cuda):
-    """Sums that stay in the tensor core are another kernel's."""
+    """Accumulators that stay in the tensor core are those of another kernel."""
     for fast in (False, True, False):
         operator._scaled_mm_out(*arguments(2, (ROW, ROW), fast=fast))
     assert len(cuda.lines("load")) <= 2
