@@ -31,7 +31,7 @@ def test_extents_of_one_name(target):
     out = torch.zeros(2, dtype=torch.int32)
     assert not simulate(kernel, torch.zeros(5), torch.zeros(9), out, target=target).findings
     assert out.tolist() == [5, 9]
-    launch = lower(kernel, target).bind((torch.zeros(5), torch.zeros(9), out), device="cpu")
+    (launch,) = lower(kernel, target).bind((torch.zeros(5), torch.zeros(9), out), device="cpu")
     assert launch.grid == (9, 1, 1)
     assert sorted(launch.numbers) == [5, 9]
 
@@ -86,9 +86,9 @@ def test_tensors_and_numbers_come_in_the_kernels_order(target):
     program = lower(kernel, target)
     assert program.written == {2}
     assert program.read_and_written == {2}
-    launch = program.bind((z, 0.5, a, 7), device="cpu")
+    (launch,) = program.bind((z, 0.5, a, 7), device="cpu")
     given = {"z": z, "a": a, "shift": 0.5, "k": 7, "rows": 3}
-    for binding, argument in zip(program.bindings, launch.arguments, strict=True):
+    for binding, argument in zip(program.kernels[0].bindings, launch.arguments, strict=True):
         assert argument is given[binding.var.name] or argument == given[binding.var.name]
     assert [id(tensor) for tensor in launch.tensors] == [id(a), id(z)] if target != "metal" else [id(z), id(a)]
     assert (launch.grid, launch.threads) == ((3, 1, 1), (32, 1, 1))

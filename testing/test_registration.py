@@ -40,7 +40,8 @@ def test_the_key_follows_the_files(tmp_path):
     folder = tmp_path / "backend"
     folder.mkdir()
     (tmp_path / "passes").mkdir()
-    for name in ("formats.py", "marks.py", "program.py", "registration.py", "passes/all.py", "backend/pipeline.py"):
+    (tmp_path / "program").mkdir()
+    for name in ("formats.py", "marks.py", "program/program.py", "registration.py", "passes/all.py", "backend/pipeline.py"):
         (tmp_path / name).write_text("")
     registration.lowering_key.cache_clear()
     keys = [registration.lowering_key(folder)]

@@ -18,7 +18,7 @@ from tvm import IRModule
 from tvm.target import Target
 
 KEY_PREFIX = "tilelang_ext-"
-_SHARED_FILES = ("formats.py", "marks.py", "passes/*.py", "program.py", "registration.py")  # what any backend may import
+_SHARED_FILES = ("formats.py", "marks.py", "passes/*.py", "program/*.py", "registration.py")  # what any backend may import
 
 
 @functools.cache

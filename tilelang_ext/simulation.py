@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import tilelang
+from tilelang.jit import JITImpl
 from tvm.target import Target
 
 from tilelang_ext.metal import program as metal
+from tilelang_ext.program import Launch
 from tilelang_ext.rocm import program as rocm
 from tilelang_ext.simulator import Report, execute_hip, execute_msl
 
@@ -23,34 +25,57 @@ def simulate(
     seed: int = 0,
     timeout: float = 60.0,
 ) -> Report:
-    """Execute one launch of `kernel` from its Metal or HIP text and return counts and findings; outputs are written in place.
+    """Execute one call of `kernel` from its Metal or HIP text and return counts and findings; outputs are written in place.
 
-    `kernel` is a prim_func, a compiled tilelang kernel, a `MetalProgram` or a `HipProgram`; `arguments` are torch CPU tensors
-    and numbers in the kernel's parameter order. `target` is "metal", "metal4", or an AMD architecture as "hip -mcpu=gfx942",
-    tilelang's `{"kind": "hip", "mcpu": "gfx942"}` or a Target. `check` looks for out-of-bounds accesses, races,
-    uninitialised reads and divergent barriers. `seed` orders the threads. `timeout` is in seconds.
+    `kernel` is a prim_func, a compiled tilelang kernel, an eager `@tilelang.jit` function, a `MetalProgram` or a `HipProgram`;
+    `arguments` are torch CPU tensors and numbers in the kernel's parameter order. Tensors that the kernel returns (`out_idx`,
+    `T.empty`) may be left out, and are in the report's `outputs`. Several `T.Kernel`s are launched in their order. `target` is
+    "metal", "metal4", or an AMD architecture as "hip -mcpu=gfx942", tilelang's `{"kind": "hip", "mcpu": "gfx942"}` or a
+    Target. `check` looks for out-of-bounds accesses, races, uninitialised reads and divergent barriers. `seed` orders the
+    threads. `timeout` is in seconds.
 
     The report says nothing about speed, registers or occupancy, nor whether Apple's or AMD's compiler accepts the text.
     """
     options = {"check": check, "seed": seed, "timeout": timeout}
-    if isinstance(kernel, rocm.HipProgram) or _is_hip(target):
-        program = rocm.as_program(kernel, target)
-        launch = program.bind(arguments, device="cpu")
-        return execute_hip(
-            program.source,
-            program.name,
-            launch.arguments,
-            arch=program.arch,
-            grid=launch.grid,
-            threads=launch.threads,
-            dynamic_lds=program.dynamic_lds,
-            include_directories=(_TEMPLATES,),
-            **options,
+    is_hip = isinstance(kernel, rocm.HipProgram) or _is_hip(target)
+    tensors = _tensors_of_call(kernel, arguments)
+    program = (rocm if is_hip else metal).as_program(kernel, target, arguments)
+    given, outputs = program.with_outputs(tensors, device="cpu")
+    execute = _execute_hip if is_hip else _execute_metal
+    return Report.of_launches([execute(program, launch, options) for launch in program.bind(given, device="cpu")], outputs)
+
+
+def _execute_metal(program: metal.MetalProgram, launch: Launch, options: Mapping) -> Report:
+    bound = list(launch.tensors)
+    if launch.numbers:
+        bound.append(metal.slots(launch.kernel, launch.numbers))
+    return execute_msl(program.source, launch.kernel.name, bound, grid=launch.grid, threads=launch.threads, **options)
+
+
+def _execute_hip(program: rocm.HipProgram, launch: Launch, options: Mapping) -> Report:
+    return execute_hip(
+        program.source,
+        launch.kernel.name,
+        launch.arguments,
+        arch=program.arch,
+        grid=launch.grid,
+        threads=launch.threads,
+        dynamic_lds=launch.kernel.dynamic_shared_bytes,
+        include_directories=(_TEMPLATES,),
+        **options,
+    )
+
+
+def _tensors_of_call(kernel, arguments: tuple) -> tuple:
+    """Return what the kernel of a call takes: of an eager function of `@tilelang.jit`, not the constants of its program."""
+    if not isinstance(kernel, JITImpl):
+        return arguments
+    if kernel.initialize_jit_mode(*arguments) != "eager":
+        raise TypeError(
+            "simulate: a @tilelang.jit function that returns a prim_func must be called first; got the function; pass what "
+            "its .get_tir(...) returns"
         )
-    program = metal.as_program(kernel, target)
-    launch = program.bind(arguments, device="cpu")
-    bound = [*launch.tensors, program.slots(launch.numbers)] if launch.numbers else list(launch.tensors)
-    return execute_msl(program.source, program.name, bound, grid=launch.grid, threads=launch.threads, **options)
+    return tuple(kernel.func.parse_args(*arguments)[1].values())
 
 
 def _is_hip(target: str | Target | Mapping) -> bool:

@@ -10,7 +10,7 @@ from metal.recording import FakeArray, RecordedShader
 
 from tilelang_ext import language as T
 from tilelang_ext import metal, simulate
-from tilelang_ext import program as program_module
+from tilelang_ext.program import program as program_module
 
 
 def scaled_rows(dtype="float16"):
@@ -35,8 +35,10 @@ def scaled_rows(dtype="float16"):
 
 def test_device_parameters_follow_the_users_order():
     program = metal.lower(scaled_rows())
-    assert [b.var.name for b in program.bindings] == ["z", "a", "out", "shift", "scale", "M", "N"][: len(program.bindings)]
-    assert [(b.parameter, b.axis) for b in program.bindings[:5]] == [(0, None), (2, None), (4, None), (1, None), (3, None)]
+    bindings = program.kernels[0].bindings
+    assert [b.var.name for b in bindings] == ["z", "a", "out", "shift", "scale", "M", "N"][: len(bindings)]
+    assert [b.source for b in bindings[:3]] == [0, 2, 4]
+    assert [b.source for b in bindings[3:5]] == [program.parameters[1].var, program.parameters[3].var]
     assert program.written == {4}
     lines = program.get_kernel_source().splitlines()
     assert [line.split("[[")[1].split("]]")[0].strip() for line in lines[1:5]] == [f"buffer({i})" for i in range(4)]
@@ -84,7 +86,7 @@ def test_to_torch_launch(monkeypatch):
     monkeypatch.setattr(torch.mps, "compile_shader", compile_shader)
     program = metal.lower(scaled_rows())
     tensors = [torch.empty(5, 70, dtype=torch.float16, device="meta") for _ in range(3)]
-    monkeypatch.setattr(program_module, "_check_tensor", lambda kernel, parameter, argument, device: argument)
+    monkeypatch.setattr(program_module, "check_tensor", lambda kernel, parameter, argument, device: argument)
     run = metal.to_torch(program)
     run(tensors[0], 7, tensors[1], 0.5, tensors[2])
     run(tensors[0], 7, tensors[1], 0.5, tensors[2])
@@ -96,7 +98,7 @@ def test_to_torch_launch(monkeypatch):
     slots = struct.pack(f"<{len(arguments[3])}q", *arguments[3])
     values = dict(
         zip(
-            [b.var.name for b in program.bindings if not b.is_tensor],
+            [b.var.name for b in program.kernels[0].bindings if not b.is_tensor],
             [slots[i : i + 8] for i in range(0, len(slots), 8)],
             strict=True,
         )

@@ -1,10 +1,8 @@
-"""Give the device kernel its parameters in the order of the user's function, and record where each comes from.
+"""Give device kernels their parameters in the order of the user's function.
 
     Before  kernel(A, B, C, S, m)  (upstream sorts by name)     After, for f(A, B, S, C) over m rows  kernel(A, B, S, C, m)
-                                                                with "tilelang_ext.sources" = ["0", "1", "2", "3", "0.0"]
 
-Tensors first, in the user's order, then scalars in the user's order, then the symbolic extents of shapes; "0.0" is the
-extent of axis 0 of parameter 0.
+Tensors first, in the user's order, scratch memory behind them, then scalars in the user's order, then symbolic extents.
 """
 
 from __future__ import annotations
@@ -12,19 +10,15 @@ from __future__ import annotations
 from tvm import IRModule, tirx
 from tvm.ir import GlobalVar
 
-from tilelang_ext.program import Source, parameter_sources
-
-_SOURCES = "tilelang_ext.sources"
+from tilelang_ext.program import HostCalls, host_calls
 
 
 def order_parameters(mod: IRModule) -> IRModule:
-    """Permute device parameters and the host's calls alike; run right after SplitHostDevice."""
+    """Permute device parameters and the hosts' calls alike; run right after SplitHostDevice."""
     order: dict[str, list[int]] = {}
-    texts: dict[str, list[str]] = {}
-    for name, sources in parameter_sources(mod).items():
-        params = mod[name].params
-        order[name] = sorted(range(len(sources)), key=lambda i: _position(params[i], sources[i], i))
-        texts[name] = [_text(sources[i]) for i in order[name]]
+    for _, host in mod.functions_items():
+        if "global_symbol" in host.attrs and not host.attrs.get("tirx.is_global_func", False):
+            order.update({name: _order(host, given) for name, given in host_calls(mod, host).arguments.items()})
 
     def permute(node):
         if isinstance(node, tirx.Call) and isinstance(node.op, GlobalVar) and node.op.name_hint in order:
@@ -37,20 +31,32 @@ def order_parameters(mod: IRModule) -> IRModule:
         if var.name_hint in order:
             params = [func.params[i] for i in order[var.name_hint]]
             func = tirx.PrimFunc(params, func.body, func.ret_type, func.buffer_map, func.attrs)
-            func = func.with_attr(_SOURCES, texts[var.name_hint])
         functions[var] = func.with_body(tirx.stmt_functor.ir_transform(func.body, None, permute, ["tirx.Call"]))
     return IRModule(functions, attrs=mod.attrs)
 
 
-def sources_of(kernel: tirx.PrimFunc) -> list[Source]:
-    """Return the sources that `order_parameters` has recorded, one per parameter of the kernel."""
-    return [Source(*map(int, str(text).split("."))) for text in kernel.attrs[_SOURCES]]
+def in_order(host: tirx.PrimFunc, calls: HostCalls) -> HostCalls:
+    """Return the calls of `host` with their arguments in the order that `order_parameters` gives them."""
+    ordered = {name: tuple(given[i] for i in _order(host, given)) for name, given in calls.arguments.items()}
+    return HostCalls(calls.scratch, ordered)
 
 
-def _position(param: tirx.Var, source: Source, index: int) -> tuple:
-    is_extent = source.axis is not None
-    return param.dtype != "handle", is_extent, source.parameter, source.axis or 0, index
+def _order(host: tirx.PrimFunc, arguments: tuple[int | tirx.PrimExpr, ...]) -> list[int]:
+    return sorted(range(len(arguments)), key=lambda i: (*_position(host, arguments[i]), i))
 
 
-def _text(source: Source) -> str:
-    return ".".join(str(number) for number in source if number is not None)
+def _position(host: tirx.PrimFunc, source: int | tirx.PrimExpr) -> tuple[int, int, int]:
+    """Return where an argument stands: 0 for tensors, 1 for scalars, 2 for extents, and among those by the user's order."""
+    if isinstance(source, int):
+        return 0, source, 0
+    for index, param in enumerate(host.params):
+        if param.same_as(source):
+            return 1, index, 0
+    used = tirx.analysis.undefined_vars(source)
+    for index, param in enumerate(host.params):
+        if param in host.buffer_map:
+            buffer = host.buffer_map[param]
+            for axis, extent in enumerate([*buffer.shape, *buffer.strides]):
+                if any(var.same_as(other) for var in tirx.analysis.undefined_vars(extent) for other in used):
+                    return 2, index, axis
+    return 3, 0, 0

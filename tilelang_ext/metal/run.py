@@ -11,29 +11,38 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tilelang_ext.metal.program import MetalProgram, as_program
-from tilelang_ext.program import Parameter
+from tilelang_ext.metal.program import MetalProgram, as_program, slots
+from tilelang_ext.program import Kernel, Parameter
 
 _MLX_CONSTANT_ELEMENTS = 8  # MLX binds an input with fewer elements in the constant address space
+_KERNEL = re.compile(
+    r"(?P<attribute>\[\[max_total_threads_per_threadgroup\(\d+\)\]\]\n)?(?P<text>kernel void (?P<name>\w+)\(\n.*?\n\}\n)",
+    re.DOTALL,
+)
 _PARAMETER = re.compile(r"^\s*(?P<type>.*?[*&\s])(?P<name>\w+)\s*\[\[\s*(?P<attribute>[\w()]+)\s*\]\][,)]?\s*$")
 
 
 def to_torch(kernel) -> Callable:
     """Return `run(*arguments)` that launches `kernel` on the MPS stream; tensors on "mps", outputs written in place.
 
-    Unlike upstream's adapter it checks the arguments, takes scalars of every type and sizes symbolic grids.
+    Unlike upstream's adapter it checks the arguments, takes scalars of every type and sizes symbolic grids. Several `T.Kernel`s
+    are launched in their order. Tensors that the kernel returns (`out_idx`) may be left out, and are returned.
     """
     program = as_program(kernel)
-    function = None
+    library = None
 
-    def run(*arguments) -> None:
-        nonlocal function
-        launch = program.bind(arguments, device="mps")
-        if function is None:
-            function = getattr(torch.mps.compile_shader(program.source), program.name)
-        slots = [_slot_values(program, launch.numbers)] if launch.numbers else []
-        threads = [groups * size for groups, size in zip(launch.grid, launch.threads, strict=True)]
-        function(*launch.tensors, *slots, threads=threads, group_size=list(launch.threads))
+    def run(*arguments):
+        nonlocal library
+        given, outputs = program.with_outputs(arguments, device="mps")
+        launches = program.bind(given, device="mps")
+        if library is None:
+            library = torch.mps.compile_shader(program.source)
+        for launch in launches:
+            numbers = [_slot_values(launch.kernel, launch.numbers)] if launch.numbers else []
+            threads = [groups * size for groups, size in zip(launch.grid, launch.threads, strict=True)]
+            function = getattr(library, launch.kernel.name)
+            function(*launch.tensors, *numbers, threads=threads, group_size=list(launch.threads))
+        return outputs[0] if len(outputs) == 1 else outputs or None
 
     return run
 
@@ -43,66 +52,93 @@ def to_mlx(kernel, *, init_value: float | None = None) -> Callable:
 
     `inputs` are the parameters that the kernel does not write, in its order (fp8 tensors as uint8 arrays, numbers for
     scalars). One output is returned by itself, several as a list in the kernel's order. `init_value` fills the outputs first; a
-    kernel that reads what it writes (an atomic sum, for example) needs it, since MLX gives outputs fresh memory.
+    kernel that reads what it writes (an atomic sum, for example) needs it, since MLX gives outputs fresh memory. Of several
+    `T.Kernel`s each takes what the ones before it wrote; a tensor may be written by one of them.
     """
     import mlx.core as mx
 
     program = as_program(kernel)
-    header, body, names = _split(program)
     inputs = [i for i in range(len(program.parameters)) if i not in program.written]
     outputs = sorted(program.written)
-    if init_value is None and program.read_and_written:
-        changed = ", ".join(program.parameters[i].name for i in sorted(program.read_and_written))
-        raise ValueError(
-            f"to_mlx: {changed} is read and written, and MLX outputs start undefined; got init_value=None; pass one"
-        )
-    tensors = [(name, b.parameter) for name, b in zip(names, (b for b in program.bindings if b.is_tensor), strict=True)]
-    bound_inputs = [i for _, i in tensors if i not in program.written]
-    bound_outputs = [i for _, i in tensors if i in program.written]
-    has_scalars = len(tensors) < len(program.bindings)
-    compiled = mx.fast.metal_kernel(
-        name=program.name,
-        input_names=[name for name, i in tensors if i not in program.written] + ["argument_slots"] * has_scalars,
-        output_names=[name for name, i in tensors if i in program.written],
-        header=header,
-        source=body,
-    )
+    _check_writes(program, init_value)
+    launches = [_mlx_launch(mx, program, kernel, init_value) for kernel in program.kernels]
 
     def run(*arguments):
         if len(arguments) != len(inputs):
             wanted = ", ".join(program.parameters[i].name for i in inputs)
             raise TypeError(f"{program.name}: takes {len(inputs)} inputs ({wanted}); got {len(arguments)}; pass one each")
-        given = dict(zip(inputs, arguments, strict=True))
+        arrays = dict(zip(inputs, arguments, strict=True))
         shapes, scalars = [None] * len(program.parameters), [None] * len(program.parameters)
-        for i, argument in given.items():
+        for i, argument in arrays.items():
             if program.parameters[i].shape is None:
                 scalars[i] = argument
             else:
                 _check_array(mx, program.name, program.parameters[i], argument)
                 shapes[i] = tuple(argument.shape)
         values = program.resolve(shapes, scalars)
-        bound = [_at_least_constant_size(mx, given[i]) for i in bound_inputs]
-        if has_scalars:
-            bound.append(mx.array(_slot_values(program, program.numbers(values)), dtype=mx.int64))
-        results = compiled(
-            inputs=bound,
-            grid=tuple(groups * size for groups, size in zip(program.launch_grid(values), program.threads, strict=True)),
-            threadgroup=program.threads,
-            output_shapes=[program.passed_shape(program.parameters[i], values) for i in bound_outputs],
-            output_dtypes=[getattr(mx, _mlx_dtype(program.parameters[i].dtype)) for i in bound_outputs],
-            init_value=init_value,
-        )
-        by_parameter = dict(zip(bound_outputs, results, strict=True))
-        ordered = [by_parameter[i] for i in outputs]
+        for launch in launches:
+            arrays.update(launch(arrays, values))
+        ordered = [arrays[i] for i in outputs]
         return ordered[0] if len(ordered) == 1 else ordered
 
     return run
 
 
-def _slot_values(program: MetalProgram, numbers: Sequence[int | float]) -> list[int]:
+def _check_writes(program: MetalProgram, init_value: float | None) -> None:
+    """Refuse what MLX's outputs, which are new arrays, cannot be."""
+    tensors = [*program.parameters, *program.scratch]
+    if init_value is None and program.read_and_written:
+        changed = ", ".join(program.parameters[i].name for i in sorted(program.read_and_written))
+        raise ValueError(
+            f"to_mlx: {changed} is read and written, and MLX outputs start undefined; got init_value=None; pass one"
+        )
+    for i, tensor in enumerate(tensors):
+        writers = [kernel.name for kernel in program.kernels if i in kernel.written]
+        if len(writers) > 1:
+            raise NotImplementedError(
+                f"to_mlx: a tensor may be written by one T.Kernel, since MLX gives outputs fresh memory; got {tensor.name}, "
+                f"which {' and '.join(writers)} write; write another tensor, or use to_torch"
+            )
+
+
+def _mlx_launch(mx, program: MetalProgram, kernel: Kernel, init_value: float | None) -> Callable:
+    """Return `launch(arrays, values)` of one kernel, which gives the arrays that it writes by their index."""
+    header, body, names = _split(program, kernel)
+    sources = kernel.tensors
+    tensors = [*program.parameters, *program.scratch]
+    has_scalars = len(sources) < len(kernel.bindings)
+    read = [i for i in sources if i not in kernel.written]
+    written = [i for i in sources if i in kernel.written]
+    name_of = dict(zip(sources, names, strict=True))
+    compiled = mx.fast.metal_kernel(
+        name=kernel.name,
+        input_names=[name_of[i] for i in read] + ["argument_slots"] * has_scalars,
+        output_names=[name_of[i] for i in written],
+        header=header,
+        source=body,
+    )
+
+    def launch(arrays, values):
+        bound = [_at_least_constant_size(mx, arrays[i]) for i in read]
+        if has_scalars:
+            bound.append(mx.array(_slot_values(kernel, kernel.numbers(values)), dtype=mx.int64))
+        results = compiled(
+            inputs=bound,
+            grid=tuple(groups * size for groups, size in zip(kernel.launch_grid(values), kernel.threads, strict=True)),
+            threadgroup=kernel.threads,
+            output_shapes=[program.passed_shape(tensors[i], values) for i in written],
+            output_dtypes=[getattr(mx, _mlx_dtype(tensors[i].dtype)) for i in written],
+            init_value=init_value,
+        )
+        return dict(zip(written, results, strict=True))
+
+    return launch
+
+
+def _slot_values(kernel: Kernel, numbers: Sequence[int | float]) -> list[int]:
     """Return the slots of the struct of scalars as int64, the one type of 8 bytes that both libraries pass."""
-    slots = program.slots(numbers)
-    return list(struct.unpack(f"<{len(slots) // 8}q", slots))
+    packed = slots(kernel, numbers)
+    return list(struct.unpack(f"<{len(packed) // 8}q", packed))
 
 
 def _mlx_dtype(dtype: str) -> str:
@@ -130,17 +166,17 @@ def _at_least_constant_size(mx, array):
     return mx.concatenate([array.reshape(-1), mx.zeros((_MLX_CONSTANT_ELEMENTS - array.size,), dtype=array.dtype)])
 
 
-def _split(program: MetalProgram) -> tuple[str, str, list[str]]:
-    """Split a kernel's text into what stands before it, a body for MLX, which writes the signature itself, and the names
-    of the tensors in binding order.
+def _split(program: MetalProgram, kernel: Kernel) -> tuple[str, str, list[str]]:
+    """Split a program's text into what stands before its kernels, the body of one of them for MLX, which writes the signature
+    itself, and the names of that kernel's tensors in binding order.
 
     MLX declares the buffers under the names we give and every attribute that the body mentions under its own name.
     """
-    start = program.source.index("kernel void ")
-    opening = program.source.index(") {\n", start)
-    header = program.source[:start].rpartition("[[max_total_threads_per_threadgroup")[0] or program.source[:start]
+    header = _KERNEL.sub("", program.source)
+    text = next(match["text"] for match in _KERNEL.finditer(program.source) if match["name"] == kernel.name)
+    opening = text.index(") {\n")
     prologue, names = [], []
-    for line in program.source[program.source.index("(", start) + 1 : opening + 1].splitlines():
+    for line in text[text.index("(") + 1 : opening + 1].splitlines():
         match = _PARAMETER.match(line)
         if not match:
             continue
@@ -149,10 +185,9 @@ def _split(program: MetalProgram) -> tuple[str, str, list[str]]:
             prologue.append(f"const {kind} {name} = {attribute};")
         elif kind.endswith("&"):  # the struct of scalars
             struct_name = kind.removesuffix("&").split()[-1]
-            scalars = sum(not binding.is_tensor for binding in program.bindings)
+            scalars = sum(not binding.is_tensor for binding in kernel.bindings)
             space = "constant" if scalars < _MLX_CONSTANT_ELEMENTS else "device"
             prologue.append(f"const {struct_name} {name} = *(const {space} {struct_name}*)argument_slots;")
         else:
             names.append(name)
-    body = program.source[opening + len(") {\n") : program.source.rindex("}")]
-    return header, "".join(f"  {line}\n" for line in prologue) + body, names
+    return header, "".join(f"  {line}\n" for line in prologue) + text[opening + len(") {\n") : text.rindex("}")], names

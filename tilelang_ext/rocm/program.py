@@ -1,4 +1,4 @@
-"""A kernel lowered to HIP text as data: for which architecture, how much LDS a launch adds, and which targets there are."""
+"""A function lowered to HIP text as data: for which architecture, and which targets there are."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import tilelang
 from tilelang.rocm.target import target_get_mcpu, with_rocm_target_attrs
-from tvm import IRModule, tirx
-from tvm.ir.instrument import pass_instrument
-from tvm.ir.transform import PassContext
 from tvm.target import Target
 
-from tilelang_ext.program import Program, only_kernel, parameter_sources, prim_func_of, read_program
+from tilelang_ext.program import Program, function_of, lower_function
 
 
 @dataclass(frozen=True)
 class HipProgram(Program):
-    """A prim_func lowered to HIP text for one architecture, such as "gfx942"; `dynamic_lds` is in bytes per block."""
+    """A prim_func lowered to HIP text for one architecture, such as "gfx942"."""
 
     arch: str
-    dynamic_lds: int
+
+    @property
+    def dynamic_lds(self) -> int:
+        """Bytes of LDS per block that the launch of the first kernel adds."""
+        return self.kernels[0].dynamic_shared_bytes
 
     def get_kernel_source(self) -> str:
         """Return the whole text."""
@@ -40,43 +40,17 @@ def hip_target(target: str | Target | Mapping) -> Target:
     raise ValueError(f'hip_target: must name an architecture; got {target}; pass "hip -mcpu=gfx942", or another mcpu')
 
 
-def as_program(kernel, target: str | Target | Mapping) -> HipProgram:
-    """Return the HIP program of a prim_func or of a compiled tilelang kernel; a program is returned as it is."""
-    return kernel if isinstance(kernel, HipProgram) else lower(prim_func_of(kernel, "HipProgram"), target)
+def as_program(kernel, target: str | Target | Mapping, arguments: tuple = ()) -> HipProgram:
+    """Return the HIP program of what a user calls a kernel; a program is returned as it is."""
+    return kernel if isinstance(kernel, HipProgram) else lower(kernel, target, *arguments)
 
 
-def lower(func: tirx.PrimFunc, target: str | Target | Mapping) -> HipProgram:
-    """Lower one prim_func with one `T.Kernel` to HIP text; no GPU, ROCm or HIP compiler is needed."""
-    target, split = hip_target(target), _AfterSplit()
-    with target, split.context():
-        artifact = tilelang.lower(func, target=target)
-    kernel = only_kernel(artifact.device_mod, "rocm.lower")
-    sources = parameter_sources(split.module)[str(kernel.attrs["global_symbol"])]
-    return HipProgram(
-        **vars(read_program(func, kernel, artifact.kernel_source, sources)),
-        arch=target_get_mcpu(target),
-        dynamic_lds=int(kernel.attrs.get("dyn_shared_memory_buf", 0)),
-    )
+def lower(kernel, target: str | Target | Mapping, *arguments) -> HipProgram:
+    """Lower a kernel to HIP text; no GPU, ROCm or HIP compiler is needed.
 
-
-@pass_instrument
-class _AfterSplit:
-    """Keeps the module as upstream's pass list has it right after SplitHostDevice, for `parameter_sources`."""
-
-    def __init__(self) -> None:
-        self.module: IRModule | None = None
-
-    def run_after_pass(self, mod: IRModule, info) -> None:
-        if info.name == "tl.SplitHostDevice":
-            self.module = mod
-
-    def context(self) -> PassContext:
-        """Return the caller's pass context with this instrument."""
-        current = PassContext.current()
-        return PassContext(
-            current.opt_level,
-            required_pass=list(current.required_pass),
-            disabled_pass=list(current.disabled_pass),
-            instruments=[*(current.instruments or []), self],
-            config=dict(current.config),
-        )
+    `kernel` is a prim_func, a compiled tilelang kernel or a `@tilelang.jit` function, which takes the `arguments` of one call.
+    Each `T.Kernel` in it becomes a kernel of the text, and a launch of its own.
+    """
+    func, target = function_of(kernel, "HipProgram", arguments), hip_target(target)
+    with target:
+        return HipProgram(**lower_function(func, target, kernel=kernel), arch=target_get_mcpu(target))

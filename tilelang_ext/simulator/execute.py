@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -155,7 +156,15 @@ def _bind_hip(translation: hip.Translation, arguments: Sequence) -> list[Argumen
             kind = "a tensor or array" if parameter.is_pointer else "a number"
             raise TypeError(f"arguments[{index}]: {parameter.name} must be {kind}; got {type(value).__name__}; convert it")
         if is_number:
-            bound.append(Argument(index, struct.pack("<qd", int(value), float(value)), constant=True, writable=False))
+            bound.append(Argument(index, _scalar_bytes(value), constant=True, writable=False))
         else:
             bound.append(Argument(index, value, constant=False, writable=not parameter.is_const))
     return bound
+
+
+def _scalar_bytes(value: bool | int | float) -> bytes:
+    """Return a number as 8 bytes of an integer and 8 of a double, of which the parameter's type chooses one."""
+    if isinstance(value, float):
+        integer = int(value) if math.isfinite(value) and abs(value) < 2**63 else 0
+        return struct.pack("<qd", integer, value)
+    return struct.pack("<Qd", value % 2**64, float(value))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,27 @@ class Report:
     threadgroup_memory: int  # bytes declared by one threadgroup
     checked: bool
     instructions: Mapping[str, int] = field(default_factory=dict)  # HIP: how often waves ran each matrix instruction, by name
+    outputs: tuple = ()  # tensors that the function returns, where the caller passed none for them
+
+    @staticmethod
+    def of_launches(reports: Sequence[Report], outputs: tuple = ()) -> Report:
+        """Return the report of several launches: counts added, findings one after the other, the largest threadgroup memory."""
+        first = reports[0]
+        sums = {}
+        for f in fields(Counts):
+            values = [getattr(report.counts, f.name) for report in reports]
+            sums[f.name] = None if None in values else sum(values)
+        instructions = collections.Counter()
+        for report in reports:
+            instructions.update(report.instructions)
+        return replace(
+            first,
+            counts=Counts(**sums),
+            findings=tuple(finding for report in reports for finding in report.findings),
+            threadgroup_memory=max(report.threadgroup_memory for report in reports),
+            instructions=dict(sorted(instructions.items())),
+            outputs=outputs,
+        )
 
     def __str__(self) -> str:
         lines = ["simulated launch (counts and findings; nothing here is a measure of speed)"]
