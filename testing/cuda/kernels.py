@@ -81,11 +81,22 @@ def matmul(
     return kernel.with_attr("global_symbol", name)
 
 
+_TEXTS = {}  # of all tests: (script, architecture, pass configurations): CUDA text
+
+
 def lower(kernel, arch: str, **pass_configs) -> str:
-    """Return the CUDA text of a kernel; nothing is compiled."""
-    target = Target({"kind": "cuda", "arch": arch})
-    with target, tilelang.transform.PassContext(config=pass_configs):
-        return tilelang.lower(kernel, target=target, enable_device_compile=False).kernel_source
+    """Return the CUDA text of a kernel; nothing is compiled.
+
+    What differs by its name alone is lowered once, since tests of values, of machine code and of barriers share kernels.
+    """
+    name = kernel.attrs["global_symbol"]
+    kernel = kernel.with_attr("global_symbol", "kernel")
+    key = kernel.script(show_meta=True), arch, tuple(sorted(pass_configs.items()))
+    if key not in _TEXTS:
+        target = Target({"kind": "cuda", "arch": arch})
+        with target, tilelang.transform.PassContext(config=pass_configs):
+            _TEXTS[key] = tilelang.lower(kernel, target=target, enable_device_compile=False).kernel_source
+    return _TEXTS[key].replace("kernel_kernel", f"{name}_kernel")
 
 
 def run_on_gpu(kernel, tensors, target="cuda", **pass_configs) -> None:

@@ -1,5 +1,7 @@
 """Run MoE kernels without a GPU: on target c, and from their Metal and HIP texts in the simulator."""
 
+import functools
+
 import tilelang
 
 from tilelang_ext import metal, simulate
@@ -8,8 +10,11 @@ from tilelang_ext.rocm import program as rocm
 TARGETS = ("c", "metal", "hip -mcpu=gfx942")
 
 
-def runner(prim_func, target):
-    """Compile once; the result runs on CPU tensors, and fails on what the simulator finds."""
+@functools.cache
+def compiled(make, arguments, target):
+    """The kernel that `make(*arguments)` returns, compiled once for all tests; it runs on CPU tensors, and fails on what the
+    simulator finds."""
+    prim_func = make(*arguments)
     if target == "c":
         return tilelang.compile(prim_func, target="c")
     program = metal.lower(prim_func) if target == "metal" else rocm.lower(prim_func, target)

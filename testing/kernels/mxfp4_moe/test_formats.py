@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels.mxfp4_moe.targets import TARGETS, runner
+from kernels.mxfp4_moe.targets import TARGETS, compiled
 
 from tilelang_ext import formats, quantization
 from tilelang_ext.kernels.mxfp4_moe.formats import quantize_groups, quantize_rows
@@ -31,7 +31,7 @@ def test_rows(target, dtype):
     x = values(dtype)
     want, want_scale = quantization.quantize(x, formats.E4M3, L.per_row())
     codes, scale = torch.full((ROWS, K // 32, 32), 0x5A, dtype=torch.uint8), torch.full((ROWS,), torch.nan)
-    runner(quantize_rows(str(dtype).removeprefix("torch.")), target)(x.view(ROWS, -1, 32), codes, scale)
+    compiled(quantize_rows, (str(dtype).removeprefix("torch."),), target)(x.view(ROWS, -1, 32), codes, scale)
     assert torch.equal(scale, want_scale.flatten())
     assert torch.equal(codes.view(ROWS, K), want.view(torch.uint8))
 
@@ -40,7 +40,7 @@ def test_a_row_with_nan_or_infinity_has_the_scale_nan():
     x = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     x[0, 0, 5], x[2, 0, 31] = torch.inf, torch.nan
     codes, scale = torch.zeros(3, 1, 32, dtype=torch.uint8), torch.zeros(3)
-    runner(quantize_rows("bfloat16"), "c")(x, codes, scale)
+    compiled(quantize_rows, ("bfloat16",), "c")(x, codes, scale)
     assert scale.isnan().tolist() == [True, False, True]
 
 
@@ -49,6 +49,6 @@ def test_groups(a_format, target):
     x = values(torch.bfloat16).view(-1, 32)
     want, want_scale = quantization.quantize(x, {"mxfp8": formats.E4M3, "mxfp4": formats.E2M1}[a_format], L.e8m0_k32())
     codes, scale = torch.full(want.shape, 0x5A, dtype=torch.uint8), torch.full(want_scale.shape, 0x5A, dtype=torch.uint8)
-    runner(quantize_groups(a_format, "bfloat16"), target)(x, codes, scale)
+    compiled(quantize_groups, (a_format, "bfloat16"), target)(x, codes, scale)
     assert torch.equal(scale, want_scale)
     assert torch.equal(codes, want.view(torch.uint8))

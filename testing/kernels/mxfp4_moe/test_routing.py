@@ -1,29 +1,21 @@
 """Sorting tokens by expert on the device, against reference.moe_sort: the same rows for each expert, in any order."""
 
-import functools
-
 import pytest
 import torch
 from cuda.execute import execute, needs_compiler
 from cuda.kernels import lower
 from kernels.mxfp4_moe.operands import launch_kernels
-from kernels.mxfp4_moe.targets import TARGETS, runner
+from kernels.mxfp4_moe.targets import TARGETS, compiled
 
 from tilelang_ext import reference
 from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, TOKEN_BITS, capacity_of, count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights
 
 BLOCK_M, MAX_EXPERTS = 4, 16
-WITH_CUDA = [*TARGETS, pytest.param("cuda", marks=needs_compiler)]
-
-
-@functools.cache
-def compiled(make, options, target):
-    return by_cuda_text(make(*options)) if target == "cuda" else runner(make(*options), target)
 
 
 def by_cuda_text(prim_func):
-    """A function of tensors, as `runner` returns; it runs one block of threads after the other."""
+    """A function of tensors, as `compiled` returns; it runs one block of threads after the other."""
     text = lower(prim_func, "sm_90a")
     names = [prim_func.buffer_map[parameter].name for parameter in prim_func.params]
 
@@ -58,9 +50,13 @@ def check(target, topk_ids, topk_weights, num_experts, mask=None, ids_dtype=torc
     kernel_mask = torch.ones(num_experts, dtype=torch.int32) if mask is None else mask.int()
     topk_ids, options = topk_ids.to(ids_dtype), (max(MAX_EXPERTS, num_experts), str(ids_dtype).removeprefix("torch."))
     counts = torch.full((max(1, -(-tokens * top_k // CHUNK)), options[0]), -7, dtype=torch.int32)
+
+    def of_target(make, arguments):
+        return by_cuda_text(make(*arguments)) if target == "cuda" else compiled(make, arguments, target)
+
     if len(counts) > 1:
-        compiled(count_slots, options, target)(topk_ids, counts)
-    sort = compiled(moe_sort, (BLOCK_M, *options), target)
+        of_target(count_slots, options)(topk_ids, counts)
+    sort = of_target(moe_sort, (BLOCK_M, *options))
     sort(topk_ids, topk_weights, kernel_mask, counts, token_ids, weights, expert_ids, num_valid, positions)
 
     want = reference.moe_sort(topk_ids, topk_weights, num_experts, BLOCK_M, mask)
@@ -113,14 +109,14 @@ def test_experts_elsewhere_and_out_of_range(target):
     check(target, topk_ids, topk_weights, 8, torch.zeros(8, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("target", ["c", "metal"])
-def test_int64_ids(target):
+def test_int64_ids():
+    """As all ids of test_tiled.py are, which runs them on target c too."""
     topk_ids, topk_weights = routing(5, 2, 4)
     topk_ids[0, 0] = 2**32 + 1  # is no expert 1
-    check(target, topk_ids, topk_weights, 4, ids_dtype=torch.int64)
+    check("metal", topk_ids, topk_weights, 4, ids_dtype=torch.int64)
 
 
-@pytest.mark.parametrize("target", WITH_CUDA)
+@pytest.mark.parametrize("target", ["c", "metal", pytest.param("cuda", marks=needs_compiler)])
 def test_many_experts(target):
     """In one chunk, and in three, of which the last is the smallest."""
     check(target, *routing(20, 4, 1024), 1024)

@@ -3,13 +3,13 @@
 import functools
 
 import pytest
-import tilelang
 import torch
 from cuda.execute import needs_compiler
 from cuda.toolkit import compile_texts, needs_nvcc
 from kernels.hopper import Box, execute
 from kernels.mxfp4_moe.operands import SWIGLU, launch_kernels, problem
 from kernels.mxfp4_moe.sm90_cases import ARCH, quantized, text_of
+from kernels.mxfp4_moe.targets import compiled
 from numeric import assert_close
 from tilelang import tvm
 
@@ -29,7 +29,7 @@ from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights, prepare_mxfp4_w
 EXPERTS, TOKENS, TOP_K = 3, 5, 2
 H, I = 96, 160  # K of one step and a half, and of two and a half; rows that fill no tile
 LONG = (288, 416)  # the same in steps of E4M3, more steps than the pipeline has stages
-NUM_BLOCKS = 1  # of a persistent kernel here: it takes several tiles
+NUM_BLOCKS = 3  # of a persistent kernel here, each of which takes several tiles
 
 
 class Case:
@@ -215,9 +215,9 @@ def emulated(make, arguments, device, pass_configs=()):
     """In place of `launch.compiled`: kernels for Hopper run from their text, those for every target on target c."""
     if make is moe_sort:
         arguments = arguments[:3]  # without PDL: a kernel on the CPU ends before the next one
-    prim_func = make(*arguments)
     if not pass_configs:
-        return tilelang.compile(prim_func, target="c")
+        return compiled(make, arguments, "c")
+    prim_func = make(*arguments)
     config = next((argument for argument in arguments if hasattr(argument, "block_M")), None)
     text = text_of(prim_func, dict(pass_configs))
     buffers, extents = [prim_func.buffer_map[parameter] for parameter in prim_func.params], {}
@@ -259,8 +259,8 @@ def emulated(make, arguments, device, pass_configs=()):
     ("module", "config", "a_format", "epilogue"),
     [
         (sm90_mma, sm90_mma.Config(8, 8, 1, 1), "bfloat16", "atomic"),  # blocks of two tiles of rows, of which there are five
-        (sm90_wgmma, sm90_wgmma.Config(8, 1, 2), "bfloat16", "atomic"),
-        (sm90_wgmma, sm90_wgmma.Config(8, 1, 2), "fp8", "reduce"),
+        (sm90_wgmma, sm90_wgmma.Config(16, 4, 2), "bfloat16", "atomic"),
+        (sm90_wgmma, sm90_wgmma.Config(32, 2, 3), "fp8", "reduce"),
     ],
     ids=str,
 )
@@ -273,8 +273,8 @@ def test_launch(module, config, a_format, epilogue, monkeypatch):
     topk_ids = torch.tensor([[3, 0], [1, 3], [2, 9], [0, 1], [3, 2]])
     topk_weights, mask = torch.rand(TOKENS, TOP_K), torch.tensor([True, False, True, True])
     tokens, y = (case.x, topk_ids, topk_weights), torch.full_like(case.x, torch.nan)
-    compiled = functools.partial(emulated)  # of this test, as what is launched for a problem is kept with it
-    launch_kernels((*tokens, *tiled), y, SWIGLU, a_format, epilogue, mask, compiled, num_sms=3)
+    of_this_test = functools.partial(emulated)  # as what is launched for a problem is kept with it
+    launch_kernels((*tokens, *tiled), y, SWIGLU, a_format, epilogue, mask, of_this_test, num_sms=NUM_BLOCKS)
     expected = torch.empty(y.shape, dtype=torch.float64)
     # The kernels round hidden rows to bfloat16, and then quantise whole rows to E4M3.
     requantize = reference.requantize

@@ -105,7 +105,7 @@ def test_kernels_with_pdl_wait(name):
 def test_persistent_gemms_wait(stage):
     """Producer and consumers each wait for the kernel before, ahead of all that it writes."""
     options = [Activation()] if stage == "gate_up" else ["reduce"]
-    prim_func = getattr(sm90_wgmma, stage)(sm90_wgmma.Config(8, 1, 2), 132, *options, E4M3)
+    prim_func = getattr(sm90_wgmma, stage)(sm90_wgmma.Config(8, 2, 11), 132, *options, E4M3)
     text = text_of(prim_func, sm90_wgmma.PASS_CONFIGS, stage)
     body = text[text.rindex('extern "C" __global__') :].split("{", 1)[1]
     before, consumers, producer = body.split("cudaGridDependencySynchronize();")

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from kernels.mxfp4_moe.operands import LINEAR, MX, SWIGLU, arguments, one_hot, problem
-from kernels.mxfp4_moe.targets import runner
+from kernels.mxfp4_moe.targets import compiled
 from numeric import assert_close
 
 from tilelang_ext import formats, quantization, reference
@@ -17,11 +17,6 @@ from tilelang_ext.kernels.mxfp4_moe.tiled import pick_config
 from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights, prepare_mxfp4_weights
 
 SIZE = 96  # of H and of I: a tile and a half
-
-
-@functools.cache
-def compiled(make, options, target):
-    return runner(make(*options), target)
 
 
 @pytest.fixture(params=["c", "metal"])
@@ -42,7 +37,7 @@ def cosine(result, expected):
 
 
 CASES = [("metal", a_format, "swiglu") for a_format in ("bfloat16", "fp8", "mxfp4")]
-CASES += [("c", "bfloat16", "swiglu"), ("c", "mxfp8", "swiglu"), ("c", "float16", "silu")]
+CASES += [("c", "bfloat16", "swiglu"), ("c", "float16", "silu")]  # test_cuda_text.py has mxfp8
 
 
 @pytest.mark.parametrize(("target", "a_format", "activation"), CASES, indirect=["target"])
@@ -55,7 +50,7 @@ def test_values(target, a_format, activation):
     assert_close(result, expected, dtype=dtype, max_error=None if a_format == dtype else 0.03)
 
 
-@pytest.mark.parametrize(("target", "a_dtype"), [("c", "mxfp8"), ("metal", "fp8")], indirect=["target"])
+@pytest.mark.parametrize(("target", "a_dtype"), [("c", "mxfp4"), ("metal", "fp8")], indirect=["target"])
 def test_not_finite(target, a_dtype):
     """A token with an infinity becomes NaN, and no other does."""
     (x, *rest), _ = arguments()

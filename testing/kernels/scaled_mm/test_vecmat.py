@@ -25,14 +25,19 @@ def run(M, N, K, recipes, *, format_a=E4M3, format_b=E4M3, bias=None, out="float
     return report.counts
 
 
-@pytest.mark.parametrize("recipes", PAIRS, ids=lambda pair: "-".join(recipe.name for recipe in pair))
-@pytest.mark.parametrize("M", [1, 4])
-def test_recipes(M, recipes):
+@pytest.mark.parametrize(
+    ("recipes", "M"),
+    [(recipes, (1, 4)[i % 2]) for i, recipes in enumerate(PAIRS)],
+    ids=lambda value: "-".join(recipe.name for recipe in value) if isinstance(value, tuple) else str(value),
+)
+def test_recipes(recipes, M):
+    """One row and four take turns; more recipes and rows are in test_every_weight_is_read_once."""
     run(M, 70, 320, recipes)
 
 
-@pytest.mark.parametrize("M", [2, 3])
-@pytest.mark.parametrize(("bias", "out"), [("bfloat16", "float16"), ("float16", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize(
+    ("M", "bias", "out"), [(2, "bfloat16", "float16"), (3, "float16", "bfloat16"), (3, "float32", "float32")]
+)
 def test_rows_bias_and_outputs(M, bias, out):
     run(M, 33, 256, (ROW, ROW), bias=bias, out=out)
 
@@ -56,10 +61,20 @@ def test_tails(N, K):
     run(2, N, K, (ROW, ROW))
 
 
-@pytest.mark.parametrize("M", [1, 2, 3, 4])
-@pytest.mark.parametrize("recipes", [(ROW, ROW), (MX, MX), (ROW_BLOCK, SQUARE_BLOCK)], ids=lambda pair: pair[0].name)
+@pytest.mark.parametrize(
+    ("M", "recipes"),
+    [
+        (1, (ROW, ROW)),
+        (1, (MX, MX)),
+        (2, (ROW_BLOCK, SQUARE_BLOCK)),
+        (3, (MX, MX)),
+        (4, (ROW, ROW)),
+        (4, (ROW_BLOCK, SQUARE_BLOCK)),
+    ],
+    ids=str,
+)
 def test_every_weight_is_read_once(M, recipes):
-    """Bytes are those of the weights, of a once a threadgroup, and of the scales that a thread needs for what it loads."""
+    """Bytes are those of the weights, of a once per threadgroup, and of the scales that a thread needs for what it loads."""
     N, K = 128, 4096 + 32  # the second round of loads is not full
     config = pick_config(problem(M, N, K, recipes))
     threadgroups = -(-N // (config.rows * config.passes))
