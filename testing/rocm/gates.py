@@ -92,4 +92,4 @@ def gate(kernels: dict[str, Gated], arch: str) -> None:
 def gated(kernel, arch, instruction, tiles):
     """Lower a kernel for the gate."""
     lowered = lower(kernel, arch)
-    return Gated(lowered.text, lowered.lds_bytes, instruction, tiles)
+    return Gated(lowered.source, lowered.dynamic_lds, instruction, tiles)

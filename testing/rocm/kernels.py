@@ -2,13 +2,11 @@
 
 # Without `from __future__ import annotations`: this file holds kernels.
 
-from dataclasses import dataclass
-
-import tilelang
-from tvm.target import Target
+import functools
 
 from tilelang_ext import formats
 from tilelang_ext import language as T
+from tilelang_ext.rocm import program
 
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 FP8 = tuple(format.dtype for format in formats.FP8_OPERANDS)
@@ -19,24 +17,29 @@ LAYOUTS = {
     "block": (L.block(1, 128), L.block(128, 128)),
     "e8m0": (L.e8m0_k32(), L.e8m0_k32()),
 }
+# Two layouts on each architecture, run and compiled; the other two are in test_scaled_mm.py, whose kernels multiply so.
+SCALED_LAYOUTS = [
+    (arch, layout)
+    for arch, layouts in {
+        "gfx90a": ("row", "e8m0"),
+        "gfx942": ("tensor", "block"),
+        "gfx950": ("tensor", "row"),
+        "gfx1100": ("tensor", "e8m0"),
+        "gfx1201": ("row", "block"),
+    }.items()
+    for layout in layouts
+]
+SCALED_SIZE = {"M": 40, "N": 150, "K": 288}  # rows and columns end inside a tile, K inside a step of 128
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """The HIP text of a kernel, and the bytes of dynamic LDS that it is launched with."""
-
-    text: str
-    lds_bytes: int
+@functools.cache
+def lower(kernel, arch: str) -> program.HipProgram:
+    """The HIP program of a kernel, lowered once for all tests; `lower.__wrapped__` lowers anew."""
+    return program.lower(kernel, {"kind": "hip", "mcpu": arch})
 
 
-def lower(kernel, arch: str) -> Lowered:
-    target = Target({"kind": "hip", "mcpu": arch})
-    with target:
-        artifact = tilelang.lower(kernel, target=target)
-    (function,) = artifact.device_mod.functions.values()
-    return Lowered(artifact.kernel_source, int(function.attrs.get("dyn_shared_memory_buf", 0)))
-
-
+# What makes a kernel is cached too: the same options are the same prim_func, hence one lowering.
+@functools.cache
 def gemm(
     a,
     b,
@@ -70,6 +73,7 @@ def gemm(
     return kernel
 
 
+@functools.cache
 def scaled_matmul(
     layout: str,
     *,
@@ -113,6 +117,7 @@ def scaled_matmul(
     return kernel
 
 
+@functools.cache
 def attention_products(dtype, *, M=64, N=64, D=64, threads=128):
     """Two chained products: the first one's result is the register operand of the second."""
 
@@ -141,6 +146,7 @@ def attention_products(dtype, *, M=64, N=64, D=64, threads=128):
     return kernel
 
 
+@functools.cache
 def shared_accumulator(M=64, N=64, K=64):
     """A half product and an fp8 product into one accumulator."""
 

@@ -35,8 +35,8 @@ def run(dtype, rows, masked):
     x = torch.randint(1, 100, (rows, columns * STEPS), generator=torch.Generator().manual_seed(0)).to(torch_dtype)
     y = torch.full((STEPS, ROWS, columns), 111).to(torch_dtype)
     kernel = narrow_tiles(dtype, masked)
-    assert "cp_async_gs" not in lower(kernel, "gfx950").text
-    assert "cp_async_wait" in lower(kernel, "gfx950").text, "the pipeline copies asynchronously"
+    assert "cp_async_gs" not in lower(kernel, "gfx950").source
+    assert "cp_async_wait" in lower(kernel, "gfx950").source, "the pipeline copies asynchronously"
     report = simulate(kernel, x, y, target={"kind": "hip", "mcpu": "gfx950"})
     assert not report.findings, str(report)
     assert torch.equal(y[:, :rows], x.reshape(rows, STEPS, columns).transpose(0, 1))
@@ -55,4 +55,4 @@ def test_rows_that_there_are_not(dtype):
 
 @pytest.mark.hip
 def test_compiles():
-    compile_hip(lower(narrow_tiles("uint8", masked=True), "gfx950").text, "gfx950")
+    compile_hip(lower(narrow_tiles("uint8", masked=True), "gfx950").source, "gfx950")

@@ -37,6 +37,6 @@ def test_a_reduction_from_another_thread_on(arch, first):
 
 def test_upstreams_reduction_where_it_is_right():
     """A row of threads that no barrier is needed for, from a multiple of its number on."""
-    assert "tl::AllReduce<tl::SumOp, 64, 1, 0>::run" in lower(kernels.normalized_row(0), "gfx942").text
+    assert "tl::AllReduce<tl::SumOp, 64, 1, 0>::run" in lower(kernels.normalized_row(0), "gfx942").source
     with pytest.raises(NotImplementedError, match="must begin at a multiple of their number; got 8 threads from thread 4"):
         lower(kernels.normalized_row(4, sharers=8), "gfx942")

@@ -3,7 +3,7 @@ counted, no spills, and LDS within the chip's limit."""
 
 import pytest
 from rocm.gates import E4M3, E4M3_FNUZ, GEMM, SCALED, WAVE, gate, gated
-from rocm.kernels import ARCHS, LAYOUTS, attention_products, gemm, lower, scaled_matmul
+from rocm.kernels import ARCHS, SCALED_LAYOUTS, SCALED_SIZE, attention_products, gemm, lower, scaled_matmul
 
 from tilelang_ext.rocm import CompileError, compile_hip
 
@@ -19,7 +19,8 @@ def test_gemm(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_fp8_scaled_matmul(arch):
     tiles = 2 * 4 // (128 // WAVE[arch])
-    gate({layout: gated(scaled_matmul(layout), arch, SCALED[layout][arch], tiles) for layout in LAYOUTS}, arch)
+    kernels = {layout: scaled_matmul(layout, **SCALED_SIZE) for chip, layout in SCALED_LAYOUTS if chip == arch}
+    gate({layout: gated(kernel, arch, SCALED[layout][arch], tiles) for layout, kernel in kernels.items()}, arch)
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
@@ -79,6 +80,6 @@ def test_an_error_has_the_compilers_message():
 
 def test_an_instruction_that_the_chip_lacks_is_an_error():
     """Why the choice is ours: the compiler refuses fp8 products on gfx90a."""
-    text = lower(gemm(E4M3_FNUZ, E4M3_FNUZ), "gfx942").text
+    text = lower(gemm(E4M3_FNUZ, E4M3_FNUZ), "gfx942").source
     with pytest.raises(CompileError, match=r"__builtin_amdgcn_mfma_f32_16x16x32_fp8_fp8.*needs target feature"):
         compile_hip(text, "gfx90a")

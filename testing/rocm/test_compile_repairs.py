@@ -19,4 +19,4 @@ KERNELS = {
 @pytest.mark.hip
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles(name):
-    compile_hip(lower(KERNELS[name](), "gfx942").text, "gfx942")
+    compile_hip(lower(KERNELS[name](), "gfx942").source, "gfx942")

@@ -53,6 +53,6 @@ def test_infinities(arch):
 
 
 def test_far_elements():
-    numbers = set(map(int, re.findall(r"\d{9,}", lower(kernels.far_elements(), "gfx942").text)))
+    numbers = set(map(int, re.findall(r"\d{9,}", lower(kernels.far_elements(), "gfx942").source)))
     assert numbers >= set(kernels.FAR)
     assert min(numbers) >= 2**31
