@@ -1,14 +1,19 @@
-"""C = A @ B: the kernel of examples/matmul.py beside torch's and MLX's, or its operation counts where there is no GPU.
+"""C = A @ B: this package's kernels beside torch's and MLX's, or their operation counts where there is no GPU.
 
     python benchmark/bench_matmul.py                                   # the best device here
     python benchmark/bench_matmul.py --target cuda --csv matmul.csv --plot matmul.png
+    python benchmark/bench_matmul.py --target cuda --providers ours torch --random 40
     python benchmark/bench_matmul.py --target metal4 --m 256 512 --n 256 512 --k 256 512
 
-Every result is checked against float64 before anything is timed or counted. Without a Mac, targets metal and metal4 run in
-the simulator, which counts operations and says nothing of speed.
+On CUDA and ROCm `ours` is the operator `tilelang_ext.matmul`, and `plain` the kernel of examples/matmul.py, which is `ours`
+elsewhere. Every result is checked against float64 before anything is timed or counted. Without a Mac, targets metal and metal4
+run in the simulator, which counts operations and says nothing of speed.
 """
 
+import math
+import random
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,21 +42,25 @@ from harness import (  # noqa: E402
     rotation,
     show,
     sizes_of,
-    time_cuda,
+    time_cuda_in_turn,
     time_mlx,
     time_mps,
     time_wall,
     write_csv,
 )
+from kernels.compile_on_gpu import compile_matmuls  # noqa: E402
 from matmul import matmul  # noqa: E402
 from numeric import assert_close  # noqa: E402
 from tvm.target import Target  # noqa: E402
 
 from tilelang_ext import language as T  # noqa: E402
+from tilelang_ext import matmul as matmul_operator  # noqa: E402
 from tilelang_ext import metal, simulate  # noqa: E402
 
 TARGETS = ("auto", "metal", "metal4", "cuda", "hip", "c")
 DTYPES = ("float16", "bfloat16", "float32")
+LAYOUTS = ("NN", "NT", "TN", "TT")  # of A and B: N row-major, T column-major
+RANDOM_M, RANDOM_NK = 8192, 16384  # the largest of random sizes
 ASSUMED = {"cuda": {"kind": "cuda", "arch": "sm_90"}, "hip": {"kind": "hip", "mcpu": "gfx942"}}  # when only lowering
 SIZES = {
     "cuda": [(1024,) * 3, (4096,) * 3, (8192,) * 3, (4096, 7168, 2048), (128, 4096, 7168)],
@@ -72,10 +81,11 @@ class Case:
     dtype: str
     target: str
     device: str  # "cuda", "mps", "simulator", "cpu", or "none" when the kernel is lowered only
+    layout: str = "NN"
 
     @property
     def name(self) -> str:
-        return f"{self.M}x{self.N}x{self.K}"
+        return f"{self.M}x{self.N}x{self.K}" + (f" {self.layout}" if self.layout != "NN" else "")
 
     @property
     def flops(self) -> int:
@@ -109,14 +119,32 @@ class Case:
         """The limit on the error, None for that of the type. CUDA multiplies float32 as TF32 (10 bits), here in torch too."""
         return 1e-3 if (self.dtype, self.device) == ("float32", "cuda") else None
 
-    def inputs(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        shapes = (self.M, self.K), (self.K, self.N)
-        return tuple(torch.randn(shape, generator=generator).to(self.torch_dtype) for shape in shapes)
+    def inputs(self, seed: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def random_matrix(rows: int, columns: int, order: str) -> torch.Tensor:
+            shape = (rows, columns) if order == "N" else (columns, rows)
+            matrix = torch.randn(shape, generator=generator, device=device).to(self.torch_dtype)
+            return matrix if order == "N" else matrix.t()
+
+        return random_matrix(self.M, self.K, self.layout[0]), random_matrix(self.K, self.N, self.layout[1])
 
     def output(self, device: str = "cpu") -> torch.Tensor:
         """Return an output full of NaN, so that an element that is not written is seen."""
         return torch.full((self.M, self.N), float("nan"), dtype=self.torch_dtype, device=device)
+
+
+def random_cases(count: int, seed: int, target: str, device: str) -> Iterator[Case]:
+    """Yield cases of 16-bit floats: M log-uniform, N and K uniform multiples of 8, any layout and dtype.
+
+    What is contiguous in memory is a multiple of 8 elements, as for TMA; M too where A is column-major.
+    """
+    generator = random.Random(seed)
+    for _ in range(count):
+        M = round(math.exp(generator.uniform(0, math.log(RANDOM_M))))
+        N, K = (8 * generator.randint(1, RANDOM_NK // 8) for _ in "NK")
+        layout, dtype = generator.choice(LAYOUTS), generator.choice(DTYPES[:2])
+        yield Case(M if layout[0] == "N" else -(-M // 8) * 8, N, K, dtype, target, device, layout)
 
 
 def matmul_cpu(M, N, K, dtype, block=32):
@@ -139,6 +167,12 @@ def matmul_cpu(M, N, K, dtype, block=32):
 
 
 def make_ours(case: Case):
+    if case.device == "cuda" and case.dtype != "float32":
+        return lambda A, B, C: matmul_operator(A, B, out=C)
+    return make_plain(case)
+
+
+def make_plain(case: Case):
     if case.target == "c":  # upstream's C text does not compile with vectors of half
         pass_configs = {"tirx.disable_vectorize": True}
         return tilelang.compile(matmul_cpu(case.M, case.N, case.K, case.dtype), target="c", pass_configs=pass_configs)
@@ -159,7 +193,8 @@ def make_mlx(case: Case):
 
 
 PROVIDERS = (
-    Provider("ours", "examples/matmul.py", ("cuda", "hip", "mps", "simulator", "c"), make_ours),
+    Provider("ours", "tilelang_ext.matmul(A, B, out=C)", ("cuda", "hip", "mps", "simulator", "c"), make_ours),
+    Provider("plain", "examples/matmul.py", ("cuda", "hip"), make_plain),
     Provider("torch", "torch.matmul(A, B, out=C)", ("cuda", "hip", "mps", "c"), make_torch),
     Provider("mlx", "mlx.core.matmul (allocates its output)", ("mps",), make_mlx),
 )
@@ -225,12 +260,17 @@ def measure_time(case: Case, providers: list[Provider], seed: int) -> list[dict]
     """Check, then time: every provider on the same inputs, which rotate through more than the cache."""
     device = case.device
     sets = rotation(case.bytes, cache_bytes(device)) if device != "cpu" else 1
-    hosts = [case.inputs(seed + i) for i in range(sets)]
-    inputs = [tuple(tensor.to(device) for tensor in host) for host in hosts]
+    if device == "cuda":
+        inputs = [case.inputs(seed + i, device) for i in range(sets)]
+    else:
+        hosts = [case.inputs(seed + i) for i in range(sets)]
+        inputs = [tuple(tensor.to(device) for tensor in host) for host in hosts]
     outputs = [case.output(device) for _ in range(sets)]
     expected = _float64_product(*inputs[0])
-    rows = []
+    rows, calls = [], {}
     for provider in providers:
+        if provider.name == "plain" and case.layout != "NN":
+            continue
         run = provider.make(case)
         if provider.name == "mlx":
             us, result = _time_mlx(run, hosts)
@@ -239,26 +279,32 @@ def measure_time(case: Case, providers: list[Provider], seed: int) -> list[dict]
             run(*inputs[0], outputs[0])
             result = outputs[0].clone()
         error = assert_close(result, expected, dtype=case.dtype, max_error=case.max_error)
-        if provider.name != "mlx":
-            calls = [partial(run, *pair, output) for pair, output in zip(inputs, outputs, strict=True)]
-            timer = {"cuda": time_cuda, "mps": time_mps, "cpu": lambda calls: time_wall(calls, lambda _: None)}[device]
-            us = timer(calls)
-        rows.append(
-            {
-                "case": case.name,
-                "dtype": case.dtype,
-                "target": case.target,
-                "provider": provider.name,
-                "us": us,
-                "tflops": case.flops / us / 1e6,
-                "gbps": case.bytes / us / 1e3,
-                "max_error": error.max,
-            }
-        )
+        row = {
+            "case": case.name,
+            "dtype": case.dtype,
+            "target": case.target,
+            "provider": provider.name,
+            "max_error": error.max,
+        }
+        if provider.name == "mlx":
+            row["us"] = us
+        else:
+            calls[provider.name] = [partial(run, *pair, output) for pair, output in zip(inputs, outputs, strict=True)]
+        rows.append(row)
+    times = dict(zip(calls, _time(device, list(calls.values())), strict=True))
+    for row in rows:
+        row.setdefault("us", times.get(row["provider"]))
+        row |= {"tflops": case.flops / row["us"] / 1e6, "gbps": case.bytes / row["us"] / 1e3}
     torch_us = next((row["us"] for row in rows if row["provider"] == "torch"), None)
     for row in rows:
         row["speed_of_torch"] = torch_us / row["us"] if torch_us else None
     return rows
+
+
+def _time(device: str, calls: list) -> list[float]:
+    if device == "cuda":
+        return time_cuda_in_turn(calls)
+    return [time_mps(own) if device == "mps" else time_wall(own, lambda _: None) for own in calls]
 
 
 def _time_mlx(run, hosts):
@@ -293,6 +339,8 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     names = [provider.name for provider in PROVIDERS]
     parser = options(__doc__, TARGETS, "CUDA or ROCm, else a Mac, else the simulator", names)
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="type of A, B and C; accumulators are float32")
+    parser.add_argument("--layout", choices=LAYOUTS, default="NN", help="of A and B: N row-major, T column-major")
+    parser.add_argument("--random", type=int, metavar="COUNT", help="random sizes, layouts and 16-bit dtypes (CUDA and ROCm)")
     for axis in "mnk":
         parser.add_argument(f"--{axis}", type=int, nargs="+", metavar=axis.upper(), help="one or several")
     arguments = parser.parse_args(command_line)
@@ -309,7 +357,14 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     tilelang.set_log_level("WARNING")
     torch.backends.cuda.matmul.allow_tf32 = True  # as T.gemm does; see Case.max_error
     run = {"simulator": count, "none": partial(lower, reason=reason)}.get(device, measure_time)
-    cases = [Case(*size, arguments.dtype, target, device) for size in sizes_of(arguments, SIZES[key])]
+    if device != "cuda" and (arguments.random or arguments.layout != "NN"):
+        raise SystemExit(f"--random, --layout: need CUDA or ROCm; got {describe(device)}; leave them out")
+    sizes = sizes_of(arguments, SIZES[key])
+    cases = [Case(*size, arguments.dtype, target, device, arguments.layout) for size in sizes]
+    if arguments.random:
+        cases = list(random_cases(arguments.random, arguments.seed, target, device))
+    if target == "cuda" and device == "cuda":
+        compile_matmuls([(case.M, case.N, case.K, case.dtype, case.layout) for case in cases])
     rows = [row for case in progress(cases, "matmul") for row in run(case, providers, arguments.seed)]
 
     title = f"matmul, {arguments.dtype}, target {target}, {describe(device)}"
@@ -323,7 +378,11 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     else:
         columns, value, label = CPU_TIMES if device == "cpu" else TIMES, "tflops", "TFLOP/s"
         ours = "examples/matmul.py" if target != "c" else "matmul_cpu of this file, by upstream's C target"
-        notes += [f"{p.name}: {p.what}" if p.name != "ours" else f"ours: {ours}" for p in providers]
+        notes += [f"{p.name}: {p.what}" if p.name != "ours" or device == "cuda" else f"ours: {ours}" for p in providers]
+        ratios = sorted(row["speed_of_torch"] for row in rows if row["provider"] == "ours" and row.get("speed_of_torch"))
+        if arguments.random and ratios:
+            middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            notes.append(f"speed / torch's of {len(ratios)} sizes: worst {ratios[0]:.2f}, geometric mean {middle:.2f}")
         notes.append(METHOD[device])
     show(title, rows, columns, notes)
     if arguments.csv:

@@ -48,6 +48,26 @@ def scaled_matmul(
     return product if C is None else C.double() + product
 
 
+def matmul(
+    a: Tensor,  # (M, K)
+    b: Tensor,  # (K, N)
+    row_scale: Tensor | None = None,  # (M,)
+    column_scale: Tensor | None = None,  # (N,)
+    bias: Tensor | None = None,  # (N,)
+    activation: str | None = None,  # relu, gelu, gelu_tanh or silu
+    residual: Tensor | None = None,  # (M, N)
+) -> Tensor:
+    """activation(row_scale[i] * column_scale[j] * (a @ b)[i, j] + bias[j]) + residual[i, j], float64 (M, N)."""
+    x = a.double() @ b.double()
+    x = x if row_scale is None else x * row_scale.double()[:, None]
+    x = x if column_scale is None else x * column_scale.double()
+    x = x if bias is None else x + bias.double()
+    F = torch.nn.functional
+    functions = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+    x = F.gelu(x, approximate="tanh") if activation == "gelu_tanh" else functions[activation](x)
+    return x if residual is None else x + residual.double()
+
+
 def mxfp4_matmul(A: Tensor, W_packed: Tensor, scale_w: Tensor) -> Tensor:
     """sum over k of A[i, k] * W[j, k], float64 (M, N): A (M, K) of any float dtype, W packed (N, K/2), scale_w (N, K/32).
 

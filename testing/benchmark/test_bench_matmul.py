@@ -105,12 +105,27 @@ def test_auto_takes_the_best_device(monkeypatch, cuda, mps, expected):
 def test_bad_arguments():
     with pytest.raises(SystemExit, match="--m, --n, --k: must have one value or as many each"):
         run("--target", "metal", "--m", 64, 64, "--n", 64, 64, 64, "--k", 64)
-    with pytest.raises(SystemExit, match="--providers: must be among ours, torch, mlx; got numpy"):
+    with pytest.raises(SystemExit, match="--providers: must be among ours, plain, torch, mlx; got numpy"):
         run("--target", "metal", "--providers", "numpy")
     with pytest.raises(SystemExit, match="C target takes float16 or float32; got bfloat16"):
         run("--target", "c", "--dtype", "bfloat16")
     with pytest.raises(SystemExit, match="torch: left out, exists on cuda"):
         run("--target", "metal", "--providers", "torch")
+    with pytest.raises(SystemExit, match="--random, --layout: need CUDA or ROCm; got in the simulator"):
+        run("--target", "metal", "--random", 3)
+
+
+def test_random_cases():
+    """The same ones for a seed, of every layout and 16-bit dtype; what is contiguous in memory is a multiple of 8."""
+    cases = list(bench_matmul.random_cases(40, 0, "cuda", "cuda"))
+    assert cases == list(bench_matmul.random_cases(40, 0, "cuda", "cuda"))
+    assert {case.layout for case in cases} == set(bench_matmul.LAYOUTS)
+    assert {case.dtype for case in cases} == {"float16", "bfloat16"}
+    for case in cases:
+        assert 1 <= case.M <= 8192
+        assert case.N % 8 == case.K % 8 == (case.M if case.layout[0] == "T" else 0) % 8 == 0
+    A, B = bench_matmul.Case(3, 5, 7, "float16", "cuda", "cpu", "TT").inputs(0)
+    assert (A.shape, A.stride(), B.shape, B.stride()) == ((3, 7), (1, 3), (7, 5), (1, 7))
 
 
 def test_wall_clock_divides_by_the_calls(monkeypatch):

@@ -126,10 +126,10 @@ inline uint half_bits(float value) {  // of a value that a half holds
   return sign | bits;
 }
 struct half_t {
-  uint bits;
+  uint16_t bits;
   explicit half_t(float value) : bits(half_bits(value)) {}
 };
-inline uint __pack_half2(half_t low, half_t high) { return low.bits | high.bits << 16; }
+inline uint __pack_half2(half_t low, half_t high) { return low.bits | uint(high.bits) << 16; }
 struct __half2 {
   uint bits;
 };
@@ -307,24 +307,37 @@ inline uint8_t element(uint64_t descriptor, int row, int k) {
   address ^= (address >> 7 & (width / 16 - 1)) << 4;
   return shared_memory[address];
 }
-template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool, bool, int, int, typename CodeOfA>
+// A number of 16 bits of an operand whose rows lie side by side: panels of 64 rows, of 128 bytes for each k.
+inline uint wide_element_of_columns(uint64_t descriptor, int row, int k) {
+  if (descriptor >> 62 != 1) std::abort();
+  const int panel = (descriptor >> 16 & 0x3fff) << 4, eight_k = (descriptor >> 32 & 0x3fff) << 4;
+  uint64_t address = ((descriptor & 0x3fff) << 4) + row / 64 * panel + k / 8 * eight_k + k % 8 * 128 + row % 64 * 2;
+  address ^= (address >> 7 & 7) << 4;
+  return shared_memory[address] | shared_memory[address + 1] << 8;
+}
+template <DataType T, bool OfColumns>
+uint code_of(uint64_t descriptor, int row, int k) {
+  static_assert(is_wide(T) || !OfColumns);
+  if (OfColumns) return wide_element_of_columns(descriptor, row, k);
+  if (!is_wide(T)) return element(descriptor, row, k);
+  return element(descriptor, row, 2 * k) | element(descriptor, row, 2 * k + 1) << 8;
+}
+template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool, bool Y, int, int, typename CodeOfA>
 void wgmma(CodeOfA code_of_a, uint64_t b, uint32_t* c_bits, int accumulate) {
   static_assert(M == 64 && K == (is_wide(TA) ? 16 : 32) && TC == DataType::kFloat32);
   float* c = reinterpret_cast<float*>(c_bits);
   for (int e = 0; e < N / 2; ++e) {
     const int row = lane() / 4 + e / 2 % 2 * 8, col = e / 4 * 8 + lane() % 4 * 2 + e % 2;
     float sum = accumulate ? c[e] : 0.0f;
-    for (int k = 0; k < K; ++k) {
-      const uint code = is_wide(TB) ? element(b, col, 2 * k) | element(b, col, 2 * k + 1) << 8 : element(b, col, k);
-      sum += value<TA>(code_of_a(row, k)) * value<TB>(code);
-    }
+    for (int k = 0; k < K; ++k) sum += value<TA>(code_of_a(row, k)) * value<TB>(code_of<TB, Y>(b, col, k));
     c[e] = sum;
   }
 }
 template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool X, bool Y, int S, int T>
 void wgmma_ss(uint64_t a, uint64_t b, uint32_t* c, int accumulate) {
   const int first = threadIdx.x % 128 / 32 * 16;
-  wgmma<TA, TB, TC, M, N, K, X, Y, S, T>([=](int row, int k) { return element(a, first + row, k); }, b, c, accumulate);
+  wgmma<TA, TB, TC, M, N, K, X, Y, S, T>([=](int row, int k) { return code_of<TA, X>(a, first + row, k); }, b, c,
+                                         accumulate);
 }
 template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool X, bool Y, int S, int T>
 void wgmma_rs(const uint32_t* a, uint64_t b, uint32_t* c, int accumulate) {

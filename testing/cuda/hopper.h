@@ -8,6 +8,9 @@
 #include <map>
 #include <mutex>
 
+class Barrier;
+inline Barrier& barrier_of(const Barrier* barrier, int block_of_cluster);
+
 // An mbarrier (PTX ISA 9.7.13.15) in its 8 bytes: a phase ends when no arrival and no byte is missing.
 class Barrier {
   struct State {
@@ -43,6 +46,7 @@ class Barrier {
   void arrive() {
     update([](State& state) { --state.missing; });
   }
+  void arrive(int block_of_cluster) { barrier_of(this, block_of_cluster).arrive(); }
   void expect_transaction(int bytes) {
     update([=](State& state) { state.bytes += bytes; });
   }
@@ -81,6 +85,14 @@ struct NamedBarriers {
 };
 inline thread_local Cluster* cluster;
 inline thread_local NamedBarriers* named_barriers;
+
+// The same place in the shared memory of a block of the cluster.
+inline void* in_block(const void* here, int block_of_cluster) {
+  return cluster->memories[block_of_cluster] + (static_cast<const uint8_t*>(here) - shared_memory);
+}
+inline Barrier& barrier_of(const Barrier* barrier, int block_of_cluster) {
+  return *static_cast<Barrier*>(in_block(barrier, block_of_cluster));
+}
 
 namespace tl {
 // Lane 8 i + r points to row r of matrix i; a lane's word is elements 2 (lane % 4) and the next of row lane / 4.
@@ -140,6 +152,17 @@ inline void tma_load(const CUtensorMap& map, Barrier& barrier, void* to, int col
   for_box(map, to, column, row, [](uint8_t& shared, const uint8_t* global) { shared = global ? *global : 0; });
   barrier.complete(map.box_rows * map.box_bytes);
 }
+inline void tma_load_multicast(const CUtensorMap& map, Barrier& barrier, void* to, uint16_t blocks, int column, int row) {
+  uint8_t* const own = shared_memory;
+  for (int block_of_cluster = 0; blocks >> block_of_cluster; ++block_of_cluster) {
+    if (!(blocks >> block_of_cluster & 1)) continue;
+    void* there = in_block(to, block_of_cluster);
+    Barrier& arrived = barrier_of(&barrier, block_of_cluster);
+    shared_memory = cluster->memories[block_of_cluster];
+    tma_load(map, arrived, there, column, row);
+    shared_memory = own;
+  }
+}
 inline void tma_load(void* to, const void* from, Barrier& barrier, uint32_t bytes) {
   std::memcpy(to, from, bytes);
   barrier.complete(bytes);
@@ -155,13 +178,10 @@ void tma_store_wait() {}
 
 inline void cluster_sync() { cluster->meet.arrive_and_wait(); }
 inline void tma_store_cluster(void* to, const void* from, int block_of_cluster, uint32_t bytes, Barrier& barrier) {
-  auto there = [=](void* here) {
-    return cluster->memories[block_of_cluster] + (static_cast<uint8_t*>(here) - shared_memory);
-  };
-  auto& arrived = *reinterpret_cast<Barrier*>(there(&barrier));
+  auto& arrived = barrier_of(&barrier, block_of_cluster);
   arrived.expect_transaction(bytes);
   arrived.arrive();
-  std::memcpy(there(to), from, bytes);
+  std::memcpy(in_block(to, block_of_cluster), from, bytes);
   arrived.complete(bytes);
 }
 }  // namespace tl

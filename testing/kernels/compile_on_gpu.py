@@ -11,8 +11,12 @@ from functools import partial
 import torch
 from torch.nn.functional import ScalingType
 
+from tilelang_ext.kernels.matmul import problem as matmul_problem
+from tilelang_ext.kernels.matmul.operator import KERNELS as MATMUL_KERNELS
 from tilelang_ext.kernels.scaled_mm.arguments import LAYOUTS
 from tilelang_ext.kernels.scaled_mm.problem import bucket_of
+from tilelang_ext.launch import record
+from tilelang_ext.launch.device import target_of
 
 
 def compile_all(shapes, recipes) -> None:
@@ -24,6 +28,35 @@ def compile_all(shapes, recipes) -> None:
 def compile_moe(kernels) -> None:
     """Compile what `mxfp4_moe` needs: the function that makes a prim_func, its arguments, pass configurations."""
     _in_processes(_compile_moe, kernels)
+
+
+def compile_matmuls(cases) -> None:
+    """Compile what `matmul` needs for cases (M, N, K, dtype, layout) as benchmark/bench_matmul.py has them."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    target = target_of("matmul", device)
+    kernels = {}
+    for M, N, K, dtype, layout in cases:
+        of = matmul_problem.Problem(*target, M, N, K, dtype, dtype, layout[0] == "N", layout[1] == "T")
+        if dtype in ("float16", "bfloat16"):
+            module = next(file for file in MATMUL_KERNELS if file.takes(of))
+            module.compile_kernel(of, _Listed(kernels))
+    if kernels:
+        _in_processes(partial(_compile_kernel, arch=target.arch), list(kernels))
+
+
+class _Listed:
+    """Stands in for what compiles kernels: keeps what it is asked for."""
+
+    def __init__(self, kernels: dict):
+        self.kernels = kernels
+
+    def compile(self, make, *arguments, pass_configs=None) -> None:
+        self.kernels[make, arguments, tuple((pass_configs or {}).items())] = None
+
+
+def _compile_kernel(listed, arch: str) -> None:
+    make, arguments, pass_configs = listed
+    record.kernel(make, arguments, arch, pass_configs)
 
 
 def _in_processes(function, jobs) -> None:

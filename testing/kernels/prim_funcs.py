@@ -4,8 +4,10 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from kernels.matmul import operands as matmul_operands
 from kernels.scaled_mm.operands import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, problem
 
+from tilelang_ext.kernels.matmul.operator import KERNELS as MATMUL_KERNELS
 from tilelang_ext.kernels.mxfp4_moe import formats, sm90_mma, sm90_scatter, sm90_wgmma, tiled
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.routing import count_slots, moe_sort
@@ -86,4 +88,30 @@ def scaled_matmuls() -> Iterator[Case]:
             yield Case(name, make, (of_shape, module.pick_config(of_shape)), configs, False)
 
 
-FAMILIES = (tiled_moe, around_moe, moe_on_hopper, scaled_matmuls)
+class Listed:
+    """Stands in for what compiles kernels: keeps what it is asked for."""
+
+    def __init__(self):
+        self.kernels = []
+
+    def compile(self, make, *arguments, pass_configs=None):
+        self.kernels.append((make, arguments, pass_configs or {}))
+
+
+def matmuls() -> Iterator[Case]:
+    """The kernels of `matmul`: tiled, persistent, in splits, after a transpose; with every part of the epilogue."""
+    ALL, BF16 = matmul_operands.ALL, matmul_operands.BF16
+    for name, of in {
+        "tiled": matmul_operands.problem(200, 136, 100, epilogue=ALL),
+        "large": matmul_operands.problem(4096, 4096, 4096, b_is_k_major=False, epilogue=ALL),
+        "cluster": matmul_operands.problem(4096, 4096, 4104),
+        "split": matmul_operands.problem(128, 4096, 7168, epilogue=ALL),
+        "turned": matmul_operands.problem(8, 16384, 16384, BF16, a_is_k_major=False),
+    }.items():
+        listed = Listed()
+        next(file for file in MATMUL_KERNELS if file.takes(of)).compile_kernel(of, listed)
+        for make, arguments, pass_configs in listed.kernels:
+            yield Case(f"matmul {name} {make.__name__}", make, arguments, pass_configs, False)
+
+
+FAMILIES = (tiled_moe, around_moe, moe_on_hopper, scaled_matmuls, matmuls)

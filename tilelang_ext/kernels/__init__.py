@@ -10,6 +10,7 @@ PUBLIC = {
     "MXFP4Experts": "tilelang_ext.kernels.mxfp4_moe.experts",
     "MXFP4Weights": "tilelang_ext.kernels.mxfp4_moe.weights",
     "check_topk_ids": "tilelang_ext.kernels.mxfp4_moe.arguments",
+    "matmul": "tilelang_ext.kernels.matmul.operator",
     "mxfp4_moe": "tilelang_ext.kernels.mxfp4_moe.operator",
     "prepare_mxfp4_weights": "tilelang_ext.kernels.mxfp4_moe.weights",
     "scaled_mm": "tilelang_ext.kernels.scaled_mm.operator",

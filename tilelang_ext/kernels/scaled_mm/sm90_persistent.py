@@ -39,7 +39,7 @@ from tilelang.layout import make_swizzled_layout
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK, BlockScaledLayout
 from tilelang_ext.kernels.scaled_mm.problem import Problem
-from tilelang_ext.kernels.sm90.epilogue import DeferredSubtiles, SubtileStores, accumulator_layout, alloc_deferred
+from tilelang_ext.kernels.sm90.epilogue import DeferredSubtiles, SubtileStores, alloc_deferred, alloc_stores, round_subtile
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch
 from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler
@@ -53,7 +53,6 @@ PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_safe_memory_leg
 
 _ROLES = Roles(num_consumers=2)
 _GROUP_ROWS = 8  # rows of tiles that are walked together
-_STORE_BUFFERS = 2  # of a consumer
 _K_BLOCKS_PER_STORE = 2  # of the next tile, from one deferred subtile to the next
 
 
@@ -256,7 +255,7 @@ def _matmul(traits, operands):
         A_s = T.alloc_shared((traits.config.num_stages, traits.config.block_M, BLOCK_K), traits.problem.a_dtype)
         B_s = T.alloc_shared((traits.config.num_stages, traits.config.block_N, BLOCK_K), traits.problem.b_dtype)
         scales_s = T.alloc_shared(traits.shared_scales, "float32")
-        stores = _alloc_stores(traits, operands)
+        stores = alloc_stores(operands.out, _ROLES.num_consumers, WGMMA_M, traits.config.subtile_N)
         accumulators = _alloc_accumulators(traits)
         _swizzle(A_s, B_s, stores)
         pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, _ROLES.consumer_warps)
@@ -265,14 +264,6 @@ def _matmul(traits, operands):
         scheduler = PersistentScheduler(traits.config.num_blocks, block, tiles.num_tiles)
         thread = T.get_thread_binding()
         _dispatch_roles(traits, operands, _Block(A_s, B_s, scales_s, pipeline, tiles, scheduler, thread), accumulators, stores)
-
-
-def _alloc_stores(traits: _Traits, operands: Operands) -> list[SubtileStores]:
-    shape = (WGMMA_M, traits.config.subtile_N)
-    return [
-        SubtileStores(warpgroup, operands.out, [T.alloc_shared(shape, traits.problem.out_dtype) for _ in range(_STORE_BUFFERS)])
-        for warpgroup in range(_ROLES.num_consumers)
-    ]
 
 
 def _alloc_accumulators(traits: _Traits) -> list[_Accumulators]:
@@ -535,10 +526,11 @@ def _store_tile(traits: _Traits, operands: Operands, block: _Block, consumer: _C
     for m in range(traits.mma_tiles):
         _scale(traits, operands, block, consumer, tile, m)
         for n in range(traits.subtiles):
+            accumulator, row = consumer.accumulators.of_tiles[m], tile.row + consumer.row + m * WGMMA_M
             if n < consumer.deferred.first:
-                _store_subtile(traits, consumer, tile, m, n)
+                consumer.stores.round_and_store(m * traits.subtiles + n, accumulator, n, row, tile.column)
             else:
-                _round(traits, consumer, m, n, consumer.deferred.values[n - consumer.deferred.first])
+                round_subtile(accumulator, n, consumer.deferred.values[n - consumer.deferred.first])
     consumer.deferred.defer(tile.row + consumer.row, tile.column)
 
 
@@ -571,32 +563,6 @@ def _scale(traits: _Traits, operands: Operands, block: _Block, consumer: _Consum
         # All elements before the first store: the compiler moves no load across a store.
         for i, j in T.Parallel(WGMMA_M, block_N):
             accumulator[i, j] = finished(accumulator[i, j], row_scales[i], j)
-
-    emit()
-
-
-def _round(traits: _Traits, consumer: _Consumer, m: int, n: int, out_f) -> None:
-    """Round subtile n of MMA tile m to the result's dtype; every thread keeps the elements that it has."""
-    accumulator, columns, dtype = consumer.accumulators.of_tiles[m], traits.config.subtile_N, traits.problem.out_dtype
-
-    @T.macro
-    def emit():
-        for i, j in T.Parallel(WGMMA_M, columns, loop_layout=accumulator_layout(WGMMA_M, columns)):
-            out_f[i, j] = T.cast(accumulator[i, n * columns + j], dtype)
-
-    emit()
-
-
-def _store_subtile(traits: _Traits, consumer: _Consumer, tile: _Coord, m: int, n: int) -> None:
-    """Round and store subtile n of MMA tile m."""
-    columns, number = traits.config.subtile_N, m * traits.subtiles + n
-    row, column = tile.row + consumer.row + m * WGMMA_M, tile.column + n * columns
-
-    @T.macro
-    def emit():
-        out_f = T.alloc_fragment((WGMMA_M, columns), traits.problem.out_dtype)
-        _round(traits, consumer, m, n, out_f)
-        consumer.stores.store(number, out_f, row, column)
 
     emit()
 

@@ -11,6 +11,8 @@ from typing import Any
 from tilelang_ext import language as T
 from tilelang_ext.kernels.sm90.roles import warpgroup_sync
 
+_BUFFERS = 2  # of a consumer
+
 
 def accumulator_layout(rows: int, columns: int):
     """Return the layout of a WGMMA accumulator: which thread of the warpgroup, and which of its registers, holds (i, j)."""
@@ -19,6 +21,18 @@ def accumulator_layout(rows: int, columns: int):
         return i // 16 * 32 + i % 8 * 4 + j % 8 // 2, j // 8 * 4 + i % 16 // 8 * 2 + j % 2
 
     return T.Fragment((rows, columns), forward_fn=thread_and_register)
+
+
+def round_subtile(accumulator, n: int, values_f) -> None:
+    """Round subtile n of an accumulator to the dtype of `values_f`; every thread keeps the elements that it has."""
+    (rows, columns), dtype = map(int, values_f.shape), str(values_f.dtype)
+
+    @T.macro
+    def emit():
+        for i, j in T.Parallel(rows, columns, loop_layout=accumulator_layout(rows, columns)):
+            values_f[i, j] = T.cast(accumulator[i, n * columns + j], dtype)
+
+    emit()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +70,18 @@ class SubtileStores:
             warpgroup_sync(warpgroup)
             if condition is None or condition:
                 issue(row, column)
+
+        emit()
+
+    def round_and_store(self, number: int, accumulator, n: int, row, column) -> None:
+        """Round subtile n of an accumulator that begins at (row, column), and store it."""
+        (rows, columns), dtype = map(int, self.buffers[0].shape), self.buffers[0].dtype
+
+        @T.macro
+        def emit():
+            out_f = T.alloc_fragment((rows, columns), dtype)
+            round_subtile(accumulator, n, out_f)
+            self.store(number, out_f, row, column + n * columns)
 
         emit()
 
@@ -110,6 +136,14 @@ class DeferredSubtiles:
         number = self.first + i
         columns = int(self.values[i].shape[1])
         self.stores.store(number, self.values[i], self.coord[0], self.coord[1] + number * columns, condition)
+
+
+def alloc_stores(out, num_consumers: int, rows: int, columns: int) -> list[SubtileStores]:
+    """Allocate the shared buffers of every consumer, for subtiles (rows, columns) of out."""
+    return [
+        SubtileStores(warpgroup, out, [T.alloc_shared((rows, columns), out.dtype) for _ in range(_BUFFERS)])
+        for warpgroup in range(num_consumers)
+    ]
 
 
 def alloc_deferred(stores: SubtileStores, subtiles: int, count: int, interval: int) -> DeferredSubtiles:

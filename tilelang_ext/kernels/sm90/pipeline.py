@@ -30,6 +30,7 @@ class Pipeline:
     num_stages: int
     full: Any  # barriers (num_stages,)
     empty: Any
+    cluster: int = 1  # blocks whose producers write each other's stages
 
     def stage(self, step):
         """Return the stage of a step; a remainder is cheap if `num_stages` is a power of two."""
@@ -56,12 +57,21 @@ class Pipeline:
         T.evaluate(T.barrier_wait(self.full[stage], phase))
 
     def release(self, stage, lane) -> None:
-        """Consumer: hand the stage back, one arrival per warp, once its last MMA that reads the stage is complete."""
-        arrive_once(self.empty, stage, lane)
+        """Consumer: hand the stage back, one arrival per warp, once its last MMA that reads the stage is complete.
+
+        In a cluster, the stage is handed to the producers of all its blocks.
+        """
+        if self.cluster == 1:
+            arrive_once(self.empty, stage, lane)
+        else:
+            arrive_in_cluster(self.empty, stage, lane, self.cluster)
 
 
-def alloc_pipeline(num_stages: int, producer_arrivals: int, consumer_arrivals: int) -> Pipeline:
-    """Allocate the barriers: arrivals are producer threads, and consumer warps that read a stage."""
+def alloc_pipeline(num_stages: int, producer_arrivals: int, consumer_arrivals: int, cluster: int = 1) -> Pipeline:
+    """Allocate the barriers: arrivals are producer threads, and consumer warps of a block that read a stage.
+
+    With a `cluster` of several blocks, a producer writes the same stage of all of them.
+    """
 
     @T.macro
     def alloc():
@@ -69,7 +79,13 @@ def alloc_pipeline(num_stages: int, producer_arrivals: int, consumer_arrivals: i
         empty = T.alloc_barrier([consumer_arrivals] * num_stages)
         return full, empty
 
-    return Pipeline(num_stages, *alloc())
+    @T.macro
+    def alloc_in_cluster():
+        full = T.alloc_barrier([producer_arrivals] * num_stages)
+        empty = T.alloc_cluster_barrier([consumer_arrivals * cluster] * num_stages)
+        return full, empty
+
+    return Pipeline(num_stages, *(alloc() if cluster == 1 else alloc_in_cluster()), cluster)
 
 
 @T.macro
@@ -77,6 +93,13 @@ def arrive_once(barriers, index, lane):
     """Arrive at barriers[index], once per warp."""
     if lane == 0:
         T.mbarrier_arrive(barriers[index])
+
+
+@T.macro
+def arrive_in_cluster(barriers, index, lane, blocks):
+    """Arrive at barriers[index] of every block of the cluster, once per warp: one lane for each block."""
+    if lane < blocks:
+        T.mbarrier_arrive(barriers[index], lane)
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,7 +44,7 @@ class GroupedTiles:
     """
 
     group_rows: int
-    tile_columns: int
+    tile_columns: Any  # a Python number, or an expression of the kernel
     tile_rows: Any
 
     @property
@@ -63,4 +63,16 @@ class GroupedTiles:
             tile_row[0] = group * group_rows + tile % tiles_of_group % size
             tile_column[0] = tile % tiles_of_group // size
 
-        write(tile)
+        @T.macro
+        def write_by_truncation(tile):
+            # Nothing is negative, which upstream proves of constants alone: floors of other divisions take a dozen each.
+            tile_row[0] = T.truncdiv(tile, tiles_of_group) * group_rows
+            size = T.alloc_var("int32", T.min(T.int32(group_rows), tile_rows - tile_row[0]))
+            within = T.alloc_var("int32", T.truncmod(tile, tiles_of_group))
+            tile_row[0] = tile_row[0] + T.truncmod(within, size)
+            tile_column[0] = T.truncdiv(within, size)
+
+        if isinstance(self.tile_columns, int):
+            write(tile)
+        else:
+            write_by_truncation(tile)

@@ -1,0 +1,89 @@
+"""The plan of `matmul` on a driver that writes down its launches: which kernels, with which tensors, and for which rows."""
+
+import pytest
+import torch
+from kernels.matmul.operands import BF16, problem
+from launch.fakes import FakeCuda, compile_without_nvcc
+
+from tilelang_ext.kernels.matmul import launch as launches
+from tilelang_ext.kernels.matmul import operator, sm90_config
+from tilelang_ext.kernels.matmul.arguments import number_of
+from tilelang_ext.launch.device import Target
+
+
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that says it is on cuda:0."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The fake driver, and an operator whose plan launches there, with the cheapest tile to lower."""
+    cuda = FakeCuda()
+    compile_without_nvcc(monkeypatch)
+    plan = cuda.launcher.plan(launches.RECIPE)
+    monkeypatch.setattr(launches, "plan", lambda: plan)
+    monkeypatch.setattr(operator, "target_of", lambda name, device: Target("cuda", "sm_90a", 132))
+    tiles = [tile for tile in sm90_config.TILES if (tile.block_M, tile.block_N, tile.thin) == (64, 64, 0)]
+    monkeypatch.setattr(sm90_config, "TILES", tuple(tiles))
+    sm90_config._pick.cache_clear()
+    yield cuda
+    sm90_config._pick.cache_clear()
+
+
+def arguments(M, N, K, a_is_k_major=True, b_is_k_major=True, **options):
+    a = torch.zeros(M, K, dtype=BF16) if a_is_k_major else torch.zeros(K, M, dtype=BF16).t()
+    b = torch.zeros(N, K, dtype=BF16).t() if b_is_k_major else torch.zeros(K, N, dtype=BF16)
+    names = ("row_scale", "column_scale", "bias", "residual")
+    tensors = [a, b, *(options.get(name) for name in names), torch.empty(M, N, dtype=BF16)]
+    *inputs, out = (None if x is None else x.as_subclass(OnCuda) for x in tensors)
+    return (*inputs, number_of(options.get("activation")), out)
+
+
+def test_launches(cuda):
+    """One kernel; rows of one choice share it; K in splits is two kernels, whose operands go to the one that needs them."""
+    for M in (70, 100):
+        given = arguments(M, 256, 128)
+        operator._matmul_out(*given)
+        [done] = cuda.launches()[-1:]
+        assert done.kernel == "matmul_kernel"
+        assert done.grid == (132, 1, 1)
+        assert {given[0].data_ptr() | 128 << 64 | M << 128, given[-1].data_ptr() | 256 << 64 | M << 128} <= set(done.parameters)
+    assert len(cuda.lines("load")) == 1
+    bias = torch.zeros(64)
+    given = arguments(16, 64, 4096, bias=bias, activation="relu")
+    operator._matmul_out(*given)
+    product, total = cuda.launches()[-2:]
+    assert (product.kernel, total.kernel) == ("partial_matmul_kernel", "sum_splits_kernel")
+    assert given[1].data_ptr() | 4096 << 64 | 64 << 128 in product.parameters
+    assert {bias.data_ptr(), given[-1].data_ptr()} <= set(total.parameters)
+    splits = sm90_config.pick_config(problem(16, 64, 4096))[1]
+    assert splits > 1
+    assert splits in product.parameters
+    assert splits in total.parameters
+
+
+def test_what_kernels_cannot_read_is_copied(cuda):
+    """Rows of a that lie apart; a bias with steps; a residual that starts between multiples of 16 bytes."""
+    given = list(arguments(2, 64, 64, bias=torch.zeros(128)[::2], residual=torch.zeros(129)[1:].reshape(2, 64)))
+    given[0] = given[0].repeat(1, 2)[:, :64]
+    operator._matmul_out(*given)
+    [done] = cuda.launches()
+    addresses = {parameter & (1 << 64) - 1 for parameter in done.parameters}
+    assert addresses & {x.data_ptr() for x in given if isinstance(x, torch.Tensor)} == {
+        given[1].data_ptr(),
+        given[-1].data_ptr(),
+    }
+
+
+def test_errors_are_the_operator_s(cuda):
+    """Also where a variant is there: what it refuses is refused with the operator's rule."""
+    given = list(arguments(2, 64, 64))
+    operator._matmul_out(*given)
+    given[-1] = torch.empty(2, 72, dtype=BF16).as_subclass(OnCuda)
+    with pytest.raises(ValueError, match=r"matmul: out must be contiguous of shape \(2, 64\)"):
+        operator._matmul_out(*given)
+    operator._matmul_out(*arguments(0, 64, 64))
+    assert len(cuda.launches()) == 1

@@ -1,0 +1,153 @@
+"""The kernels for Hopper: values by running their CUDA text on the CPU, the machine code, which one a problem gets."""
+
+import pytest
+import torch
+from cuda.execute import needs_compiler
+from cuda.kernels import lower
+from cuda.toolkit import compile_texts, needs_nvcc
+from kernels.hopper import Box, execute
+from kernels.matmul.operands import ALL, BF16, FP16, FP32, operands, problem
+from numeric import assert_close
+
+from tilelang_ext import reference
+from tilelang_ext.kernels.matmul import operator, sm90_config, sm90_persistent, sum_splits, tiled, turn
+from tilelang_ext.kernels.matmul.problem import Epilogue
+from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config
+from tilelang_ext.kernels.matmul.sm90_persistent import ARCH, PASS_CONFIGS, WGMMA_M
+
+needs_clusters = pytest.mark.skipif(not sm90_config.CLUSTERS, reason="tilelang 0.1.14 has no clusters")
+DTYPES = {"bfloat16": BF16, "float16": FP16, "float32": FP32}
+
+
+def text_of(make, *arguments, name="matmul"):
+    return lower(make(*arguments).with_attr("global_symbol", name), ARCH, **PASS_CONFIGS)
+
+
+def run(of, config, splits=1):
+    """Check one launch, and that of the sum over splits, against float64; every other byte of memory is a NaN."""
+    a, b, *others = operands(of)
+    given = dict(zip(("row_scale", "column_scale", "bias", "residual"), others, strict=True))
+    expected = reference.matmul(a, b, *others[:3], of.epilogue.activation, others[3])
+    tensors = {"a": a if of.a_is_k_major else a.t(), "b": b.t() if of.b_is_k_major else b}
+    tensors |= {name: tensor for name, tensor in given.items() if tensor is not None}
+    out = tensors["out"] = torch.full((of.M, of.N), torch.nan, dtype=DTYPES[of.out_dtype])
+    boxes = {
+        "a": Box(config.a_rows, BLOCK_K) if of.a_is_k_major else Box(BLOCK_K, WGMMA_M),
+        "b": Box((config.block_N if of.b_is_k_major else BLOCK_K) // config.cluster, 64),
+        "out": Box(WGMMA_M, config.subtile_N),
+    }
+    scalars = {"M": of.M, "M_in_8": of.M // 8, "N_in_8": of.N // 8, "K_in_8": of.K // 8, "splits": splits}
+    scalars |= {"K": of.K, "groups": of.N // 8}
+    general = of.without_sizes("M", "N", "K")
+    grid = (config.num_blocks, 1)
+    if splits == 1:
+        execute(text_of(sm90_persistent.matmul, general, config), grid, tensors, boxes, scalars, config.cluster)
+    else:
+        tensors["partial"] = torch.full((splits, of.M, of.N), torch.nan)
+        execute(text_of(sm90_persistent.partial_matmul, general, config), grid, tensors, boxes, scalars, config.cluster)
+        blocks = -(-of.N // (8 * sum_splits._GROUPS)), -(-of.M // sum_splits._ROWS)
+        execute(text_of(sum_splits.sum_splits, general), blocks, tensors, {}, scalars)
+    bounds = {"max_error": 1e-5, "rms_error": 1e-5} if of.out_dtype == "float32" else {}
+    assert_close(out, expected, dtype=of.out_dtype, **bounds)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("of", "config", "splits"),
+    [
+        # K ends inside a K block; deferred subtiles, of which the next unit stores those that it has K blocks for
+        (problem(168, 72, 264, epilogue=ALL), Config(128, 64, 2, 2, 32, 1, False, 2, 128), 1),
+        # two MMA tiles of a consumer; both operands turned; float32
+        (problem(296, 72, 72, FP16, FP32, False, False), Config(256, 64, 2, 2, 32, 0, False, 1, 256), 1),
+        # three splits of 2 K blocks: the last has one; one consumer; one operand turned
+        (problem(72, 136, 296, BF16, a_is_k_major=False, epilogue=ALL), Config(64, 128, 1, 4, 0, 0, True, 5, 64), 3),
+        # fewer rows of A than an MMA has, whose last rows are those of other stages; stages that are no power of two
+        (problem(13, 72, 328, BF16, b_is_k_major=False), Config(64, 64, 1, 3, 64, 0, False, 3, 16), 1),
+        # the blocks of a cluster share B of either order; the last one has no row of A
+        pytest.param(problem(88, 72, 200), Config(64, 64, 1, 2, 0, 0, True, 4, 64, 2), 2, marks=needs_clusters),
+        pytest.param(
+            problem(136, 136, 136, b_is_k_major=False), Config(64, 128, 1, 2, 64, 0, False, 2, 64, 2), 1, marks=needs_clusters
+        ),
+    ],
+)
+def test_values(of, config, splits):
+    """Several rows and columns of tiles, none of the last ones full; blocks walk over several tiles."""
+    run(of, config, splits)
+
+
+@needs_compiler
+def test_turn():
+    a = torch.arange(130 * 16, dtype=torch.int16).reshape(130, 16).view(BF16)
+    tensors = {"a": a, "turned": torch.full((16, 130), torch.nan, dtype=BF16)}
+    execute(text_of(turn.turn, "bfloat16"), (2, 2), tensors, {}, {"K": 130, "groups": 2})
+    assert torch.equal(tensors["turned"].view(torch.int16), a.t().view(torch.int16))
+
+
+# --- machine code ----------------------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+def test_instructions():
+    """WGMMAs that are not serialized, fed by TMA; no register spilled, with the most registers that a tile has."""
+    of = problem(4096, 4096, 4096, epilogue=Epilogue(bias_dtype="bfloat16", activation="gelu"))
+    text = text_of(sm90_persistent.matmul, of.without_sizes("M", "N", "K"), sm90_config.pick_config(of)[0])
+    kernel = compile_texts({"matmul": text}, ARCH)["matmul"]
+    assert kernel.count("HGMMA")
+    assert kernel.count("UTMALDG")
+    assert not kernel.count("HMMA")
+    assert kernel.spilled == 0
+
+
+# --- choices ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("of", "tile", "splits"),
+    [
+        (problem(8192, 8192, 8192), (128, 256, 1, 128), 1),
+        (problem(1024, 1024, 1024), (128, 64, 1, 128), 1),  # 128 tiles: one for each SM
+        (problem(128, 4096, 7168), (128, 64, 1, 128), 2),
+        (problem(1, 4096, 4096), (64, 64, 1, 16), 1),
+        pytest.param(problem(4096, 4096, 4104), (128, 256, 2, 128), 1, marks=needs_clusters),  # rows of no 128 bytes
+    ],
+)
+def test_pick_config(of, tile, splits):
+    config, picked = sm90_config.pick_config(of)
+    assert (config.block_M, config.block_N, config.cluster, config.a_rows) == tile
+    assert (picked, config.is_split) == (splits, splits > 1)
+
+
+def test_configs_fit():
+    """Every choice has enough shared memory, K blocks for every split, and blocks for every cluster."""
+    for M in (1, 17, 33, 65, 200, 4000):
+        for N, K in ((8, 8), (264, 16384), (4096, 520), (16384, 4096)):
+            for out, a_is_k_major in ((BF16, True), (FP32, False)):
+                of = problem(-(-M // 8) * 8, N, K, out=out, a_is_k_major=a_is_k_major)
+                for tile, splits in sm90_config.choices(of):
+                    config = sm90_config.config_of(tile, of, splits)
+                    stage = (config.a_rows + config.block_N) * BLOCK_K * 2
+                    subtiles = 0 if config.is_split else 2 * config.num_consumers * WGMMA_M * 128
+                    padding = (max(WGMMA_M, config.a_rows) - config.a_rows) * BLOCK_K * 2
+                    assert config.num_stages * stage + subtiles + padding <= 226 * 1024, config
+                    assert config.num_blocks % config.cluster == 0
+                    k_blocks = -(-K // BLOCK_K)
+                    assert (splits - 1) * -(-k_blocks // splits) < k_blocks
+
+
+@pytest.mark.parametrize("M", [1, 16, 17, 40, 64, 65, 700, 4096])
+def test_rows_served(M):
+    """Every number of rows that a variant serves would have had the same kernels."""
+    of = problem(M, 4096, 4104)
+    first, last = sm90_persistent.sizes_served(of)
+    assert first <= M <= last
+    picked = {sm90_config.pick_config(problem(rows, 4096, 4104)) for rows in (first, M, last)}
+    assert len(picked) == 1
+
+
+def test_first_kernel_that_takes_a_problem():
+    def kernel_of(*sizes, **options):
+        return next(file for file in operator.KERNELS if file.takes(problem(*sizes, **options)))
+
+    assert kernel_of(1, 8, 8) is kernel_of(9, 4096, 40, b_is_k_major=False) is sm90_persistent
+    assert kernel_of(9, 33, 8) is kernel_of(9, 8, 33) is kernel_of(9, 8, 8, a_is_k_major=False) is tiled
+    assert kernel_of(64, 64, 64, arch="sm_80") is kernel_of(64, 64, 64, arch="gfx942") is tiled

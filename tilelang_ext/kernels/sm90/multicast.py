@@ -1,0 +1,61 @@
+"""TMA loads of a matrix that the two blocks of a cluster share: each loads one half, and both receive both.
+
+A row of a matrix that begins between multiples of 128 bytes takes TMA two requests to the L2 cache for 128 bytes, so that loads
+would take longer than the MMAs; shared, they take half the requests.
+"""
+
+from tilelang import tvm
+from tvm import tirx
+
+from tilelang_ext import language as T
+from tilelang_ext.kernels.sm90.roles import WARPGROUP
+
+BLOCKS = 2
+_ROW = 64  # elements of 16 bits: the bytes of a swizzled row
+_DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+_INTERLEAVE_NONE, _SWIZZLE_128B, _PROMOTION_L2_128B, _FILL_ZERO = 0, 3, 2, 0  # CUtensorMap...
+_EVICT_NORMAL = 0
+
+
+def multicast(matrix, shared, stage, barrier, origin: tuple, is_k_major: bool, rank) -> None:
+    """Load this block's half of a tile into a stage of both blocks; every thread of the producer warpgroup calls it.
+
+    `matrix` is (N, K) or, if it is not K-major, (K, N), of 16-bit elements; `shared` (stages, block_N, 64) or
+    (stages, 64, block_N), swizzled by 128 bytes; `origin` the first k and the first row n of the tile. The barrier of the stage
+    then expects the bytes of the whole tile.
+    """
+    _, rows, columns = map(int, shared.shape)
+    size = rows * columns
+    # What this block loads: rows of a K-major tile, or rows of every panel of 64 columns of the other.
+    panels, box = columns // _ROW, rows // BLOCKS
+    outer, inner = matrix.shape
+    descriptor = T.create_tma_descriptor(
+        _DATA_TYPES[str(matrix.dtype)],
+        2,
+        matrix.data,
+        *(inner, outer),
+        *(2, inner * 2),
+        *(_ROW, box),
+        *(1, 1),
+        _INTERLEAVE_NONE,
+        _SWIZZLE_128B,
+        _PROMOTION_L2_128B,
+        _FILL_ZERO,
+    )
+    k, n = origin
+    first_row, first_column = (n, k) if is_k_major else (k, n)
+
+    def load(panel: int):
+        offset = stage * size + panel * rows * _ROW + rank * (box * _ROW)
+        to = shared.access_ptr(2, "handle", 1, offset, box * _ROW)
+        arguments = (descriptor, barrier, to, (1 << BLOCKS) - 1, first_column + panel * _ROW, first_row + rank * box)
+        return tirx.call_intrin("handle", tvm.ir.Op.get("tl.tma_load_multicast"), *arguments, _EVICT_NORMAL)
+
+    @T.macro
+    def emit():
+        if T.shuffle_elect(WARPGROUP):
+            T.mbarrier_expect_tx(barrier, size * 2)
+            for panel in T.unroll(panels):
+                T.evaluate(load(panel))
+
+    emit()
