@@ -29,7 +29,11 @@ def run(M, N, K, recipes, *, format_a=E4M3, format_b=E4M3, bias=None, out="float
     return report.counts, [*arguments, *extra]
 
 
-@pytest.mark.parametrize("recipes", PAIRS, ids=lambda pair: "-".join(recipe.name for recipe in pair))
+@pytest.mark.parametrize(
+    "recipes",
+    [pair for pair in PAIRS if pair not in ((ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK))],  # in the tests below
+    ids=lambda pair: "-".join(recipe.name for recipe in pair),
+)
 def test_recipes(recipes):
     """Two tiles of rows and two of columns, none of them full; the last step of K is not full either."""
     run(70, 150, 288, recipes, bias="bfloat16")
