@@ -4,6 +4,9 @@
     python testing/kernels/hash_prim_funcs.py --check FILE   list what differs from FILE; the exit status says whether any does
     ... --texts FOLDER                                       also write the texts there, to compare two of them
 
+A tool for moves, which no test runs, since it lowers for minutes: `prim_func_hashes.json` is of the commit that wrote it last.
+Write a file at the commit before the move, and check against it after.
+
 CUDA text for sm_90a, and Metal text of what Metal takes; no GPU is needed. Each text has two hashes: as it is emitted, and up
 to the names of its variables. Upstream places shared buffers of one size in an order that differs from run to run, so their
 offsets are compared as a set.
