@@ -182,3 +182,59 @@ def moe_sort(
 
 def _local_experts(num_experts: int, expert_mask: Tensor | None) -> list[int]:
     return list(range(num_experts)) if expert_mask is None else expert_mask.nonzero().flatten().tolist()
+
+
+def gated_delta(
+    q: Tensor,  # (batch, tokens, qk_heads, K)
+    k: Tensor,
+    v: Tensor,  # (batch, tokens, heads, V)
+    state: Tensor,  # (batch, heads, V, K)
+    A_log: Tensor,  # (heads,)
+    dt_bias: Tensor,  # (heads,), or (heads, K)
+    a: Tensor,  # (batch, tokens, heads), or (batch, tokens, heads, K)
+    b: Tensor,  # (batch, tokens, heads)
+    scale: float,
+    *,
+    l2_norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule, token by token: out (batch, tokens, heads, V), and the state after each token, float64
+    (batch, tokens, heads, V, K).
+
+    g = exp(-exp(A_log) softplus(a + dt_bias)); S = g S; S = S + sigmoid(b) (v - S k) k^T; out = scale S q. Value head h has q
+    and k of head h // (heads / qk_heads); with `l2_norm` they are divided by sqrt(their squares' sum + 1e-6).
+    """
+    out, states, S = [], [], state.double()
+    for t in range(q.shape[1]):
+        of_token = (x[:, t] for x in (q, k, v, a, b))
+        o, S, _ = gated_delta_token(*of_token, S, A_log, dt_bias, scale, l2_norm=l2_norm)
+        out.append(o)
+        states.append(S)
+    return torch.stack(out, 1), torch.stack(states, 1)
+
+
+class GatedDeltaEntry(NamedTuple):
+    """What one token adds to the state: S = g S + r k^T, with log_g, float64."""
+
+    k: Tensor  # (batch, qk_heads, K), divided by its norm if asked
+    r: Tensor  # (batch, heads, V)
+    log_g: Tensor  # (batch, heads), or (batch, heads, K)
+
+
+def gated_delta_token(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, A_log: Tensor, dt_bias: Tensor, scale: float,
+    *, l2_norm: bool = False,
+) -> tuple[Tensor, Tensor, GatedDeltaEntry]:  # fmt: skip
+    """One token of `gated_delta`: out (batch, heads, V), the state after it, and what it added."""
+    rate = A_log.double().exp().view(*A_log.shape, *[1] * (dt_bias.dim() - 1))
+    log_g = -rate * torch.nn.functional.softplus(a.double() + dt_bias.double())
+    g = torch.exp(log_g)
+    q, k = (_divided_by_norm(x.double()) if l2_norm else x.double() for x in (q, k))
+    query, key = (x.repeat_interleave(v.shape[1] // x.shape[1], dim=1) for x in (q, k))
+    S = state * (g[:, :, None] if g.dim() == 3 else g[:, :, None, None])
+    r = torch.sigmoid(b.double())[..., None] * (v.double() - torch.einsum("bhvk,bhk->bhv", S, key))
+    S = S + r[..., None] * key[:, :, None, :]
+    return scale * torch.einsum("bhvk,bhk->bhv", S, query), S, GatedDeltaEntry(k, r, log_g)
+
+
+def _divided_by_norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

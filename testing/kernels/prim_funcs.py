@@ -7,6 +7,9 @@ from typing import NamedTuple
 from kernels.matmul import operands as matmul_operands
 from kernels.scaled_mm.operands import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, problem
 
+from tilelang_ext.kernels.gated_delta import decode, replay
+from tilelang_ext.kernels.gated_delta.problem import Problem as GatedDelta
+from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS, pick_config
 from tilelang_ext.kernels.matmul.operator import KERNELS as MATMUL_KERNELS
 from tilelang_ext.kernels.mxfp4_moe import formats, sm90_mma, sm90_scatter, sm90_wgmma, tiled
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
@@ -114,4 +117,18 @@ def matmuls() -> Iterator[Case]:
             yield Case(f"matmul {name} {make.__name__}", make, arguments, pass_configs, False)
 
 
-FAMILIES = (tiled_moe, around_moe, moe_on_hopper, scaled_matmuls, matmuls)
+def gated_delta() -> Iterator[Case]:
+    """The kernels of the gated delta rule, with a gate per head and per channel, on Hopper and elsewhere."""
+    sizes = {"tokens": 1, "qk_heads": 4, "heads": 8, "K": 128, "V": 128, "dtype": "bfloat16", "state_dtype": "float32"}
+    for kind, num_sms in (("cuda", NUM_SMS), ("metal", 0)):
+        for name, make, options in (
+            ("decode", decode.decode, {}),
+            ("verify", decode.decode, {"tokens": 4, "each_token": True, "per_channel": True}),
+            ("replay", replay.replay, {"limit": 8}),
+        ):
+            problem = GatedDelta(kind, num_sms, **{**sizes, **options})
+            configs = PASS_CONFIGS if kind == "cuda" else {}
+            yield Case(f"gated_delta {name} for {kind}", make, (problem, pick_config(problem, 8)), configs, kind == "metal")
+
+
+FAMILIES = (tiled_moe, around_moe, moe_on_hopper, scaled_matmuls, matmuls, gated_delta)

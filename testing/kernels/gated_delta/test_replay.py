@@ -1,0 +1,92 @@
+"""The replay kernel over many steps in the simulator, beside the recurrence in float64 over all tokens."""
+
+import pytest
+import torch
+from kernels.gated_delta.operands import expected, inputs
+from numeric import assert_close
+
+from tilelang_ext import metal, simulate
+from tilelang_ext.kernels.gated_delta.problem import Problem
+from tilelang_ext.kernels.gated_delta.replay import replay
+from tilelang_ext.kernels.gated_delta.rows import Config
+from tilelang_ext.rocm import program as rocm
+
+SCALE, LIMIT = 0.2, 4
+
+
+class Replay:
+    """A pool of states and rings on one target; poisoned where nothing was written."""
+
+    def __init__(self, target, batch, tokens, qk_heads, heads, K, V, per_channel=False, l2_norm=False):
+        sizes = {"tokens": tokens, "qk_heads": qk_heads, "heads": heads, "K": K, "V": V}
+        dtypes = {"dtype": "bfloat16", "state_dtype": "float32"}
+        options = {"per_channel": per_channel, "l2_norm": l2_norm, "scale": SCALE, "limit": LIMIT}
+        problem = Problem("metal", 0, **sizes, **dtypes, **options)
+        prim_func = replay(problem, Config(1, 4))
+        self.target = target
+        self.program = metal.lower(prim_func) if target == "metal" else rocm.lower(prim_func, target)
+        nan = torch.nan
+        self.k = torch.full((batch, problem.ring, qk_heads, K), nan, dtype=torch.bfloat16)
+        self.r = torch.full((batch, problem.ring, heads, V), nan)
+        self.decay = torch.full((batch, problem.ring, heads, *([K] if per_channel else [])), nan)
+        self.windows = torch.zeros(batch, 2, dtype=torch.int32)
+        self.tokens, self.ring = tokens, problem.ring
+
+    def step(self, given, accepted):
+        """Compute the tokens of each sequence, and move the windows past the accepted ones."""
+        out = torch.full(given["v"].shape, torch.nan, dtype=torch.bfloat16)
+        unused = torch.zeros(1, dtype=torch.int32)
+        tensors = *given.values(), unused, self.windows, self.k, self.r, self.decay, out
+        report = simulate(self.program, *tensors, target=self.target, check=True, timeout=300)
+        assert not report.findings, str(report)
+        first, count = self.windows.T
+        is_written = count + self.tokens > LIMIT
+        first, count = torch.where(is_written, (first + count) % self.ring, first), torch.where(is_written, 0, count)
+        self.windows = torch.stack([first, count + torch.tensor(accepted)], 1).int()
+        return out
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes", "options"),
+    [
+        ("metal", (2, 1, 2, 4, 64, 8), {}),
+        ("metal", (2, 1, 1, 2, 32, 4), {"per_channel": True, "l2_norm": True}),
+        ("hip -mcpu=gfx942", (1, 1, 1, 2, 64, 8), {}),
+    ],
+)
+def test_decode(target, sizes, options):
+    """Eleven steps: the window fills, the state is written twice, and the ring wraps."""
+    steps = 11
+    batch, _, *rest = sizes
+    of_all = inputs(batch, steps, *rest, per_channel=options.get("per_channel", False))
+    wanted, _ = expected(of_all, SCALE, l2_norm=options.get("l2_norm", False))
+    kept = Replay(target, *sizes, **options)
+    given = dict(of_all)
+    before = given["state"].clone()
+    written = []
+    for t in range(steps):
+        given.update({name: of_all[name][:, t : t + 1].contiguous() for name in "qkvab"})
+        out = kept.step(given, [1] * batch)
+        assert_close(out[:, 0], wanted[:, t], dtype="bfloat16")
+        written.append(not torch.equal(given["state"], before))
+        before = given["state"].clone()
+    assert [t for t in range(steps) if written[t]] == [4, 8]
+
+
+def test_verify_keeps_accepted_tokens_alone():
+    """Three tokens a step, of which each sequence accepts another number; rejected entries are overwritten."""
+    given = inputs(2, 3, 1, 2, 32, 4)
+    kept = Replay("metal", 2, 3, 1, 2, 32, 4)
+    history = {name: [[] for _ in range(2)] for name in "qkvab"}
+    initial = given["state"].clone()
+    for accepted in ([1, 3], [2, 1], [3, 0], [1, 2], [2, 3]):
+        fresh = inputs(2, 3, 1, 2, 32, 4)
+        given.update({name: fresh[name] for name in "qkvab"})
+        out = kept.step(given, accepted)
+        for i in range(2):
+            of_all = {name: torch.cat([*history[name][i], given[name][i]])[None] for name in "qkvab"}
+            of_all |= {"state": initial[i : i + 1], "A_log": given["A_log"], "dt_bias": given["dt_bias"]}
+            wanted, _ = expected(of_all, SCALE)
+            assert_close(out[i], wanted[0, -3:], dtype="bfloat16")
+            for name in "qkvab":
+                history[name][i].append(given[name][i, : accepted[i]])

@@ -1,0 +1,283 @@
+"""What a warp does with its rows of one head's state, (V, K): the macros that the kernels of the gated delta rule share.
+
+A group of `lanes` lanes holds whole rows together, by loads of 16 bytes per lane that lie side by side. S k and S q of a row
+are sums over the lanes of its group. With S' = g S,
+
+    S' k = S (g k);  r = beta (v - S' k);  o = scale * (S (g q) + (q . k) r)
+
+both sums come from the state as it was read, in one pass. Warps are independent of one another: there is no shared memory and
+no barrier. CUDA, HIP and Metal share this source.
+
+Few lanes per row mean few shuffles: with 8 lanes a warp adds up four rows in three steps, with 32 one row in five. But a lane
+then needs more registers for q and k.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from tvm import tirx
+
+from tilelang_ext import language as T
+from tilelang_ext.kernels.gated_delta.problem import STRIDE_UNIT, WARP, Problem
+
+# A kernel that uses PDL: its accesses are inside by construction, and it has no shared memory to order.
+PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True, "tl.disable_thread_storage_sync": True}
+_LOAD_BYTES = 16
+_LINEAR_FROM = 20.0  # softplus(x) is x in float32 from here on
+_NORM_EPS = 1e-6  # as flash-linear-attention has it
+
+
+@dataclass(frozen=True)
+class Config:
+    """A block has `warps` warps, each with `rows` rows of a head's state, in groups of `lanes` lanes per row."""
+
+    warps: int
+    rows: int
+    lanes: int = 8
+
+    @property
+    def groups(self) -> int:
+        """Rows that a warp loads at a time."""
+        return WARP // self.lanes
+
+    @property
+    def rows_per_lane(self) -> int:
+        return self.rows // self.groups
+
+
+_TABLES = {
+    # rows of the state per SM up to here: rows per warp, warps, channels per lane; measured on an H200, 8 heads of 128 x 128
+    "float32": [
+        (16, (8, 2, 8)),  # one sequence: a block per SM
+        (48, (4, 4, 8)),  # smaller blocks spread more evenly
+        (float("inf"), (8, 2, 8)),
+    ],
+    "bfloat16": [
+        (96, (8, 2, 8)),
+        (float("inf"), (16, 2, 16)),  # as many bytes in flight as in float32
+    ],
+}
+
+
+def regime_of(problem: Problem, batch: int) -> int:
+    """Return the row of the table that a batch has; a larger batch has the same or a later one."""
+    rows_per_sm = batch * problem.heads * problem.V / max(problem.num_sms, 1)
+    return next(i for i, (limit, _) in enumerate(_TABLES[problem.state_dtype]) if rows_per_sm <= limit)
+
+
+def pick_config(problem: Problem, batch: int) -> Config:
+    """Return how many rows of the state a warp and a block have."""
+    _, (rows, warps, channels) = _TABLES[problem.state_dtype][regime_of(problem, batch)]
+    if problem.limit:
+        rows, warps, channels = 8, 2, 16  # a lane per entry of a window of 8, and few registers
+    lanes = min(max(8, problem.K // channels), WARP)
+    groups = WARP // lanes
+    if problem.tokens > 2:
+        rows = min(rows, 4)  # registers hold the tokens' q, k and v too
+    rows = max(rows, groups)
+    while problem.V % (warps * rows):
+        rows, warps = (rows // 2, warps) if rows > groups else (groups, warps // 2)
+    return Config(warps, rows, lanes)
+
+
+def assume_units(*tensors) -> None:
+    """State that strides are multiples of STRIDE_UNIT, without which loads would not be wide."""
+    for tensor in tensors:
+        for stride in tensor.strides:
+            if isinstance(stride, tirx.Var):
+                T.evaluate(T.assume(stride % STRIDE_UNIT == 0))
+
+
+def _softplus(x):
+    return T.if_then_else(x > _LINEAR_FROM, x, T.max(x, 0) + T.log(1 + T.exp(-T.abs(x))))
+
+
+def macros(problem: Problem, config: Config) -> SimpleNamespace:
+    """Return the macros for the rows of one warp and the sizes of its local arrays, by name.
+
+    | name | elements of a lane |
+    | --- | --- |
+    | raw, S | rows_per_lane rows of `channels` channels |
+    | q_raw, k_raw; v_raw | for each token `channels` channels; one number per row |
+    | q_f, k_f; log_g | `channels` channels; one number, or with a gate per channel `channels` |
+    | o, r_f | the result and r of each row |
+    """
+    tokens, lanes, rows = problem.tokens, config.lanes, config.rows_per_lane
+    channels = problem.K // lanes
+    width = min(_LOAD_BYTES * 8 // T.dtype(problem.state_dtype).bits, channels)  # of one load
+    loads = channels // width
+    gates, per_channel = channels if problem.per_channel else 1, problem.per_channel
+    steps = lanes.bit_length() - 1  # of a sum over the lanes of a group
+
+    def channel(lane, i):
+        """Return the channel of K that element i of a lane is."""
+        return i // width * (lanes * width) + lane * width + i % width
+
+    def row(first_row, group, i):
+        """Return the row of V that element i of a group is."""
+        return first_row + i * config.groups + group
+
+    @T.macro
+    def load_vector(source, sequence, t, head, lane, loaded, number):
+        """Load a lane's channels of q or k, of one token, as vector `number` of those loaded."""
+        for part in T.unroll(loads):
+            for i in T.vectorized(width):
+                loaded[(number * loads + part) * width + i] = source[sequence, t, head, (part * lanes + lane) * width + i]
+
+    @T.macro
+    def store_vector(target, sequence, t, head, lane, values):
+        """Store a lane's channels of one token."""
+        rounded = T.alloc_local((channels,), problem.dtype)
+        for i in T.unroll(channels):
+            rounded[i] = T.cast(values[i], problem.dtype)
+        for part in T.unroll(loads):
+            for i in T.vectorized(width):
+                target[sequence, t, head, (part * lanes + lane) * width + i] = rounded[part * width + i]
+
+    @T.macro
+    def load_vectors(source, sequence, head, lane, loaded):
+        """Load a lane's channels of q or k, of every token."""
+        for t in T.unroll(tokens):
+            load_vector(source, sequence, t, head, lane, loaded, t)
+
+    @T.macro
+    def load_values(v, sequence, head, first_row, group, loaded):
+        for t in T.unroll(tokens):
+            for i in T.unroll(rows):
+                loaded[t * rows + i] = v[sequence, t, head, row(first_row, group, i)]
+
+    @T.macro
+    def load_rows(state, slot, head, first_row, group, lane, raw):
+        for j in T.unroll(rows):
+            for part in T.unroll(loads):
+                for i in T.vectorized(width):
+                    raw[(j * loads + part) * width + i] = state[
+                        slot, head, row(first_row, group, j), (part * lanes + lane) * width + i
+                    ]
+
+    @T.macro
+    def store_rows(target, slot, head, first_row, group, lane, S):
+        raw = T.alloc_local((rows * channels,), problem.state_dtype)
+        for i in T.unroll(rows * channels):
+            raw[i] = T.cast(S[i], problem.state_dtype)
+        for j in T.unroll(rows):
+            for part in T.unroll(loads):
+                for i in T.vectorized(width):
+                    target[slot, head, row(first_row, group, j), (part * lanes + lane) * width + i] = raw[
+                        (j * loads + part) * width + i
+                    ]
+
+    @T.macro
+    def add_over_lanes(values, count):
+        """Make each of some values the sum over the lanes of the group."""
+        for s in T.unroll(steps):
+            for i in T.unroll(count):
+                values[i] += T.shfl_xor(values[i], lanes >> (s + 1))
+
+    @T.macro
+    def log_gates(a, dt_bias, A_log, sequence, t, head, lane, log_g):
+        """log(g) of each channel of this lane, or one for all."""
+        rate = T.exp(A_log[head])
+        if per_channel:
+            for i in T.unroll(channels):
+                x = T.cast(a[sequence, t, head, channel(lane, i)], "float32") + dt_bias[head, channel(lane, i)]
+                log_g[i] = -rate * _softplus(x)
+        else:
+            x = T.cast(a[sequence, t, head], "float32") + dt_bias[head]
+            log_g[0] = -rate * _softplus(x)
+
+    @T.macro
+    def normalise(x):
+        """Divide the vector that the lanes of a group hold together by its norm."""
+        square = T.alloc_local((1,), "float32")
+        square[0] = 0
+        for i in T.unroll(channels):
+            square[0] += x[i] * x[i]
+        add_over_lanes(square, 1)
+        factor = T.rsqrt(square[0] + T.float32(_NORM_EPS))
+        for i in T.unroll(channels):
+            x[i] *= factor
+
+    @T.macro
+    def vectors(q_raw, k_raw, t, q_f, k_f):
+        """q and k of one token in float32."""
+        for i in T.unroll(channels):
+            q_f[i] = T.cast(q_raw[t * channels + i], "float32")
+            k_f[i] = T.cast(k_raw[t * channels + i], "float32")
+        if problem.l2_norm:
+            normalise(q_f)
+            normalise(k_f)
+
+    @T.macro
+    def add_up(S, q_f, k_f, log_g, sums):
+        """S = g S; the parts of this lane of S k and S q for each row, and of q k, as sums."""
+        g = T.alloc_local((gates,), "float32")
+        for i in T.unroll(gates):
+            g[i] = T.exp(log_g[i])
+        sums[2 * rows] = 0
+        for i in T.unroll(channels):
+            sums[2 * rows] += q_f[i] * k_f[i]
+        for j in T.unroll(rows):
+            sums[2 * j] = 0
+            sums[2 * j + 1] = 0
+            for i in T.unroll(channels):
+                decayed = S[j * channels + i] * g[i % gates]
+                S[j * channels + i] = decayed
+                sums[2 * j] += decayed * k_f[i]
+                sums[2 * j + 1] += decayed * q_f[i]
+
+    @T.macro
+    def update(S, k_f, v_raw, t, beta, sums, o, r_f):
+        """The result and the r of each row from sums over all lanes, and S becomes the state after the token."""
+        for j in T.unroll(rows):
+            r = beta * (T.cast(v_raw[t * rows + j], "float32") - sums[2 * j])
+            for i in T.unroll(channels):
+                S[j * channels + i] += r * k_f[i]
+            o[j] = T.float32(problem.scale) * (sums[2 * j + 1] + sums[2 * rows] * r)
+            r_f[j] = r
+
+    @T.macro
+    def step(S, q_f, k_f, v_raw, t, log_g, beta, o, r_f):
+        """One token: the result and the r of each row, and S becomes the state after the token."""
+        sums = T.alloc_local((2 * rows + 1,), "float32")
+        add_up(S, q_f, k_f, log_g, sums)
+        add_over_lanes(sums, 2 * rows + 1)
+        update(S, k_f, v_raw, t, beta, sums, o, r_f)
+
+    @T.macro
+    def store_values(out, sequence, t, head, first_row, group, lane, values):
+        """Store one number per row, each by another lane of its group."""
+        for j in T.unroll(rows):
+            if lane == j % lanes:
+                out[sequence, t, head, row(first_row, group, j)] = T.cast(values[j], out.dtype)
+
+    @T.macro
+    def store_nothing(out, sequence, head, first_row, group, lane, slot):
+        """The result where there is no slot: 0 for an index below 0, NaN past the pool."""
+        nothing = T.alloc_local((rows,), "float32")
+        for j in T.unroll(rows):
+            nothing[j] = T.if_then_else(slot < 0, 0, T.infinity("float32") - T.infinity("float32"))
+        for t in T.unroll(tokens):
+            store_values(out, sequence, t, head, first_row, group, lane, nothing)
+
+    return SimpleNamespace(
+        channels=channels,
+        rows=rows,
+        gates=gates,
+        channel=channel,
+        row=row,
+        load_vector=load_vector,
+        load_vectors=load_vectors,
+        store_vector=store_vector,
+        load_values=load_values,
+        load_rows=load_rows,
+        store_rows=store_rows,
+        log_gates=log_gates,
+        add_over_lanes=add_over_lanes,
+        add_up=add_up,
+        update=update,
+        vectors=vectors,
+        step=step,
+        store_values=store_values,
+        store_nothing=store_nothing,
+    )
