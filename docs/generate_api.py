@@ -56,8 +56,8 @@ def generate() -> str:
 
 
 def language_names() -> list[str]:
-    """Return the names that our language adds to upstream's, those of one module together."""
-    names = set(language.__all__) - set(tilelang.language.__all__)
+    """Return the names that mean in our language what they do not in upstream's, those of one module together."""
+    names = {name for name in language.__all__ if getattr(language, name) is not getattr(tilelang.language, name, None)}
     return sorted(names, key=lambda name: (getattr(language, name).__module__, name))
 
 

@@ -27,10 +27,11 @@ class Room:
 ROOMS = {
     "formats": Room((), never=UPSTREAM),  # what the bits mean: everybody imports it, so it imports nobody
     "marks": Room((), never=UPSTREAM),
-    "language": Room(("formats", "marks")),  # no branch on a target: a macro is the same on each
+    "codes": Room(("formats",)),  # the same bits in TIR
+    "language": Room(("codes", "formats", "marks")),  # no branch on a target: a macro is the same on each
     "program": Room(()),
     "native": Room(()),
-    "passes": Room(("formats", "marks")),  # what must hold of lowered TIR on every target
+    "passes": Room(("codes", "formats", "marks")),  # what must hold of lowered TIR on every target
     "quantization": Room(("formats",)),
     "checkpoints": Room(("formats", "quantization")),
     "reference": Room(("formats", "quantization"), never=("tilelang", "tvm")),  # the truth, in plain torch
@@ -45,7 +46,9 @@ ROOMS = {
     "kernels": Room(()),  # the names of public functions and their modules, as text
     "kernels/sm90": Room(("language", "formats"), never=("torch",), silent=True),
     # An operator's package has two rooms: what runs on the device, and what runs before it on the host.
-    "device file": Room(("language", "formats", "marks", "kernels.sm90"), never=("torch", "time", "timeit"), silent=True),
+    "device file": Room(
+        ("language", "codes", "formats", "marks", "kernels.sm90"), never=("torch", "time", "timeit"), silent=True
+    ),
     "host file": Room(("launch", "reference", "formats", "quantization", "checkpoints"), never=("time", "timeit"), silent=True),
     "tune": Room(("launch", "kernels")),
     "parallel": Room(("kernels",)),

@@ -1,4 +1,4 @@
-"""Names of the annotations that a tile program carries to a backend: the language writes them, backends read them."""
+"""Names in a tile program that the language writes and backends read: of annotations, and of an operator."""
 
 # On a T.Parallel loop: every element of a buffer with fewer axes, such as a scale, is read once, so a backend may load it
 # ahead of the loop. Metal stages such reads (`metal/staged_reads.py`).
@@ -22,3 +22,6 @@ MXFP4_DEQUANT = "mxfp4_dequant"
 
 # On the loops that only add the total of the BLOCK_SCALED loop before them to a float32 fragment: a list of its region.
 ADDS_TOTAL = "adds_total"
+
+# The operator that a call of T.gemm_blockscaled is, with the arguments of tilelang 0.1.15.
+GEMM_BLOCKSCALED = "tl.tileop.gemm_blockscaled"

@@ -18,7 +18,8 @@ from tvm import IRModule
 from tvm.target import Target
 
 KEY_PREFIX = "tilelang_ext-"
-_SHARED_FILES = ("formats.py", "marks.py", "passes/*.py", "program/*.py", "registration.py")  # what any backend may import
+# What any backend may import.
+_SHARED_FILES = ("codes.py", "formats.py", "marks.py", "passes/*.py", "program/*.py", "registration.py")
 
 
 @functools.cache

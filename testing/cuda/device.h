@@ -194,10 +194,11 @@ inline int AtomicAddRet(int* sum, int value) { return std::atomic_ref<int>(*sum)
 inline void AtomicAdd(int* sum, int value) { AtomicAddRet(sum, value); }
 
 namespace tl {
-template <typename To>
-To broadcast(uchar byte) {
+template <typename To, typename Byte>
+To broadcast(Byte byte) {
+  static_assert(sizeof(Byte) == 1);
   To result;
-  std::memset(&result, byte, sizeof(To));
+  std::memset(&result, *reinterpret_cast<uchar*>(&byte), sizeof(To));
   return result;
 }
 template <typename T>

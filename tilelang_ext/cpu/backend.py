@@ -86,12 +86,13 @@ def _wrap_builder() -> None:
 
 
 def _add_parameter_types() -> None:
-    """Say what C type a tensor of codes is passed as, in upstream's table of those types, a private touch too."""
+    """Say what C type a tensor of codes or of uint32 is passed as, in upstream's table of those types, a private touch too."""
     types = getattr(getattr(wrapper, "TLCPUSourceWrapper", None), "_TYPE_MAP", None)
     if not isinstance(types, dict):
         raise ImportError(
             "tilelang_ext: needs tilelang.jit.adapter.wrapper.TLCPUSourceWrapper._TYPE_MAP to pass fp8 and bfloat16; "
             "this tilelang has none; install tilelang 0.1.14 or 0.1.15"
         )
+    types.setdefault("uint32", "uint32_t")
     for dtype in narrow_floats.CARRIED:
         types.setdefault(dtype, f"{narrow_floats.storage_dtype(dtype)}_t")

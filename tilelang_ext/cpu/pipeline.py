@@ -13,8 +13,10 @@ from tilelang_ext.cpu.narrow_floats import CarryNarrowFloats
 from tilelang_ext.cpu.one_thread_blocks import OneThreadBlocks, RefuseThreadIndices
 from tilelang_ext.cpu.operators import RULES
 from tilelang_ext.cpu.workspace import PlaceLargeArrays
+from tilelang_ext.formats import E2M1
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
+from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.wide_indices import WidenIndices
@@ -30,6 +32,7 @@ def _materialize_kernel_launch():
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to a C function that runs the grid as loops, without vectors or threads."""
     transform = tilelang.transform
+    mod = expand_block_scaled_gemms(mod, without=(E2M1.dtype,))
     mod = tirx.transform.BindTarget(target)(mod)
     mod = RefuseThreadIndices(mod)
     mod = _materialize_kernel_launch()(mod)

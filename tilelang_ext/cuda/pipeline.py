@@ -6,12 +6,15 @@ from tilelang.cuda.pipeline import CUDAPassPipelineBody
 from tvm import IRModule
 from tvm.target import Target
 
+from tilelang_ext.cuda.block_scaled import has_instruction
 from tilelang_ext.cuda.mxfp4_product import lower_mxfp4_products
 from tilelang_ext.cuda.scaled_loop import specialize_scaled_loops
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
+from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 
 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
+    mod = expand_block_scaled_gemms(mod, is_upstreams=lambda call: has_instruction(call, target))
     mod = lower_mxfp4_products(GuardEmptyLoops(mod), target)
     return CUDAPassPipelineBody(specialize_scaled_loops(mod, target), target)

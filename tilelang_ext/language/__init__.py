@@ -8,6 +8,7 @@ from tilelang.language import *  # noqa: F403
 from tilelang_ext.formats import BlockScaledLayout
 from tilelang_ext.language.e8m0 import e8m0_to_float
 from tilelang_ext.language.fp8_scaled_matmul import fp8_scaled_matmul
+from tilelang_ext.language.gemm_blockscaled import gemm_blockscaled
 from tilelang_ext.language.moe import moe_gather, moe_scatter
 from tilelang_ext.language.mx_quantize import mx_quantize
 from tilelang_ext.language.mxfp4_dequant import mxfp4_dequant
@@ -15,10 +16,11 @@ from tilelang_ext.language.mxfp4_scaled_matmul import mxfp4_scaled_matmul
 from tilelang_ext.language.swiglu import silu_mul, swiglu
 
 __all__ = [
-    *_upstream.__all__,
+    *(name for name in _upstream.__all__ if name != "gemm_blockscaled"),
     "BlockScaledLayout",
     "e8m0_to_float",
     "fp8_scaled_matmul",
+    "gemm_blockscaled",
     "moe_gather",
     "moe_scatter",
     "mx_quantize",

@@ -16,9 +16,9 @@ from __future__ import annotations
 import tilelang.language as T
 from tvm import tirx
 
+from tilelang_ext.codes import BIAS, INF, MANTISSA_BITS, bits_of, encode, mask
 from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E4M3, E8M0, E8M0_ONE, MX_GROUP, FloatFormat
 from tilelang_ext.language.mxfp4_dequant import SCALE_DTYPES, scale_byte
-from tilelang_ext.language.narrow_floats import BIAS, INF, MANTISSA_BITS, bits_of, encode, mask
 from tilelang_ext.language.tile import Tile, readable, tile
 
 _NAME = "T.mx_quantize"

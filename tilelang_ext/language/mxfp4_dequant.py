@@ -19,8 +19,8 @@ import tilelang.language as T
 from tilelang.utils.language import to_buffer_region
 from tvm import tirx
 
+from tilelang_ext.codes import INF, bits_of, encode, mask
 from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E4M3, E8M0, MX_GROUP
-from tilelang_ext.language.narrow_floats import INF, bits_of, encode, mask
 from tilelang_ext.language.tile import Tile, readable, tile
 from tilelang_ext.marks import MXFP4_DEQUANT
 

@@ -24,11 +24,11 @@ import tilelang.language as T
 from tilelang.utils.language import to_buffer_region
 from tvm import tirx
 
+from tilelang_ext.codes import decode
 from tilelang_ext.formats import CODES_PER_BYTE, FP8_OPERANDS, MX_GROUP, format_of
 from tilelang_ext.language.block_scaled import block_scaled
 from tilelang_ext.language.e8m0 import e8m0_to_float
 from tilelang_ext.language.mxfp4_dequant import SCALE_DTYPES, mxfp4_value, scale_tile
-from tilelang_ext.language.narrow_floats import decode
 from tilelang_ext.language.tile import Tile, equal, readable, tile
 from tilelang_ext.marks import ADDS_TOTAL
 

@@ -25,6 +25,7 @@ from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
+from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.lane_indices import CountLanes
@@ -56,6 +57,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
 def _lower(mod: IRModule, target: Target) -> IRModule:
     transform = tilelang.transform
     config = transform.get_pass_context()
+    mod = expand_block_scaled_gemms(mod)
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = OneInstruction(mod)

@@ -7,10 +7,14 @@
 
 The mark of `language.block_scaled` says what a loop computes; on other targets and for other types the loop stays. Operands
 in global memory, and those that end inside a step, are copied to shared memory with zeros past the end of K. The pass runs
-before every other one, since no pass keeps the buffers and variables of the mark up to date.
+before every other one, since no pass keeps the buffers and variables of the mark up to date. `T.gemm_blockscaled` becomes the
+same statements.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 from tilelang import language as T
 from tilelang.language.utils import buffer_region_to_tile_region
@@ -21,8 +25,9 @@ from tvm.ir import Range
 from tvm.target import Target
 from tvm.tirx.stmt_functor import ir_transform
 
-from tilelang_ext.formats import E8M0_ONE, MX_GROUP
+from tilelang_ext.formats import E8M0, E8M0_ONE, MX_GROUP
 from tilelang_ext.marks import BLOCK_SCALED
+from tilelang_ext.passes.block_scaled_gemm import BlockScaledGemm, Scales
 from tilelang_ext.rocm.instructions import SCALED_K, codes_per_byte, takes_scales
 
 TAKES_SCALES = "takes_scales"  # annotation of the T.gemm that has them
@@ -49,13 +54,13 @@ def _lower_function(func: tirx.PrimFunc, arch: str) -> tirx.PrimFunc:
         if not isinstance(marked, (tirx.For, tirx.Call)) or BLOCK_SCALED not in (marked.annotations or {}):
             return None
         *product, part = marked.annotations[BLOCK_SCALED]
-        _, A, _, B, _, _ = product
+        total, A, scale_a, B, scale_b, K = product
         if not takes_scales(arch, str(A.buffer.dtype), str(B.buffer.dtype)):
             return None
         replaced = True
         if int(part):
             return tirx.Evaluate(0)
-        block = _product(*product).body.block
+        block = _product(total, A, partial(_scale, scale_a, K), B, partial(_scale, scale_b, K)).body.block
         allocated.extend(block.alloc_buffers)
         return block.body
 
@@ -80,8 +85,28 @@ def _lower_function(func: tirx.PrimFunc, arch: str) -> tirx.PrimFunc:
     return func.with_body(body) if replaced else func
 
 
-def _product(total, A, scale_a, B, scale_b, K) -> tirx.PrimFunc:
-    """Build the loop over steps of 128 that replaces marked statements."""
+def lower_block_scaled_gemm(gemm: BlockScaledGemm, target: Target) -> tirx.PrimFunc | None:
+    """Return the statements of a `T.gemm_blockscaled` that `target` computes by MMAs with scales, None of any other."""
+    A, B, C, scales = gemm.A, gemm.B, gemm.C, (gemm.scale_a, gemm.scale_b)
+    if (
+        not takes_scales(target_get_mcpu(target) or "", A.dtype, B.dtype)
+        or A.k_is_first
+        or B.k_is_first
+        or not gemm.is_in_place
+    ):
+        return None
+    if gemm.group % MX_GROUP or any(scale.format is not E8M0 for scale in scales):
+        return None
+
+    def scale_of(scale: Scales, i, g) -> tirx.PrimExpr:
+        return T.if_then_else(g * MX_GROUP < gemm.K, T.cast(scale.stored(i, g * MX_GROUP), "uint8"), T.uint8(0))
+
+    scale_a, scale_b = (partial(scale_of, scale) for scale in scales)
+    return _product(C, A.region, scale_a, B.region, scale_b, gemm.clear_accum)
+
+
+def _product(total, A, scale_a: Callable, B, scale_b: Callable, clear=False) -> tirx.PrimFunc:
+    """Build the loop over steps of 128 that replaces marked statements; scales are functions of row and group."""
     M, N = int(A.region[-2].extent), int(B.region[-2].extent)
     a_packed, b_packed = codes_per_byte(A.buffer.dtype), codes_per_byte(B.buffer.dtype)
     steps = T.ceildiv(A.region[-1].extent * a_packed, SCALED_K)
@@ -95,11 +120,13 @@ def _product(total, A, scale_a, B, scale_b, K) -> tirx.PrimFunc:
             A_s = T.alloc_shared((M, SCALED_K // a_packed), A.buffer.dtype)
         if b_staged:
             B_s = T.alloc_shared((N, SCALED_K // b_packed), B.buffer.dtype)
+        if clear:
+            T.clear(total.buffer)
         for t in T.serial(steps):
             for i, g in T.Parallel(M, _GROUPS):
-                scale_a_f[i, g] = _scale(scale_a, i, t * _GROUPS + g, K)
+                scale_a_f[i, g] = scale_a(i, t * _GROUPS + g)
             for j, g in T.Parallel(N, _GROUPS):
-                scale_b_f[j, g] = _scale(scale_b, j, t * _GROUPS + g, K)
+                scale_b_f[j, g] = scale_b(j, t * _GROUPS + g)
             if a_staged:
                 for i, k in T.Parallel(M, SCALED_K // a_packed):
                     A_s[i, k] = _code(A, i, t * (SCALED_K // a_packed) + k)
@@ -135,7 +162,7 @@ def _code(operand: tirx.BufferRegion, i, k) -> tirx.PrimExpr:
     return T.if_then_else(k < operand.region[-1].extent, code, tirx.const(0, code.dtype))
 
 
-def _scale(scale: tirx.BufferRegion | None, i, g, K) -> tirx.PrimExpr:
+def _scale(scale: tirx.BufferRegion | None, K, i, g) -> tirx.PrimExpr:
     """Return the byte of a scale; past the end of K it is 0, since codes there are zeros, which a NaN scale would not keep."""
     if scale is None:
         return T.uint8(E8M0_ONE)

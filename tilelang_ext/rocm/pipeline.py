@@ -16,9 +16,11 @@ from tilelang.backend.pass_pipeline.pipeline_utils import (
 from tvm import IRModule, s_tir, tirx
 from tvm.target import Target
 
+from tilelang_ext.formats import E2M1, E8M0
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
+from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
 from tilelang_ext.passes.float_constants import SpellFloatConstants, by_bits
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
@@ -31,7 +33,7 @@ from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.wide_indices import WidenIndices
 from tilelang_ext.rocm.all_reduce import count_from, define_all_reduce, with_participants
 from tilelang_ext.rocm.async_copy import CopyWords
-from tilelang_ext.rocm.block_scaled import lower_block_scaled
+from tilelang_ext.rocm.block_scaled import lower_block_scaled, lower_block_scaled_gemm
 from tilelang_ext.rocm.fp8_casts import ConvertByFormat
 from tilelang_ext.rocm.operators import RULES
 from tilelang_ext.rocm.spelling import SpellEightBits
@@ -53,6 +55,9 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
     transform = tilelang.transform
     config = transform.get_pass_context()
+    mod = expand_block_scaled_gemms(
+        mod, native=lambda gemm: lower_block_scaled_gemm(gemm, target), without=(E2M1.dtype, E8M0.dtype)
+    )
     mod = lower_block_scaled(mod, target)
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)

@@ -18,10 +18,10 @@ import math
 from collections.abc import Callable
 
 from tilelang_ext import language as T
+from tilelang_ext.codes import BIAS, INF, MANTISSA_BITS, bits_of, decode, encode, mask
 from tilelang_ext.formats import CODES_PER_BYTE, E4M3, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe.problem import Problem
 from tilelang_ext.language.mxfp4_dequant import mxfp4_value
-from tilelang_ext.language.narrow_floats import BIAS, INF, MANTISSA_BITS, bits_of, decode, encode, mask
 from tilelang_ext.language.tile import tile
 
 _NAME = "mxfp4_moe"

@@ -24,12 +24,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilelang_ext import language as T
+from tilelang_ext.codes import INF
 from tilelang_ext.formats import E4M3, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe.problem import Problem
 from tilelang_ext.kernels.mxfp4_moe.routing import MAX_TOP_K
 from tilelang_ext.kernels.sm90 import pdl
 from tilelang_ext.kernels.sm90.roles import WARP
-from tilelang_ext.language.narrow_floats import INF
 
 # The one barrier is where it must be, and the kernels' own bounds checks keep all accesses inside.
 PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True, "tl.disable_thread_storage_sync": True}

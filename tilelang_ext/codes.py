@@ -1,4 +1,4 @@
-"""Codes of narrow floats from float32 bits and back, in integers, since casts of targets differ in flavour and saturation.
+"""Codes of narrow floats from float32 bits and back, as TIR in integers: casts of targets differ in flavour and saturation.
 
 There are no conditions, since the simplifier takes minutes for a few nested ones; `mask(x)` selects by the sign instead.
 """
@@ -11,7 +11,7 @@ import struct
 import tilelang.language as T
 from tvm import tirx
 
-from tilelang_ext.formats import FloatFormat
+from tilelang_ext.formats import E8M0, FloatFormat
 
 MANTISSA_BITS = 23  # of float32
 BIAS = 127
@@ -51,7 +51,8 @@ def encode(magnitude: tirx.PrimExpr, negative: tirx.PrimExpr, format: FloatForma
 
 
 def decode(code: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
-    """Return the value of an fp8 code (uint8) as float32, exactly; an AMD cast reads OCP bytes as FNUZ, or fails to compile."""
+    """Return the value of an fp8 or E2M1 code (uint8) as float32, exactly; an AMD cast reads OCP bytes as FNUZ, or fails to
+    compile."""
     byte = T.cast(code, "int32")
     magnitude = byte & (format.sign_mask - 1)
     is_subnormal = mask(magnitude - (1 << format.mantissa_bits))
@@ -62,4 +63,19 @@ def decode(code: tirx.PrimExpr, format: FloatFormat) -> tirx.PrimExpr:
         bits = bits | (mask(format.values.index(format.max) - magnitude) & INF)  # NaN, or Inf where the mantissa is 0
     else:
         bits = bits | (mask((byte ^ format.nan_codes[0]) - 1) & bits_of(math.nan))
-    return T.reinterpret(T.cast(bits, "uint32") | (T.cast(byte >> 7, "uint32") << T.uint32(31)), "float32")
+    return T.reinterpret(T.cast(bits, "uint32") | (T.cast(byte >> (format.bits - 1), "uint32") << T.uint32(31)), "float32")
+
+
+def power_of_two(code: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Return the value of an E8M0 code (uint32) as float32: byte 0 is 2^-127, which is subnormal, and byte 255 is NaN.
+
+    The value is built from its bits, since an exp2 could flush the smallest scale to zero.
+    """
+    smallest = bits_of(math.ldexp(1.0, -E8M0.bias))
+    bits = T.max(code << T.uint32(MANTISSA_BITS), T.uint32(smallest)) | (is_last(code) << T.uint32(MANTISSA_BITS - 1))
+    return T.reinterpret(bits, "float32")
+
+
+def is_last(code: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Return 1 where a uint32 is 255, the NaN of E8M0, else 0; no condition, which may become one branch per scale."""
+    return (code + T.uint32(1)) >> T.uint32(E8M0.bits)
