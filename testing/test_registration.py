@@ -41,7 +41,8 @@ def test_the_key_follows_the_files(tmp_path):
     folder.mkdir()
     (tmp_path / "passes").mkdir()
     (tmp_path / "program").mkdir()
-    for name in ("codes.py", "formats.py", "marks.py", "program/program.py", "registration.py", "passes/all.py", "backend/pipeline.py"):
+    package = ("codes.py", "formats.py", "marks.py", "program/program.py", "registration.py", "passes/all.py")
+    for name in (*package, "backend/pipeline.py"):
         (tmp_path / name).write_text("")
     registration.lowering_key.cache_clear()
     keys = [registration.lowering_key(folder)]
