@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import tvm_ffi
 from tilelang.backend import module as backend_module
 from tilelang.backend.pass_pipeline import PassPipeline
 from tvm import IRModule
@@ -76,3 +77,16 @@ def upstream_backend(backend: str) -> backend_module.BackendModule:
 def replace_backend(backend: str, changes: Mapping[str, object]) -> None:
     """Replace fields of what upstream's table holds for `backend`."""
     backend_module._BACKENDS[backend] = dataclasses.replace(upstream_backend(backend), **changes)
+
+
+def wrap_builder(name: str, spell: Callable[[IRModule], IRModule]) -> None:
+    """Put `spell`, which must follow upstream's last simplification, before the generator `name`; idempotent."""
+    upstream = tvm_ffi.get_global_func(f"{name}.upstream", allow_missing=True)
+    if upstream is None:
+        upstream = tvm_ffi.get_global_func(name)
+        tvm_ffi.register_global_func(f"{name}.upstream", upstream)
+
+    def build(mod: IRModule, target: Target):
+        return upstream(spell(mod), target)
+
+    tvm_ffi.register_global_func(name, build, override=True)

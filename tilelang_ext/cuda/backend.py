@@ -14,6 +14,7 @@ from tvm.target import Target
 from tilelang_ext import registration
 from tilelang_ext.cuda import pipeline
 from tilelang_ext.cuda.fp8_gemm import Fp8GemmFMA, Fp8GemmMMA, Fp8GemmWGMMA
+from tilelang_ext.passes.float_arithmetic import ReleaseFloatArithmetic
 
 
 def register() -> None:
@@ -28,6 +29,8 @@ def register() -> None:
     register_gemm_impl("cuda.fma", GEMM_INST_FMA, target_is_cuda, Fp8GemmFMA)
     register_target_normalizer("cuda", normalize_target, override=True)
     registration.replace_pass_list("cuda", "cuda", pipeline.lower)
+    for name in ("tilelang_cuda", "tilelang_cuda_without_compile"):
+        registration.wrap_builder(f"target.build.{name}", ReleaseFloatArithmetic)
 
 
 def _is_ampere_or_later(target: Target) -> bool:

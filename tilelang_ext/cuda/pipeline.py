@@ -1,4 +1,4 @@
-"""The pass list of target `cuda`: upstream's, behind passes that only products with scales concern."""
+"""The pass list of target `cuda`: upstream's, behind passes that only products with scales concern, and repairs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from tvm.target import Target
 
 from tilelang_ext.cuda.block_scaled import has_instruction
 from tilelang_ext.cuda.mxfp4_product import lower_mxfp4_products
+from tilelang_ext.cuda.repairs import repair
 from tilelang_ext.cuda.scaled_loop import specialize_scaled_loops
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
@@ -16,5 +17,5 @@ from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
     mod = expand_block_scaled_gemms(mod, is_upstreams=lambda call: has_instruction(call, target))
-    mod = lower_mxfp4_products(GuardEmptyLoops(mod), target)
+    mod = lower_mxfp4_products(repair(GuardEmptyLoops(mod)), target)
     return CUDAPassPipelineBody(specialize_scaled_loops(mod, target), target)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import tilelang.rocm.op.gemm  # noqa: F401  upstream's registration comes first, ours replaces it
-import tvm_ffi
 from tilelang.backend.target import TargetLike, register_target_normalizer
 from tilelang.rocm.target import normalize_rocm_target, target_is_hip
 from tilelang.tileop.gemm.registry import register_gemm_impl
-from tvm import IRModule
 from tvm.target import Target
 
 from tilelang_ext import registration
@@ -26,7 +24,7 @@ def register() -> None:
     register_target_normalizer("hip", normalize_target, override=True)
     registration.replace_pass_list("rocm", "hip", pipeline.lower)
     for name in ("tilelang_hip", "tilelang_hip_without_compile"):
-        _wrap_builder(f"target.build.{name}")
+        registration.wrap_builder(f"target.build.{name}", pipeline.spell)
 
 
 def _mfma_gemm(gemm_node) -> MfmaGemm:
@@ -44,16 +42,3 @@ def normalize_target(target: TargetLike) -> Target | None:
     if normalized is None or "mcpu" not in normalized.attrs:
         return normalized
     return registration.with_key(normalized, lowering_key())
-
-
-def _wrap_builder(name: str) -> None:
-    """Put what must follow upstream's last simplification before its generator."""
-    upstream = tvm_ffi.get_global_func(f"{name}.upstream", allow_missing=True)
-    if upstream is None:
-        upstream = tvm_ffi.get_global_func(name)
-        tvm_ffi.register_global_func(f"{name}.upstream", upstream)
-
-    def build(mod: IRModule, target: Target):
-        return upstream(pipeline.spell(mod), target)
-
-    tvm_ffi.register_global_func(name, build, override=True)

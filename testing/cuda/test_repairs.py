@@ -1,0 +1,103 @@
+"""What upstream gets wrong on target cuda and this package says in other words, by the emitted text; what is left, noticed."""
+
+# ruff: noqa: SIM102  conditions within conditions are what is tested
+
+import pytest
+from cuda.kernels import lower
+from tilelang import tvm
+
+from tilelang_ext import language as T
+from tilelang_ext.cuda.repairs import repair
+
+ARCH = "sm_90"
+
+
+def body_of(kernel):
+    text = lower(kernel, ARCH)
+    return text[text.rindex("__global__") :]
+
+
+def elementwise(function, dtype, size=32):
+    @T.prim_func
+    def kernel(A: T.Tensor((size,), dtype), O: T.Tensor((size,), dtype)):
+        with T.Kernel(1, threads=32):
+            for i in T.Parallel(size):
+                O[i] = function(A[i])
+
+    return kernel
+
+
+def test_narrow_integers_wrap_at_their_width():
+    text = body_of(elementwise(lambda x: (x << 8) >> 8, "uint16"))
+    assert "((ushort)(((int)A[((int)threadIdx.x)]) << 8)) >> (ushort)8" in text
+
+
+def test_floats_are_no_numbers_of_algebra():
+    text = body_of(elementwise(lambda x: T.if_then_else(x != x, 1.0, x - x), "float32"))
+    assert "A[((int)threadIdx.x)] != A[((int)threadIdx.x)]" in text
+    assert "A[((int)threadIdx.x)] - A[((int)threadIdx.x)]" in text
+
+
+def test_an_atomic_of_each_threads_value():
+    @T.prim_func
+    def kernel(A: T.Tensor((128,), "float32"), C: T.Tensor((1,), "float32")):
+        with T.Kernel(1, threads=128):
+            T.atomic_add(C, A[T.get_thread_binding()])
+
+    assert "AtomicAdd((&(C[0])), A[((int)threadIdx.x)])" in body_of(kernel)
+
+
+def test_both_guards_of_a_store_that_converts():
+    @T.prim_func
+    def kernel(A: T.Tensor((16, 64), "float32"), P: T.Tensor((16,), "int32"), C: T.Tensor((16, 64), "float16"), n: T.int32):
+        with T.Kernel(1, threads=64):
+            f = T.alloc_fragment((16, 64), "float32")
+            T.copy(A, f)
+            for i, j in T.Parallel(16, 64):
+                if i < n:
+                    if P[i] > 0:
+                        C[i, j] = T.cast(f[i, j], "float16")
+
+    guard = body_of(kernel).rpartition("*(uint2*)(C")[0].splitlines()[-2]
+    assert "< n" in guard
+    assert "P[" in guard
+
+
+def test_what_bits_and_numbers_upstream_has_right():
+    """Nothing repairs these on target cuda: the test tells when upstream changes them."""
+    assert "!((bool)A[" in body_of(elementwise(lambda x: ~x, "bool"))
+    assert "nearbyintf(" in body_of(elementwise(T.round, "float32"))
+    assert "hrint(" in body_of(elementwise(T.round, "float16"))
+    assert "0x1.3c0ca4283de1bp+0f" in body_of(elementwise(lambda x: x * T.float32(1.23456789), "float32"))
+
+
+def test_a_constant_index_beyond_32_bits_still_wraps():
+    """docs/guide/language_support.md: upstream folds it in 32 bits. When this fails, the row goes."""
+
+    @T.prim_func
+    def kernel(A: T.Tensor((70000, 40000), "float16"), C: T.Tensor((64,), "float16")):
+        with T.Kernel(1, threads=64):
+            for j in T.Parallel(64):
+                C[j] = A[69999, 39900 + j]
+
+    assert "1494967396" in body_of(kernel)
+
+
+def unaffected():
+    @T.prim_func
+    def kernel(A: T.Tensor((64, 64), "float16"), C: T.Tensor((64, 64), "float16"), S: T.Tensor((64,), "float32")):
+        with T.Kernel(1, threads=128):
+            a, c = T.alloc_shared((64, 64), "float16"), T.alloc_fragment((64, 64), "float32")
+            T.copy(A, a)
+            T.gemm(a, a, c, clear_accum=True)
+            for i, j in T.Parallel(64, 64):
+                if i < 60:
+                    C[i, j] = T.cast(c[i, j] * S[i] - 1.0, "float16")
+
+    return kernel
+
+
+@pytest.mark.parametrize("make", [unaffected])
+def test_other_programs_stay_as_they_are(make):
+    mod = tvm.IRModule({"kernel": make()})
+    assert tvm.ir.structural_equal(repair(mod), mod)
