@@ -28,11 +28,23 @@ SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a subnormal scale could be flushed to zero on a device
 
 
+def _check(tensor: Tensor, format: FloatFormat, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        kind = f"{type(tensor).__module__.partition('.')[0]} {type(tensor).__name__}"
+        raise TypeError(f"{name}: must be a torch tensor; got a {kind}; convert it, a numpy array with torch.from_numpy")
+    if not isinstance(format, FloatFormat):
+        raise TypeError(
+            f"{name.partition(':')[0]}: format must be a FloatFormat; got {format!r}; pass one of tilelang_ext.formats, "
+            "such as E4M3, or format_of a dtype"
+        )
+
+
 # --- one element -----------------------------------------------------------------------------------------------------
 
 
 def raw_codes(codes: Tensor, format: FloatFormat, name: str = "codes") -> Tensor:
     """Return the bytes of `codes` as uint8; they come as uint8 or in the format's torch dtype."""
+    _check(codes, format, name)
     accepted = {torch.uint8, getattr(torch, format.torch_dtype, torch.uint8)}
     if codes.dtype not in accepted:
         raise TypeError(f"{name}: must be uint8 or torch.{format.torch_dtype}; got {codes.dtype}; view the bytes as uint8")
@@ -65,6 +77,7 @@ def encode(values: Tensor, format: FloatFormat) -> Tensor:
 
     NaN becomes the format's NaN; E2M1 has none: ValueError. A zero keeps its sign where the format has a negative zero.
     """
+    _check(values, format, "encode: values")
     if format is E8M0:
         raise ValueError("encode: E8M0 holds scales, chosen from a block's maximum; got E8M0; use choose_e8m0")
     if not values.dtype.is_floating_point:
@@ -162,6 +175,9 @@ def quantize(
     values (..., rows, K), finite; codes and scale as the kernels read them. A float scale is float32(amax / max), at least the
     smallest normal float32, and 1 for a block of zeros; `rounding` is that of `choose_e8m0`.
     """
+    _check(values, format, "quantize: values")
+    if not isinstance(layout, BlockScaledLayout):
+        raise TypeError(f"quantize: layout must be a BlockScaledLayout; got {layout!r}; pass one, such as .per_row()")
     x = values.double()
     if x.ndim < 2:
         raise ValueError(f"quantize: values must have rows and K; got shape {tuple(x.shape)}; reshape to (1, K)")

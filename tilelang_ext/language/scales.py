@@ -50,6 +50,11 @@ def read_scales(
     if isinstance(operand, tirx.PrimExpr) and not isinstance(operand, tirx.BufferLoad):
         _check_dtype(where, str(operand.dtype), BlockScaledLayout.per_tensor())
         return Scales(BlockScaledLayout.per_tensor(), 0, lambda i, k: T.cast(operand, "float32"))
+    if layout is not None and not isinstance(layout, BlockScaledLayout):
+        raise TypeError(
+            f"{intrinsic}: scale_layout must be a T.BlockScaledLayout; got {layout!r}; pass one, such as "
+            "T.BlockScaledLayout.block(128, 128), .per_row() or .e8m0_k32()"
+        )
     region = to_buffer_region(operand)
     layout, (row0, k0) = _choose(intrinsic, name, region, layout, shape, begin, matrix)
     _check_dtype(where, str(region.buffer.dtype), layout)
@@ -112,11 +117,22 @@ def _choose(
         if layout is not None and layout.k is not None and layout.scale_format is not None and not equal(K % layout.k, 0):
             raise ValueError(f"{intrinsic}: K must be a multiple of the scale group {layout.k}; got K = {K}; pad K with zeros")
         wanted = ", ".join(_describe(candidate) for candidate in candidates)
+        for candidate in candidates:
+            turned = [*extents[:-2], *extents[:-3:-1]]
+            if len(extents) > 1 and any(_fits(turned, candidate, *covered) for _, covered in places):
+                raise ValueError(
+                    f"{intrinsic}: {name} must have shape {_text(turned)} for {_describe(candidate)}; got {_text(extents)}; "
+                    "pass the transpose, which holds the scales of one row next to one another"
+                )
         raise ValueError(
             f"{intrinsic}: {name} must fit {wanted} of an operand with {rows} rows and K = {K}; got shape {extents}; "
             "slice the scales as the operand is sliced, or pass scale_layout"
         )
     return next(iter(found.items()))
+
+
+def _text(extents) -> str:
+    return f"({', '.join(str(extent) for extent in extents)})"
 
 
 def _layouts_of(dtype: str) -> list[BlockScaledLayout]:

@@ -207,6 +207,9 @@ def _select(source: Mapping[str, Tensor] | str | PathLike | Iterable[str | PathL
                 found |= {name: file.get_tensor(prefix + name) for name in NAMES if prefix + name in keys}
                 present += keys
     missing = [prefix + name for name in NAMES if name not in found]
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"MXFP4Experts: {prefix}{name} must be a torch tensor; got {type(tensor).__name__}; convert it")
     if missing:
         prefixes = sorted({key.removesuffix(NAMES[0]) for key in present if key.endswith(NAMES[0])})
         advice = f"pass a prefix such as {prefixes[0]!r}" if prefixes and not found else "pass every file of the layer"

@@ -109,7 +109,10 @@ def swizzle_value(name: str, swizzle) -> int:
 
 def only_scale(name: str, scale) -> Tensor:
     """Return the tensor of scales; torch also takes a list of one."""
-    return _only(name, scale)
+    scale = _only(name, scale)
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"scaled_mm: {name} must be a torch tensor; got {type(scale).__name__}; convert it")
+    return scale
 
 
 def _only(name: str, value):
