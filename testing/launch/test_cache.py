@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
+import warnings
 
 import pytest
 import tilelang.language as T
 from tilelang.env import env
 
+import tilelang_ext
 from tilelang_ext.launch import cache, recipe
 
 DATA, BINARY = {"name": "add", "steps": [["int32", 4]]}, b"\x7fELF\0\1\2"
@@ -16,8 +21,18 @@ DATA, BINARY = {"name": "add", "steps": [["int32", 4]]}, b"\x7fELF\0\1\2"
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
+    """An empty folder and an empty memory; each `cached` in a test is a process's first, unless it says otherwise."""
     monkeypatch.setattr(cache, "folder", lambda: tmp_path / "kernels")
+    monkeypatch.setattr(cache, "_memory", Forgetful())
+    cache._warn_once.cache_clear()
     return tmp_path / "kernels"
+
+
+class Forgetful(dict):
+    """A memory that another process has: it never knows an entry before it is built."""
+
+    def __contains__(self, path):
+        return False
 
 
 class Build:
@@ -31,12 +46,16 @@ class Build:
         return DATA, self.binary
 
 
+def entries(folder):
+    return sorted(path for path in folder.iterdir() if path.suffix == ".kernel")
+
+
 def test_built_once(folder):
     build = Build()
     for _ in range(3):
         assert cache.cached(("add", 1), build) == (DATA, BINARY)
     assert build.count == 1
-    assert len(list(folder.iterdir())) == 1, "nothing is left beside the entry"
+    assert {path.suffix for path in folder.iterdir()} == {".kernel", ".lock"}, "nothing else is left beside the entry"
 
 
 @pytest.mark.parametrize("key", [("add", 2), ("add", "1"), ("add", 1, ()), ("sub", 1)])
@@ -47,12 +66,26 @@ def test_other_keys(folder, key):
     assert other.count == 1
 
 
-def test_other_sources_and_versions(folder, monkeypatch):
+def test_other_sources(folder, monkeypatch):
     cache.cached(("add", 1), Build())
-    monkeypatch.setattr(cache, "_environment", lambda: ("digest of other sources", "0.1.15"))
+    monkeypatch.setattr(cache, "_sources", lambda: "digest of other sources")
     build = Build()
     cache.cached(("add", 1), build)
     assert build.count == 1
+
+
+def test_another_version_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(type(env), "TILELANG_CACHE_DIR", str(tmp_path), raising=False)
+    monkeypatch.setattr(cache, "_memory", Forgetful())
+    for version in ("0.0.9", "0.1.0"):
+        monkeypatch.setattr(tilelang_ext, "__version__", version)
+        build = Build()
+        for _ in range(2):
+            cache.cached(("add", 1), build)
+        assert build.count == 1
+    folders = list((tmp_path / "tilelang_ext").iterdir())
+    assert len(folders) == 2
+    assert all(len(entries(each)) == 1 for each in folders)
 
 
 TEARS = [lambda e: e[:-1], lambda e: e[:20], lambda e: b"", lambda e: e[:-1] + b"!", lambda e: b"?" * 99]
@@ -61,7 +94,7 @@ TEARS = [lambda e: e[:-1], lambda e: e[:20], lambda e: b"", lambda e: e[:-1] + b
 @pytest.mark.parametrize("tear", TEARS)
 def test_torn_and_foreign_entries_are_built_again(folder, tear):
     cache.cached(("add", 1), Build())
-    [entry] = folder.iterdir()
+    [entry] = entries(folder)
     entry.write_bytes(tear(entry.read_bytes()))
     build = Build()
     assert cache.cached(("add", 1), build) == (DATA, BINARY)
@@ -69,29 +102,95 @@ def test_torn_and_foreign_entries_are_built_again(folder, tear):
     assert build.count == 1
 
 
-def test_a_folder_that_cannot_be_written(folder):
-    folder.write_bytes(b"a file where the folder would be")
+def test_an_entry_in_another_s_place(folder):
+    """Whole, and yet not what was asked for."""
+    cache.cached(("add", 1), Build(b"one"))
+    [one] = entries(folder)
+    cache.cached(("add", 2), Build(b"two"))
+    [two] = set(entries(folder)) - {one}
+    two.write_bytes(one.read_bytes())
+    assert cache.cached(("add", 2), Build(b"two")) == (DATA, b"two")
+
+
+FAULTS = {
+    "a file in the place of the folder": lambda folder, monkeypatch: folder.write_bytes(b""),
+    "a full disk": lambda folder, monkeypatch: monkeypatch.setattr(cache, "_write", refuse(28, "No space left on device")),
+    "a folder that is only read": lambda folder, monkeypatch: monkeypatch.setattr(os, "replace", refuse(30, "Read-only")),
+}
+
+
+def refuse(number, reason):
+    def fail(*arguments):
+        raise OSError(number, reason)
+
+    return fail
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_what_cannot_be_written_stays_in_memory(folder, monkeypatch, fault):
+    """One warning for all kernels, each built once; nothing half-written is left."""
+    fault(folder, monkeypatch)
+    monkeypatch.setattr(cache, "_memory", {})
     build = Build()
-    for _ in range(2):
-        assert cache.cached(("add", 1), build) == (DATA, BINARY)
-    assert build.count == 2
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for number in (1, 2, 1, 2):
+            assert cache.cached(("add", number), build) == (DATA, BINARY)
+    assert re.match(r"kernel cache: .* must be writable; got \[Errno .*; kernels stay in memory", str(warned[0].message))
+    assert (build.count, len(warned)) == (2, 1)
+    assert folder.is_file() or not [path for path in folder.iterdir() if path.suffix != ".lock"]
 
 
-def test_a_full_disk(folder, monkeypatch):
-    def full(path, entry):
-        raise OSError(28, "No space left on device")
+def test_reload(folder, monkeypatch):
+    """What memory has is not looked for on disk, until it is forgotten; so are what stands on it."""
+    monkeypatch.setattr(cache, "_memory", {})
+    kept = cache.until_reload(object)
+    assert cache.cached(("add", 1), Build(b"old")) == (DATA, b"old")
+    first = kept()
+    for entry in entries(folder):
+        entry.unlink()
+    assert cache.cached(("add", 1), Build(b"new")) == (DATA, b"old")
+    assert kept() is first
+    cache.reload()
+    assert cache.cached(("add", 1), Build(b"new")) == (DATA, b"new")
+    assert kept() is not first
 
-    monkeypatch.setattr(cache, "_write", full)
-    assert cache.cached(("add", 1), Build()) == (DATA, BINARY)
+
+def test_others_wait_for_who_builds(folder):
+    """As another process would: by a file of its own. Who waited reads what was built."""
+    building, builds = threading.Event(), []
+
+    def build():
+        builds.append(1)
+        building.set()
+        time.sleep(0.3)
+        return DATA, BINARY
+
+    first = threading.Thread(target=cache.cached, args=(("add", 1), build))
+    first.start()
+    building.wait()
+    assert cache.cached(("add", 1), build) == (DATA, BINARY)
+    first.join()
+    assert len(builds) == 1
 
 
-def test_an_entry_that_cannot_be_moved_leaves_nothing(folder, monkeypatch):
-    def refuse(source, target):
-        raise PermissionError(13, "Permission denied")
+def test_nobody_waits_for_ever(folder, monkeypatch):
+    monkeypatch.setattr(cache, "WAIT_SECONDS", 0.1)
+    go_on, building = threading.Event(), threading.Event()
 
-    monkeypatch.setattr(os, "replace", refuse)
-    assert cache.cached(("add", 1), Build()) == (DATA, BINARY)
-    assert list(folder.iterdir()) == []
+    def stuck():
+        building.set()
+        go_on.wait()
+        return DATA, BINARY
+
+    first = threading.Thread(target=cache.cached, args=(("add", 1), stuck))
+    first.start()
+    building.wait()
+    build = Build()
+    assert cache.cached(("add", 1), build) == (DATA, BINARY)
+    go_on.set()
+    first.join()
+    assert build.count == 1
 
 
 def test_where_the_cache_is_off(folder, monkeypatch):
@@ -118,7 +217,7 @@ def test_processes_that_write_at_the_same_time(tmp_path):
     for writer in writers:
         _, error = writer.communicate(timeout=300)
         assert writer.returncode == 0, error
-    assert len(list(tmp_path.iterdir())) == 200
+    assert len(entries(tmp_path)) == 200
 
 
 def test_a_kernel_comes_back_as_it_was(folder, monkeypatch):

@@ -22,13 +22,14 @@ from torch import Tensor
 from tvm import DataType
 
 from tilelang_ext.launch import expression
+from tilelang_ext.launch.cache import until_reload
 from tilelang_ext.launch.expression import Expression, recipe_of
 from tilelang_ext.launch.recipe import ALIGNMENT, Lowered, compile_cached
 
 Extent = int | Expression
 
 
-@functools.cache
+@until_reload
 def kernel(make: Callable, arguments: tuple, arch: str, pass_configs: tuple) -> tuple[Lowered, bytes]:
     """Return make(*arguments), a prim_func, lowered, and its cubin.
 

@@ -24,6 +24,7 @@ from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, HOPPER_LAYOUT
 from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, TOKEN_BITS, capacity_of, count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
 from tilelang_ext.kernels.mxfp4_moe.weights import from_arguments
+from tilelang_ext.launch.cache import until_reload
 from tilelang_ext.launch.compile import compiled as compile_kernel
 from tilelang_ext.launch.device import target_of
 from tilelang_ext.launch.expression import fact, minimum, recipe_of, shape
@@ -243,13 +244,13 @@ RECIPE = {
 }
 
 
-@functools.cache
+@until_reload
 def plan() -> Plan:
     """Return the plan of this process, with the variants that calls have added."""
     return launcher().plan(RECIPE)
 
 
-@functools.cache
+@until_reload
 def directly() -> Callable[..., bool]:
     """Return the plan's `launch_directly`; where there is no NVIDIA GPU, what never launches."""
     takes_plans = torch.version.hip is None and torch.cuda.is_available()

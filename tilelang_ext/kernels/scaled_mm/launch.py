@@ -8,7 +8,6 @@ bucket (`problem.bucket_of`).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -27,6 +26,7 @@ from tilelang_ext.kernels.scaled_mm.arguments import (
     unpack,
 )
 from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem, bucket_of
+from tilelang_ext.launch.cache import until_reload
 from tilelang_ext.launch.expression import ceildiv, fact, recipe_of, select, shape, stride
 from tilelang_ext.launch.plan import Plan, launcher
 from tilelang_ext.launch.recipe import ALIGNMENT
@@ -64,13 +64,13 @@ def takes_plans() -> bool:
     return torch.version.hip is None
 
 
-@functools.cache
+@until_reload
 def plan() -> Plan:
     """Return the plan of this process, with the variants that calls have added."""
     return launcher().plan(RECIPE, MEMBERS)
 
 
-@functools.cache
+@until_reload
 def directly() -> Callable[..., bool]:
     """Return the plan's `launch_directly`; where there is no NVIDIA GPU, what never launches."""
     return plan().launch_directly if takes_plans() and torch.cuda.is_available() else lambda *arguments: False
