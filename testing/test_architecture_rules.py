@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tilelang_ext"
 UPSTREAM = ("tilelang", "tvm", "torch")
 BACKENDS = ("metal", "rocm", "cuda", "cpu")
-HOST_FILES = ("__init__", "operator", "arguments", "launch", "weights", "experts", "sm90_packing")  # of an operator's package
+# Of an operator's package.
+HOST_FILES = ("__init__", "ahead", "arguments", "experts", "launch", "operator", "signature", "sm90_packing", "weights")
 NO_ROOMS = {"utils", "common", "helpers", "misc"}
 
 
@@ -50,6 +51,8 @@ ROOMS = {
         ("language", "codes", "formats", "marks", "kernels.sm90"), never=("torch", "time", "timeit"), silent=True
     ),
     "host file": Room(("launch", "reference", "formats", "quantization", "checkpoints"), never=("time", "timeit"), silent=True),
+    "ahead": Room(("launch", "kernels")),  # kernels compiled before they are called
+    "export": Room(("ahead", "launch", "kernels")),
     "tune": Room(("launch", "kernels")),
     "parallel": Room(("kernels",)),
     "integrations": Room(("kernels", "parallel")),

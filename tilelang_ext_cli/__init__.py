@@ -4,20 +4,77 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `tilelang-ext` with `arguments` (default: the command line) and return its exit code."""
     parser = argparse.ArgumentParser(prog="tilelang-ext", description="TileLang kernels and a Metal backend with a simulator.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what is installed, what is missing, what that disables and how to get it")
-    parser.parse_args(arguments)
+    doctor = commands.add_parser("doctor", help="what is installed, what is missing, what that disables and how to get it")
+    doctor.set_defaults(run=_doctor)
+    warm = commands.add_parser("warm", help="compile all kernels of a model into the cache, in parallel; needs nvcc, no GPU")
+    warm.add_argument("model", help="as gpt-oss-20b; another name lists all")
+    _add_target(warm)
+    warm.set_defaults(run=_warm)
+    export = commands.add_parser("export", help="write kernels that need torch and apache-tvm-ffi alone; needs nvcc, no GPU")
+    export.add_argument("--ops", nargs="+", required=True, choices=("scaled_mm", "mxfp4_moe"))
+    export.add_argument("--out", type=Path, required=True, metavar="DIR")
+    export.add_argument("--models", nargs="+", metavar="MODEL", help="whose sizes are exported; all, unless --sizes is given")
+    export.add_argument("--sizes", nargs="+", default=[], metavar="NxK", help="of matmuls, as 4096x7168")
+    export.add_argument("--recipes", nargs="+", default=["row"], choices=("tensor", "row", "block", "mx"), help="of --sizes")
+    export.add_argument("--wheel", action="store_true", help="a wheel of the package too, beside it")
+    export.add_argument("--hub", action="store_true", help="the layout of kernels of the Hugging Face Hub too")
+    _add_target(export)
+    export.set_defaults(run=_export)
+    chosen = parser.parse_args(arguments)
+    try:
+        return chosen.run(chosen)
+    except (ValueError, OSError) as error:
+        if chosen.command == "doctor":
+            raise
+        print(error, file=sys.stderr)
+        return 2
 
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", required=True, help="as sm_90a")
+    parser.add_argument("--num-sms", type=int, help="of the GPU, 132 unless given")
+    parser.add_argument("--max-rows", type=int, default=8192, help="rows of a, or tokens, up to which there are kernels")
+    parser.add_argument("--processes", type=int, help="that compile at the same time; one for each core, unless given")
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
     from tilelang_ext_cli.doctor import diagnose, show
 
     checks = diagnose()
     show(checks)
     return 1 if any(check.required and not check.ok for check in checks) else 0
+
+
+def _warm(chosen: argparse.Namespace) -> int:
+    from tilelang_ext.ahead import warm
+    from tilelang_ext.launch import cache
+
+    jobs = warm(chosen.model, chosen.arch, chosen.processes, chosen.max_rows, chosen.num_sms)
+    print(f"{len(jobs)} kernels of {chosen.model} for {chosen.arch} are in {cache.folder()}")
+    return 0
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    from tilelang_ext import ahead, export
+
+    models = ahead.models_of(chosen.models, chosen.sizes, chosen.recipes)
+    target = ahead.target_for(chosen.arch, chosen.num_sms)
+    calls = ahead.calls_of(models, chosen.ops, target, chosen.max_rows)
+    ahead.compile_all(ahead.jobs_of(calls, chosen.arch), chosen.processes)
+    package = export.export(calls, chosen.arch, chosen.out)
+    print(package)
+    if chosen.wheel:
+        print(export.wheel(package, chosen.out))
+    if chosen.hub:
+        print(export.hub(package, chosen.out))
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tilelang_ext.kernels.matmul.operator import KERNELS as MATMUL_KERNELS
 from tilelang_ext.kernels.mxfp4_moe import formats, sm90_mma, sm90_scatter, sm90_wgmma, tiled
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.routing import count_slots, moe_sort
-from tilelang_ext.kernels.mxfp4_moe.sm90_decode import TILE_FORMATS
+from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import TILE_FORMATS
 from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
 from tilelang_ext.kernels.scaled_mm import sm90_persistent, sm90_split_k, vecmat
 from tilelang_ext.kernels.scaled_mm.operator import KERNELS

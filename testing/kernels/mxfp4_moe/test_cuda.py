@@ -21,7 +21,7 @@ from tilelang_ext.kernels.mxfp4_moe.arguments import Operands
 from tilelang_ext.kernels.mxfp4_moe.formats import quantize_groups, quantize_rows
 from tilelang_ext.kernels.mxfp4_moe.launch import compiled, problem_of
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
-from tilelang_ext.kernels.mxfp4_moe.sm90_decode import TILE, TILE_FORMATS
+from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import TILE, TILE_FORMATS
 from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights, tile_for_hopper
 
 pytestmark = pytest.mark.cuda

@@ -8,7 +8,8 @@ from kernels.mxfp4_moe.operands import launch_kernels
 from kernels.mxfp4_moe.targets import TARGETS, compiled
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, TOKEN_BITS, capacity_of, count_slots, moe_sort
+from tilelang_ext.kernels.mxfp4_moe.problem import TOKEN_BITS
+from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, capacity_of, count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights
 
 BLOCK_M, MAX_EXPERTS = 4, 16

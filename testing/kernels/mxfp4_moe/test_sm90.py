@@ -23,7 +23,7 @@ from tilelang_ext.kernels.mxfp4_moe.launch import problem_of
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_moe.problem import HOPPER_LAYOUTS
 from tilelang_ext.kernels.mxfp4_moe.routing import moe_sort
-from tilelang_ext.kernels.mxfp4_moe.sm90_decode import TILE, TILE_FORMATS
+from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import TILE, TILE_FORMATS
 from tilelang_ext.kernels.mxfp4_moe.weights import MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper
 
 EXPERTS, TOKENS, TOP_K = 3, 5, 2

@@ -14,8 +14,8 @@ from kernels.mxfp4_moe.sm90_cases import ARCH, quantized, text_of
 from tilelang_ext.kernels.mxfp4_moe import sm90_mma, sm90_scatter, sm90_wgmma
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.routing import moe_sort
-from tilelang_ext.kernels.mxfp4_moe.sm90_decode import E4M3
 from tilelang_ext.kernels.mxfp4_moe.sm90_scatter import PASS_CONFIGS
+from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import E4M3
 from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
 
 

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from tilelang_ext.language.swiglu import sigmoid_of, silu_of, swiglu_of
-
 
 @dataclass(frozen=True)
 class Activation:
@@ -17,6 +15,10 @@ class Activation:
     alpha: float = 1.702
     limit: float = 7.0
 
-    def __call__(self, g, u, sigmoid=sigmoid_of):
+    def __call__(self, g, u, sigmoid=None):
         """Return the expression for float32 g and u; a kernel for one target may pass a `sigmoid` of its own."""
+        # Here, since an exported folder has the class and no language.
+        from tilelang_ext.language.swiglu import sigmoid_of, silu_of, swiglu_of
+
+        sigmoid = sigmoid_of if sigmoid is None else sigmoid
         return silu_of(g, u, sigmoid) if self.name == "silu" else swiglu_of(g, u, self.alpha, self.limit, sigmoid)

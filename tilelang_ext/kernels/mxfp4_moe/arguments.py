@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
-from tilelang_ext.kernels.mxfp4_moe.problem import EPILOGUES, GENERAL_LAYOUT, HOPPER_LAYOUTS
-from tilelang_ext.kernels.mxfp4_moe.routing import MAX_TOP_K, TOKEN_BITS
+from tilelang_ext.kernels.mxfp4_moe.problem import EPILOGUES, GENERAL_LAYOUT, HOPPER_LAYOUTS, MAX_TOP_K, TOKEN_BITS
 from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights
 
 _DTYPES = (torch.bfloat16, torch.float16)

@@ -1,8 +1,8 @@
 """Launches of `mxfp4_moe`: the sort, the GEMMs of one implementation, the sum over slots.
 
-The launches are written once, in `_compile`, for torch tensors and for the views of a plan: on NVIDIA GPUs a plan launches them
-(`plan`, `add_variant`). A variant is compiled for the sizes, dtypes and options of a call, and serves all numbers of tokens
-that have its kernels and tiles.
+The launches are written once, in `compile_launches`, for torch tensors and for the views of a plan (`signature`): on NVIDIA
+GPUs a plan launches them (`plan`, `add_variant`). A variant is compiled for the sizes, dtypes and options of a call, and serves
+all numbers of tokens that have its kernels and tiles.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import sm90_mma, sm90_wgmma, tiled
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.arguments import Operands
-from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, HOPPER_LAYOUTS, Problem
-from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, TOKEN_BITS, capacity_of, count_slots, moe_sort
+from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, HOPPER_LAYOUTS, TOKEN_BITS, Problem
+from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, capacity_of, count_slots, moe_sort
+from tilelang_ext.kernels.mxfp4_moe.signature import RECIPE, TYPES, readable, to_plan
 from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
 from tilelang_ext.kernels.mxfp4_moe.weights import from_arguments
 from tilelang_ext.launch.cache import until_reload
 from tilelang_ext.launch.compile import compiled as compile_kernel
 from tilelang_ext.launch.device import target_of
-from tilelang_ext.launch.expression import fact, minimum, recipe_of, shape
+from tilelang_ext.launch.expression import minimum, shape
 from tilelang_ext.launch.plan import Plan, launcher
 from tilelang_ext.launch.record import Recorder
 
@@ -104,14 +105,7 @@ def launch(problem: Problem, operands: Operands, out: Tensor, *, compiled: Calla
     _compile_once(problem, Device(out.device, compiled))(operands, out)
 
 
-def readable(operands: Operands) -> Operands:
-    """Return the operands with copies in place of tensors that kernels cannot read."""
-    x, topk_ids, topk_weights, w13, w2, expert_mask = operands
-    mask = None if expert_mask is None else expert_mask.int()
-    return Operands(x.contiguous(), topk_ids.contiguous(), topk_weights.float().contiguous(), w13, w2, mask)
-
-
-def _compile(problem: Problem, device) -> Callable:
+def compile_launches(problem: Problem, device) -> Callable:
     """Return run(operands, out): it launches on tensors and a `Device`, and records on views and a `Recorder`.
 
     The problem decides which kernels run, with which tiles; extents that differ with the number of tokens come from the
@@ -137,7 +131,7 @@ def _compile(problem: Problem, device) -> Callable:
 
 
 # Of problems, which differ in tokens; the kernels are fewer, and kept by `compiled`.
-_compile_once = functools.lru_cache(maxsize=1024)(_compile)
+_compile_once = functools.lru_cache(maxsize=1024)(compile_launches)
 
 
 def _implementation_of(problem: Problem):
@@ -219,30 +213,6 @@ def _name(dtype: torch.dtype) -> str:
 
 # --- the plan of NVIDIA GPUs -----------------------------------------------------------------------------------------
 
-_TYPES = {
-    **dict.fromkeys(("x", "topk_ids", "topk_weights"), "tensor"),
-    **{"w13": "tensor", "scale13": "tensor", "bias13": "tensor", "rows13": "int", "k13": "int", "tiles13": "str"},
-    **{"gated13": "int", "w2": "tensor", "scale2": "tensor", "bias2": "tensor", "rows2": "int", "k2": "int", "tiles2": "str"},
-    **{"gated2": "int"},
-    **{"activation": "str", "alpha": "float", "limit": "float", "a_format": "str", "epilogue": "str"},
-    **{"expert_mask": "tensor", "out": "tensor"},
-}
-_TILES_OF = {GENERAL_LAYOUT: GENERAL_LAYOUT, **{layout: a_format for a_format, layout in HOPPER_LAYOUTS.items()}}
-_KEY = (
-    *(fact("value", name) for name, type in _TYPES.items() if type != "tensor"),
-    *(fact("dtype", name) for name in ("x", "topk_ids", "topk_weights", "expert_mask", "out")),
-    fact("device", "x"),
-    shape("topk_ids", 1),
-    shape("w13", 0),
-    shape("expert_mask", 0),
-)
-RECIPE = {
-    "name": "mxfp4_moe",
-    "arguments": [{"name": name, "type": type} for name, type in _TYPES.items()],
-    "key": [recipe_of(value) for value in _KEY],
-    "size": recipe_of(shape("x", 0)),
-}
-
 
 @until_reload
 def plan() -> Plan:
@@ -257,13 +227,6 @@ def directly() -> Callable[..., bool]:
     return plan().launch_directly if takes_plans else lambda *arguments: False
 
 
-def to_plan(arguments: tuple) -> tuple:
-    """Return the plan's arguments from those of `mxfp4_moe_out`: weights become the fields of `HopperWeights`."""
-    *w13, layout13 = arguments[3:9]
-    *w2, layout2 = arguments[9:15]
-    return (*arguments[:3], *w13, _TILES_OF[layout13], True, *w2, _TILES_OF[layout2], False, *arguments[15:])
-
-
 def has_plan(problem: Problem) -> bool:
     """Return whether a plan launches this: what torch does beside kernels, as the cast of atomic sums, is in none."""
     return problem.target_kind == "cuda" and problem.epilogue == "reduce"
@@ -275,7 +238,7 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, arch: str) -> No
     Not while a graph is captured: a mask of every expert is kept.
     """
     in_plan = to_plan(arguments)
-    given = dict(zip(_TYPES, in_plan, strict=True))
+    given = dict(zip(TYPES, in_plan, strict=True))
     recorder = Recorder("mxfp4_moe", arch)
     tokens, H = shape("x", 0), problem.hidden_size
 
@@ -298,7 +261,7 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, arch: str) -> No
         *weights,
         mask,
     )
-    _compile(problem, recorder)(operands, argument("out", tokens, H))
+    compile_launches(problem, recorder)(operands, argument("out", tokens, H))
     key, _ = plan.key(*in_plan)
     plan.add(recorder.variant(key, tokens_of_kernels(problem)), recorder.cubins, recorder.constants)
 

@@ -23,17 +23,11 @@ from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.arguments import Operands, check
 from tilelang_ext.kernels.mxfp4_moe.formats import SIXTEEN_BITS, hidden_format
 from tilelang_ext.kernels.mxfp4_moe.problem import Problem
+from tilelang_ext.kernels.mxfp4_moe.signature import A_FORMATS, options_of, readable, to_plan
 from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights, from_arguments, to_arguments
 from tilelang_ext.launch.device import current, target_of
 from tilelang_ext.launch.gradient import without_gradient
 from tilelang_ext.launch.plan import Plan
-
-_A_FORMATS = {
-    torch.float8_e4m3fn: "fp8",
-    torch.float4_e2m1fn_x2: "mxfp4",
-    **{name: name for name in ("fp8", "mxfp8", "mxfp4")},
-}
-_SIXTEEN_BITS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def mxfp4_moe(
@@ -80,11 +74,10 @@ def mxfp4_moe(
     """
     is_plain = type(w13) is type(w2) is HopperWeights and type(activation) is Activation
     if out is not None and is_plain and not is_compiling():
-        a_format = _A_FORMATS.get(a_dtype) or _SIXTEEN_BITS.get(x.dtype if a_dtype is None else a_dtype)
-        options = activation.name, activation.alpha, activation.limit, a_format, epilogue, expert_mask
+        options = *options_of(activation, a_dtype, x), epilogue, expert_mask
         if launches.directly()(x, topk_ids, topk_weights, *w13, *w2, *options, out):
             return out
-    if a_dtype not in (None, x.dtype, *_A_FORMATS):
+    if a_dtype not in (None, x.dtype, *A_FORMATS):
         raise TypeError(
             f"mxfp4_moe: a_dtype must be {x.dtype}, torch.float8_e4m3fn, 'mxfp8' or 'mxfp4'; got {a_dtype}; leave it out"
         )
@@ -103,7 +96,7 @@ def mxfp4_moe(
             f"mxfp4_moe: w13 must be prepared with gate= and w2 without; got {got}; pass gate='interleaved' (gpt-oss) or "
             "'separated' to prepare_mxfp4_weights for w13 alone"
         )
-    a_format = _A_FORMATS.get(a_dtype, str(x.dtype).removeprefix("torch."))
+    a_format = A_FORMATS.get(a_dtype, str(x.dtype).removeprefix("torch."))
     arguments = (
         *(x, topk_ids, topk_weights, *to_arguments(w13), *to_arguments(w2)),
         *(activation.name, activation.alpha, activation.limit, a_format, epilogue, expert_mask),
@@ -143,7 +136,7 @@ def _mxfp4_moe_out(*arguments) -> None:
     # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
     if arguments[0].is_cuda and torch.version.hip is None:
         try:
-            if launches.plan().launch(*launches.to_plan(arguments)):
+            if launches.plan().launch(*to_plan(arguments)):
                 return
         except (TypeError, ValueError):
             pass
@@ -168,9 +161,9 @@ def _check_and_launch(*arguments) -> None:
 
 def _launch_plan(plan: Plan, problem: Problem, operands: Operands, arguments: tuple) -> None:
     """Launch on an NVIDIA GPU; a variant that the plan lacks is compiled first."""
-    given, out = launches.readable(operands), arguments[-1]
+    given, out = readable(operands), arguments[-1]
     arguments = (*given[:3], *arguments[3:-2], given.expert_mask, out)
-    in_plan = launches.to_plan(arguments)
+    in_plan = to_plan(arguments)
     if plan.launch(*in_plan):
         return
     if torch.cuda.is_current_stream_capturing():

@@ -28,6 +28,9 @@ from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 # Layouts of weights: as `MXFP4Weights` has them, and as `HopperWeights` has them for each format of activations.
 GENERAL_LAYOUT = "general"
 HOPPER_LAYOUTS = {"bfloat16": "hopper_bfloat16", "fp8": "hopper_fp8"}
+TOKEN_BITS = 24  # of a sorted token id (`routing`); the slot lies above
+TOKEN_MASK = (1 << TOKEN_BITS) - 1
+MAX_TOP_K = 127  # slots and the sentinel share the 7 bits that an int32 has left
 EPILOGUES = ("reduce", "atomic")
 
 

@@ -14,10 +14,8 @@ all for 2^18 slots and 128 experts.
 """
 
 from tilelang_ext import language as T
+from tilelang_ext.kernels.mxfp4_moe.problem import TOKEN_BITS
 
-TOKEN_BITS = 24  # of a sorted token id; the slot lies above
-TOKEN_MASK = (1 << TOKEN_BITS) - 1
-MAX_TOP_K = 127  # slots and the sentinel share the 7 bits that an int32 has left
 _THREADS = 256
 CHUNK = 4 * _THREADS  # slots of a block; each thread has four, whose loads are in flight together
 

@@ -29,31 +29,10 @@ shift of one row and one K group; the power of two that all groups of a row shar
 (`HopperWeights.row_scale`). A shift is exact as long as no code leaves the normal numbers of E4M3.
 """
 
-from typing import NamedTuple
-
 from tilelang_ext import language as T
+from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import BFLOAT16, E4M3, TileFormat
 
-TILE = 64  # rows of a tile
 _FIELDS = 0x81C081C0  # sign and magnitude of pair 0, in both halves of a word
-
-
-class TileFormat(NamedTuple):
-    """What the GEMMs take activations in, and how large the tiles of weights for it are."""
-
-    dtype: str  # of activations
-    ptx: str  # its name in PTX
-    K: int  # of a tile
-    lane_words: int  # words of codes that one lane decodes
-
-    @property
-    def tile_words(self) -> int:
-        """Words of a tile: the codes of 128 lanes, and a sixteenth of that for the scales."""
-        return self.lane_words * 136
-
-
-BFLOAT16 = TileFormat("bfloat16", "bf16", 64, 4)
-E4M3 = TileFormat("float8_e4m3fn", "e4m3", 128, 8)
-TILE_FORMATS = {"bfloat16": BFLOAT16, "fp8": E4M3}  # by the format of activations
 
 
 def decode(tile_format: TileFormat, codes, scales, out, begin: int) -> None:

@@ -38,10 +38,10 @@ from typing import Any
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import MX_GROUP
-from tilelang_ext.kernels.mxfp4_moe.problem import HOPPER_LAYOUTS, Problem
-from tilelang_ext.kernels.mxfp4_moe.routing import TOKEN_BITS, TOKEN_MASK
-from tilelang_ext.kernels.mxfp4_moe.sm90_decode import BFLOAT16, TILE, decode
+from tilelang_ext.kernels.mxfp4_moe.problem import HOPPER_LAYOUTS, TOKEN_BITS, TOKEN_MASK, Problem
+from tilelang_ext.kernels.mxfp4_moe.sm90_decode import decode
 from tilelang_ext.kernels.mxfp4_moe.sm90_slots import slots_type, store_pair
+from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import BFLOAT16, TILE
 from tilelang_ext.kernels.sm90 import pdl
 from tilelang_ext.kernels.sm90.roles import WARP
 

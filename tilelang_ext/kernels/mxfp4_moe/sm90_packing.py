@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tilelang_ext.formats import MX_GROUP
-from tilelang_ext.kernels.mxfp4_moe.sm90_decode import BFLOAT16, E4M3, TILE, TileFormat
+from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import BFLOAT16, E4M3, TILE, TileFormat
 
 _MAX_SCALE = 128  # with bfloat16: E8M0 + 126 is at most 254, the largest finite exponent
 _SCALE_BIAS = 126

@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from tilelang_ext import language as T
 from tilelang_ext.codes import INF
 from tilelang_ext.formats import E4M3, MX_GROUP
-from tilelang_ext.kernels.mxfp4_moe.problem import Problem
-from tilelang_ext.kernels.mxfp4_moe.routing import MAX_TOP_K
+from tilelang_ext.kernels.mxfp4_moe.problem import MAX_TOP_K, Problem
 from tilelang_ext.kernels.sm90 import pdl
 from tilelang_ext.kernels.sm90.roles import WARP
 

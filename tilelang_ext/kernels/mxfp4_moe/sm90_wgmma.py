@@ -46,10 +46,10 @@ from tilelang.layout import make_swizzled_layout
 from tilelang_ext import language as T
 from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import sm90_scatter
-from tilelang_ext.kernels.mxfp4_moe.problem import HOPPER_LAYOUTS, Problem
-from tilelang_ext.kernels.mxfp4_moe.routing import TOKEN_BITS, TOKEN_MASK
-from tilelang_ext.kernels.mxfp4_moe.sm90_decode import BFLOAT16, TILE, TILE_FORMATS, TileFormat, decode
+from tilelang_ext.kernels.mxfp4_moe.problem import HOPPER_LAYOUTS, TOKEN_BITS, TOKEN_MASK, Problem
+from tilelang_ext.kernels.mxfp4_moe.sm90_decode import decode
 from tilelang_ext.kernels.mxfp4_moe.sm90_slots import slots_type, store_pair
+from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import BFLOAT16, TILE, TILE_FORMATS, TileFormat
 from tilelang_ext.kernels.sm90 import pdl
 from tilelang_ext.kernels.sm90.pipeline import (
     CONSUMER_START,

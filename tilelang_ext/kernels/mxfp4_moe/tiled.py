@@ -26,8 +26,7 @@ from tilelang_ext.kernels.mxfp4_moe.formats import (
     tensor_types,
     tile_dtype,
 )
-from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, Problem
-from tilelang_ext.kernels.mxfp4_moe.routing import TOKEN_BITS, TOKEN_MASK
+from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, TOKEN_BITS, TOKEN_MASK, Problem
 
 PARTIAL_DTYPE, USES_PDL = "float32", False
 _GROUP_BYTES = MX_GROUP // CODES_PER_BYTE  # bytes of codes that share a scale

@@ -18,7 +18,7 @@ from tilelang_ext import checkpoints
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import sm90_packing
 from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, HOPPER_LAYOUTS
-from tilelang_ext.kernels.mxfp4_moe.sm90_decode import TILE
+from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import TILE
 
 
 class MXFP4Weights(NamedTuple):

@@ -31,13 +31,13 @@ from tilelang_ext.kernels.scaled_mm.arguments import (
     unpack,
 )
 from tilelang_ext.kernels.scaled_mm.problem import Problem, bucket_of
+from tilelang_ext.kernels.scaled_mm.signature import ALIGNMENT, to_plan, with_memory_of_kernels
 from tilelang_ext.launch.compile import compiled
-from tilelang_ext.launch.device import current, target_of
+from tilelang_ext.launch.device import Target, current, target_of
 from tilelang_ext.launch.gradient import without_gradient
 from tilelang_ext.launch.plan import Plan
 
 KERNELS = (vecmat, sm90_split_k, sm90_persistent, tiled)  # the first that takes a problem compiles it
-ALIGNMENT = 16  # bytes: of TMA and of the widest loads
 _CONTRACTIONS = ((), (1, 0), (-1, -2), (-1, 0), (1, -2))
 
 
@@ -110,7 +110,7 @@ def _scaled_mm_out(*arguments) -> None:
     # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
     if arguments[0].is_cuda and launch.takes_plans():
         try:
-            if launch.plan().launch(*launch.to_plan(arguments)):
+            if launch.plan().launch(*to_plan(arguments)):
                 return
         except (TypeError, ValueError):
             pass
@@ -134,7 +134,7 @@ def _check_and_launch(mat_a, mat_b, scale_a, scale_b, bias, packed, out) -> None
         key = (mat_a.device, bucket_of(M), N, K, mat_a.dtype, mat_b.dtype, recipe_a, recipe_b, bias_dtype, out.dtype)
         if target_of("scaled_mm", mat_a.device).kind == "cuda":
             _check_memory(mat_a.contiguous(), mat_b.t())
-            _launch_plan(launch.plan(), key, launch.with_memory_of_kernels(arguments, (scale_a, scale_b)))
+            _launch_plan(launch.plan(), key, with_memory_of_kernels(arguments, (scale_a, scale_b)))
         else:
             run = _launchers.get((key, use_fast_accum)) or _compile(key, use_fast_accum)
             _launch(run, mat_a, scale_a, mat_b.t(), scale_b, bias, out)
@@ -177,14 +177,19 @@ _launchers: dict[tuple, Callable] = {}
 
 def _problem_of(key: tuple, use_fast_accum: bool) -> Problem:
     """Return the problem of device, max_M, N, K, dtypes, recipes and dtypes of bias and result."""
-    device, max_M, N, K, a_dtype, b_dtype, recipe_a, recipe_b, bias_dtype, out_dtype = key
-    target = target_of("scaled_mm", device)
-    for name, dtype in (("mat_a", a_dtype), ("mat_b", b_dtype)):
+    target = target_of("scaled_mm", key[0])
+    for name, dtype in (("mat_a", key[4]), ("mat_b", key[5])):
         if dtype in FNUZ and target.kind != "hip":
             raise NotImplementedError(
-                f"scaled_mm: {name} must be float8_e4m3fn or float8_e5m2 on {device.type}; got {_name(dtype)}; convert it with "
+                f"scaled_mm: {name} must be float8_e4m3fn or float8_e5m2 on {key[0].type}; got {_name(dtype)}; convert it with "
                 "quantization.fnuz_to_ocp, or move the tensors to the CPU"
             )
+    return problem_for(target, key, use_fast_accum)
+
+
+def problem_for(target: Target, key: tuple, use_fast_accum: bool) -> Problem:
+    """Return the problem of such a key for a target that need not be here."""
+    _, max_M, N, K, a_dtype, b_dtype, recipe_a, recipe_b, bias_dtype, out_dtype = key
     return Problem(
         target_kind=target.kind,
         arch=target.arch,
@@ -202,16 +207,16 @@ def _problem_of(key: tuple, use_fast_accum: bool) -> Problem:
     )
 
 
-def _implementation_of(problem: Problem) -> ModuleType:
+def implementation_of(problem: Problem) -> ModuleType:
     return next(file for file in KERNELS if file.takes(problem))
 
 
 def _launch_plan(plan: Plan, key: tuple, arguments: tuple) -> None:
     """Launch on an NVIDIA GPU; a variant that the plan lacks is compiled first."""
-    given = launch.to_plan(arguments)
+    given = to_plan(arguments)
     if not plan.launch(*given):
         problem = _problem_of(key, unpack(arguments[-2]).use_fast_accum)
-        launch.add_variant(plan, arguments, problem, _implementation_of(problem))
+        launch.add_variant(plan, arguments, problem, implementation_of(problem))
         plan(*given)
 
 
@@ -222,7 +227,7 @@ def _compile(key: tuple, use_fast_accum: bool) -> Callable:
     def compile(make: Callable, *arguments, pass_configs: Mapping[str, bool] | None = None) -> Callable:
         return compiled(make, arguments, target, tuple((pass_configs or {}).items()))
 
-    kernel = _implementation_of(problem).compile_kernel(problem, compile)
+    kernel = implementation_of(problem).compile_kernel(problem, compile)
 
     def run(a, scale_a, b, scale_b, bias, out):
         biases = [] if bias is None else [bias.contiguous()]
