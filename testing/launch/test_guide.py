@@ -35,6 +35,6 @@ def test_programs_of_the_guide(monkeypatch, capsys, tmp_path):
     assert first == second
     assert first.grid == (8, 1, 1)
     x, y = names["x"], names["y"]
-    assert sorted(first.parameters) == sorted([x.data_ptr(), y.data_ptr(), 512, 0x3F000000])
+    assert sorted(first.parameters) == sorted([x.data_ptr(), y.data_ptr(), 8, 512, 0x3F000000])
     assert x.stride() == (512, 1)
     assert isinstance(x, torch.Tensor)

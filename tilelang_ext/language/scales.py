@@ -71,7 +71,7 @@ def read_scales(
             index = [*begins[:-2], begins[-2] + row, begins[-1] + group]
         else:
             index = [begins[0] + (row if layout.k is None else group)]
-        if layout.scale_format is E8M0:
+        if layout.scale_format == E8M0:
             index[-1] = T.min(index[-1], ends[-1] - 1)
             return e8m0_to_float(buffer[tuple(index)])
         value = T.cast(buffer[tuple(index)], "float32")
@@ -86,7 +86,7 @@ def read_scales(
         )
         return buffer[axes]
 
-    has_bytes_per_row = layout.scale_format is E8M0 and layout.rows == 1 and len(begins) > 1
+    has_bytes_per_row = layout.scale_format == E8M0 and layout.rows == 1 and len(begins) > 1
     return Scales(layout, k0, at, bytes_of if has_bytes_per_row else None)
 
 
@@ -146,7 +146,7 @@ def _layouts_of(dtype: str) -> list[BlockScaledLayout]:
 def _check_dtype(where: str, dtype: str, layout: BlockScaledLayout | None) -> None:
     allowed, what = [*_FLOATS, *_BYTES], ""
     if layout is not None:
-        allowed, what = [*(_BYTES if layout.scale_format is E8M0 else _FLOATS)], f" for {_describe(layout)}"
+        allowed, what = [*(_BYTES if layout.scale_format == E8M0 else _FLOATS)], f" for {_describe(layout)}"
     if dtype not in allowed:
         raise TypeError(f"{where} must be {', '.join(allowed)}{what}; got {dtype}; convert the scales")
 

@@ -40,7 +40,7 @@ def decode(tile_format: TileFormat, codes, scales, out, begin: int) -> None:
 
     `codes` has tile_format.lane_words words; `scales` has one word for bfloat16 and two for E4M3.
     """
-    if tile_format is BFLOAT16:
+    if tile_format == BFLOAT16:
         for i in range(tile_format.lane_words):
             _decode_bfloat16(codes[i], scales[0], i // 2, out, begin + 4 * i)
     else:

@@ -181,7 +181,7 @@ class _Traits:
     @property
     def is_scaled(self) -> bool:
         """Whether accumulators are multiplied by scales of rows and tokens."""
-        return self.tile_format is not BFLOAT16
+        return self.tile_format != BFLOAT16
 
     @property
     def tile_accumulators(self) -> int:

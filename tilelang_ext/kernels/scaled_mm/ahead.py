@@ -19,7 +19,8 @@ _DTYPE = torch.float8_e4m3fn
 
 def buckets(max_rows: int) -> list[int]:
     """Return a number of rows of each bucket up to that of `max_rows`."""
-    return [*range(1, VECMAT_MAX_M + 1), *(1 << i for i in range(4, bucket_of(max(max_rows, VECMAT_MAX_M + 1)).bit_length()))]
+    few = [*range(1, min(max_rows, VECMAT_MAX_M) + 1)]
+    return few if max_rows <= VECMAT_MAX_M else [*few, *(1 << i for i in range(4, bucket_of(max_rows).bit_length()))]
 
 
 def calls(N: int, K: int, target: Target, max_rows: int, recipes: Sequence[str]) -> Iterator[tuple[Problem, tuple]]:
