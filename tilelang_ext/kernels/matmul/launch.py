@@ -7,12 +7,12 @@ variants of other sizes share them.
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
 
 from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Problem
+from tilelang_ext.launch.cache import until_reload
 from tilelang_ext.launch.expression import Expression, fact, recipe_of, select, shape, stride
 from tilelang_ext.launch.plan import Plan, launcher
 from tilelang_ext.launch.record import Recorder, View
@@ -43,7 +43,7 @@ def takes_plans() -> bool:
     return torch.version.hip is None
 
 
-@functools.cache
+@until_reload
 def plan() -> Plan:
     """Return the plan of this process, with the variants that calls have added."""
     return launcher().plan(RECIPE)
