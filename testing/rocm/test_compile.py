@@ -1,11 +1,17 @@
 """The compile gate: T.gemm and T.fp8_scaled_matmul through the real compiler for every architecture, with their instructions
 counted, no spills, and LDS within the chip's limit."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from rocm.gates import E4M3, E4M3_FNUZ, GEMM, SCALED, WAVE, gate, gated
 from rocm.kernels import ARCHS, SCALED_LAYOUTS, SCALED_SIZE, attention_products, gemm, lower, scaled_matmul
 
 from tilelang_ext.rocm import CompileError, compile_hip
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import gemm_blockscaled as example
 
 pytestmark = pytest.mark.hip
 
@@ -20,7 +26,11 @@ def test_gemm(arch):
 def test_fp8_scaled_matmul(arch):
     tiles = 2 * 4 // (128 // WAVE[arch])
     kernels = {layout: scaled_matmul(layout, **SCALED_SIZE) for chip, layout in SCALED_LAYOUTS if chip == arch}
-    gate({layout: gated(kernel, arch, SCALED[layout][arch], tiles) for layout, kernel in kernels.items()}, arch)
+    texts = {layout: gated(kernel, arch, SCALED[layout][arch], tiles) for layout, kernel in kernels.items()}
+    if arch in ("gfx950", "gfx1100"):  # T.gemm_blockscaled: MMAs that take scales, and the chip that spills first
+        kernel = example.matmul(64, 64, 256, block_M=64, block_N=64, block_K=128)
+        texts["gemm_blockscaled"] = gated(kernel, arch, SCALED["e8m0"][arch], 4 * 4 // (128 // WAVE[arch]))
+    gate(texts, arch)
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])

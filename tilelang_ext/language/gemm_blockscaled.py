@@ -94,6 +94,7 @@ def _operator() -> Op:
     if GEMM_BLOCKSCALED not in Op.list_op_names():
         tvm_ffi.get_global_func("ir.RegisterOp")(GEMM_BLOCKSCALED, "a product of tiles with scales")
         register_op_attr(GEMM_BLOCKSCALED, "TCallEffectKind", tirx.IntImm("int32", _OPAQUE))
+        register_op_attr(GEMM_BLOCKSCALED, "TScriptPrinterName", "gemm_blockscaled")
     return Op.get(GEMM_BLOCKSCALED)
 
 
