@@ -1,7 +1,7 @@
 """How a backend takes its place in upstream's registries: a key of its own in the target, and a pass list of its own.
 
 Both are the same for every target. Upstream has no hook for either, so what is touched is named here: the table
-`tilelang.backend.module._BACKENDS`.
+`tilelang.backend.module._BACKENDS`, and `tilelang.cuda.debug._IS_CUDA_AVAILABLE`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import tvm_ffi
 from tilelang.backend import module as backend_module
 from tilelang.backend.pass_pipeline import PassPipeline
+from tilelang.cuda import debug
 from tvm import IRModule
 from tvm.target import Target
 
@@ -61,6 +62,16 @@ def replace_pass_list(backend: str, target_kind: str, lower: Callable[[IRModule,
     """Make `lower` the pass list of one target kind of upstream's `backend`; its other kinds keep theirs."""
     pipelines = {**upstream_backend(backend).pipelines, target_kind: PassPipeline(target_kind, lower)}
     replace_backend(backend, {"pipelines": pipelines})
+
+
+def keep_device_asserts() -> None:
+    """Have `T.device_assert` traced on every machine: upstream drops it, for all targets, where it finds no CUDA."""
+    if not hasattr(debug, "_IS_CUDA_AVAILABLE"):
+        raise ImportError(
+            "tilelang_ext: needs tilelang.cuda.debug._IS_CUDA_AVAILABLE to keep T.device_assert; this tilelang has none; "
+            "install tilelang 0.1.14 or 0.1.15"
+        )
+    debug._IS_CUDA_AVAILABLE = True
 
 
 def upstream_backend(backend: str) -> backend_module.BackendModule:

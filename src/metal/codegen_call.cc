@@ -131,6 +131,16 @@ void CodeGenMetal::PrintExtern(const CallNode* call, std::ostream& os) {
     return;
   }
   prelude_.Use(base);
+  if (base.compare(0, 3, "TL_") == 0 || base.compare(0, 12, "debug_print_") == 0) {  // words that the simulator defines
+    os << name << '(';
+    for (size_t i = 0; i < args.size(); ++i) {
+      DataType t = args[i].dtype();
+      bool printed = base[0] == 'd' && AsNarrowFloat(t);
+      os << (i ? ", " : "") << (printed ? Convert(Print(args[i]), t, DataType::Float(32)) : Print(args[i]));
+    }
+    os << ')';
+    return;
+  }
   uses_simdgroup_operations_ = true;
   if (base != name) {
     std::string op = name.substr(base.size() + 1, name.find(',') - base.size() - 1);
@@ -306,8 +316,8 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
     os << Type(op->dtype) << "(INFINITY)";
   } else if (name == "tl.pow_of_int") {
     os << Call_("pow", op->dtype, {args[0], make_const(args[0].dtype(), Downcast<IntImm>(args[1])->value)});
-  } else if (op->op.same_as(builtin::assume()) || name == "tl.device_assert" || name == "tl.device_assert_with_msg") {
-    // Metal can neither use nor report it.
+  } else if (op->op.same_as(builtin::assume())) {
+    // Metal cannot use it.
   } else if (name.compare(0, 3, "tl.") == 0) {
     TVM_FFI_THROW(ValueError) << name
                               << ": is not available on Metal; got a call of it; see the support matrix in README.md";

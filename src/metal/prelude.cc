@@ -22,6 +22,12 @@ struct Helper {
   const char* text;
 };
 
+const char* const kPrints = R"(
+#ifndef TL_PRINTS
+#error "T.print: a kernel on a Mac cannot print; run it with tilelang_ext.simulate, or take T.print out"
+#endif
+)";
+
 // Order matters: a row may need earlier rows only.
 const std::vector<Helper>& Table() {
   static const std::vector<Helper> table = {
@@ -32,6 +38,21 @@ struct wide {
   T v[N];
 };
 )"},
+
+      // ---- words that the simulator defines --------------------------------------------------------------------
+      {"TL_OUTSIDE", {}, R"(
+#ifndef TL_OUTSIDE  // the simulator counts; anywhere else it is the value alone
+#define TL_OUTSIDE(tensor, accesses, shape, lanes, ...) (__VA_ARGS__)
+#endif
+)"},
+      {"TL_ASSERT", {}, R"(
+#ifndef TL_ASSERT
+#error "T.device_assert: a kernel on a Mac cannot report; run it with tilelang_ext.simulate, or take the assertion out"
+#endif
+)"},
+      {"debug_print_var", {}, kPrints},
+      {"debug_print_buffer_value", {}, kPrints},
+      {"debug_print_msg", {}, kPrints},
 
       // ---- tests and math that Metal lacks, or that fast math breaks -------------------------------------------
       {"is_nan", {}, R"(

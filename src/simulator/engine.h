@@ -84,6 +84,16 @@ void meet(Operation operation, void* frame, const Site* site, Needs needs);
 // Reports a fault that an operation sees in the operand of `lane`.
 void report_operand(const Site* site, int lane, const char* message);
 
+// Counts accesses that a guard of the text turned into 0 or dropped: `lanes` elements of a tensor.
+bool outside(const char* tensor, const char* accesses, const char* shape, unsigned lanes, SIM_SITE);
+
+// Reports that the kernel's own assertion fails.
+void assertion(bool condition, const char* message, SIM_SITE);
+
+// Prints what the kernel prints, as printf; whoever started the run shows it, thread by thread.
+void print(const char* format, ...);
+void format(char* to, unsigned long size, const char* format, ...);  // snprintf
+
 // Counts an instruction by name, which is a literal.
 void count_instruction(int& slot, const char* name);
 

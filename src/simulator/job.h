@@ -8,17 +8,29 @@ namespace sim {
 constexpr uint64_t kMagic = 0x314d4953474e4c54;  // "TLNGSIM1"
 constexpr int kMaxBuffers = 32, kMaxFindings = 256, kCounts = 11, kMaxInstructions = 64;
 
-enum Kind : uint32_t { kOutOfBounds, kRace, kUninitialised, kDivergence, kLimit, kOperand, kKinds };
+enum Kind : uint32_t {
+  kOutOfBounds,
+  kRace,
+  kUninitialised,
+  kDivergence,
+  kLimit,
+  kOperand,
+  kAssertion,
+  kOutside,
+  kSameValue,
+  kKinds
+};
 
 struct JobBuffer {
   uint64_t offset, size;
   uint32_t constant, writable;
+  char name[64];
 };
 
 struct JobFinding {
   uint32_t kind, line, group[3], thread[3];
   uint64_t count, place;
-  char file[256], message[256];
+  char file[256], message[512];
 };
 
 struct JobInstruction {

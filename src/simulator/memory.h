@@ -40,7 +40,7 @@ inline void find_line(const void* pc, uint32_t* line, const char** file) {
 }
 
 inline void add_finding(Kind kind, uint64_t place, uint32_t line, const char* file, const unsigned* thread,
-                        const char* format, va_list arguments) {
+                        uint64_t amount, const char* format, va_list arguments) {
   while (__atomic_exchange_n(&job->lock, 1, __ATOMIC_ACQUIRE)) {
   }
   JobFinding* f = nullptr;
@@ -56,7 +56,7 @@ inline void add_finding(Kind kind, uint64_t place, uint32_t line, const char* fi
     vsnprintf(f->message, sizeof f->message, format, arguments);
     __atomic_store_n(&job->finding_count, job->finding_count + 1, __ATOMIC_RELEASE);
   }
-  if (f) ++f->count;
+  if (f) f->count += amount;
   __atomic_store_n(&job->lock, 0, __ATOMIC_RELEASE);
 }
 
@@ -65,7 +65,7 @@ __attribute__((noinline, cold)) inline void report(Kind kind, const Site* site, 
   va_list arguments;
   va_start(arguments, format);
   add_finding(kind, site ? (uint64_t)site->_M_line << 32 | site->_M_column : 0, site ? site->_M_line : 0,
-              site ? site->_M_file_name : "", thread, format, arguments);
+              site ? site->_M_file_name : "", thread, 1, format, arguments);
   va_end(arguments);
 }
 
@@ -78,7 +78,17 @@ __attribute__((noinline, cold)) inline void report(Kind kind, const Site* site, 
   const char* file = "";
   find_line(pc, &line, &file);
   if (!line) line = site->_M_line, file = site->_M_file_name;
-  add_finding(kind, (uint64_t)line << 32 | site->_M_column, line, file, thread, format, arguments);
+  add_finding(kind, (uint64_t)line << 32 | site->_M_column, line, file, thread, 1, format, arguments);
+  va_end(arguments);
+}
+
+// The same for something that is `amount` of its kind.
+__attribute__((noinline, cold)) inline void report_amount(Kind kind, const Site* site, uint64_t amount,
+                                                          const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  add_finding(kind, (uint64_t)site->_M_line << 32 | site->_M_column, site->_M_line, site->_M_file_name,
+              current->position, amount, format, arguments);
   va_end(arguments);
 }
 
@@ -95,7 +105,7 @@ __attribute__((noinline, cold)) inline void report(Kind kind, Place place, const
   const char* file = place.site ? place.site->_M_file_name : "";
   if (!place.site) find_line(place.pc, &line, &file);
   uint64_t key = line ? line : (uint64_t)place.pc;
-  add_finding(kind, key, line, file, current->position, format, arguments);
+  add_finding(kind, key, line, file, current->position, 1, format, arguments);
   va_end(arguments);
 }
 
@@ -233,6 +243,9 @@ inline bool create_memory(Job* mapped) {
 
 inline const char* const kVerb[] = {"", "read", "write", "", "", "atomic load", "atomic store", "atomic update"};
 
+// What an access is not ordered after; a plain write is told apart, since another write of its value does no harm.
+inline const char kPlainWrite[] = "a write", kAtomicWrite[] = "a write", kAnyRead[] = "a read";
+
 // Orders one access against the records of its bytes; says what is wrong, or null.
 inline const char* order_access(Shadow* shadow, size_t size, Access access, Space space) {
   Record mine = stamp(space);
@@ -245,16 +258,72 @@ inline const char* order_access(Shadow* shadow, size_t size, Access access, Spac
       if (write.group != mine.group) write = {};
       if (reads.group != mine.group) reads = {};
     }
-    if (!ordered(write, mine) && !(mine.atomic && write.atomic)) wrong = "a write";
+    if (!ordered(write, mine) && !(mine.atomic && write.atomic)) {
+      const char* kind = write.atomic ? kAtomicWrite : kPlainWrite;
+      if (!wrong || wrong == kPlainWrite) wrong = kind;
+    }
     if (!(access & kWrite)) {
       __atomic_store_n(&shadow[i].reads.word, join_reads(reads, mine).word, __ATOMIC_RELAXED);
     } else {
-      if (!ordered(reads, mine) && !(mine.atomic && reads.atomic)) wrong = "a read";
+      if (!ordered(reads, mine) && !(mine.atomic && reads.atomic)) wrong = kAnyRead;
       __atomic_store_n(&shadow[i].write.word, mine.word, __ATOMIC_RELAXED);
       __atomic_store_n(&shadow[i].reads.word, 0, __ATOMIC_RELAXED);
     }
   }
   return wrong;
+}
+
+// An access that is not ordered after another.
+struct Unordered {
+  const char* address;
+  size_t size;
+  Access access;
+  Place place;
+  const char *memory, *name;
+  size_t at;  // its first byte in that memory
+};
+
+// A write that is not ordered after other writes, until it has happened: then it is seen whether it changed anything.
+struct PendingWrite {
+  Unordered write;
+  Thread* thread;
+  unsigned group[3];
+  char before[16];
+};
+inline PendingWrite pending;
+inline bool is_pending;
+
+inline void report_race(const Unordered& a, const char* wrong) {
+  if (wrong == kPlainWrite && a.access == kWrite && a.size <= sizeof pending.before) {
+    pending.write = a;
+    pending.thread = current;
+    memcpy(pending.group, group_position, sizeof group_position);
+    memcpy(pending.before, a.address, a.size);
+    is_pending = true;
+    return;
+  }
+  report(kRace, a.place, "%s of %zu bytes at byte %zu of %s '%s' is not ordered after %s by another thread",
+         kVerb[a.access], a.size, a.at, a.memory, a.name, wrong);
+}
+
+// Judges the pending write, which has happened by now.
+__attribute__((noinline, cold)) inline void settle_write() {
+  is_pending = false;
+  const Unordered& a = pending.write;
+  Thread* const thread = current;
+  unsigned group[3];
+  memcpy(group, group_position, sizeof group);
+  current = pending.thread;
+  memcpy(group_position, pending.group, sizeof group);
+  if (memcmp(pending.before, a.address, a.size))
+    report(kRace, a.place, "write of %zu bytes at byte %zu of %s '%s' is not ordered after a write by another thread",
+           a.size, a.at, a.memory, a.name);
+  else
+    report(kSameValue, a.place,
+           "write of the value that another thread has written, in no order, at byte %zu of %s '%s'", a.at, a.memory,
+           a.name);
+  current = thread;
+  memcpy(group_position, group, sizeof group);
 }
 
 inline void access_threadgroup(size_t offset, size_t size, Access access, Place place) {
@@ -279,9 +348,7 @@ inline void access_threadgroup(size_t offset, size_t size, Access access, Place 
         break;
       }
   if (const char* wrong = order_access(shadow, size, access, kThreadgroupSpace))
-    report(kRace, place,
-           "%s of %zu bytes at byte %zu of " SIM_SHARED " array '%s' is not ordered after %s by another thread",
-           kVerb[access], size, offset - array->offset, array->name, wrong);
+    report_race({arena + offset, size, access, place, SIM_SHARED " array", array->name, offset - array->offset}, wrong);
 }
 
 inline void access_device(const char* address, size_t size, Access access, Place place) {
@@ -301,8 +368,8 @@ inline void access_device(const char* address, size_t size, Access access, Place
     last = nearest;
     buffer = &job->buffers[last];
     if (offset < buffer->offset || offset + size > buffer->offset + buffer->size) {
-      report(kOutOfBounds, place, "%s of %zu bytes at byte %ld of buffer %d of %lu bytes", kVerb[access], size,
-             long(offset) - long(buffer->offset), last, (unsigned long)buffer->size);
+      report(kOutOfBounds, place, "%s of %zu bytes at byte %ld of buffer '%s' of %lu bytes", kVerb[access], size,
+             long(offset) - long(buffer->offset), buffer->name, (unsigned long)buffer->size);
       return;
     }
   }
@@ -314,8 +381,7 @@ inline void access_device(const char* address, size_t size, Access access, Place
   if (access & kWrite) counts.device_written += size;
   if (!buffer->writable) return;
   if (const char* wrong = order_access(device_shadow + offset, size, access, kDeviceSpace))
-    report(kRace, place, "%s of %zu bytes at byte %zu of buffer %d is not ordered after %s by another thread",
-           kVerb[access], size, offset - size_t(buffer->offset), last, wrong);
+    report_race({address, size, access, place, "buffer", buffer->name, offset - size_t(buffer->offset)}, wrong);
 }
 
 bool is_own(const void* address);  // in a thread's stack or in the structures of the scheduler
@@ -345,6 +411,7 @@ inline void access_other(const char* address, size_t size, Access access, Place 
 
 inline void access(const void* pointer, size_t size, Access kind, Place place) {
   const char* address = static_cast<const char*>(pointer);
+  if (is_pending) settle_write();
   if (size_t(address - arena) < kArena) return access_threadgroup(address - arena, size, kind, place);
   if (address >= device_base && address < device_end) return access_device(address, size, kind, place);
   access_other(address, size, kind, place);

@@ -41,6 +41,44 @@ void report_operand(const Site* site, int lane, const char* message) {
   if (job->check) report(kOperand, site, pc, current->simdgroup->threads[lane].position, "%s", message);
 }
 
+bool outside(const char* tensor, const char* accesses, const char* shape, unsigned lanes, const Site* site) {
+  report_amount(kOutside, site, lanes, "%s: # %s outside %s", tensor, accesses, shape);
+  return false;
+}
+
+void assertion(bool condition, const char* message, const Site* site) {
+  if (!condition) report_amount(kAssertion, site, 1, "%s", message);
+}
+
+// Writes a record of 12 bytes, the thread's number among all and the length of the text, and the text.
+void print(const char* format, ...) {
+  constexpr int kMost = 1 << 16;
+  static int printed = 0;
+  if (printed++ >= kMost) return;
+  struct __attribute__((packed)) {
+    uint64_t thread;
+    uint32_t size;
+    char text[1024];
+  } record;
+  const uint64_t row = (uint64_t)group_position[2] * launch.grid[1] + group_position[1];
+  record.thread = (row * launch.grid[0] + group_position[0]) * 1024 + current->index;
+  va_list arguments;
+  va_start(arguments, format);
+  int size = vsnprintf(record.text, sizeof record.text, format, arguments);
+  va_end(arguments);
+  if (printed == kMost)
+    size = snprintf(record.text, sizeof record.text, "(no more is printed after %d lines)\n", kMost);
+  record.size = size < (int)sizeof record.text ? size : sizeof record.text - 1;
+  if (write(1, &record, 12 + record.size) < 0) _exit(4);
+}
+
+void format(char* to, unsigned long size, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(to, size, format, arguments);
+  va_end(arguments);
+}
+
 unsigned long dynamic_size() { return job->dynamic_size; }
 
 static struct {
@@ -81,6 +119,7 @@ static int work(unsigned worker) {
   if (!create_threads()) return 4;
   const uint64_t groups = (uint64_t)launch.grid[0] * launch.grid[1] * launch.grid[2];
   for (uint64_t group = worker; group < groups; group += job->workers) run_threadgroup(group);
+  if (is_pending) settle_write();
   add_counts();
   __atomic_fetch_add(&job->done_workers, 1, __ATOMIC_RELEASE);
   return 0;

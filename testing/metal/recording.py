@@ -4,6 +4,7 @@ import sys
 import types
 
 import numpy as np
+import torch
 
 
 class RecordedShader:
@@ -18,6 +19,14 @@ class RecordedShader:
             self.calls.append((name, arguments, threads, group_size))
 
         return launch
+
+
+def record_torch(monkeypatch):
+    """Put a stand-in in place of `torch.mps.compile_shader`, on a machine that has MPS; return the shaders that it makes."""
+    shaders = []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "compile_shader", lambda source: shaders.append(RecordedShader(source)) or shaders[-1])
+    return shaders
 
 
 class FakeArray:
@@ -41,9 +50,11 @@ def record_mlx(monkeypatch):
     """Put a stand-in in place of `mlx.core`, whose metal_kernel appends what it is given to `records`; return it."""
     core = types.ModuleType("mlx.core")
     core.array = FakeArray
+    core.metal = types.SimpleNamespace(is_available=lambda: True)
     for name in ("float16", "float32", "int64", "uint8", "int32"):
         setattr(core, name, np.dtype(name))
     core.bool_ = np.dtype(bool)
+    core.full = lambda shape, value, dtype: FakeArray(np.full(shape, value, dtype))
     core.zeros = lambda shape, dtype: FakeArray(np.zeros(shape, dtype))
     core.concatenate = lambda arrays: FakeArray(np.concatenate([a.values for a in arrays]))
     core.records = []

@@ -1,12 +1,14 @@
 """Launching on a Mac, checked off one: text, launch shape and argument order, with recorded stand-ins for torch and MLX."""
 
+import dataclasses
 import struct
+import sys
 
 import numpy as np
 import pytest
 import torch
 from metal.kernels import gemm, poisoned, random_tensor
-from metal.recording import FakeArray, RecordedShader
+from metal.recording import FakeArray, record_mlx, record_torch
 
 from tilelang_ext import language as T
 from tilelang_ext import metal, simulate
@@ -77,13 +79,7 @@ def test_kernel_only_source():
 
 
 def test_to_torch_launch(monkeypatch):
-    shaders = []
-
-    def compile_shader(source):
-        shaders.append(RecordedShader(source))
-        return shaders[-1]
-
-    monkeypatch.setattr(torch.mps, "compile_shader", compile_shader)
+    shaders = record_torch(monkeypatch)
     program = metal.lower(scaled_rows())
     tensors = [torch.empty(5, 70, dtype=torch.float16, device="meta") for _ in range(3)]
     monkeypatch.setattr(program_module, "check_tensor", lambda kernel, parameter, argument, device: argument)
@@ -108,6 +104,9 @@ def test_to_torch_launch(monkeypatch):
     assert struct.unpack("<i", values["N"][:4]) == (70,)
     assert threads == [3 * 32, 5, 1]
     assert group_size == [32, 1, 1]
+    nothing = [torch.empty(0, 70, dtype=torch.float16, device="meta") for _ in range(3)]
+    run(nothing[0], 7, nothing[1], 0.5, nothing[2])
+    assert len(shaders[0].calls) == 2, "no threadgroups, no launch"
 
 
 def test_to_mlx_launch(fake_mlx):
@@ -129,6 +128,44 @@ def test_to_mlx_launch(fake_mlx):
     assert "[[" not in record["source"]
     assert record["source"].count("{") == record["source"].count("}")
     assert "threadgroup_position_in_grid" in record["source"]
+
+
+def test_to_mlx_launches_nothing_for_no_threadgroups(fake_mlx):
+    run = metal.to_mlx(metal.lower(scaled_rows()), init_value=2)
+    out = run(FakeArray(np.ones((0, 70)), "float16"), 7, FakeArray(np.ones((0, 70)), "float16"), 0.5)
+    assert out.shape == (0, 70)
+    assert fake_mlx.records == []
+
+
+def test_launching_needs_a_mac(monkeypatch):
+    """Elsewhere the message names the simulator; so does that of MLX, which has wheels for Linux without Metal."""
+    program = metal.lower(scaled_rows())
+    message = "needs a Mac, whose GPU runs the kernel; got .* without Metal; run the same text here with tilelang_ext.simulate"
+    if not torch.backends.mps.is_available():
+        with pytest.raises(RuntimeError, match=f"to_torch: {message}"):
+            metal.to_torch(program)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setitem(sys.modules, "mlx", None)
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    with pytest.raises(RuntimeError, match=f"to_mlx: {message}"):
+        metal.to_mlx(program)
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    with pytest.raises(ImportError, match="to_mlx: needs MLX; got none installed; run `pip install mlx`"):
+        metal.to_mlx(program)
+    record_mlx(monkeypatch).metal.is_available = lambda: False
+    with pytest.raises(RuntimeError, match=f"to_mlx: {message}"):
+        metal.to_mlx(program)
+
+
+def test_launching_refuses_what_only_the_simulator_has(monkeypatch):
+    record_mlx(monkeypatch)
+    record_torch(monkeypatch)
+    program = metal.lower(scaled_rows())
+    for text, operator in (('debug_print_var("a", 1);', "T.print"), ('TL_ASSERT(true, "");', "T.device_assert")):
+        speaking = dataclasses.replace(program, source=program.source.replace("kernel void", f"// {text}\nkernel void"))
+        for launcher, name in ((metal.to_torch, "to_torch"), (metal.to_mlx, "to_mlx")):
+            with pytest.raises(NotImplementedError, match=f"{name}: {operator} works in the simulator only; got .*; run it"):
+                launcher(speaking)
 
 
 def test_to_mlx_pads_inputs_that_mlx_would_bind_as_constants(fake_mlx):

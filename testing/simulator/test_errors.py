@@ -8,6 +8,7 @@ import torch
 from simulator.kernels import line_of, plant
 
 from simulator import kernels
+from tilelang_ext import simulate
 from tilelang_ext.simulator import (
     CompileError,
     CompilerMissingError,
@@ -64,7 +65,7 @@ def test_wrong_argument(argument, message):
         run("kernel void f(device float* y [[buffer(0)]]) { y[0] = 1; }", argument)
 
 
-@pytest.mark.parametrize(("name", "shape"), [("grid", (0, 1, 1)), ("threads", (32, 1)), ("threads", (2048, 1, 1))])
+@pytest.mark.parametrize(("name", "shape"), [("grid", (-1, 1, 1)), ("threads", (32, 1)), ("threads", (2048, 1, 1))])
 def test_wrong_launch_shape(name, shape):
     with pytest.raises(ValueError, match=rf"{name}: "):
         run("kernel void f() {}", **{name: shape})
@@ -118,3 +119,20 @@ def test_alignas_between_address_space_and_type():
     )
     with pytest.raises(CompileError, match=r"alignas must stand before the address space; got `threadgroup alignas"):
         execute_msl(source, "f", [torch.zeros(8, dtype=torch.float16)], grid=(1, 1, 1), threads=(1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("target", "advice"),
+    [
+        ("cuda", "; or run a CUDA kernel on an NVIDIA GPU"),
+        ("c", '; or run a kernel for the CPU with tilelang.compile(kernel, target="c")'),
+        ({"kind": "vulkan"}, ""),
+        ("", ""),
+    ],
+)
+def test_a_target_without_simulator_names_those_that_have_one(target, advice):
+    with pytest.raises(ValueError, match="simulate: target must be") as raised:
+        simulate(None, target=target)
+    start = 'simulate: target must be "metal", "metal4" or "hip -mcpu=" with one of gfx90a, gfx940, '
+    assert str(raised.value).startswith(start)
+    assert str(raised.value).endswith(f"got {target!r}; pass one of these{advice}")

@@ -43,8 +43,10 @@ def test_read_past_a_device_buffer():
     report, _, _ = run_gemm(source)
     (finding,) = report.findings
     assert (finding.kind, finding.line) == ("out of bounds", line_of(source, STORE_B))
-    assert "of buffer 1 of 8192 bytes" in finding.message
+    assert "of buffer 'B' of 8192 bytes" in finding.message
     assert finding.text == source.splitlines()[finding.line - 1]
+    assert report.text_file.read_text() == source
+    assert f"lines are those of {report.text_file}" in str(report)
 
 
 def test_write_past_a_device_buffer():
@@ -98,12 +100,16 @@ def test_one_lane_returns_early():
 
 def test_two_groups_write_one_element():
     source = plant(kernels.ROW_SUM, "y[group.x] = total", "y[group.x / 2] = total")
-    x, y = torch.ones(4, 256), torch.zeros(4)
-    for workers in (1, 2):
-        report = execute_msl(source, "row_sum", [x, y], grid=(4, 1, 1), threads=(256, 1, 1), workers=workers)
-        (finding,) = report.findings
-        assert (finding.kind, finding.line) == ("race", line_of(source, "= total"))
-        assert "buffer 1" in finding.message
+    x = torch.ones(4, 256)
+    for workers, differ in ((1, True), (2, True), (1, False)):
+        x[1::2] = 2.0 if differ else 1.0
+        report = execute_msl(source, "row_sum", [x, torch.zeros(4)], grid=(4, 1, 1), threads=(256, 1, 1), workers=workers)
+        found, others = (report.findings, report.notes) if differ else (report.notes, report.findings)
+        (finding,) = found
+        assert others == ()
+        assert (finding.kind, finding.line) == ("race" if differ else "same value", line_of(source, "= total"))
+        assert "'y'" in finding.message
+        assert finding.threadgroup in ((1, 0, 0), (3, 0, 0)) or workers == 2
 
 
 def test_one_group_reads_what_another_writes():
@@ -193,3 +199,34 @@ def test_right_address_spaces():
         "  const int row =",
     )
     assert run_gemm(source)[0].findings == ()
+
+
+EVERY_LANE_STORES = """
+kernel void f(device int* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+  threadgroup int cell[2];
+  cell[0] = VALUE;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  y[i] = cell[0];
+}"""
+
+
+@pytest.mark.parametrize(("value", "kind"), [("5", "same value"), ("int(i) / 31", "race")])
+def test_threads_that_store_one_value(value, kind):
+    """Equal values in no order are a note; one thread that stores another value makes it a race."""
+    source = kernels.HEADER + EVERY_LANE_STORES.replace("VALUE", value)
+    report = execute_msl(source, "f", [torch.zeros(32, dtype=torch.int32)], grid=(1, 1, 1), threads=(32, 1, 1))
+    found = report.findings if kind == "race" else report.notes
+    assert {(f.kind, f.line, "'cell'" in f.message) for f in found} == {(kind, line_of(source, "cell[0] ="), True)}
+    if kind == "same value":
+        assert report.findings == ()
+        assert found[0].count == 31
+        assert "notes: 1" in str(report)
+
+
+def test_index_past_a_private_array_names_it():
+    source = kernels.HEADER + (
+        "kernel void f(device int* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {\n"
+        "  int first[4] = {1, 2, 3, 4}, second[2] = {1, 2};\n  y[i] = first[i & 3] + second[i & 3];\n}"
+    )
+    report = execute_msl(source, "f", [torch.zeros(32, dtype=torch.int32)], grid=(1, 1, 1), threads=(32, 1, 1))
+    assert "is past the end of the array 'second'" in report.findings[0].message

@@ -43,7 +43,7 @@ def test_read_past_a_device_buffer():
     report, _, _ = run_gemm(source)
     (finding,) = report.findings
     assert (finding.kind, finding.line) == ("out of bounds", line_of(source, STORE_B))
-    assert "of buffer 1 of 8192 bytes" in finding.message
+    assert "of buffer 'B' of 8192 bytes" in finding.message
     assert finding.text == source.splitlines()[finding.line - 1]
 
 
@@ -126,7 +126,7 @@ def test_plain_write_beside_atomics_is_a_race():
 
 def test_two_groups_write_one_element():
     source = plant(ROW_SUM, "y[blockIdx.x] = total", "y[blockIdx.x / 2] = total")
-    report = run(source, "row_sum", [torch.ones(4, 256), torch.zeros(4), 0.0], grid=4, threads=256)
+    report = run(source, "row_sum", [torch.arange(1024.0).view(4, 256), torch.zeros(4), 0.0], grid=4, threads=256)
     (finding,) = report.findings
     assert (finding.kind, finding.line) == ("race", line_of(source, "= total + bias"))
 

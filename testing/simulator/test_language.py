@@ -78,6 +78,21 @@ SHUFFLES = {
     "simd_prefix_inclusive_sum(v)": np.cumsum,
     "simd_prefix_exclusive_sum(v)": lambda v: np.cumsum(v) - v,
     "quad_sum(v)": lambda v: np.repeat(v.reshape(8, 4).sum(1), 4),
+    "quad_or(v)": lambda v: np.repeat(np.bitwise_or.reduce(v.reshape(8, 4), 1), 4),
+    "quad_xor(v)": lambda v: np.repeat(np.bitwise_xor.reduce(v.reshape(8, 4), 1), 4),
+    "quad_and(v)": lambda v: np.repeat(np.bitwise_and.reduce(v.reshape(8, 4), 1), 4),
+    "quad_prefix_inclusive_sum(v)": lambda v: v.reshape(8, 4).cumsum(1).ravel(),
+    "quad_prefix_exclusive_sum(v)": lambda v: (v.reshape(8, 4).cumsum(1) - v.reshape(8, 4)).ravel(),
+    "quad_prefix_inclusive_product(v)": lambda v: v.reshape(8, 4).cumprod(1).ravel(),
+    "quad_prefix_exclusive_product(v)": lambda v: (v.reshape(8, 4).cumprod(1) // v.reshape(8, 4)).ravel(),
+    "quad_shuffle(v, ushort((lane * 3) & 3))": lambda v: v[np.arange(32) & ~3 | np.arange(32) * 3 & 3],
+    "quad_broadcast(v, 2)": lambda v: v[np.arange(32) & ~3 | 2],
+    "quad_shuffle_xor(v, 3)": lambda v: v[np.arange(32) ^ 3],
+    "quad_shuffle_up(v, 1)": lambda v: v[np.arange(32) - (np.arange(32) % 4 > 0)],
+    "quad_shuffle_down(v, 1)": lambda v: v[np.arange(32) + (np.arange(32) % 4 < 3)],
+    "quad_shuffle_rotate_up(v, 1)": lambda v: np.roll(v.reshape(8, 4), 1, 1).ravel(),
+    "quad_shuffle_rotate_down(v, 1)": lambda v: np.roll(v.reshape(8, 4), -1, 1).ravel(),
+    "int(quad_any(v > 30)) + 2 * int(quad_all(v > 0))": lambda v: 2 + np.repeat((v.reshape(8, 4) > 30).any(1), 4),
     "simd_and(v)": lambda v: np.full(32, np.bitwise_and.reduce(v)),
     "simd_or(v)": lambda v: np.full(32, np.bitwise_or.reduce(v)),
     "simd_xor(v)": lambda v: np.full(32, np.bitwise_xor.reduce(v)),
@@ -91,6 +106,7 @@ SHUFFLES = {
 @pytest.mark.parametrize("seed", [0, 3])
 def test_simd_operations(seed):
     v = np.random.default_rng(1).integers(1, 3, 32).astype(np.int32)
+    v[[5, 17]] = 31, 33
     y = np.zeros(32 * len(SHUFFLES), np.int32)
     run("int v = x0[i];\n" + "\n".join(f"y[{n} * 32 + i] = {e};" for n, e in enumerate(SHUFFLES)), y, v, seed=seed)
     for n, (text, expected) in enumerate(SHUFFLES.items()):
@@ -123,6 +139,13 @@ VALUES = {
     "extract_bits(0xabcdu, 4, 8)": 0xBC,
     "rotate(0x80000001u, 1u)": 3,
     "1.0 / 3.0": np.float32(1) / np.float32(3),  # a literal without suffix is a float
+    "tenth(0.3f)": np.float32(0.3) * np.float32(0.1) + np.float32(0.7),  # in a template too
+    "half_of(3.0f) + (2.5e-1 * float2(1)).y": 1.75,
+    "(metal::array<float, 2>{1, 2}).size() + two(5)[1]": 7,
+    "make_uniform(3.0f) * 2": 6,
+    "sum(float4{1, 2, 4})": 7,
+    "sum({1, 2, 4})": 7,
+    "make_filled_simdgroup_matrix<float, 8>(3.0f).thread_elements()[1]": 3,
     "sizeof(float3) + sizeof(packed_float3)": 28,
     "short(-7) >> 1": -4,
     "int(char(200))": -56,
@@ -132,7 +155,13 @@ VALUES = {
 
 def test_values():
     y = np.zeros(len(VALUES), np.float32)
-    run("\n".join(f"y[{n}] = float({e});" for n, e in enumerate(VALUES)), y, threads=1)
+    before = """
+      template <class T> T tenth(T v) { return v * 0.1 + 0.7; }
+      template <class T> T half_of(T v) { vec<T, 2> w(v, v); return (0.5 * w).x; }
+      metal::array<float, 2> two(float v) { return {v, v}; }
+      float sum(float4 v) { return v.x + v.y + v.z + v.w; }
+      """
+    run("\n".join(f"y[{n}] = float({e});" for n, e in enumerate(VALUES)), y, before=before, threads=1)
     for got, (text, expected) in zip(y, VALUES.items(), strict=True):
         assert got == np.float32(expected), (text, got, expected)
 
@@ -146,8 +175,8 @@ def test_swizzles_are_assigned():
 def test_threadgroup_declarations():
     before = "template <int N> struct Tile { int v[N]; };\nconstant constexpr int kN = 32;\n"
     body = """
-      alignas(16) threadgroup int a[kN], b[2][kN + 1];
-      threadgroup int scalar;
+      alignas(16) threadgroup int a[kN] = {0}, b[2][kN + 1];
+      threadgroup int scalar = 7;
       threadgroup Tile<kN> tile;
       threadgroup int* p = a;
       p[lane] = i; b[1][lane] = i * 2; tile.v[lane] = i * 3;
@@ -187,9 +216,12 @@ kernel void f(device uint* y [[buffer(0)]], uint2 g [[thread_position_in_grid]],
               ushort2 size [[threads_per_threadgroup]], uint2 whole [[threads_per_grid]],
               ushort i [[thread_index_in_threadgroup]],
               ushort simd [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]],
-              uint simds [[simdgroups_per_threadgroup]], uint width [[threads_per_simdgroup]]) {
+              uint simds [[simdgroups_per_threadgroup]], uint width [[threads_per_simdgroup]],
+              ushort quad [[quadgroup_index_in_threadgroup]], ushort of_quad [[thread_index_in_quadgroup]],
+              uint quads [[quadgroups_per_threadgroup]]) {
   bool right = g.x == group.x * size.x + t.x && g.y == group.y * size.y + t.y && i == t.y * size.x + t.x &&
-      simd == i / width && lane == i % width && simds == 2 && whole.x == groups.x * size.x && group.z == 0;
+      simd == i / width && lane == i % width && simds == 2 && whole.x == groups.x * size.x && group.z == 0 &&
+      quad == i / 4 && of_quad == i % 4 && quads == 16;
   y[g.y * whole.x + g.x] = right ? g.y * whole.x + g.x : 0xffffffff;
 }"""
     )
@@ -220,3 +252,32 @@ def test_partial_simdgroup():
     y = np.zeros(40, np.int32)
     run("y[i] = simd_sum(1);", y, threads=40)
     np.testing.assert_array_equal(y, [32] * 32 + [8] * 8)
+
+
+def test_buffers_without_an_index_take_the_free_ones_in_order():
+    source = kernels.HEADER + (
+        "kernel void f(constant float& s, device float* y [[buffer(0)]], device const float* x [[buffer(2)]],"
+        " device const float* z, uint i [[thread_position_in_grid]]) { y[i] = s * x[i] + z[i]; }"
+    )
+    y, x, z = floats(), np.arange(32, dtype=np.float32), np.ones(32, np.float32)
+    execute_msl(source, "f", [y, np.array([3], np.float32), x, z], grid=(1, 1, 1), threads=(32, 1, 1))
+    np.testing.assert_array_equal(y, 3 * x + 1)
+
+
+def test_initialiser_of_threadgroup_memory_is_no_write():
+    source = kernels.HEADER + (
+        "kernel void f(device float* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {"
+        " threadgroup float a[32] = {0}, b[2] = {1, 2};\n if (i < 2) b[i] = 5;\n"
+        " threadgroup_barrier(mem_flags::mem_threadgroup);\n y[i] = a[i] + b[1]; }"
+    )
+    report = execute_msl(source, "f", [floats()], grid=(1, 1, 1), threads=(32, 1, 1))
+    assert [(f.kind, "'a'" in f.message) for f in report.findings] == [("uninitialised", True)]
+
+
+def test_a_launch_of_no_threadgroups_writes_nothing():
+    y = np.full(32, 7, np.float32)
+    report = execute_msl(kernels.HEADER + "kernel void f(device float* y [[buffer(0)]]) { y[0] = 1; }", "f", [y],
+                         grid=(4, 0, 1), threads=(32, 1, 1))  # fmt: skip
+    assert (y == 7).all()
+    assert report.counts.device_bytes_written == 0
+    assert report.findings == ()

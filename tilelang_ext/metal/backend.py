@@ -30,6 +30,7 @@ def register() -> None:
     for instruction in (GEMM_INST_METAL, GEMM_INST_METAL_COOPERATIVE_TENSOR):
         register_gemm_impl(instruction, instruction, target_is_metal, FragmentGemm)
     register_target_normalizer("metal", normalize_target, override=True)
+    registration.keep_device_asserts()
     registration.replace_pass_list("metal", "metal", pipeline.lower)
     _restrict_to_this_machine()
 

@@ -1,7 +1,12 @@
-"""Operators that Metal has not, refused by name before anything is lowered."""
+"""Operators that Metal has not: refused by name before anything is lowered, or in words that the simulator defines."""
 
 from __future__ import annotations
 
-from tilelang_ext.passes.operators import Rule, infinity, only_to_nearest
+from tilelang_ext.passes.operators import Rule, device_assert, infinity, only_to_nearest
 
-RULES: dict[str, Rule] = {"tl.infinity": infinity, **only_to_nearest("Metal")}
+RULES: dict[str, Rule] = {
+    "tl.infinity": infinity,
+    "tl.device_assert": device_assert,
+    "tl.device_assert_with_msg": device_assert,
+    **only_to_nearest("Metal"),
+}

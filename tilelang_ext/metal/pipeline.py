@@ -31,6 +31,7 @@ from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.operators import spell_operators
+from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.wide_indices import WidenIndices
@@ -93,7 +94,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = MoveGuardsOfCasts(mod)
     mod = transform.DecoupleTypeCast()(mod)
     mod = transform.LegalizeVectorizedLoop()(mod)
-    mod = transform.LegalizeSafeMemoryAccess()(mod)
+    mod = GuardAccesses(mod)
     mod = WidenIndices(mod)
     mod = transform.LowerAccessPtr()(mod)
     mod = transform.Simplify()(mod)
@@ -109,6 +110,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)
     mod = transform.VectorizeLoop(enable_vectorize=allow_vectorize(pass_ctx=config))(mod)
+    mod = PlaceMarks(mod)
     mod = transform.StorageRewrite()(mod)
     mod = transform.LoopUnswitching()(mod)
     mod = transform.UnrollLoop()(mod)

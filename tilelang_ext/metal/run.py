@@ -1,10 +1,11 @@
 """Run a Metal kernel on a Mac: through torch's MPS device or as an MLX custom kernel, from the same text and launch.
 
-Nothing here runs without a Mac; the tests cover the text, the launch shape and the order of arguments.
+Nothing here runs without a Mac, and says so elsewhere; the tests cover the text, the launch shape and the order of arguments.
 """
 
 from __future__ import annotations
 
+import platform
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -28,7 +29,9 @@ def to_torch(kernel) -> Callable:
     Unlike upstream's adapter it checks the arguments, takes scalars of every type and sizes symbolic grids. Several `T.Kernel`s
     are launched in their order. Tensors that the kernel returns (`out_idx`) may be left out, and are returned.
     """
+    _check_mac("to_torch", torch.backends.mps.is_available())
     program = as_program(kernel)
+    _check_runs("to_torch", program)
     library = None
 
     def run(*arguments):
@@ -38,6 +41,8 @@ def to_torch(kernel) -> Callable:
         if library is None:
             library = torch.mps.compile_shader(program.source)
         for launch in launches:
+            if 0 in launch.grid:
+                continue
             numbers = [_slot_values(launch.kernel, launch.numbers)] if launch.numbers else []
             threads = [groups * size for groups, size in zip(launch.grid, launch.threads, strict=True)]
             function = getattr(library, launch.kernel.name)
@@ -55,9 +60,9 @@ def to_mlx(kernel, *, init_value: float | None = None) -> Callable:
     kernel that reads what it writes (an atomic sum, for example) needs it, since MLX gives outputs fresh memory. Of several
     `T.Kernel`s each takes what the ones before it wrote; a tensor may be written by one of them.
     """
-    import mlx.core as mx
-
+    mx = _import_mlx()
     program = as_program(kernel)
+    _check_runs("to_mlx", program)
     inputs = [i for i in range(len(program.parameters)) if i not in program.written]
     outputs = sorted(program.written)
     _check_writes(program, init_value)
@@ -122,17 +127,47 @@ def _mlx_launch(mx, program: MetalProgram, kernel: Kernel, init_value: float | N
         bound = [_at_least_constant_size(mx, arrays[i]) for i in read]
         if has_scalars:
             bound.append(mx.array(_slot_values(kernel, kernel.numbers(values)), dtype=mx.int64))
-        results = compiled(
-            inputs=bound,
-            grid=tuple(groups * size for groups, size in zip(kernel.launch_grid(values), kernel.threads, strict=True)),
-            threadgroup=kernel.threads,
-            output_shapes=[program.passed_shape(tensors[i], values) for i in written],
-            output_dtypes=[getattr(mx, _mlx_dtype(tensors[i].dtype)) for i in written],
-            init_value=init_value,
-        )
+        grid = kernel.launch_grid(values)
+        made = {
+            "output_shapes": [program.passed_shape(tensors[i], values) for i in written],
+            "output_dtypes": [getattr(mx, _mlx_dtype(tensors[i].dtype)) for i in written],
+        }
+        if 0 in grid:
+            results = [mx.full(shape, init_value or 0, dtype=dtype) for shape, dtype in zip(*made.values(), strict=True)]
+        else:
+            threads = tuple(groups * size for groups, size in zip(grid, kernel.threads, strict=True))
+            results = compiled(inputs=bound, grid=threads, threadgroup=kernel.threads, init_value=init_value, **made)
         return dict(zip(written, results, strict=True))
 
     return launch
+
+
+def _check_mac(function: str, has_metal: bool) -> None:
+    if not has_metal:
+        raise RuntimeError(
+            f"{function}: needs a Mac, whose GPU runs the kernel; got {platform.system()} without Metal; "
+            "run the same text here with tilelang_ext.simulate(kernel, *tensors)"
+        )
+
+
+def _import_mlx():
+    try:
+        import mlx.core as mx
+    except ImportError:
+        _check_mac("to_mlx", platform.system() == "Darwin")
+        raise ImportError("to_mlx: needs MLX; got none installed; run `pip install mlx`") from None
+    _check_mac("to_mlx", mx.metal.is_available())
+    return mx
+
+
+def _check_runs(function: str, program: MetalProgram) -> None:
+    """Refuse what the text holds for the simulator alone; as a Mac's compiler does, which meets an #error."""
+    for word, operator in (("TL_ASSERT(", "T.device_assert"), ("debug_print_", "T.print")):
+        if word in program.source:
+            raise NotImplementedError(
+                f"{function}: {operator} works in the simulator only; got a kernel that has it; "
+                f"run it with tilelang_ext.simulate, or take {operator} out"
+            )
 
 
 def _slot_values(kernel: Kernel, numbers: Sequence[int | float]) -> list[int]:

@@ -9,6 +9,7 @@ A target gives a rule for each name that its generator lacks or gets wrong. Runs
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 from tvm import IRModule, tirx
@@ -21,6 +22,7 @@ Rule = Callable[[tirx.Call], tirx.PrimExpr | None]  # None: it stays as it is
 
 _WITHOUT_INFINITY = {format.dtype for format in FORMATS if not format.inf_codes}
 _IEEE = ("add", "sub", "mul", "fdiv", "fmaf", "frcp", "fsqrt")
+ASSERT = "TL_ASSERT"  # a macro of generated text; the simulator has its own
 _DIRECTED = ("rz", "ru", "rd")
 
 
@@ -53,6 +55,13 @@ def nearest_even(call: tirx.Call) -> tirx.Call:
 def away_from_zero(call: tirx.Call) -> tirx.Call:
     """`T.round` with "ties-away-from-zero" by the function of C that does so."""
     return tirx.Call(call.dtype, Op.get("tirx.round"), call.args)
+
+
+def device_assert(call: tirx.Call) -> tirx.Call:
+    """`T.device_assert` as a call of ASSERT(condition, message)."""
+    condition, *message = call.args
+    text = re.sub(r"\S*/(?=[^/\s]+:\d+ in )", "", message[0].value.strip()) if message else ""  # files without folders
+    return tirx.call_extern("int32", ASSERT, condition, text or "T.device_assert fails")
 
 
 def only_to_nearest(target: str) -> dict[str, Rule]:

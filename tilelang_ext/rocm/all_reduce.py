@@ -3,11 +3,10 @@ threads that come along for the barriers alone."""
 
 from __future__ import annotations
 
-from tvm import IRModule, tirx
-from tvm.tirx.stmt_functor import post_order_visit
+from tvm import tirx
 
 from tilelang_ext.passes.reduction_groups import Reduction, reduction_of
-from tilelang_ext.rocm.device_text import NAMESPACE, all_reduce_text
+from tilelang_ext.rocm.device_text import NAMESPACE
 
 
 def _call(call: tirx.Call, reduction: Reduction, *taken: tirx.PrimExpr) -> tirx.Call:
@@ -33,21 +32,3 @@ def count_from(call: tirx.Call, reduction: Reduction) -> tirx.Call:
             f"{reduction.threads} threads from thread {reduction.first}; annotate a layout that begins at such a multiple"
         )
     return _call(call, reduction)
-
-
-def define_all_reduce(mod: IRModule) -> IRModule:
-    """Put the definition above the functions that call it."""
-    functions = {}
-    for name, func in mod.functions_items():
-        calls = False
-
-        def visit(node):
-            nonlocal calls
-            calls = calls or (isinstance(node, tirx.StringImm) and node.value.startswith(f"{NAMESPACE}::all_reduce<"))
-
-        post_order_visit(func.body, visit)
-        if calls:
-            text = tirx.StringImm(all_reduce_text())
-            func = func.with_body(tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_c", text, func.body))
-        functions[name] = func
-    return IRModule(functions, attrs=mod.attrs)

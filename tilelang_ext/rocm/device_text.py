@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tilelang_ext.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, format_of
+from tilelang_ext.passes.operators import ASSERT
 from tilelang_ext.rocm.instructions import MatrixInstruction, codes_per_byte, scaled_product
 
 NAMESPACE = "tilelang_ext"
@@ -239,6 +240,24 @@ __device__ __forceinline__ T all_reduce(T x, T* workspace, bool takes_part = tru
 }
 """,
     )
+
+
+def assert_text() -> str:
+    """Return the definition of ASSERT(condition, message): the message is printed, and the kernel ends."""
+    return f"""\
+#ifndef {ASSERT}  // the simulator reports; a GPU prints and stops
+#include <hip/hip_runtime.h>
+namespace {NAMESPACE} {{
+__device__ __forceinline__ void device_assert(bool condition, const char* message) {{
+  if (condition) return;
+  printf("Device assert failed: %s BlockIdx=(%d, %d, %d), ThreadIdx=(%d, %d, %d)\\n", message, (int)blockIdx.x,
+         (int)blockIdx.y, (int)blockIdx.z, (int)threadIdx.x, (int)threadIdx.y, (int)threadIdx.z);
+  __builtin_trap();
+}}
+}}  // namespace {NAMESPACE}
+#define {ASSERT}(condition, message) {NAMESPACE}::device_assert(condition, message)
+#endif
+"""
 
 
 def _guarded(name: str, text: str, header: str = "hip/hip_runtime.h") -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from tvm import DataType, tirx
 from tvm.ir import Op
 
-from tilelang_ext.passes.operators import Rule, infinity, nearest_even, only_to_nearest
+from tilelang_ext.formats import FORMATS
+from tilelang_ext.passes.operators import Rule, device_assert, infinity, nearest_even, only_to_nearest
 
+_NARROW = {format.dtype for format in FORMATS}
 _OPERATORS = {"tl.ieee_add": tirx.Add, "tl.ieee_sub": tirx.Sub, "tl.ieee_mul": tirx.Mul, "tl.ieee_fdiv": tirx.Div}
 
 
@@ -36,6 +38,14 @@ def _to_nearest(call: tirx.Call) -> tirx.PrimExpr:
     return tirx.const(1.0, call.dtype) / (operands[0] if name == "tl.ieee_frcp" else root)
 
 
+def _print(call: tirx.Call) -> tirx.Call | None:
+    """`T.print` of a narrow float as a float: upstream's text reads its code as the chip's own format has it."""
+    name, *operands = call.args
+    if not name.value.startswith("debug_print_") or str(DataType(call.args[-1].dtype)) not in _NARROW:
+        return None
+    return tirx.Call(call.dtype, call.op, [name, *operands[:-1], tirx.Cast("float32", operands[-1])])
+
+
 def _checked(check: Rule) -> Rule:
     def rule(call: tirx.Call) -> tirx.PrimExpr:
         check(call)
@@ -46,6 +56,9 @@ def _checked(check: Rule) -> Rule:
 
 RULES: dict[str, Rule] = {
     "tl.infinity": infinity,
+    "tl.device_assert": device_assert,
+    "tl.device_assert_with_msg": device_assert,
+    "tirx.call_extern": _print,
     "tirx.round": _round,
     "tirx.pow": _pow,
     "tl.ieee_frsqrt": _to_nearest,

@@ -28,12 +28,14 @@ from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
+from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.wide_indices import WidenIndices
-from tilelang_ext.rocm.all_reduce import count_from, define_all_reduce, with_participants
+from tilelang_ext.rocm.all_reduce import count_from, with_participants
 from tilelang_ext.rocm.async_copy import CopyWords
 from tilelang_ext.rocm.block_scaled import lower_block_scaled, lower_block_scaled_gemm
+from tilelang_ext.rocm.definitions import define_functions
 from tilelang_ext.rocm.fp8_casts import ConvertByFormat
 from tilelang_ext.rocm.operators import RULES
 from tilelang_ext.rocm.spelling import SpellEightBits
@@ -92,7 +94,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = MoveGuardsOfCasts(mod)
     mod = transform.DecoupleTypeCast()(mod)
     mod = transform.LegalizeVectorizedLoop()(mod)
-    mod = transform.LegalizeSafeMemoryAccess()(mod)
+    mod = GuardAccesses(mod)
     mod = WidenIndices(mod)
     mod = transform.LowerAccessPtr()(mod)
     mod = transform.Simplify()(mod)
@@ -108,6 +110,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)
     mod = transform.VectorizeLoop(enable_vectorize=allow_vectorize(pass_ctx=config))(mod)
+    mod = PlaceMarks(mod)
     mod = transform.StorageRewrite()(mod)
     mod = transform.LoopUnswitching()(mod)
     mod = transform.UnrollLoop()(mod)
@@ -132,7 +135,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = CountFromFirstThread(mod, count_from)
     mod = PlaceMissingBarriers(mod)
     mod = PartDivergentBarriers(mod, with_participants)
-    mod = define_all_reduce(mod)
+    mod = define_functions(mod)
     mod = transform.MergeIfStmt()(mod)
     mod = transform.MakePackedAPI()(mod)
     mod = transform.Simplify()(mod)

@@ -2,10 +2,12 @@
 
 from .errors import CompileError, CompilerMissingError, CrashError, SimulatorError, TimeLimitError
 from .execute import execute_hip, execute_msl, translate_msl
+from .hip import ARCHITECTURES
 from .report import Counts, Finding, Report
 from .toolchain import find_compiler
 
 __all__ = [
+    "ARCHITECTURES",
     "CompileError",
     "CompilerMissingError",
     "Counts",

@@ -13,7 +13,7 @@ from pathlib import Path
 from . import hip, toolchain
 from .address_spaces import find_misuse
 from .hip import find_architecture
-from .launch import MAX_BUFFERS, Argument, Launch, run
+from .launch import MAX_BUFFERS, Argument, Launch, Text, run
 from .msl import Translation, translate
 from .report import Report
 from .toolchain import METAL, Dialect
@@ -42,7 +42,7 @@ def execute_msl(
         entry: a kernel's name, its host_name, or a template with arguments (`gemm<half, 64>`).
         arguments: one for each [[buffer(i)]], in order of i: torch CPU tensors or numpy arrays; bytes for a struct;
             None where the kernel declares no such buffer.
-        grid: threadgroups in x, y, z.
+        grid: threadgroups in x, y, z; with a zero nothing runs.
         threads: threads per threadgroup in x, y, z.
         check: look for faults and count bytes; without it the run is about three times as fast.
         seed: order in which the threads run; a correct kernel gives the same result for every seed.
@@ -55,14 +55,16 @@ def execute_msl(
         Report of counts and findings. It says nothing about speed.
     """
     launch = Launch(grid, threads, check, seed, timeout, workers, METAL_THREADGROUP_MEMORY)
-    text, lines = _preprocess(METAL, source, include_directories), source.splitlines()
-    translation = translate(text, entry, constants or {})
+    preprocessed = _preprocess(METAL, source, include_directories)
+    translation = translate(preprocessed, entry, constants or {})
     bound = _bind(translation, arguments)
+    text = Text(source, METAL.source_name, translation.text)
     with ThreadPoolExecutor(1) as beside:
-        misuse = beside.submit(find_misuse, text, constants or {}, lines, METAL.source_name) if check else None
+        misuse = beside.submit(find_misuse, preprocessed, constants or {}, text.lines, text.name) if check else None
         program = toolchain.build(METAL, translation.text, check)
-    report = run(program, bound, lines, METAL.source_name, launch)
-    return replace(report, findings=(*misuse.result(), *report.findings)) if misuse else report
+    report = run(program, bound, text, launch)
+    found = misuse.result() if misuse else []
+    return replace(report, findings=(*found, *report.findings), text_file=text.path) if found else report
 
 
 def translate_msl(
@@ -97,7 +99,7 @@ def execute_hip(
         entry: the name of a `__global__` function.
         arguments: one for each parameter, in order: torch CPU tensors or numpy arrays for pointers, numbers for the others.
         arch: the architecture, such as "gfx942": its waves, matrix instructions, fp8 flavour and LDS.
-        grid: groups in x, y, z.
+        grid: groups in x, y, z; with a zero nothing runs.
         threads: threads per group in x, y, z.
         dynamic_lds: bytes of `extern __shared__` memory.
         check: look for faults and count bytes; without it the run is about three times as fast.
@@ -112,10 +114,10 @@ def execute_hip(
     architecture = find_architecture(arch)
     dialect = architecture.dialect
     launch = Launch(grid, threads, check, seed, timeout, workers, architecture.lds, dynamic_lds)
-    lines = source.splitlines()
     translation = hip.translate(_preprocess(dialect, source, include_directories), entry, dialect.source_name)
     bound = _bind_hip(translation, arguments)
-    return run(toolchain.build(dialect, translation.text, check), bound, lines, dialect.source_name, launch)
+    text = Text(source, dialect.source_name, translation.text)
+    return run(toolchain.build(dialect, translation.text, check), bound, text, launch)
 
 
 def _preprocess(dialect: Dialect, source: str, include_directories: Sequence[Path]) -> str:
@@ -138,7 +140,7 @@ def _bind(translation: Translation, arguments: Sequence) -> list[Argument]:
     for index, parameter in sorted(buffers.items()):
         value = b"" if arguments[index] is None else arguments[index]
         writable = not parameter.is_const and arguments[index] is not None
-        bound.append(Argument(index, value, parameter.space == "constant", writable))
+        bound.append(Argument(index, value, parameter.space == "constant", writable, parameter.name))
     return bound
 
 
@@ -156,9 +158,10 @@ def _bind_hip(translation: hip.Translation, arguments: Sequence) -> list[Argumen
             kind = "a tensor or array" if parameter.is_pointer else "a number"
             raise TypeError(f"arguments[{index}]: {parameter.name} must be {kind}; got {type(value).__name__}; convert it")
         if is_number:
-            bound.append(Argument(index, _scalar_bytes(value), constant=True, writable=False))
+            number = _scalar_bytes(value)
+            bound.append(Argument(index, number, constant=True, writable=False, name=parameter.name))
         else:
-            bound.append(Argument(index, value, constant=False, writable=not parameter.is_const))
+            bound.append(Argument(index, value, constant=False, writable=not parameter.is_const, name=parameter.name))
     return bound
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
+import re
 import signal
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -14,11 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
+from . import toolchain
 from .errors import CrashError, SimulatorError, TimeLimitError
 from .report import Counts, Finding, Report
 
-KINDS = ("out of bounds", "race", "uninitialised", "divergence", "limit", "operand")
+KINDS = ("out of bounds", "race", "uninitialised", "divergence", "limit", "operand", "assertion", "outside", "same value")
+NOTES = ("outside", "same value")  # no faults of the text
 MAX_BUFFERS, MAX_FINDINGS, COUNTS, MAX_INSTRUCTIONS = 32, 256, 11, 64
+_RECORD = struct.Struct("<QI")
 _MAGIC = 0x314D4953474E4C54
 _GUARD = 64 << 10  # unused bytes around each buffer, so that a small overrun does no harm
 
@@ -29,6 +35,7 @@ class _Buffer(ctypes.Structure):
         ("size", ctypes.c_uint64),
         ("constant", ctypes.c_uint32),
         ("writable", ctypes.c_uint32),
+        ("name", ctypes.c_char * 64),
     ]
 
 
@@ -41,7 +48,7 @@ class _Finding(ctypes.Structure):
         ("count", ctypes.c_uint64),
         ("place", ctypes.c_uint64),
         ("file", ctypes.c_char * 256),
-        ("message", ctypes.c_char * 256),
+        ("message", ctypes.c_char * 512),
     ]
 
 
@@ -71,8 +78,8 @@ class _Job(ctypes.Structure):
 class Argument:
     """The bytes of one buffer argument, which can be written back to the caller's array."""
 
-    def __init__(self, index: int, value, constant: bool, writable: bool):
-        self.index, self.value, self.constant, self.writable = index, value, constant, writable
+    def __init__(self, index: int, value, constant: bool, writable: bool, name: str):
+        self.index, self.value, self.constant, self.writable, self.name = index, value, constant, writable, name
         self.bytes = self._as_bytes()
 
     def _as_bytes(self) -> np.ndarray:
@@ -128,16 +135,53 @@ class Launch:
         for name in ("grid", "threads"):
             value = getattr(self, name)
             shape = tuple(int(v) for v in value)
-            if len(shape) != 3 or min(shape) < 1:
-                raise ValueError(f"{name}: must be three positive numbers; got {value!r}; pass (x, y, z)")
+            least = 0 if name == "grid" else 1
+            if len(shape) != 3 or min(shape) < least:
+                raise ValueError(f"{name}: must be three numbers of at least {least}; got {value!r}; pass (x, y, z)")
             object.__setattr__(self, name, shape)
         if math.prod(self.threads) > 1024:
             raise ValueError(f"threads: at most 1024 per threadgroup; got {self.threads}; use fewer")
         object.__setattr__(self, "workers", max(1, min(self.workers or os.cpu_count() or 1, math.prod(self.grid), 64)))
 
 
-def run(program: Path, arguments: Sequence[Argument], lines: Sequence[str], source_name: str, launch: Launch) -> Report:
-    """Run `program` in processes of its own; write results into the arguments; return the report."""
+@dataclass(frozen=True)
+class Text:
+    """A text as it was given, and as the compiler saw it: findings name lines of the first, and columns of the second."""
+
+    source: str
+    name: str  # in findings
+    translated: str
+
+    @functools.cached_property
+    def lines(self) -> list[str]:
+        return self.source.splitlines()
+
+    @functools.cached_property
+    def translated_lines(self) -> dict[int, str]:
+        """The lines of the translated text by their numbers in the source."""
+        lines, number, own = {}, 1, False
+        for line in self.translated.splitlines():
+            if marker := re.match(r'# (\d+) "([^"]*)"', line):
+                number, own = int(marker[1]), marker[2] == self.name
+                continue
+            if own:
+                lines.setdefault(number, line)
+            number += 1
+        return lines
+
+    @functools.cached_property
+    def path(self) -> Path:
+        """A file that holds the source."""
+        return toolchain.cached(self.name, (self.source,), lambda folder: _write(folder / self.name, self.source))
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def run(program: Path, arguments: Sequence[Argument], text: Text, launch: Launch) -> Report:
+    """Run `program` in processes of its own; write results into the arguments; print what it prints; return the report."""
     job = _Job(magic=_MAGIC, seed=launch.seed % 2**64, workers=launch.workers, check=launch.check)
     job.threadgroup_limit, job.dynamic_size = launch.threadgroup_limit, launch.dynamic_size
     job.grid[:], job.threads[:] = launch.grid, launch.threads
@@ -145,7 +189,7 @@ def run(program: Path, arguments: Sequence[Argument], lines: Sequence[str], sour
     job.buffer_count = max((a.index + 1 for a in arguments), default=0)
     for a in arguments:
         size = len(a.bytes)
-        job.buffers[a.index] = _Buffer(offset, size, a.constant, a.writable)
+        job.buffers[a.index] = _Buffer(offset, size, a.constant, a.writable, a.name.encode()[:63])
         offset = _round_up(offset + size) + _GUARD
     job.file_size = offset
     job.memory_limit = (4 << 30) + offset * 20
@@ -155,9 +199,11 @@ def run(program: Path, arguments: Sequence[Argument], lines: Sequence[str], sour
         os.pwrite(file.fileno(), bytes(job), 0)
         for a in arguments:
             os.pwrite(file.fileno(), memoryview(a.bytes), job.buffers[a.index].offset)
-        code = _run_program(program, file.name, launch.timeout)
+        code, printed = _run_program(program, file.name, launch.timeout)
         job = _Job.from_buffer_copy(os.pread(file.fileno(), ctypes.sizeof(_Job), 0))
-        report = _read_report(job, lines, source_name)
+        report = _read_report(job, text, printed)
+        for line in printed:
+            print(line, end="")
         if code != 0 or job.done_workers != launch.workers:
             raise _crash(code, report)
         for a in arguments:
@@ -170,8 +216,28 @@ def _round_up(n: int) -> int:
     return (n + 4095) // 4096 * 4096
 
 
-def _run_program(program: Path, job_file: str, timeout: float) -> int:
-    process = subprocess.Popen([str(program), job_file], stdin=subprocess.DEVNULL, start_new_session=True)
+def _run_program(program: Path, job_file: str, timeout: float) -> tuple[int, tuple[str, ...]]:
+    """Return the program's exit code and what it printed."""
+    with tempfile.TemporaryFile() as output:
+        code = _wait(
+            subprocess.Popen([str(program), job_file], stdin=subprocess.DEVNULL, stdout=output, start_new_session=True), timeout
+        )
+        output.seek(0)
+        return code, _printed(output.read())
+
+
+def _printed(records: bytes) -> tuple[str, ...]:
+    """Return the texts of records of (thread, size, text), by thread."""
+    texts, at = [], 0
+    while at + _RECORD.size <= len(records):
+        thread, size = _RECORD.unpack_from(records, at)
+        at += _RECORD.size
+        texts.append((thread, records[at : at + size].decode(errors="replace")))
+        at += size
+    return tuple(text for _, text in sorted(texts, key=lambda record: record[0]))
+
+
+def _wait(process: subprocess.Popen, timeout: float) -> int:
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -195,7 +261,7 @@ def _crash(code: int, report: Report) -> SimulatorError:
     return CrashError(f"kernel: must run to its end; got {reason}; see what was found before it died\n{found}", report)
 
 
-def _read_report(job: _Job, lines: Sequence[str], source_name: str) -> Report:
+def _read_report(job: _Job, text: Text, printed: tuple[str, ...]) -> Report:
     checked = bool(job.check)
     values = dict(
         zip(
@@ -209,15 +275,35 @@ def _read_report(job: _Job, lines: Sequence[str], source_name: str) -> Report:
         values = {k: None if "bytes" in k else v for k, v in values.items()}
     findings: dict[tuple, Finding] = {}
     for f in job.findings[: min(job.finding_count, MAX_FINDINGS)]:
-        file, kind = f.file.decode(errors="replace"), KINDS[f.kind]
-        own = file == source_name
-        key = (kind, file, f.line) if f.line else (kind, f.message)
+        file, kind, message = f.file.decode(errors="replace"), KINDS[f.kind], f.message.decode(errors="replace")
+        own = file == text.name
+        key = (kind, file, f.line, message if kind == "outside" else "") if f.line else (kind, message)
         if key in findings:
             continue
-        text = lines[f.line - 1] if own and 0 < f.line <= len(lines) else ""
-        findings[key] = Finding(
-            kind, f.message.decode(errors="replace"), f.line, text, file, tuple(f.group), tuple(f.thread), f.count
-        )
+        line = text.lines[f.line - 1] if own and 0 < f.line <= len(text.lines) else ""
+        message = _complete(message, f, kind, text if own else None)
+        findings[key] = Finding(kind, message, f.line, line, file, tuple(f.group), tuple(f.thread), f.count)
     ordered = sorted(findings.values(), key=lambda f: (f.file, f.line, f.kind))
     instructions = {i.name.decode(): i.count for i in job.instructions if i.count}
-    return Report(Counts(**values), tuple(ordered), job.threadgroup_memory, checked, dict(sorted(instructions.items())))
+    return Report(
+        counts=Counts(**values),
+        findings=tuple(f for f in ordered if f.kind not in NOTES),
+        threadgroup_memory=job.threadgroup_memory,
+        checked=checked,
+        instructions=dict(sorted(instructions.items())),
+        notes=tuple(f for f in ordered if f.kind in NOTES),
+        printed=printed,
+        text_file=text.path if ordered else None,
+    )
+
+
+def _complete(message: str, finding: _Finding, kind: str, text: Text | None) -> str:
+    """Return the message with what only this side knows: a count, or the name at a column of the text."""
+    if kind == "outside":
+        ending = "read as 0" if " reads " in message else "dropped"
+        return f"{message.replace('#', format(finding.count, ','), 1)} {ending}"
+    if text is not None and message.endswith("of the array"):
+        line, column = text.translated_lines.get(finding.line, ""), finding.place & 0xFFFFFFFF
+        if name := re.match(r"\w+", line[column - 1 :] if column else ""):
+            return f"{message} '{name[0]}'"
+    return message

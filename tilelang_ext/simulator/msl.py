@@ -1,8 +1,8 @@
 """Rewrite preprocessed Metal text into C++ that `src/simulator/metal/shim.h` completes.
 
 Only what C++ cannot express is changed, and lines stay where they are:
-- address spaces and `kernel` disappear, `constant` is `const`;
-- `threadgroup T a[N];` is a reference into the threadgroup's memory;
+- address spaces and `kernel` disappear, `constant` is `const`, an unsuffixed literal is a float;
+- `threadgroup T a[N];` is a reference into the threadgroup's memory, with or without an initialiser;
 - `[[attributes]]` disappear; those of the entry's parameters become the arguments of a generated call;
 - function constants get their values; `v.xz` is a call.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import CompileError
 from .tokens import (
@@ -30,6 +30,7 @@ from .tokens import (
 
 _SWIZZLE = re.compile(r"[xyzw]{2,4}|[rgba]{2,4}")
 _COMPONENT = {c: i for i, c in enumerate("xyzw")} | {c: i for i, c in enumerate("rgba")}
+_UNSUFFIXED = re.compile(r"(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+|0[xX][\da-fA-F]*\.?[\da-fA-F]*[pP][+-]?\d+")
 _ASSIGNMENTS = {"=", "+=", "-=", "*=", "/="}
 _SPACES = {"device", "thread", "threadgroup", "constant"}
 
@@ -138,7 +139,19 @@ def _entry_parameters(tokens: list[Token], name: str) -> list[Parameter]:
             piece = []
         elif tokens[j].kind not in ("space", "newline"):
             piece.append(tokens[j])
-    return parameters
+    return _number_buffers(parameters)
+
+
+def _number_buffers(parameters: list[Parameter]) -> list[Parameter]:
+    """Give each buffer without [[buffer(n)]] the smallest index that no other has, in their order."""
+    taken, numbered = {p.index for p in parameters if p.attribute == "buffer"}, []
+    for p in parameters:
+        if p.attribute == "buffer" and p.index is None:
+            index = next(i for i in range(len(parameters)) if i not in taken)
+            taken.add(index)
+            p = replace(p, index=index)
+        numbered.append(p)
+    return numbered
 
 
 def _parameter(piece: list[Token]) -> Parameter:
@@ -146,13 +159,15 @@ def _parameter(piece: list[Token]) -> Parameter:
     declaration = [t.text for t in piece[:opening]]
     attributes = "".join(t.text for t in piece[opening:]).replace("[[", " ").replace("]]", " ")
     attribute = re.match(r"\s*(\w+)(?:\((\d+)\))?", attributes)
-    if attribute is None:
-        raise CompileError(
-            f"parameter {declaration[-1]!r}: a kernel's parameter needs an attribute; got none; "
-            "write [[buffer(n)]] or a thread position after its name"
-        )
     pointer = next((t for t in reversed(declaration[:-1]) if t in "*&"), "")
     space = next((t for t in declaration if t in _SPACES), "")
+    if attribute is None and pointer and space in ("device", "constant"):
+        attribute = re.match(r"(\w+)(\d+)?", "buffer")
+    if attribute is None:
+        raise CompileError(
+            f"parameter {declaration[-1]!r}: a kernel's parameter that is no buffer needs an attribute; got none; "
+            "write a thread position after its name, or make it `constant T&`"
+        )
     index = int(attribute[2]) if attribute[2] else None
     return Parameter(declaration[-1], attribute[1], index, pointer, space, "const" in declaration or space == "constant")
 
@@ -199,8 +214,8 @@ def _rewrite_threadgroup_variables(tokens: list[Token]) -> None:
         if token.text != "threadgroup" or not _statement_start(tokens, i):
             continue
         end = next(j for j in range(i, len(tokens)) if tokens[j].text == ";")
-        words = [tokens[j].text for j in between(tokens, i, end)]
-        if "=" in words or "*" in outside_brackets(words) or "&" in outside_brackets(words):
+        words = _without_initialisers([tokens[j].text for j in between(tokens, i, end)])
+        if "*" in outside_brackets(words) or "&" in outside_brackets(words):
             continue
         if "alignas" in words:
             raise CompileError(
@@ -212,6 +227,20 @@ def _rewrite_threadgroup_variables(tokens: list[Token]) -> None:
             words = [tokens[j].text for j in between(tokens, start, i)] + words
         blank(tokens, start, end + 1)
         tokens[start].text = threadgroup_references(words)
+
+
+def _without_initialisers(words: list[str]) -> list[str]:
+    """Return a declaration without its initialisers: nothing is in the memory of a group before a thread has written it."""
+    kept, depth, inside = [], 0, False
+    for w in words:
+        if depth == 0 and w in ("=", "{"):
+            inside = True
+        elif depth == 0 and w == ",":
+            inside = False
+        depth += (w in ("(", "[", "<", "{")) - (w in (")", "]", ">", "}"))
+        if not inside:
+            kept.append(w)
+    return kept
 
 
 def threadgroup_references(words: list[str]) -> str:
@@ -241,6 +270,8 @@ def threadgroup_references(words: list[str]) -> str:
 
 def _rewrite_keywords(tokens: list[Token]) -> None:
     for i, token in enumerate(tokens):
+        if token.kind == "number" and _UNSUFFIXED.fullmatch(token.text):
+            token.text += "f"
         if token.kind != "name":
             continue
         if token.text in ("device", "thread", "threadgroup", "kernel"):

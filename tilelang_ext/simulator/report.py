@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault seen in a run: its kind, the line of the kernel's text, and the first thread that showed it."""
+    """A fault seen in a run, or a note: its kind, the line of the kernel's text, and the first thread that showed it."""
 
-    kind: str  # "out of bounds", "race", "uninitialised", "divergence", "limit", "operand", "address space"
+    kind: str  # "out of bounds", "race", "uninitialised", "divergence", "limit", "operand", "address space", "assertion"
     message: str
     line: int
     text: str  # the text of that line
@@ -61,6 +62,12 @@ class Report:
     instructions: Mapping[str, int] = field(default_factory=dict)  # HIP: how often waves ran each matrix instruction, by name
     outputs: tuple = ()  # tensors that the function returns, where the caller passed none for them
 
+    # What may be meant: accesses that a guard of the text turned into 0 or dropped ("outside"), and writes of the value that
+    # another thread writes ("same value").
+    notes: tuple[Finding, ...] = ()
+    printed: tuple[str, ...] = ()  # by T.print, thread by thread
+    text_file: Path | None = None  # holds the text whose lines findings and notes name; None without any
+
     @staticmethod
     def of_launches(reports: Sequence[Report], outputs: tuple = ()) -> Report:
         """Return the report of several launches: counts added, findings one after the other, the largest threadgroup memory."""
@@ -76,9 +83,21 @@ class Report:
             first,
             counts=Counts(**sums),
             findings=tuple(finding for report in reports for finding in report.findings),
+            notes=tuple(note for report in reports for note in report.notes),
+            printed=tuple(line for report in reports for line in report.printed),
+            text_file=next((report.text_file for report in reports if report.text_file is not None), None),
             threadgroup_memory=max(report.threadgroup_memory for report in reports),
             instructions=dict(sorted(instructions.items())),
             outputs=outputs,
+        )
+
+    def strict(self) -> Report:
+        """Return the report with accesses that a guard hid among its findings."""
+        hidden = tuple(note for note in self.notes if note.kind == "outside")
+        return replace(
+            self,
+            findings=(*self.findings, *hidden),
+            notes=tuple(note for note in self.notes if note not in hidden),
         )
 
     def __str__(self) -> str:
@@ -93,4 +112,8 @@ class Report:
         else:
             lines.append(f"findings: {len(self.findings) or 'none'}")
             lines += [str(f) for f in self.findings]
+        if self.notes:
+            lines += [f"notes: {len(self.notes)}", *map(str, self.notes)]
+        if self.text_file is not None:
+            lines.append(f"lines are those of {self.text_file}")
         return "\n".join(lines)

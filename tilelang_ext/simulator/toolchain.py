@@ -26,7 +26,7 @@ _LANGUAGE = (
     "-std=c++20", "-O2", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-exceptions", "-fno-rtti",
     "-fno-threadsafe-statics", "-fno-omit-frame-pointer", "-fno-stack-protector", "-fno-sanitize=undefined", "-fsigned-char",
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
-    "-w", "-Wno-reserved-user-defined-literal",
+    "-w", "-Wno-reserved-user-defined-literal", "-Wno-c++11-narrowing",
 )  # fmt: skip
 _CHECK = (
     "-DSIM_CHECK", "-fsanitize=thread", "-Xclang", "-fsanitize=array-bounds", "-Xclang", "-fsanitize-recover=array-bounds",
@@ -35,6 +35,14 @@ _CHECK = (
     "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0",
     "-mllvm", "-tsan-instrument-read-before-write=1", "-mllvm", "-instcombine-code-sinking=0",
 )  # fmt: skip
+
+
+# What generated text asks for in words of its own; elsewhere it defines them itself, or refuses to compile.
+_MARKS = (
+    "-DTL_OUTSIDE(tensor,accesses,shape,lanes,...)=(sim::outside(tensor,accesses,shape,lanes),__VA_ARGS__)",
+    "-DTL_ASSERT(condition,message)=sim::assertion(condition,message)",
+    "-DTL_PRINTS=1",
+)
 
 
 @dataclass(frozen=True)
@@ -202,7 +210,7 @@ def preprocess(dialect: Dialect, source: Path, include_directories: Sequence[Pat
     stubs = cached("stubs", dialect.headers, lambda folder: _make_stubs(folder, dialect.headers))
     includes = [f"-I{d}" for d in (stubs, *include_directories)]
     return run_compiler(
-        ("-E", "-x", "c++", "-std=c++20", "-nostdinc", "-w", *dialect.defines, *includes, source), "preprocessing"
+        ("-E", "-x", "c++", "-std=c++20", "-nostdinc", "-w", *_MARKS, *dialect.defines, *includes, source), "preprocessing"
     )
 
 

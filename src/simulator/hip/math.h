@@ -31,6 +31,9 @@ SIM_MATH1(atan)
 SIM_MATH1(sinh)
 SIM_MATH1(cosh)
 SIM_MATH1(tanh)
+SIM_MATH1(asinh)
+SIM_MATH1(acosh)
+SIM_MATH1(atanh)
 SIM_MATH1(erf)
 SIM_MATH1(sqrt)
 SIM_MATH1(floor)
@@ -50,6 +53,8 @@ SIM_MATH2(fmax)
 SIM_MATH2(fmin)
 SIM_MATH2(atan2)
 SIM_MATH2(copysign)
+SIM_MATH2(hypot)
+SIM_MATH2(nextafter)
 #undef SIM_MATH2
 
 inline float fabsf(float x) { return __builtin_fabsf(x); }
@@ -70,6 +75,15 @@ inline bool isnan(float x) { return __builtin_isnan(x); }
 inline bool isinf(float x) { return __builtin_isinf(x); }
 inline bool isfinite(float x) { return __builtin_isfinite(x); }
 
+// Of any one type, as clang's HIP headers have them; the built-in types follow.
+template <class T>
+inline T max(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+inline T min(T a, T b) {
+  return a < b ? a : b;
+}
 #define SIM_ORDER(T)                               \
   inline T max(T a, T b) { return a < b ? b : a; } \
   inline T min(T a, T b) { return b < a ? b : a; }

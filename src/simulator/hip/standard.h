@@ -1,5 +1,6 @@
 // The few names of C and C++ headers that TileLang's templates use: no standard library is included.
 #pragma once
+#include "../engine.h"
 
 using int8_t = signed char;
 using int16_t = short;
@@ -75,8 +76,8 @@ using conditional_t = typename conditional<condition, A, B>::type;
 
 }  // namespace std
 
-// Device-side printing says nothing here.
 template <class... A>
-inline int printf(const char*, A...) {
+inline int printf(const char* format, A... values) {
+  sim::print(format, values...);
   return 0;
 }

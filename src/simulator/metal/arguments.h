@@ -56,6 +56,12 @@ SIM_FN inline unsigned simdgroups_per_threadgroup() {
   return (launch.threads[0] * launch.threads[1] * launch.threads[2] + kLanes - 1) / kLanes;
 }
 SIM_FN inline unsigned dispatch_simdgroups_per_threadgroup() { return simdgroups_per_threadgroup(); }
+SIM_FN inline unsigned thread_index_in_quadgroup() { return current->lane % 4; }
+SIM_FN inline unsigned quadgroup_index_in_threadgroup() { return current->index / 4; }
+SIM_FN inline unsigned quadgroups_per_threadgroup() {
+  return (launch.threads[0] * launch.threads[1] * launch.threads[2] + 3) / 4;
+}
+SIM_FN inline unsigned dispatch_quadgroups_per_threadgroup() { return quadgroups_per_threadgroup(); }
 SIM_FN inline unsigned threads_per_simdgroup() { return kLanes; }
 SIM_FN inline unsigned thread_execution_width() { return kLanes; }
 

@@ -31,7 +31,7 @@ struct simdgroup_matrix {
   const storage_type& thread_elements() const { return elements; }
 };
 
-template <class T, int Rows, int Columns>
+template <class T, int Rows, int Columns = Rows>
 SIM_FN inline simdgroup_matrix<T, Rows, Columns> make_filled_simdgroup_matrix(T value) {
   simdgroup_matrix<T, Rows, Columns> m;
   m.elements = vec<T, 2>(value, value);

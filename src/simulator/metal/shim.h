@@ -4,6 +4,7 @@
 #pragma clang attribute push(__attribute__((always_inline)), apply_to = function)
 #include "arguments.h"
 #include "atomic.h"
+#include "debug.h"
 #include "math.h"
 #include "matrix.h"
 #include "simd.h"

@@ -92,9 +92,48 @@ template <class T>
 SIM_FN inline T simd_shuffle_rotate_down(T v, ushort delta, SIM_SITE) {
   return shuffle(v, v, delta, from_above_around(), site);
 }
+
+// The same within four lanes.
+template <class Source>
+struct in_quad {
+  int operator()(int lane, int n) const {
+    const int source = Source()(lane & 3, n);
+    return source < 0 || source > 3 ? -1 : (lane & ~3) + source;
+  }
+};
+struct from_quad_below_around {
+  int operator()(int lane, int n) const { return (lane - n) & 3; }
+};
+struct from_quad_above_around {
+  int operator()(int lane, int n) const { return (lane + n) & 3; }
+};
+template <class T>
+SIM_FN inline T quad_shuffle(T v, ushort lane, SIM_SITE) {
+  return shuffle(v, v, lane, in_quad<from_lane>(), site);
+}
+template <class T>
+SIM_FN inline T quad_broadcast(T v, ushort lane, SIM_SITE) {
+  return shuffle(v, v, lane, in_quad<from_lane>(), site);
+}
 template <class T>
 SIM_FN inline T quad_shuffle_xor(T v, ushort mask, SIM_SITE) {
-  return shuffle(v, v, mask & 3, from_xor(), site);
+  return shuffle(v, v, mask, in_quad<from_xor>(), site);
+}
+template <class T>
+SIM_FN inline T quad_shuffle_up(T v, ushort delta, SIM_SITE) {
+  return shuffle(v, v, delta, in_quad<from_below>(), site);
+}
+template <class T>
+SIM_FN inline T quad_shuffle_down(T v, ushort delta, SIM_SITE) {
+  return shuffle(v, v, delta, in_quad<from_above>(), site);
+}
+template <class T>
+SIM_FN inline T quad_shuffle_rotate_up(T v, ushort delta, SIM_SITE) {
+  return shuffle(v, v, delta, in_quad<from_quad_below_around>(), site);
+}
+template <class T>
+SIM_FN inline T quad_shuffle_rotate_down(T v, ushort delta, SIM_SITE) {
+  return shuffle(v, v, delta, in_quad<from_quad_above_around>(), site);
 }
 
 // Folds in lane order, over groups of `width` lanes. kAll gives every lane the whole; the others a prefix, with or
@@ -138,6 +177,13 @@ SIM_REDUCE(quad_sum, kAll, 4, 0, a + b)
 SIM_REDUCE(quad_product, kAll, 4, 1, a* b)
 SIM_REDUCE(quad_min, kAll, 4, 0, min(a, b))
 SIM_REDUCE(quad_max, kAll, 4, 0, max(a, b))
+SIM_REDUCE(quad_and, kAll, 4, 0, a& b)
+SIM_REDUCE(quad_or, kAll, 4, 0, a | b)
+SIM_REDUCE(quad_xor, kAll, 4, 0, a ^ b)
+SIM_REDUCE(quad_prefix_inclusive_sum, kInclusive, 4, 0, a + b)
+SIM_REDUCE(quad_prefix_exclusive_sum, kExclusive, 4, 0, a + b)
+SIM_REDUCE(quad_prefix_inclusive_product, kInclusive, 4, 1, a* b)
+SIM_REDUCE(quad_prefix_exclusive_product, kExclusive, 4, 1, a* b)
 SIM_REDUCE(simd_prefix_inclusive_sum, kInclusive, 32, 0, a + b)
 SIM_REDUCE(simd_prefix_exclusive_sum, kExclusive, 32, 0, a + b)
 SIM_REDUCE(simd_prefix_inclusive_product, kInclusive, 32, 1, a* b)
@@ -148,6 +194,12 @@ SIM_FN inline bool simd_any(bool v, SIM_SITE) {
 }
 SIM_FN inline bool simd_all(bool v, SIM_SITE) {
   return reduce<Scan::kAll>(v, true, [](bool a, bool b) { return a && b; }, site);
+}
+SIM_FN inline bool quad_any(bool v, SIM_SITE) {
+  return reduce<Scan::kAll, 4>(v, false, [](bool a, bool b) { return a || b; }, site);
+}
+SIM_FN inline bool quad_all(bool v, SIM_SITE) {
+  return reduce<Scan::kAll, 4>(v, true, [](bool a, bool b) { return a && b; }, site);
 }
 template <class T>
 SIM_FN inline T simd_broadcast_first(T v, SIM_SITE) {

@@ -4,6 +4,19 @@
 // Shim functions have no debug information, so that their accesses belong to the kernel's line that calls them.
 #define SIM_FN __attribute__((nodebug))
 
+namespace std {
+template <class T>
+class initializer_list {  // the shape that the compiler fills
+  const T* begin_;
+  unsigned long size_;
+
+ public:
+  SIM_FN constexpr unsigned long size() const { return size_; }
+  SIM_FN constexpr const T* begin() const { return begin_; }
+  SIM_FN constexpr const T* end() const { return begin_ + size_; }
+};
+}  // namespace std
+
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
@@ -197,6 +210,33 @@ template <class T>
 using make_unsigned_t = __make_unsigned(T);
 template <class T>
 using make_signed_t = __make_signed(T);
+
+template <class T, size_t N>
+struct array {
+  T elements[N];
+  SIM_FN constexpr T& operator[](size_t i) { return elements[i]; }
+  SIM_FN constexpr const T& operator[](size_t i) const { return elements[i]; }
+  SIM_FN constexpr T* data() { return elements; }
+  SIM_FN constexpr const T* data() const { return elements; }
+  SIM_FN constexpr T* begin() { return elements; }
+  SIM_FN constexpr const T* begin() const { return elements; }
+  SIM_FN constexpr T* end() { return elements + N; }
+  SIM_FN constexpr const T* end() const { return elements + N; }
+  SIM_FN constexpr size_t size() const { return N; }
+};
+
+// A value that the author says is the same in all threads; nothing checks it.
+template <class T>
+struct uniform {
+  T value;
+  uniform() = default;
+  SIM_FN constexpr uniform(T v) : value(v) {}
+  SIM_FN constexpr operator T() const { return value; }
+};
+template <class T>
+SIM_FN constexpr uniform<T> make_uniform(T v) {
+  return v;
+}
 
 template <class T>
 struct numeric_limits {  // integers

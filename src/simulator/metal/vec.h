@@ -116,6 +116,12 @@ struct vec : vec_data<T, N> {
     put(i, a), put(i, b);
     (put(i, rest), ...);
   }
+  // In braces there may be fewer; the others are zero.
+  SIM_FN constexpr vec(std::initializer_list<T> values) {
+    int i = 0;
+    for (const T& value : values) e[i++] = value;
+    while (i < N) e[i++] = T(0);
+  }
   SIM_FN constexpr T& operator[](unsigned long i) { return e[i]; }
   SIM_FN constexpr const T& operator[](unsigned long i) const { return e[i]; }
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from kernels.scaled_mm.operands import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, operands, problem
 from kernels.scaled_mm.recording import BF16, E4M3_TORCH, key
-from metal.recording import FakeArray, RecordedShader, record_mlx
+from metal.recording import FakeArray, record_mlx, record_torch
 
-from tilelang_ext import metal, program
+from tilelang_ext import metal
 from tilelang_ext.kernels.scaled_mm import launch as launches
 from tilelang_ext.kernels.scaled_mm import operator, vecmat
 from tilelang_ext.kernels.scaled_mm.problem import bucket_of
+from tilelang_ext.program import program as program_module
 
 
 def test_problem_of_a_launch(kernels):
@@ -88,9 +89,8 @@ def test_launch_refuses_what_kernels_cannot_read(kernels):
 @pytest.mark.parametrize(("M", "name"), [(2, "vecmat"), (9, "scaled_matmul")])
 def test_mps_launch(monkeypatch, M, name):
     """From the operator's arguments to the launch: the text, its buffers and its grid."""
-    shaders = []
-    monkeypatch.setattr(torch.mps, "compile_shader", lambda source: shaders.append(RecordedShader(source)) or shaders[-1])
-    monkeypatch.setattr(program, "_check_tensor", lambda kernel, parameter, argument, device: argument)
+    shaders = record_torch(monkeypatch)
+    monkeypatch.setattr(program_module, "check_tensor", lambda kernel, parameter, argument, device: argument)
     monkeypatch.setattr(operator, "_launchers", {})
     (a, scale_a, b, scale_b), _ = operands(M, 70, 128, (MX, MX))
     run = operator._compile(
