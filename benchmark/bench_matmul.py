@@ -48,7 +48,7 @@ from harness import (  # noqa: E402
     time_wall,
     write_csv,
 )
-from kernels.compile_on_gpu import compile_matmuls  # noqa: E402
+from kernels.compile_on_gpu import compile_matmuls, in_processes  # noqa: E402
 from matmul import matmul  # noqa: E402
 from numeric import assert_close  # noqa: E402
 from tvm.target import Target  # noqa: E402
@@ -301,6 +301,19 @@ def measure_time(case: Case, providers: list[Provider], seed: int) -> list[dict]
     return rows
 
 
+def compile_ahead(cases: list[Case], names: list[str]) -> None:
+    """Compile the kernels of all cases at the same time, into the caches on disk."""
+    if "ours" in names:
+        compile_matmuls([(case.M, case.N, case.K, case.dtype, case.layout) for case in cases])
+    plain = [case for case in cases if case.layout == "NN"]
+    if "plain" in names and plain:
+        in_processes(_compile_plain, plain)
+
+
+def _compile_plain(case: Case) -> None:
+    make_plain(case)
+
+
 def _time(device: str, calls: list) -> list[float]:
     if device == "cuda":
         return time_cuda_in_turn(calls)
@@ -364,7 +377,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     if arguments.random:
         cases = list(random_cases(arguments.random, arguments.seed, target, device))
     if target == "cuda" and device == "cuda":
-        compile_matmuls([(case.M, case.N, case.K, case.dtype, case.layout) for case in cases])
+        compile_ahead(cases, [provider.name for provider in providers])
     rows = [row for case in progress(cases, "matmul") for row in run(case, providers, arguments.seed)]
 
     title = f"matmul, {arguments.dtype}, target {target}, {describe(device)}"

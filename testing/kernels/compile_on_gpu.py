@@ -22,12 +22,12 @@ from tilelang_ext.launch.device import target_of
 def compile_all(shapes, recipes) -> None:
     """Compile what `scaled_mm` needs for (M, N, K) `shapes` with float32 output."""
     needed = sorted({(bucket_of(M), N, K) for M, N, K in shapes})
-    _in_processes(partial(_compile, recipes=tuple(recipe.value for recipe in recipes)), needed)
+    in_processes(partial(_compile, recipes=tuple(recipe.value for recipe in recipes)), needed)
 
 
 def compile_moe(kernels) -> None:
     """Compile what `mxfp4_moe` needs: the function that makes a prim_func, its arguments, pass configurations."""
-    _in_processes(_compile_moe, kernels)
+    in_processes(_compile_moe, kernels)
 
 
 def compile_matmuls(cases) -> None:
@@ -41,7 +41,7 @@ def compile_matmuls(cases) -> None:
             module = next(file for file in MATMUL_KERNELS if file.takes(of))
             module.compile_kernel(of, _Listed(kernels))
     if kernels:
-        _in_processes(partial(_compile_kernel, arch=target.arch), list(kernels))
+        in_processes(partial(_compile_kernel, arch=target.arch), list(kernels))
 
 
 class _Listed:
@@ -59,7 +59,8 @@ def _compile_kernel(listed, arch: str) -> None:
     record.kernel(make, arguments, arch, pass_configs)
 
 
-def _in_processes(function, jobs) -> None:
+def in_processes(function, jobs) -> None:
+    """Call function(job) for each job, every one in a process of its own; what it compiles is found on disk afterwards."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(16, os.cpu_count(), len(jobs)), mp_context=context) as pool:
         list(pool.map(function, jobs))

@@ -64,7 +64,7 @@ def run(of, config, splits=1):
         # fewer rows of A than an MMA has, whose last rows are those of other stages; stages that are no power of two
         (problem(13, 72, 328, BF16, b_is_k_major=False), Config(64, 64, 1, 3, 64, 0, False, 3, 16), 1),
         # the blocks of a cluster share B of either order; the last one has no row of A
-        pytest.param(problem(88, 72, 200), Config(64, 64, 1, 2, 0, 0, True, 4, 64, 2), 2, marks=needs_clusters),
+        pytest.param(problem(88, 104, 200), Config(64, 96, 1, 2, 0, 0, True, 4, 64, 2), 2, marks=needs_clusters),
         pytest.param(
             problem(136, 136, 136, b_is_k_major=False), Config(64, 128, 1, 2, 64, 0, False, 2, 64, 2), 1, marks=needs_clusters
         ),
@@ -121,12 +121,15 @@ def test_configs_fit():
     """Every choice has enough shared memory, K blocks for every split, and blocks for every cluster."""
     for M in (1, 17, 33, 65, 200, 4000):
         for N, K in ((8, 8), (264, 16384), (4096, 520), (16384, 4096)):
-            for out, a_is_k_major in ((BF16, True), (FP32, False)):
-                of = problem(-(-M // 8) * 8, N, K, out=out, a_is_k_major=a_is_k_major)
+            for out, is_k_major in ((BF16, True), (FP32, False)):
+                of = problem(-(-M // 8) * 8, N, K, BF16, out, is_k_major, is_k_major)
                 for tile, splits in sm90_config.choices(of):
                     config = sm90_config.config_of(tile, of, splits)
+                    assert is_k_major or config.block_N % 64 == 0  # panels of 64 columns
+                    assert config.is_split or config.block_N % config.subtile_N == 0
+                    assert config.deferred * (config.block_M // (WGMMA_M * config.num_consumers)) <= config.block_N // 32
                     stage = (config.a_rows + config.block_N) * BLOCK_K * 2
-                    subtiles = 0 if config.is_split else 2 * config.num_consumers * WGMMA_M * 128
+                    subtiles = 2 * config.num_consumers * WGMMA_M * config.subtile_N * out.itemsize
                     padding = (max(WGMMA_M, config.a_rows) - config.a_rows) * BLOCK_K * 2
                     assert config.num_stages * stage + subtiles + padding <= 226 * 1024, config
                     assert config.num_blocks % config.cluster == 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Problem
 CLUSTERS = "cluster_dims" in inspect.signature(T.Kernel).parameters  # not in tilelang 0.1.14
 BLOCK_K = 64  # elements of a swizzled row of 128 bytes of shared memory
 _SUBTILE_BYTES = 128  # of a row of a subtile
+_MAX_DEFERRED = 3  # subtiles of float32
 _MAX_SPLITS = 16
 _ROWS = 64  # of an MMA: numbers of rows between its multiples have the same choice, above those of thin tiles
 _THIN = (16, 32)
@@ -68,32 +70,39 @@ class Tile:
 
 
 TILES = (
-    Tile(128, 256, 2, 4, 3, 0.73),
-    Tile(256, 128, 2, 4, 1, 0.78),
-    Tile(128, 192, 2, 4, 2, 0.57),
-    Tile(128, 128, 2, 6, 1, 0.385),
-    Tile(256, 64, 2, 4, 0, 0.475),
-    Tile(128, 64, 2, 8, 0, 0.20),
-    Tile(64, 256, 1, 4, 3, 0.41),
-    Tile(64, 128, 1, 8, 1, 0.20),
-    Tile(64, 64, 1, 12, 0, 0.085),
+    Tile(128, 256, 2, 4, 3, 0.717),
+    Tile(256, 128, 2, 4, 1, 0.767),
+    Tile(128, 192, 2, 4, 2, 0.555),
+    Tile(128, 128, 2, 6, 1, 0.379),
+    Tile(256, 64, 2, 4, 0, 0.454),
+    Tile(128, 64, 2, 8, 0, 0.154),
+    Tile(64, 256, 1, 4, 3, 0.395),
+    Tile(64, 128, 1, 8, 1, 0.179),
+    Tile(64, 64, 1, 12, 0, 0.101),
+    # For numbers of tiles that fill waves of SMs; b lies K-major
+    Tile(128, 224, 2, 4, 4, 0.680),
+    Tile(128, 160, 2, 5, 3, 0.490),
+    Tile(128, 96, 2, 6, 2, 0.320),
     # For rows that begin between multiples of 128 bytes, of which TMA loads half as many a microsecond
-    Tile(128, 256, 2, 4, 3, 0.74, cluster=2),
-    Tile(256, 128, 2, 4, 1, 0.79, cluster=2),
-    Tile(128, 192, 2, 4, 2, 0.578, cluster=2),
-    Tile(128, 128, 2, 6, 1, 0.392, cluster=2),
+    Tile(128, 256, 2, 4, 3, 0.727, cluster=2),
+    Tile(256, 128, 2, 4, 1, 0.778, cluster=2),
+    Tile(128, 192, 2, 4, 2, 0.563, cluster=2),
+    Tile(128, 128, 2, 6, 1, 0.384, cluster=2),
+    Tile(128, 224, 2, 4, 4, 0.690, cluster=2),
+    Tile(128, 160, 2, 5, 3, 0.497, cluster=2),
+    Tile(128, 96, 2, 6, 2, 0.324, cluster=2),
     # For few rows: TMA takes long to fill rows past the end with zeros, and more stages fit
-    *(Tile(64, 256, 1, stages, 3, 0.41, thin=thin) for thin, stages in ((16, 6), (32, 5))),
-    *(Tile(64, 128, 1, stages, 1, 0.20, thin=thin) for thin, stages in ((16, 10), (32, 9))),
-    *(Tile(64, 64, 1, 16, 0, 0.085, thin=thin) for thin in (16, 32)),
+    *(Tile(64, 256, 1, stages, 3, 0.395, thin=thin) for thin, stages in ((16, 6), (32, 5))),
+    *(Tile(64, 128, 1, stages, 1, 0.179, thin=thin) for thin, stages in ((16, 10), (32, 9))),
+    *(Tile(64, 64, 1, 16, 0, 0.101, thin=thin) for thin in (16, 32)),
 )
-_LAUNCH_US, _UNIT_US = 1.9, 0.06
-_MEMORY = 5.2e6  # bytes per microsecond
-_OVERLAP, _OVERLAP_LOADS = 0.5, 0.05
-_SUM_US, _SUM = 1.6, 5.4e6  # of the second kernel, beside its bytes; bytes per microsecond of accumulators, out and in
+_LAUNCH_US, _UNIT_US = 1.83, 0.062
+_MEMORY = 4.76e6  # bytes per microsecond
+_OVERLAP, _OVERLAP_LOADS = 0.369, 0.041
+_SUM_US, _SUM = 1.17, 4.24e6  # of the second kernel, beside its bytes; bytes per microsecond of accumulators, out and in
 _TURN_US = 2.2  # of the copy of `a` to another order
 # Of TMA, for a row of 128 bytes: in one line of memory, in two, past the end, and with its last part past the end
-_ROW_US, _SPLIT_ROW_US, _EMPTY_ROW_US, _CUT_ROW_US = 0.00104, 0.00215, 0.0027, 0.005
+_ROW_US, _SPLIT_ROW_US, _EMPTY_ROW_US, _CUT_ROW_US = 0.0011, 0.00214, 0.00272, 0.005
 
 
 def pick_config(problem: Problem) -> tuple[Config, int]:
@@ -130,7 +139,10 @@ def _rounded(M: int) -> int:
 def config_of(tile: Tile, problem: Problem, splits: int = 1) -> Config:
     """Return the configuration of a tile: no subtile is deferred where the next unit has too few K blocks to store it in."""
     k_blocks = _ceildiv(problem.K, BLOCK_K)
-    subtile_N, deferred = _SUBTILE_BYTES // _bytes_of(problem.out_dtype), tile.deferred if k_blocks > 2 * tile.deferred else 0
+    subtile_N = math.gcd(tile.block_N, _SUBTILE_BYTES // _bytes_of(problem.out_dtype))
+    # Registers hold as many bytes of deferred subtiles for each dtype; the next unit must have the K blocks to store them in.
+    count = tile.deferred if problem.out_dtype != "float32" else min(tile.deferred, _MAX_DEFERRED)
+    deferred = count if k_blocks > 2 * count else 0
     if splits > 1:
         subtile_N = deferred = 0
     return Config(
@@ -154,6 +166,8 @@ def choices(problem: Problem) -> Iterator[tuple[Tile, int]]:
         if tile.thin and (tile.thin < M or not problem.a_is_k_major):
             continue
         if tile.cluster > 1 and (tile.block_M >= M or not CLUSTERS):
+            continue
+        if tile.block_N % BLOCK_K and not problem.b_is_k_major:
             continue
         units = _ceildiv(M, tile.block_M * tile.cluster) * tile.cluster * _ceildiv(problem.N, tile.block_N)
         for splits in range(1, max(1, min(_MAX_SPLITS, k_blocks // _MIN_K_BLOCKS)) + 1):
