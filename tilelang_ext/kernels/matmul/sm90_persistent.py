@@ -256,10 +256,8 @@ def _dispatch_roles(traits: _Traits, operands: Operands, block: _Block, accumula
     dispatch(block.thread, (WARPGROUP, functools.partial(_produce, traits, operands, block)), *consumers)
 
 
-@T.macro
-def _alloc_unit():
-    registers = [T.alloc_local((1,), "int32") for _ in range(5)]
-    return _Unit(*registers)
+def _alloc_unit() -> _Unit:
+    return _Unit(*(T.alloc_local((1,), "int32") for _ in range(5)))
 
 
 @T.macro
