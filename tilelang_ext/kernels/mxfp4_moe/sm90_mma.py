@@ -5,7 +5,8 @@
 
 Activations are bfloat16, weights are MXFP4. With few tokens per expert the time is that of loading weights, so every warp has
 the loads of four steps, 64 of K each, in flight. Weights are the left operand of the MMA; they are decoded in registers and
-never go to shared memory. Tokens are its columns, eight per MMA.
+never go to shared memory. Tokens are its columns, eight per MMA. The MoE intrinsics, which work on tiles that all threads
+share, cannot say which lane loads and decodes what, so none is used.
 
 Warp roles, of a block of warps * splits warps, `blocks_per_sm` blocks per SM; there is no warp specialization:
 

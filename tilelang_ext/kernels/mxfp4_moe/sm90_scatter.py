@@ -10,6 +10,8 @@ The scale of a row is that of `quantization.quantize`: float32(amax / 448), at l
 of zeros. A row with a NaN or an infinity gets the scale NaN. The codes are those of `quantization.quantize` for scales of at
 least 2^-93.
 
+`T.moe_gather` reads a row once for each of its slots; here a token's row is read, and quantised, once for all of them.
+
 Warp roles: none, all threads of a block do the same. There is no pipeline: a block loads its row into registers, all loads in
 flight together, and many blocks per SM overlap. Timeline of a block that quantises:
 

@@ -6,7 +6,8 @@
 Activations are bfloat16 or E4M3, in sorted order; weights are MXFP4. Weights are the left operand of the MMA, which the tensor
 core reads from registers, so decoded codes never go to shared memory; tokens are its columns. A tile of the result is some rows
 of weights by block_M tokens of one expert. For E4M3 the accumulator is multiplied by the scale of the token and by the power of
-two of the row of weights.
+two of the row of weights. The MoE intrinsics are made of statements of all threads, and here warpgroups have roles, so none is
+used.
 
 Warp roles, of a block of 384 threads, one block per SM:
 

@@ -1,4 +1,7 @@
-"""The sum over the slots of a token, after GEMMs that store each slot in a row of its own: the same bits each time."""
+"""The sum over the slots of a token, after GEMMs that store each slot in a row of its own: the same bits each time.
+
+It completes what `T.moe_scatter` with mode "reduce" leaves; there is no intrinsic for it.
+"""
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import MX_GROUP

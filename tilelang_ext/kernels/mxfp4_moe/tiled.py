@@ -7,6 +7,10 @@ Rows come sorted by expert (`routing`): a block of rows has one expert, and bloc
 decoded to 16-bit tiles in shared memory. Tokens, top_k, experts and sizes are run-time values, so other sizes compile nothing.
 Weights may be stored wider than they are: along K nothing past the sizes of x and hidden is read, and rows of weights past the
 sizes of hidden and y are not stored. There is no branch on the target.
+
+No MoE intrinsics (`examples/moe.py` has them): `T.mxfp4_scaled_matmul` would decode an 8- or 4-bit A for gate and again for up,
+and could not load the codes of the next step meanwhile; `T.swiglu` would exchange gate and up, which one thread has here,
+through shared memory; and `T.moe_gather` and `T.moe_scatter` know no codes with scales and no bias.
 """
 
 from collections.abc import Callable

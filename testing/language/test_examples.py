@@ -1,0 +1,63 @@
+"""Kernels of one's own that docs/guide/own_kernel.md shows: they run, and the guide shows what runs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import tilelang
+from numeric import assert_close
+from tvm.target import Target
+
+from tilelang_ext import simulate
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import moe
+import mxfp4_gemv
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("target", ["metal", "hip -mcpu=gfx1100"])
+def test_moe(target):
+    """An expert without tokens, tokens that end inside a block."""
+
+    def run(kernel, *arguments):
+        report = simulate(kernel, *arguments, target=target)
+        assert not report.findings, str(report)
+
+    arguments, expected = moe.problem()
+    assert_close(moe.moe(*arguments, run), expected, dtype="float32")
+
+
+def test_moe_for_cuda():
+    """The intrinsics become products of the matrix unit: decoded to bfloat16, and in one call over all of K on Hopper."""
+    texts = {}
+
+    def lower(kernel, *_):
+        for arch in ("sm_80", "sm_90a"):
+            target = Target({"kind": "cuda", "arch": arch})
+            with target:
+                text = tilelang.lower(kernel, target=target, enable_device_compile=False).kernel_source
+            texts[kernel.attrs["global_symbol"], arch] = text
+
+    moe.moe(*moe.problem()[0], lower)
+    assert texts.keys() == {(name, arch) for name in ("gate_up", "down") for arch in ("sm_80", "sm_90a")}
+    assert all("kBFloat16, tl::DataType::kBFloat16" in texts[name, "sm_80"] for name in ("gate_up", "down"))
+
+
+def test_mxfp4_gemv():
+    N, K = 16, 512
+    report, error = mxfp4_gemv.run(N, K, "metal")
+    assert not report.findings
+    assert error < 1e-6
+    # Codes once, with a scale for each byte of them; x once per block.
+    blocks, bytes_of_codes = N // 8, N * K // 2
+    assert report.counts.device_bytes_read == 2 * bytes_of_codes + blocks * 2 * K
+
+
+@pytest.mark.parametrize("name", ["moe", "mxfp4_gemv", "fp8_scaled_matmul_persistent"])
+def test_the_guide_shows_the_kernel_of_the_example(name):
+    source = (ROOT / "examples" / f"{name}.py").read_text()
+    kernel = source.partition("# [kernel]\n")[2].partition("# [/kernel]")[0].strip("\n")
+    assert kernel in (ROOT / "docs" / "guide" / "own_kernel.md").read_text()
+    assert len(kernel.splitlines()) <= 80
