@@ -100,8 +100,9 @@ def test_errors(arguments, options, error, message):
     [
         problem(70, 90, 50, FP16, BF16, True, False, ALL, arch=""),
         problem(9, 66, 33, BF16, FP32, False, True, Epilogue(bias_dtype="float16", activation="gelu_tanh"), arch=""),
+        problem(70, 90, 50, BF16, FP16, False, False, Epilogue(True, True, "bfloat16", "silu", "float32"), arch="gfx1100"),
     ],
-    ids=["row-major", "column-major"],
+    ids=["metal, row-major", "metal, column-major", "gfx1100"],
 )
 def test_tiled(of):
     """In the simulator: tails of every extent, no finding."""
@@ -109,7 +110,9 @@ def test_tiled(of):
     given = a if of.a_is_k_major else a.t(), b.t() if of.b_is_k_major else b
     out = torch.full((of.M, of.N), torch.nan, dtype=getattr(torch, of.out_dtype))
     kernel = tiled.matmul(of.without_sizes("M"), tiled.pick_config(of))
-    report = simulate(kernel, *given, *(given[0] if operand is None else operand for operand in others), out)
+    others_given = (given[0] if operand is None else operand for operand in others)
+    target = {"kind": "hip", "mcpu": of.arch} if of.arch else "metal"
+    report = simulate(kernel, *given, *others_given, out, target=target)
     assert not report.findings, str(report)
     expected = reference.matmul(a, b, *others[:3], of.epilogue.activation, others[3])
     assert_close(out, expected, dtype=of.out_dtype)

@@ -6,7 +6,7 @@ from kernels.matmul.operands import BF16, problem
 from launch.fakes import FakeCuda, compile_without_nvcc
 
 from tilelang_ext.kernels.matmul import launch as launches
-from tilelang_ext.kernels.matmul import operator, sm90_config
+from tilelang_ext.kernels.matmul import operator, sm90_config, sm90_persistent
 from tilelang_ext.kernels.matmul.arguments import number_of
 from tilelang_ext.launch.device import Target
 
@@ -63,6 +63,21 @@ def test_launches(cuda):
     assert splits > 1
     assert splits in product.parameters
     assert splits in total.parameters
+
+
+def test_a_transpose_comes_first(cuda, monkeypatch):
+    """Of a column-major a of few rows where the model says so: the product then reads the workspace."""
+    monkeypatch.setattr(sm90_persistent, "is_turned", lambda of: not of.a_is_k_major)
+    given = arguments(8, 64, 128, a_is_k_major=False, residual=torch.zeros(8, 64))
+    operator._matmul_out(*given)
+    turn, product = cuda.launches()
+    assert (turn.kernel, product.kernel) == ("turn_kernel", "matmul_kernel")
+    assert (turn.grid, turn.block) == ((1, 1, 1), (128, 1, 1))
+    source, turned = turn.parameters[:2]
+    assert source == given[0].data_ptr()
+    assert {turned | 128 << 64 | 8 << 128, given[1].data_ptr() | 128 << 64 | 64 << 128} <= set(product.parameters)
+    assert given[5].data_ptr() in product.parameters
+    assert source not in product.parameters
 
 
 def test_what_kernels_cannot_read_is_copied(cuda):

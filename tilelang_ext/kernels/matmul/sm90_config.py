@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Problem
+from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Epilogue, Problem
 
 CLUSTERS = "cluster_dims" in inspect.signature(T.Kernel).parameters  # not in tilelang 0.1.14
 BLOCK_K = 64  # elements of a swizzled row of 128 bytes of shared memory
@@ -168,6 +168,8 @@ def choices(problem: Problem) -> Iterator[tuple[Tile, int]]:
         if tile.cluster > 1 and (tile.block_M >= M or not CLUSTERS):
             continue
         if tile.block_N % BLOCK_K and not problem.b_is_k_major:
+            continue
+        if tile.block_M > 128 and problem.epilogue != Epilogue():  # would spill: its accumulators are finished one by one
             continue
         units = _ceildiv(M, tile.block_M * tile.cluster) * tile.cluster * _ceildiv(problem.N, tile.block_N)
         for splits in range(1, max(1, min(_MAX_SPLITS, k_blocks // _MIN_K_BLOCKS)) + 1):
