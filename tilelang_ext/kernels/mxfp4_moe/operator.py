@@ -14,7 +14,7 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
@@ -73,7 +73,7 @@ def mxfp4_moe(
     (ROCm's too), mps and cpu, and in a backward pass that reaches the result.
     """
     is_plain = type(w13) is type(w2) is HopperWeights and type(activation) is Activation
-    if out is not None and is_plain and not is_compiling():
+    if out is not None and is_plain and not is_dynamo_compiling():
         options = *options_of(activation, a_dtype, x), epilogue, expert_mask
         if launches.directly()(x, topk_ids, topk_weights, *w13, *w2, *options, out):
             return out

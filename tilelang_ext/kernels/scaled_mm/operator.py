@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import ScalingType, SwizzleType
 
 from tilelang_ext import reference
@@ -78,7 +78,7 @@ def scaled_mm(
     On CUDA a mat_a that is not contiguous is copied. TypeError for dtypes, ValueError for shapes and values,
     NotImplementedError for recipes that this package lacks, and in a backward pass that reaches the result.
     """
-    can_skip_dispatcher = out is not None and not contraction_dim and output_dtype in OUTPUTS and not is_compiling()
+    can_skip_dispatcher = out is not None and not contraction_dim and output_dtype in OUTPUTS and not is_dynamo_compiling()
     if can_skip_dispatcher and launch.directly()(
         mat_a, mat_b, scale_a, scale_recipe_a, scale_b, scale_recipe_b, swizzle_a, swizzle_b, bias, use_fast_accum, out
     ):
