@@ -60,7 +60,7 @@ __attribute__((always_inline)) inline void switch_context(Context* from, Context
 // lanes does not fall into one cache set.
 class Stacks {
  public:
-  static constexpr size_t kSize = 256 << 10, kGuard = 16 << 10;
+  static constexpr size_t kSize = 1 << 20, kGuard = 16 << 10;
 
   bool allocate(int count) {
     size_ = kSize * count;

@@ -230,3 +230,16 @@ def test_index_past_a_private_array_names_it():
     )
     report = execute_msl(source, "f", [torch.zeros(32, dtype=torch.int32)], grid=(1, 1, 1), threads=(32, 1, 1))
     assert "is past the end of the array 'second'" in report.findings[0].message
+
+
+def test_registers_of_hundreds_of_kilobytes():
+    """The stack of a thread holds them, and what the checks add to it."""
+    source = kernels.HEADER + (
+        "kernel void f(device int* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {\n  int big[100000];\n"
+        "  for (int k = 0; k < 100000; ++k) big[k] = k ^ int(i);\n  simdgroup_barrier(mem_flags::mem_none);\n"
+        "  y[i] = big[(i * 3001) % 100000];\n}"
+    )
+    y = torch.zeros(32, dtype=torch.int32)
+    report = execute_msl(source, "f", [y], grid=(1, 1, 1), threads=(32, 1, 1))
+    assert report.findings == ()
+    assert torch.equal(y, torch.arange(32, dtype=torch.int32) * 3001 ^ torch.arange(32, dtype=torch.int32))

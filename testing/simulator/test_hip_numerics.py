@@ -7,6 +7,7 @@ from numeric import assert_close
 from simulator.hip_kernels import ARCHS, attention, cast, gemm, operands, row_statistics, scale_rows, target
 from simulator.hip_texts import HEADER, HISTOGRAM, ROW_SUM, TEMPLATE_GEMM, run, run_gemm
 
+from tilelang_ext import language as T
 from tilelang_ext import simulate
 
 FP16 = {
@@ -198,3 +199,36 @@ extern "C" __global__ void complement(const int* x, int* y) {
     y = torch.zeros_like(x)
     assert run(source, "complement", [x, y]).findings == ()
     assert torch.equal(y, ~x)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_order_of_narrow_floats_and_more_of_libm(dtype):
+    """`max` and `min` of any one type, as clang's HIP headers have them."""
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((64,), dtype),
+        B: T.Tensor((64,), dtype),
+        C: T.Tensor((3, 64), dtype),
+        x: T.Tensor((64,), "float32"),
+        y: T.Tensor((5, 64), "float32"),
+    ):
+        with T.Kernel(1, threads=64):
+            for i in T.Parallel(64):
+                C[0, i] = T.max(A[i], B[i])
+                C[1, i] = T.min(A[i], B[i])
+                C[2, i] = T.clamp(A[i], T.cast(-1.0, dtype), T.cast(1.0, dtype))
+                y[0, i] = T.asinh(x[i])
+                y[1, i] = T.acosh(x[i])
+                y[2, i] = T.atanh(1.0 / (1.0 + x[i]))
+                y[3, i] = T.hypot(x[i], 2.0)
+                y[4, i] = T.nextafter(x[i], 0.0)
+
+    A, B = (torch.randn(64).to(getattr(torch, dtype)) for _ in range(2))
+    x, C, y = torch.rand(64) + 1, torch.zeros(3, 64).to(A.dtype), torch.zeros(5, 64)
+    check(kernel, (A, B, C, x, y), "gfx942")
+    assert torch.equal(C, torch.stack([torch.maximum(A, B), torch.minimum(A, B), A.clamp(-1, 1)]))
+    wide = x.double()
+    expected = torch.stack([wide.asinh(), wide.acosh(), (1 / (1 + wide)).atanh(), torch.hypot(wide, torch.full_like(wide, 2))])
+    assert_close(y[:4], expected, dtype="float32")
+    assert torch.equal(y[4], torch.nextafter(x, torch.zeros(64)))

@@ -18,6 +18,7 @@ from tvm.target import Target
 
 from tilelang_ext.metal.all_reduce import count_from, with_participants
 from tilelang_ext.metal.one_instruction import OneInstruction
+from tilelang_ext.metal.operand_layouts import DropOperandLayouts
 from tilelang_ext.metal.operators import RULES
 from tilelang_ext.metal.parameter_order import order_parameters
 from tilelang_ext.metal.staged_reads import StageReads
@@ -32,6 +33,7 @@ from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
+from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.wide_indices import WidenIndices
@@ -80,12 +82,14 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.VerifyReducerEpoch()(mod)
     mod = transform.VerifyBufferInit()(mod)
     mod = transform.IfStmtBinding()(mod)
+    mod = ForwardPipelinedScalars(mod)
     mod = transform.PipelinePlanning()(mod)
     mod = transform.InjectSoftwarePipeline()(mod)
     mod = transform.Simplify()(mod)
     mod = StageReads(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.metal.fragment_to_simdgroup.
+    mod = DropOperandLayouts(mod)
     mod = transform.LayoutInference()(mod)
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)

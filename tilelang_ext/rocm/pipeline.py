@@ -29,6 +29,7 @@ from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
+from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.wide_indices import WidenIndices
@@ -81,6 +82,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.VerifyReducerEpoch()(mod)
     mod = transform.VerifyBufferInit()(mod)
     mod = transform.IfStmtBinding()(mod)
+    mod = ForwardPipelinedScalars(mod)
     mod = transform.PipelinePlanning()(mod)
     mod = transform.InjectSoftwarePipeline()(mod)
     mod = transform.Simplify()(mod)

@@ -1,0 +1,70 @@
+"""A variable that the loop assigns once per round may index what a pipelined copy reads, on Metal and on AMD."""
+
+import pytest
+import tilelang.layout
+import torch
+from tvm import IRModule
+
+from tilelang_ext import language as T
+from tilelang_ext import simulate
+from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
+
+
+@T.prim_func
+def paged(
+    K: T.Tensor((8, 32, 64), "float16"),
+    table: T.Tensor((5,), "int32"),
+    Q: T.Tensor((32, 64), "float16"),
+    out: T.Tensor((5, 32, 32), "float32"),
+    last: T.Tensor((1,), "int32"),
+):
+    with T.Kernel(1, threads=64):
+        q_s, k_s = T.alloc_shared((32, 64), "float16"), T.alloc_shared((32, 64), "float16")
+        c_f = T.alloc_fragment((32, 32), "float32")
+        page = T.alloc_var("int32")
+        T.annotate_layout({q_s: tilelang.layout.make_swizzled_layout(q_s)})
+        T.copy(Q, q_s)
+        for i in T.Pipelined(5, num_stages=2):
+            page = table[i]
+            T.copy(K[page, 0:32, 0:64], k_s)
+            T.gemm(q_s, k_s, c_f, transpose_B=True, clear_accum=True)
+            T.copy(c_f, out[i, 0:32, 0:32])
+        last[0] = page
+
+
+@pytest.mark.parametrize("target", ["metal", "metal4", "hip -mcpu=gfx942"])
+def test_values(target):
+    """The operand's swizzled layout is a hint, which Metal's padded rows take the place of."""
+    K, Q = torch.randn(8, 32, 64).half(), torch.randn(32, 64).half()
+    table, last = torch.tensor([3, 7, 0, 3, 6], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    out = torch.full((5, 32, 32), torch.nan)
+    report = simulate(paged, K, table, Q, out, last, target=target)
+    assert not report.findings, str(report)
+    expected = torch.einsum("qd,ikd->iqk", Q.double(), K.double()[table.long()])
+    assert (out.double() - expected).abs().max() < 1e-4
+    assert last.item() == 6
+
+
+def test_what_the_loop_changes_is_not_moved():
+    @T.prim_func
+    def kernel(K: T.Tensor((8, 32), "float32"), table: T.Tensor((5, 4), "int32"), out: T.Tensor((5, 32), "float32")):
+        with T.Kernel(1, threads=64):
+            k_s, table_s = T.alloc_shared((32,), "float32"), T.alloc_shared((4,), "int32")
+            copied, once, counted, sometimes = (
+                T.alloc_var("int32"),
+                T.alloc_var("int32"),
+                T.alloc_var("int32"),
+                T.alloc_var("int32"),
+            )
+            for i in T.Pipelined(5, num_stages=2):
+                T.copy(table[i, 0:4], table_s)
+                copied = table_s[0]
+                once = table[i, 1]
+                counted = counted + 1
+                if i > 2:
+                    sometimes = table[i, 2]
+                T.copy(K[copied + once + counted + sometimes, 0:32], k_s)
+                T.copy(k_s, out[i, 0:32])
+
+    text = ForwardPipelinedScalars(IRModule({"kernel": kernel}))["kernel"].script()
+    assert "K[copied[0] + table[i, 1] + counted[0] + sometimes[0], 0]" in text
