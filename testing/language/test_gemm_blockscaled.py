@@ -176,9 +176,17 @@ def test_refused_when_it_is_lowered(options, error, message):
         calls_left(one(**options))
 
 
-def test_a_type_without_storage_is_refused():
-    with pytest.raises(TypeError, match=r"T\.gemm_blockscaled: A must be .*; got float4_e2m1fn .*; pass the codes as uint8"):
-        calls_left(one(**NVFP4), without=(FP4,))
+@pytest.mark.parametrize(
+    ("target", "dtype", "hint"),
+    [
+        ({"kind": "cuda", "arch": "sm_90a"}, "float8_e4m3fnuz", "convert codes and scales with .*fnuz_to_ocp"),
+        ({"kind": "hip", "mcpu": "gfx942"}, FP4, "pass the codes as uint8"),
+        ({"kind": "c"}, FP4, "pass the codes as uint8"),
+    ],
+)
+def test_a_type_that_the_target_lacks_is_refused(target, dtype, hint):
+    with pytest.raises(TypeError, match=rf"T\.gemm_blockscaled: A must be .*; got {dtype} \(A_s\); {hint}"):
+        tilelang.lower(one(A=((64, 64), dtype)), target=Target(target), enable_device_compile=False)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,17 @@ from tvm import arith, tirx
 from tvm.ir import Range
 
 from tilelang_ext.codes import decode, power_of_two
-from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E4M3, E8M0, FP8_OPERANDS, NVFP4_GROUP, FloatFormat, format_of
+from tilelang_ext.formats import (
+    CODES_PER_BYTE,
+    E2M1,
+    E4M3,
+    E8M0,
+    FP8_OPERANDS,
+    NVFP4_GROUP,
+    OCP_OF_FNUZ,
+    FloatFormat,
+    format_of,
+)
 
 NAME = "T.gemm_blockscaled"
 FP8 = tuple(format.dtype for format in FP8_OPERANDS)
@@ -34,6 +44,10 @@ _FLOATS = ("float32", "float16", "bfloat16")
 _WORD, _BYTES_PER_WORD = "uint32", 4
 _SCALES = (_WORD, "uint8", E8M0.dtype, E4M3.dtype, *_FLOATS)
 _SUMS = _FLOATS  # of C
+_HINTS = {
+    **dict.fromkeys((E2M1.dtype, E8M0.dtype), "pass the codes as uint8"),
+    **{fnuz.dtype: "convert codes and scales with tilelang_ext.quantization.fnuz_to_ocp" for fnuz in OCP_OF_FNUZ},
+}
 _SLOTS = {"SFA": 13, "SFB": 14}  # of the call
 _SCOPES = {"shared.dyn": "shared", "local.fragment": "fragment", "": "global"}
 
@@ -213,7 +227,7 @@ def _check_type(name: str, region: tirx.BufferRegion, scopes: tuple, dtypes: tup
             "T.copy"
         )
     if str(buffer.dtype) not in dtypes:
-        hint = "pass the codes as uint8" if str(buffer.dtype) in (E2M1.dtype, E8M0.dtype) else "convert it"
+        hint = _HINTS.get(str(buffer.dtype), "convert it")
         raise TypeError(f"{NAME}: {name} must be {', '.join(dtypes)}; got {buffer.dtype} ({buffer.name}); {hint}")
 
 
