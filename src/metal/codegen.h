@@ -36,13 +36,16 @@ std::string AddressSpace(const std::string& scope);
 class Usage : public StmtExprVisitor {
  public:
   std::unordered_set<const VarNode*> vector_accessed;  // buffers that need the alignment of a vector
+  std::unordered_set<const VarNode*> loaded, stored;
 
  private:
   void VisitExpr_(const BufferLoadNode* op) final {
+    loaded.insert(op->buffer->data.get());
     if (op->dtype.lanes() > 1) vector_accessed.insert(op->buffer->data.get());
     StmtExprVisitor::VisitExpr_(op);
   }
   void VisitStmt_(const BufferStoreNode* op) final {
+    stored.insert(op->buffer->data.get());
     if (op->value.dtype().lanes() > 1) vector_accessed.insert(op->buffer->data.get());
     StmtExprVisitor::VisitStmt_(op);
   }
@@ -170,7 +173,9 @@ class CodeGenMetal final : public CodeGenC {
   std::string Call_(const std::string& function, DataType out, const std::vector<PrimExpr>& args);
   std::string ShuffleLanes(const std::string& function, const PrimExpr& value, const PrimExpr& lane);
   std::string Atomic(const std::string& op, const CallNode* call);
+  std::string GroupVote(const std::string& function, const PrimExpr& predicate);
   std::string SimdReduce(const std::string& function, const std::string& op, const PrimExpr& value);
+  void PrintVectorAtomic(const CallNode* call);
   void PrintExtern(const CallNode* call, std::ostream& os);
 
   // memory
@@ -192,6 +197,10 @@ class CodeGenMetal final : public CodeGenC {
     uses_lane_ = true;
     return "simd_lane";
   }
+  std::string Simdgroup() {
+    uses_simdgroup_ = true;
+    return "simd_group";
+  }
 
   arith::Analyzer analyzer_;
   Prelude prelude_;
@@ -202,6 +211,9 @@ class CodeGenMetal final : public CodeGenC {
   std::map<std::string, std::vector<const VarNode*>> index_variables_;  // "threadIdx.x" -> its variables in TIR
   std::unordered_set<const VarNode*> used_variables_;
   int64_t threadgroup_bytes_ = 0;
+  int64_t threads_ = 1;
+  std::string votes_;                        // the threadgroup array in which simdgroups meet to vote
+  bool exchanges_in_device_memory_ = false;  // threads may read there what others wrote
   bool uses_lane_ = false;
   bool uses_simdgroup_ = false;
   bool uses_grid_ = false;

@@ -62,6 +62,20 @@ std::string CodeGenMetal::SimdReduce(const std::string& function, const std::str
   return function + "(" + x + ")";
 }
 
+/*! \brief A vote of the whole threadgroup, which is a barrier too: simdgroups meet in an array of their counts. */
+std::string CodeGenMetal::GroupVote(const std::string& function, const PrimExpr& predicate) {
+  uses_simdgroup_operations_ = true;
+  prelude_.Use(function);
+  const int64_t simdgroups = (threads_ + kSimdWidth - 1) / kSimdWidth;
+  if (votes_.empty()) {
+    votes_ = name_supply_->FreshName("votes");
+    top_ << "  threadgroup uint " << votes_ << '[' << simdgroups << "];\n";
+    threadgroup_bytes_ += 4 * simdgroups;
+  }
+  return function + "<" + std::to_string(simdgroups) + ">(" + "bool(" + Print(predicate) + "), " + votes_ + ", " +
+         Lane() + ", " + Simdgroup() + ")";
+}
+
 /*! \brief Atomics: 32-bit integers, and float32 by Metal's own add or a loop of compare-and-exchange. */
 std::string CodeGenMetal::Atomic(const std::string& op, const CallNode* call) {
   Pointer p = PointerTo(call->args[0]);
@@ -110,6 +124,42 @@ std::string CodeGenMetal::Atomic(const std::string& op, const CallNode* call) {
   return "atomic_fetch_" + op + "_explicit(" + pointer(type) + ", " + value + ", memory_order_relaxed)";
 }
 
+/*! \brief A vector added element by element, in float32, or two 16-bit floats at once in their 32-bit word. */
+void CodeGenMetal::PrintVectorAtomic(const CallNode* call) {
+  const int lanes = call->op.as<OpNode>()->name == "tl.atomic_addx2_elem_op" ? 2 : 4;
+  Pointer to = PointerTo(call->args[0]);
+  const bool is_pair = lanes == 2 && (to.element.is_float16() || to.element.is_bfloat16());
+  if (to.element != DataType::Float(32) && !is_pair) {
+    TVM_FFI_THROW(TypeError)
+        << "atomic_add: Metal has atomics on int32, uint32 and float32, and on pairs of float16 and "
+        << "bfloat16; got " << lanes << " elements of " << to.element << "; accumulate in float32";
+  }
+  DataType given = call->args[1].dtype();
+  std::string value;
+  if (given.is_handle()) {
+    Pointer from = PointerTo(call->args[1]);
+    std::string at = "(" + from.text + ")";
+    Texts elements;
+    for (int i = 0; i < lanes; ++i) elements.push_back(at + "[" + std::to_string(i) + "]");
+    value = Temporary(FromElements(from.element.with_lanes(lanes), elements), from.element.with_lanes(lanes));
+    given = from.element.with_lanes(lanes);
+  } else {
+    value = Temporary(Print(call->args[1]), given);
+  }
+  if (is_pair) {
+    prelude_.Use("atomic_add_pair");
+    PrintIndent();
+    stream << "atomic_add_pair(" << to.text << ", " << Convert(value, given, DataType::Float(32, 2)) << ");\n";
+    return;
+  }
+  prelude_.Use("atomic_add_float");
+  for (int i = 0; i < lanes; ++i) {
+    PrintIndent();
+    stream << "atomic_add_float(" << Add(to.text, std::to_string(i)) << ", "
+           << Convert(Element(value, given, i), given.element_of(), DataType::Float(32)) << ");\n";
+  }
+}
+
 /*! \brief Functions by name: math of libm, our helpers (templates, with the thread index where they need it), the
  * user's. */
 void CodeGenMetal::PrintExtern(const CallNode* call, std::ostream& os) {
@@ -141,7 +191,7 @@ void CodeGenMetal::PrintExtern(const CallNode* call, std::ostream& os) {
     os << ')';
     return;
   }
-  uses_simdgroup_operations_ = true;
+  if (base != "DP4A") uses_simdgroup_operations_ = true;
   if (base != name) {
     std::string op = name.substr(base.size() + 1, name.find(',') - base.size() - 1);
     if (Prelude::Has(op)) prelude_.Use(op);
@@ -183,6 +233,8 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
                                                                 {"tl.fma2", "fma"},
                                                                 {"tl.max2_nan", "max_nan"},
                                                                 {"tl.min2_nan", "min_nan"},
+                                                                {"tl.__ffs", "find_first_set"},
+                                                                {"tl.__fns", "find_nth_set"},
                                                                 {"tirx.isnan", "is_nan"}};
   std::string function;
   if (auto it = kFunctions.find(name); it != kFunctions.end()) function = it->second;
@@ -237,18 +289,15 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
     return;
   }
 
+  static const std::map<std::string, std::string> kGroupVotes = {
+      {"tl.syncthreads_count", "group_count"}, {"tl.syncthreads_and", "group_all"}, {"tl.syncthreads_or", "group_any"}};
+  if (auto it = kGroupVotes.find(name); it != kGroupVotes.end()) {
+    os << GroupVote(it->second, args[0]);
+    return;
+  }
+
   if (name == "tl.atomic_addx2_elem_op" || name == "tl.atomic_addx4_elem_op") {
-    Pointer to = PointerTo(args[0]);
-    Pointer from = PointerTo(args[1]);
-    if (to.element != DataType::Float(32)) {
-      TVM_FFI_THROW(TypeError) << "atomic_add: Metal has atomics on int32, uint32 and float32; got vectors of "
-                               << to.element << "; accumulate in float32";
-    }
-    prelude_.Use("atomic_add_float");
-    for (int i = 0; i < (name == "tl.atomic_addx2_elem_op" ? 2 : 4); ++i) {
-      PrintIndent();
-      stream << "atomic_add_float(" << Add(to.text, std::to_string(i)) << ", (" << from.text << ")[" << i << "]);\n";
-    }
+    PrintVectorAtomic(op);
   } else if (op->op.same_as(metal_simdgroup_mma())) {
     uses_simdgroup_operations_ = true;
     prelude_.Use("simdgroup_mma");
@@ -298,11 +347,22 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
   } else if (name == "tl.ballot" || name == "tl.ballot_sync") {
     uses_simdgroup_operations_ = true;
     os << Type(op->dtype) << "(ulong(simd_ballot(bool(" << Print(args.back()) << "))))";
+  } else if (name == "tl.activemask") {
+    uses_simdgroup_operations_ = true;
+    os << Type(op->dtype) << "(ulong(simd_ballot(true)))";
+  } else if (name == "tl.match_any_sync" || name == "tl.match_all_sync") {
+    uses_simdgroup_operations_ = true;
+    std::string function = name == "tl.match_any_sync" ? "match_any" : "match_all";
+    prelude_.Use(function);
+    os << Type(op->dtype) << '(' << function << '(' << arg(0) << ", " << arg(1) << "))";
+  } else if (name == "tl.any_of" || name == "tl.all_of") {
+    std::string function = name == "tl.any_of" ? "any_of" : "all_of";
+    prelude_.Use(function);
+    os << function << '(' << PointerTo(args[0]).text << ", int(" << arg(1) << "))";
   } else if (name == "tl.get_lane_idx") {
     os << Type(op->dtype) << '(' << Lane() << ')';
   } else if (name == "tl.get_warp_idx" || name == "tl.get_warp_idx_sync") {
-    uses_simdgroup_ = true;
-    os << Type(op->dtype) << "(simd_group)";
+    os << Type(op->dtype) << '(' << Simdgroup() << ')';
   } else if (name == "tl.__ldg" || op->op.same_as(keep())) {
     os << arg(0);
   } else if (name == "tl.pack_b16") {

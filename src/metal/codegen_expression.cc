@@ -231,6 +231,8 @@ void CodeGenMetal::Equality(const std::string& op, DataType out, const PrimExpr&
 
 /*! \brief A conversion of at most four lanes. */
 std::string CodeGenMetal::Convert(const std::string& value, DataType from, DataType to) {
+  from = StoredType(from);
+  to = StoredType(to);
   if (from == to) return value;
   int lanes = to.lanes();
   if (const NarrowFloat* f = AsNarrowFloat(from)) {

@@ -66,6 +66,8 @@ void CodeGenMetal::AddKernel(const std::string& name, const PrimFunc& func) {
                               << threads << " in kernel " << name << "; use T.Kernel(..., threads=256)";
   }
 
+  threads_ = static_threads ? threads : kMaxThreads;
+
   // Buffers in parameter order, then the scalars in one struct.
   std::vector<std::string> params;
   std::ostringstream scalars;
@@ -87,6 +89,7 @@ void CodeGenMetal::AddKernel(const std::string& name, const PrimFunc& func) {
     alloc_storage_scope_[v.get()] = "global";
     RegisterHandleType(v.get(), element->dtype);
     std::string text = readonly.count(static_cast<int64_t>(i)) ? "const device " : "device ";
+    if (usage_.loaded.count(v.get()) && usage_.stored.count(v.get())) exchanges_in_device_memory_ = true;
     params.push_back(text + Type(element->dtype) + "* " + AllocVarID(v.get()) + " [[buffer(" +
                      std::to_string(params.size()) + ")]]");
   }
@@ -162,7 +165,8 @@ void CodeGenMetal::PrintStorageSync(const CallNode* op) {
     stream << "simdgroup_barrier(mem_flags::mem_threadgroup);\n";
   } else if ((scope == "shared" || scope == "shared.dyn") && op->args.size() == 1) {
     PrintIndent();
-    stream << "threadgroup_barrier(mem_flags::mem_threadgroup);\n";
+    stream << "threadgroup_barrier(mem_flags::mem_threadgroup"
+           << (exchanges_in_device_memory_ ? " | mem_flags::mem_device" : "") << ");\n";
   } else {
     TVM_FFI_THROW(ValueError) << "sync: Metal synchronises a simdgroup or a whole threadgroup; got `" << scope
                               << "` with " << op->args.size() - 1

@@ -10,6 +10,11 @@
 namespace tilelang_ext {
 namespace metal {
 
+DataType StoredType(DataType t) {
+  bool is_custom = static_cast<int>(t.code()) >= DataType::kCustomBegin;
+  return is_custom && t.bits() == 32 ? DataType::Float(32, t.lanes()) : t;
+}
+
 const NarrowFloat* AsNarrowFloat(DataType t) {
   static const NarrowFloat e4m3fn{"float8_e4m3fn", "e4m3fn_to_half", "half", "float_to_e4m3fn", 3, 7, 0x7e, false};
   static const NarrowFloat e5m2{"float8_e5m2", "e5m2_to_half", "half", "float_to_e5m2", 2, 15, 0x7b, false, 0x7c};
@@ -56,6 +61,7 @@ int EncodeNarrow(const NarrowFloat& f, double value) {
 namespace {
 
 std::string ScalarName(DataType t) {
+  t = StoredType(t);
   if (t.is_bool() || (t.is_uint() && t.bits() == 1)) return "bool";
   if (AsNarrowFloat(t)) return "uchar";
   if (t.is_float16()) return "half";

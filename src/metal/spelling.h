@@ -15,6 +15,9 @@ namespace metal {
 
 using tvm::runtime::DataType;
 
+/*! \brief The type in which Metal holds values of `t`: of tfloat32, whose values are floats, float32. */
+DataType StoredType(DataType t);
+
 /*! \brief A number format that Metal stores as bytes and computes on only after a conversion. */
 struct NarrowFloat {
   const char* name;     // in error messages

@@ -72,9 +72,36 @@ def test_float64():
 
 def test_threadgroup_memory():
     with pytest.raises(
-        ValueError, match=r"shared memory: a Metal threadgroup has 32768 bytes; got 40000 .*; use smaller tiles"
+        ValueError,
+        match=r"shared memory: a Metal threadgroup has 32768 bytes; got 40000 in kernel \w+ \(\w+ 40000\); "
+        r"use tiles of 1/2 of these elements \(20000 bytes\)",
     ):
         metal.lower(elementwise("float32", shared_elements=10000))
+
+
+@pytest.mark.parametrize(
+    ("block_K", "stages", "message"),
+    [
+        (32, 4, r"got 40832 .*\(A_s 20416 in 4 stages, B_s 20416 in 4 stages\); use num_stages=3 \(30624 bytes\)"),
+        (64, 3, r"got 55200 .*\(A_s 27600 in 3 stages, B_s 27600 in 3 stages\); use num_stages=1 \(18400 bytes\)"),
+        (256, 2, r"got 135104 .*; use tiles of 1/4 of these elements with num_stages=1 \(16888 bytes\)"),
+    ],
+)
+def test_threadgroup_memory_names_what_fits(block_K, stages, message):
+    @T.prim_func
+    def kernel(A: T.Tensor((64, 1024), "float16"), B: T.Tensor((64, 1024), "float16"), C: T.Tensor((64, 64), "float32")):
+        with T.Kernel(1, threads=128):
+            A_s, B_s = T.alloc_shared((64, block_K), "float16"), T.alloc_shared((64, block_K), "float16")
+            C_f = T.alloc_fragment((64, 64), "float32")
+            T.clear(C_f)
+            for k in T.Pipelined(1024 // block_K, num_stages=stages):
+                T.copy(A[0, k * block_K], A_s)
+                T.copy(B[0, k * block_K], B_s)
+                T.gemm(A_s, B_s, C_f, transpose_B=True)
+            T.copy(C_f, C)
+
+    with pytest.raises(ValueError, match=message):
+        metal.lower(kernel)
 
 
 def test_too_many_threads():

@@ -36,6 +36,7 @@ from tilelang_ext.metal.partition import partition_tile
 
 _DECODED_TO_HALF = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1fn")
 _PRODUCT_DTYPES = ("float16", "bfloat16", "float32")
+_TFLOAT, _FLOAT = "custom[tfloat32]", "float32"  # Metal has no shorter float of 32 bits: products keep all of them
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def product_dtype(a_dtype: str, b_dtype: str) -> str:
 
     Equal 16- or 32-bit types stay; fp8 and fp4 become half, or bfloat if the other operand is bfloat; any other mix is float32.
     """
+    a_dtype, b_dtype = (_FLOAT if dtype == _TFLOAT else dtype for dtype in (a_dtype, b_dtype))
     for name, dtype in (("A", a_dtype), ("B", b_dtype)):
         if dtype not in _PRODUCT_DTYPES and dtype not in _DECODED_TO_HALF:
             raise TypeError(
@@ -110,7 +112,7 @@ def check_tile(M: int, N: int, K: int, threads: int) -> None:
 
 @dataclass
 class FragmentGemm:
-    """`T.gemm` on Metal: A and B shared or fragment, C fragment or shared.
+    """`T.gemm` on Metal: A, B and C global, shared or fragment.
 
     MMAs accumulate in float32. A float16 or bfloat16 C is read, accumulated in float32 and rounded once per call.
     """
@@ -139,9 +141,9 @@ class FragmentGemm:
             ("B", self.B, gemm.bRegion),
             ("C", self.C, gemm.cRegion),
         ):
-            if not (is_shared(buffer) or is_fragment(buffer)):
+            if not (is_shared(buffer) or is_fragment(buffer) or buffer.scope() == "global"):
                 raise TypeError(
-                    f"T.gemm: on Metal {name} must be a shared or fragment buffer; got {buffer.name} in scope "
+                    f"T.gemm: on Metal {name} must be a global, shared or fragment buffer; got {buffer.name} in scope "
                     f"{buffer.scope()!r}; copy the tile with T.copy first"
                 )
             if is_fragment(buffer) and not is_full_region(region):
@@ -162,11 +164,11 @@ class FragmentGemm:
         for operand, buffer, transposed in (("A", self.A, self.trans_A), ("B", self.B, self.trans_B)):
             if is_fragment(buffer):
                 layouts[buffer] = operand_layout(buffer.shape, partition, instruction.matrix, operand, transposed)
-            else:
+            elif is_shared(buffer):
                 layouts[buffer] = padded_layout(buffer)
         if is_fragment(self.C):
             layouts[self.C] = accumulator_layout(self.C.shape, partition, instruction.matrix)
-        else:
+        elif is_shared(self.C):
             layouts[self.C] = padded_layout(self.C)
         return layouts
 

@@ -1,12 +1,13 @@
-"""Operators that Metal has not: refused by name before anything is lowered, or in words that the simulator defines."""
+"""Operators that Metal has not: refused by name before anything is lowered, in words that the simulator defines, or ignored."""
 
 from __future__ import annotations
 
-from tilelang_ext.passes.operators import Rule, device_assert, infinity, only_to_nearest
+from tilelang_ext.passes.operators import Rule, device_assert, infinity, no_hints, only_to_nearest
 
 RULES: dict[str, Rule] = {
     "tl.infinity": infinity,
     "tl.device_assert": device_assert,
     "tl.device_assert_with_msg": device_assert,
     **only_to_nearest("Metal"),
+    **no_hints(),
 }

@@ -17,6 +17,7 @@ from tvm import IRModule, s_tir, tirx
 from tvm.target import Target
 
 from tilelang_ext.metal.all_reduce import count_from, with_participants
+from tilelang_ext.metal.memory_limit import check_memory, declared_bytes, stages_of_buffers
 from tilelang_ext.metal.one_instruction import OneInstruction
 from tilelang_ext.metal.operand_layouts import DropOperandLayouts
 from tilelang_ext.metal.operators import RULES
@@ -64,6 +65,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = OneInstruction(mod)
+    stages = stages_of_buffers(mod)
     mod = spell_operators(mod, RULES)
     mod = CountLanes(mod, 32, keep_default=True)
     mod = SpellScalarAtomics(mod)
@@ -131,11 +133,13 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.SplitHostDevice()(mod)
     mod = order_parameters(mod)
     mod = transform.AnnotateReadOnlyParams()(mod)
+    declared = declared_bytes(mod)
     mod = PlaceThreadgroupMemory(mod)
     mod = transform.MergeSharedMemoryAllocations(
         enable_aggressive_merge=should_enable_aggressive_merge(pass_ctx=config, target=target),
         disable_reuse=should_disable_shared_memory_reuse(pass_ctx=config),
     )(mod)
+    check_memory(mod, declared, stages)
     mod = transform.ThreadSync("shared")(mod)
     mod = transform.ThreadSync("shared.dyn")(mod)
     mod = CountFromFirstThread(mod, count_from)

@@ -17,15 +17,9 @@ THREADGROUP_MEMORY_BYTES = 32768
 
 
 def _place(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
-    buffers = []
-
-    def collect(node):
-        if isinstance(node, tirx.AllocBuffer) and node.buffer.scope() in ("shared", "shared.dyn"):
-            buffers.append(node.buffer)
-
-    tirx.stmt_functor.post_order_visit(func.body, collect)
+    buffers = shared_buffers(func)
     dynamic = [buffer for buffer in buffers if buffer.scope() == "shared.dyn"]
-    if not dynamic or sum(_aligned_bytes(buffer) for buffer in buffers) > THREADGROUP_MEMORY_BYTES:
+    if not dynamic or sum(aligned_bytes(buffer) for buffer in buffers) > THREADGROUP_MEMORY_BYTES:
         return func
     renamed = {
         buffer.data: tirx.Var(buffer.data.name, PointerType(buffer.data.type_annotation.element_type, "shared"))
@@ -34,7 +28,20 @@ def _place(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     return func.with_body(tirx.stmt_functor.substitute(func.body, renamed))
 
 
-def _aligned_bytes(buffer: tirx.Buffer) -> int:
+def shared_buffers(func: tirx.PrimFunc) -> list[tirx.Buffer]:
+    """Return the buffers that a function allocates in threadgroup memory."""
+    buffers = []
+
+    def collect(node):
+        if isinstance(node, tirx.AllocBuffer) and node.buffer.scope() in ("shared", "shared.dyn"):
+            buffers.append(node.buffer)
+
+    tirx.stmt_functor.post_order_visit(func.body, collect)
+    return buffers
+
+
+def aligned_bytes(buffer: tirx.Buffer) -> int:
+    """Return the bytes of a buffer, a multiple of 16; ValueError for a size that is not known."""
     elements = 1
     for extent in buffer.shape:
         if not isinstance(extent, tirx.IntImm):

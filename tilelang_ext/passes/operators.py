@@ -23,6 +23,16 @@ Rule = Callable[[tirx.Call], tirx.PrimExpr | None]  # None: it stays as it is
 _WITHOUT_INFINITY = {format.dtype for format in FORMATS if not format.inf_codes}
 _IEEE = ("add", "sub", "mul", "fdiv", "fmaf", "frcp", "fsqrt")
 ASSERT = "TL_ASSERT"  # a macro of generated text; the simulator has its own
+_HINTS = (
+    "no_set_max_nreg",
+    "set_max_nreg",
+    "annotate_producer_reg_dealloc",
+    "annotate_consumer_reg_alloc",
+    "warpgroup_fence_operand",
+    "fence_proxy_async",
+    "pdl_trigger",
+    "pdl_sync",
+)
 _DIRECTED = ("rz", "ru", "rd")
 
 
@@ -62,6 +72,11 @@ def device_assert(call: tirx.Call) -> tirx.Call:
     condition, *message = call.args
     text = re.sub(r"\S*/(?=[^/\s]+:\d+ in )", "", message[0].value.strip()) if message else ""  # files without folders
     return tirx.call_extern("int32", ASSERT, condition, text or "T.device_assert fails")
+
+
+def no_hints() -> dict[str, Rule]:
+    """Return rules that drop what only tells NVIDIA's hardware how to run a kernel, and changes no value."""
+    return {f"tl.{name}": lambda call: tirx.const(0) for name in _HINTS}
 
 
 def only_to_nearest(target: str) -> dict[str, Rule]:

@@ -6,7 +6,7 @@ from tvm import DataType, tirx
 from tvm.ir import Op
 
 from tilelang_ext.formats import FORMATS
-from tilelang_ext.passes.operators import Rule, device_assert, infinity, nearest_even, only_to_nearest
+from tilelang_ext.passes.operators import Rule, device_assert, infinity, nearest_even, no_hints, only_to_nearest
 
 _NARROW = {format.dtype for format in FORMATS}
 _OPERATORS = {"tl.ieee_add": tirx.Add, "tl.ieee_sub": tirx.Sub, "tl.ieee_mul": tirx.Mul, "tl.ieee_fdiv": tirx.Div}
@@ -63,4 +63,5 @@ RULES: dict[str, Rule] = {
     "tirx.pow": _pow,
     "tl.ieee_frsqrt": _to_nearest,
     **{name: _checked(check) for name, check in only_to_nearest("AMD").items()},
+    **no_hints(),
 }
