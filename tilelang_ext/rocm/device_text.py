@@ -260,6 +260,30 @@ __device__ __forceinline__ void device_assert(bool condition, const char* messag
 """
 
 
+def add_pair_text() -> str:
+    """Return the definition of add_pair(pointer, value), an atomic sum of two 16-bit floats in their 32-bit word."""
+    return _guarded(
+        "add_pair",
+        """\
+template <typename T>
+__device__ __forceinline__ void add_pair(T* pair, uint1 value) {
+  unsigned* word = reinterpret_cast<unsigned*>(pair);
+  T added[2], sum[2];
+  __builtin_memcpy(added, &value, 4);
+  unsigned seen = *word, old;
+  do {
+    old = seen;
+    __builtin_memcpy(sum, &old, 4);
+    for (int i = 0; i < 2; ++i) sum[i] = static_cast<T>(static_cast<float>(sum[i]) + static_cast<float>(added[i]));
+    unsigned next;
+    __builtin_memcpy(&next, sum, 4);
+    seen = atomicCAS(word, old, next);
+  } while (seen != old);
+}
+""",
+    )
+
+
 def _guarded(name: str, text: str, header: str = "hip/hip_runtime.h") -> str:
     """A kernel with several products has the text several times, and the definition once."""
     guard = f"TILELANG_EXT_{name.upper()}"

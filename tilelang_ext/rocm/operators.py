@@ -11,18 +11,26 @@ from tilelang_ext.passes.operators import Rule, device_assert, infinity, nearest
 _NARROW = {format.dtype for format in FORMATS}
 _OPERATORS = {"tl.ieee_add": tirx.Add, "tl.ieee_sub": tirx.Sub, "tl.ieee_mul": tirx.Mul, "tl.ieee_fdiv": tirx.Div}
 
+_NOT_OF_HALVES = ("pow", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "log1p")
+_FAST = ("exp", "exp10", "log", "log2", "log10", "tan", "cos", "sin")
+
 
 def _round(call: tirx.Call) -> tirx.Call | None:
     """`roundf` goes away from zero; for halves the generator has `hrint`, which goes to even."""
     return nearest_even(call) if DataType(call.dtype).bits > 16 else None
 
 
-def _pow(call: tirx.Call) -> tirx.Cast | None:
-    """`hpow` takes its exponent for an integer."""
+def _in_float(call: tirx.Call) -> tirx.Cast | None:
+    """A function that AMD's headers lack for 16 bits, or, as `hpow`, have for integers only: computed in float32."""
     if DataType(call.dtype).bits > 16:
         return None
     wide = f"float32x{DataType(call.dtype).lanes}" if DataType(call.dtype).lanes > 1 else "float32"
     return tirx.Cast(call.dtype, tirx.Call(wide, call.op, [tirx.Cast(wide, operand) for operand in call.args]))
+
+
+def _precise(call: tirx.Call) -> tirx.Call:
+    """Fast math is a permission, of which nothing is made here."""
+    return tirx.Call(call.dtype, Op.get("tirx." + call.op.name.removeprefix("tl.__")), call.args)
 
 
 def _to_nearest(call: tirx.Call) -> tirx.PrimExpr:
@@ -60,7 +68,8 @@ RULES: dict[str, Rule] = {
     "tl.device_assert_with_msg": device_assert,
     "tirx.call_extern": _print,
     "tirx.round": _round,
-    "tirx.pow": _pow,
+    **dict.fromkeys((f"tirx.{name}" for name in _NOT_OF_HALVES), _in_float),
+    **{f"tl.__{name}": _precise for name in _FAST},
     "tl.ieee_frsqrt": _to_nearest,
     **{name: _checked(check) for name, check in only_to_nearest("AMD").items()},
     **no_hints(),

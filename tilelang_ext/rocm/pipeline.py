@@ -38,7 +38,9 @@ from tilelang_ext.rocm.async_copy import CopyWords
 from tilelang_ext.rocm.block_scaled import lower_block_scaled, lower_block_scaled_gemm
 from tilelang_ext.rocm.definitions import define_functions
 from tilelang_ext.rocm.fp8_casts import ConvertByFormat
+from tilelang_ext.rocm.half_sums import SumHalvesInFloat
 from tilelang_ext.rocm.operators import RULES
+from tilelang_ext.rocm.pair_atomics import SpellPairAtomics
 from tilelang_ext.rocm.spelling import SpellEightBits
 
 
@@ -64,6 +66,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = lower_block_scaled(mod, target)
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
+    mod = SumHalvesInFloat(mod)
     mod = spell_operators(mod, RULES)
     mod = CountLanes(mod, int(target.attrs["thread_warp_size"]), keep_default=False)
     mod = SpellScalarAtomics(mod)
@@ -151,4 +154,5 @@ def spell(mod: IRModule) -> IRModule:
     mod = SpellFloatConstants(mod, by_bits)
     mod = ConvertByFormat(mod)
     mod = SpellEightBits(mod)
+    mod = SpellPairAtomics(mod)
     return WrapNarrowIntegers(mod)

@@ -1,8 +1,9 @@
-"""Rewrite what tilelang's HIP generator spells wrongly: broadcasts of 8-bit values, and constants of E5M2.
+"""Rewrite what tilelang's HIP generator spells wrongly: broadcasts of 8- and 16-bit values, and constants of E5M2.
 
     Before                          After
     Broadcast(x, 16), x uint8       reinterpret("uint8x16", Broadcast(Cast("uint32", x) * 0x01010101, 4))
     Broadcast(x, 16), x of E5M2     the same of x's code
+    Broadcast(x, 8), x uint16       reinterpret("uint16x8", Broadcast(Cast("uint32", x) * 0x00010001, 4))
     float8_e5m2(1.0)                reinterpret("float8_e5m2", uint8(0x3c))
 
 For sixteen lanes the generator passes sixteen values to the constructor of a type that packs four of them per word,
@@ -25,6 +26,7 @@ _E4M3 = (E4M3.dtype, E4M3_FNUZ.dtype)
 # The numbers of lanes that the generator cannot spell.
 _LANES = {
     **dict.fromkeys(("int8", "uint8"), (4, 8, 16)),
+    **dict.fromkeys(("int16", "uint16"), (8,)),
     **dict.fromkeys(_E4M3, (2,)),
     **dict.fromkeys(_E5M2, (2, 4, 8, 16)),
 }
@@ -47,6 +49,9 @@ def _spell(node: tirx.PrimExpr) -> tirx.PrimExpr | None:
     lanes = int(node.lanes)
     if lanes not in _LANES.get(str(node.value.dtype), ()):
         return None
+    if node.value.dtype in ("int16", "uint16"):
+        pair = tirx.Cast("uint32", tirx.reinterpret("uint16", node.value) if node.value.dtype == "int16" else node.value)
+        return tirx.reinterpret(node.dtype, tirx.Broadcast(pair * tirx.const(0x00010001, "uint32"), lanes // 2))
     word = "uint16" if lanes < _WORD_LANES else "uint32"
     repeated = tirx.Cast(word, _code(node.value)) * tirx.const(0x0101 if word == "uint16" else 0x01010101, word)
     words = lanes // _WORD_LANES
