@@ -79,6 +79,7 @@ def test_extents_that_are_expressions(program):
 def test_to_torch_launches_each_kernel(program, monkeypatch):
     shader = RecordedShader(program.source)
     monkeypatch.setattr(torch.mps, "compile_shader", lambda source: shader)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(program_module, "check_tensor", lambda kernel, parameter, argument, device: argument)
     monkeypatch.setattr(program_module.Program, "_empty", lambda self, p, values, device: torch.empty(self.shape(p, values)))
     metal.to_torch(program)(torch.zeros(5, 80)[:, :64], torch.zeros(20), 1.0)
