@@ -20,11 +20,11 @@ using tvm::ffi::Tensor;
 // --- calls that were made ---
 
 CallKey::CallKey(Stream stream, const Argument* arguments, const std::vector<ArgumentName>& names) {
-  Add(reinterpret_cast<uint64_t>(stream));
+  AddHashed(reinterpret_cast<uint64_t>(stream));
   for (size_t i = 0; i < names.size(); ++i) {
     const Argument& argument = arguments[i];
     if (names[i].type != ArgumentType::kTensor) {
-      Add(static_cast<uint64_t>(argument.value));
+      AddHashed(static_cast<uint64_t>(argument.value));
       continue;
     }
     if (!argument.present) {
@@ -35,15 +35,12 @@ CallKey::CallKey(Stream stream, const Argument* arguments, const std::vector<Arg
     Add(static_cast<uint64_t>(tensor.device.device_id) << 32 | static_cast<uint32_t>(tensor.device.device_type));
     Add(static_cast<uint64_t>(tensor.ndim) << 32 | tensor.dtype.lanes << 16 | tensor.dtype.bits << 8 |
         tensor.dtype.code);
-    Add(reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset);
+    AddHashed(reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset);
     for (int d = 0; d < tensor.ndim; ++d) {
-      Add(static_cast<uint64_t>(tensor.shape[d]));
+      d == 0 ? AddHashed(tensor.shape[d]) : Add(tensor.shape[d]);
       Add(static_cast<uint64_t>(tensor.strides == nullptr ? -1 : tensor.strides[d]));
     }
   }
-  // Words times odd numbers, each another: they need not wait for one another.
-  uint64_t odd = 0x9e3779b97f4a7c15u;
-  for (size_t i = 0; i < std::min(size_, kMost); ++i, odd += 0xbf58476d1ce4e5b8u) hash_ += words_[i] * odd;
   hash_ ^= hash_ >> 32;
 }
 

@@ -28,7 +28,8 @@
 namespace tilelang_ext {
 namespace launch {
 
-/*! \brief All that decides what a call launches, as words: the stream, the arguments; and a hash of them. */
+/*! \brief All that decides what a call launches, as words: the stream, the arguments; and a hash of what mostly
+ * differs. */
 class CallKey {
  public:
   CallKey(Stream stream, const Argument* arguments, const std::vector<ArgumentName>& names);
@@ -44,6 +45,11 @@ class CallKey {
   void Add(uint64_t word) {
     if (size_ < kMost) words_[size_] = word;
     ++size_;
+  }
+  void AddHashed(uint64_t word) {
+    // Words times odd numbers, each another: they need not wait for one another.
+    hash_ += word * (0x9e3779b97f4a7c15u + size_ * 0xbf58476d1ce4e5b8u);
+    Add(word);
   }
   std::array<uint64_t, kMost> words_;
   size_t size_ = 0;

@@ -236,3 +236,14 @@ def test_a_kernel_comes_back_as_it_was(folder, monkeypatch):
     found = recipe.compile_cached(("clear",), lower_again, "sm_90a")
     assert found == made
     assert json.loads(json.dumps(made[0].variant)) == made[0].variant
+
+
+def test_what_is_found_when_it_is_needed():
+    found = []
+    kept = cache.UntilReload(lambda: found.append(1) or len(found))
+    assert found == []
+    assert (kept.value, kept.value) == (1, 1)
+    cache.reload()
+    assert kept.value == 2
+    with pytest.raises(AttributeError, match="other"):
+        _ = kept.other

@@ -47,6 +47,23 @@ def cached(key: tuple, build: Callable[[], tuple[dict, bytes]]) -> tuple[dict, b
     return _memory[path]
 
 
+class UntilReload:
+    """An attribute that is found when it is first needed, and then costs no call: `value`, which `reload` forgets."""
+
+    def __init__(self, find: Callable[[], object]):
+        self._find = find
+        _forgotten_by_reload.append(self._forget)
+
+    def _forget(self) -> None:
+        self.__dict__.pop("value", None)
+
+    def __getattr__(self, name: str):
+        if name != "value":
+            raise AttributeError(name)
+        self.value = self._find()
+        return self.value
+
+
 def until_reload(function: Callable) -> Callable:
     """Return the function with its results kept, as functools.cache keeps them, until `reload`."""
     kept = functools.cache(function)

@@ -175,7 +175,7 @@ def test_out_without_the_dispatcher(cuda, monkeypatch, a_format):
     operands, problem, arguments = call(5, pair, a_format)
     operator._launch_plan(plan, problem, operands, arguments)
     wanted, given, out = cuda.launches(), operands[:3], arguments[-1]
-    monkeypatch.setattr(launches, "directly", lambda: plan.launch_directly)
+    monkeypatch.setattr(launches.directly, "value", plan.launch_directly)
     a_dtype = {"bfloat16": None, "fp8": torch.float8_e4m3fn}[a_format]
     assert operator.mxfp4_moe(*given, *pair, activation=SWIGLU, a_dtype=a_dtype, out=out) is out
     assert cuda.launches()[len(wanted) :] == wanted

@@ -180,7 +180,7 @@ def test_out_without_the_dispatcher(cuda, monkeypatch):
     operator._scaled_mm_out(*given)
     a, b, scale_a, scale_b, _, _, out = (x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in given)
     reached = []
-    monkeypatch.setattr(launches, "directly", lambda: launches.plan().launch_directly)
+    monkeypatch.setattr(launches.directly, "value", launches.plan().launch_directly)
     monkeypatch.setattr(operator, "_scaled_mm_out_op", lambda *arguments: reached.append(arguments))
     assert operator.scaled_mm(a, b, scale_a, ROW, scale_b, ROW, out=out) is out
     first, second = cuda.launches()

@@ -25,7 +25,7 @@ from tilelang_ext.kernels.mxfp4_moe.routing import CHUNK, capacity_of, count_slo
 from tilelang_ext.kernels.mxfp4_moe.signature import RECIPE, TYPES, readable, to_plan
 from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
 from tilelang_ext.kernels.mxfp4_moe.weights import from_arguments
-from tilelang_ext.launch.cache import until_reload
+from tilelang_ext.launch.cache import UntilReload, until_reload
 from tilelang_ext.launch.compile import compiled as compile_kernel
 from tilelang_ext.launch.device import target_of
 from tilelang_ext.launch.expression import minimum, shape
@@ -220,11 +220,12 @@ def plan() -> Plan:
     return launcher().plan(RECIPE)
 
 
-@until_reload
-def directly() -> Callable[..., bool]:
-    """Return the plan's `launch_directly`; where there is no NVIDIA GPU, what never launches."""
+def _find_directly() -> Callable[..., bool]:
     takes_plans = torch.version.hip is None and torch.cuda.is_available()
     return plan().launch_directly if takes_plans else lambda *arguments: False
+
+
+directly = UntilReload(_find_directly)  # its value: the plan's `launch_directly`; where no NVIDIA GPU is, what never launches
 
 
 def has_plan(problem: Problem) -> bool:

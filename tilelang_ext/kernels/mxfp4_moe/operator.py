@@ -75,7 +75,7 @@ def mxfp4_moe(
     is_plain = type(w13) is type(w2) is HopperWeights and type(activation) is Activation
     if out is not None and is_plain and not is_dynamo_compiling():
         options = *options_of(activation, a_dtype, x), epilogue, expert_mask
-        if launches.directly()(x, topk_ids, topk_weights, *w13, *w2, *options, out):
+        if launches.directly.value(x, topk_ids, topk_weights, *w13, *w2, *options, out):
             return out
     if a_dtype not in (None, x.dtype, *A_FORMATS):
         raise TypeError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from tilelang_ext.kernels.scaled_mm.arguments import LAYOUTS, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, unpack
 from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem, bucket_of
 from tilelang_ext.kernels.scaled_mm.signature import MEMBERS, RECIPE, to_plan
-from tilelang_ext.launch.cache import until_reload
+from tilelang_ext.launch.cache import UntilReload, until_reload
 from tilelang_ext.launch.expression import ceildiv, shape, stride
 from tilelang_ext.launch.plan import Plan, launcher
 from tilelang_ext.launch.record import Extent, Recorder, View
@@ -32,10 +32,12 @@ def plan() -> Plan:
     return launcher().plan(RECIPE, MEMBERS)
 
 
-@until_reload
-def directly() -> Callable[..., bool]:
-    """Return the plan's `launch_directly`; where there is no NVIDIA GPU, what never launches."""
-    return plan().launch_directly if takes_plans() and torch.cuda.is_available() else lambda *arguments: False
+def _find_directly() -> Callable[..., bool]:
+    takes_plans = torch.version.hip is None and torch.cuda.is_available()
+    return plan().launch_directly if takes_plans else lambda *arguments: False
+
+
+directly = UntilReload(_find_directly)  # its value: the plan's `launch_directly`; where no NVIDIA GPU is, what never launches
 
 
 def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: ModuleType) -> None:

@@ -79,7 +79,7 @@ def scaled_mm(
     NotImplementedError for recipes that this package lacks, and in a backward pass that reaches the result.
     """
     can_skip_dispatcher = out is not None and not contraction_dim and output_dtype in OUTPUTS and not is_dynamo_compiling()
-    if can_skip_dispatcher and launch.directly()(
+    if can_skip_dispatcher and launch.directly.value(
         mat_a, mat_b, scale_a, scale_recipe_a, scale_b, scale_recipe_b, swizzle_a, swizzle_b, bias, use_fast_accum, out
     ):
         return out
