@@ -39,8 +39,9 @@ from tilelang.cuda.target import target_is_hopper
 from tvm import IRModule, tirx
 from tvm.target import Target
 
-from tilelang_ext.cuda.scaled_loop_form import OtherForm, is_marked, recognise, tiling_of
+from tilelang_ext.cuda.scaled_loop_form import is_marked, recognise, tiling_of
 from tilelang_ext.cuda.scaled_loop_roles import specialize
+from tilelang_ext.cuda.warp_roles import OtherForm
 
 _TURNED_OFF_BY = ("tl.disable_warp_specialized", "tl.disable_wgmma", "tl.disable_tma_lower")
 _log = logging.getLogger(__name__)

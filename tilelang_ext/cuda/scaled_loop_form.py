@@ -6,43 +6,40 @@ from dataclasses import dataclass
 
 from tilelang import language as T
 from tvm import arith, tirx
-from tvm.ir import Op, Range
+from tvm.ir import Range
 from tvm.tirx.stmt_functor import substitute
 
 from tilelang_ext.cuda.statements import (
     COPY,
-    REGION,
     bound_values,
-    contains,
     equal,
     flat,
     is_call,
     is_global,
     is_one,
     is_whole,
-    is_written,
     is_zero,
     nodes_of,
     region_of,
     strides_of,
 )
+from tilelang_ext.cuda.warp_roles import (
+    WARPGROUP,
+    OtherForm,
+    check_beside,
+    launch_of,
+    read_by_producer,
+    registers_of_consumer,
+)
 from tilelang_ext.marks import SCALED_PRODUCT
 
-WARPGROUP = 128  # threads
 BAND = 64  # rows of a product of a warpgroup
 BLOCK_K = 128  # of a step: the bytes of a swizzled row of shared memory
 
-_REGISTERS = 65536  # of an SM
-_MAX_REGISTERS = 240  # of a thread
 _OTHER_REGISTERS = 32  # of a consumer thread, for what is neither a sum nor a partial product
 _PRODUCER_REGISTERS = {False: 24, True: 40}  # of a thread, by "the producer fetches factors"
 _MAX_COLUMNS = 256  # of a product
 _TMA_BYTES = 16  # what strides of a matrix in global memory are multiples of
-_SYNCHRONIZATION = ("barrier", "sync", "tma_load", "cp_async", "wgmma", "tcgen05", "max_nreg")  # in names of operators
-
-
-class OtherForm(Exception):
-    """The kernel has another form; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +87,9 @@ class Kernel:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Registers of a thread of the producer and of a consumer.
-
-        The consumers take what the producer gives up of the block's registers, which are as many for each thread at first. They
-        would wait for ever for one that is not there.
-        """
+        """Registers of a thread of the producer and of a consumer."""
         producer = _PRODUCER_REGISTERS[self.product.grouped]
-        threads = self.threads + WARPGROUP
-        block = _REGISTERS // threads // 8 * 8 * threads
-        return producer, min((block - WARPGROUP * producer) // self.threads // 8 * 8, _MAX_REGISTERS)
+        return producer, registers_of_consumer(self.threads, producer)
 
 
 @dataclass(frozen=True)
@@ -122,33 +113,16 @@ def _has_mark(node) -> bool:
 
 def recognise(func: tirx.PrimFunc) -> Kernel:
     """Read a function as a kernel of the form; raises OtherForm."""
-    blocks = nodes_of(func.body, lambda node: isinstance(node, tirx.SBlock) and node.name_hint == "tilelang_root")
-    placeholders = nodes_of(func.body, lambda node: isinstance(node, tirx.Bind) and is_call(node.value, "tl.launch_thread_idx"))
-    thread_loops = nodes_of(func.body, binds_threads)
-    if len(blocks) != 1 or (not placeholders and not thread_loops):
-        raise OtherForm("it is not the one launch of a function")
-    [block] = blocks
+    block, thread, threads = launch_of(func)
     loops = nodes_of(block.body, lambda node: isinstance(node, tirx.For) and "num_stages" in node.annotations)
     if len(loops) != 1 or not is_marked(loops[0]):
         raise OtherForm("the product stands in no pipelined loop, or there are several such loops")
     [loop] = loops
-    if placeholders:
-        thread, launch = placeholders[0].var, block.annotations.get("tl.launch_threads", [WARPGROUP, 1, 1])
-    else:
-        thread, launch = thread_loops[-1].loop_var, [loop.extent for loop in reversed(thread_loops)]
-    launch = [int(extent) for extent in launch]
-    if launch[0] % WARPGROUP or launch[1:] != [1, 1]:
-        raise OtherForm(f"its threads are no whole warpgroups: {launch}")
     copies, product, total = _step(loop)
-    kernel = Kernel(block, loop, copies, product, total, thread, launch[0], int(loop.annotations["num_stages"]))
+    kernel = Kernel(block, loop, copies, product, total, thread, threads, int(loop.annotations["num_stages"]))
     _check_step(kernel)
     _check_others(kernel)
     return kernel
-
-
-def binds_threads(node) -> bool:
-    """Whether this is a loop over the threads of a block, as tilelang 0.1.14 writes them; the innermost is threadIdx.z."""
-    return isinstance(node, tirx.For) and node.thread_binding is not None and "threadIdx" in node.thread_binding.thread_tag
 
 
 def _step(loop: tirx.For) -> tuple[tuple[tirx.Call, tirx.Call], Product, tirx.Buffer]:
@@ -199,57 +173,13 @@ def _check_step(kernel: Kernel) -> None:
 def _check_others(kernel: Kernel) -> None:
     """The other statements run in the consumers alone: they may neither synchronize nor touch what the producer reads."""
     product = kernel.product
-    read = _buffers_of_producer(kernel)
-    private = {product.A.data, product.B.data, kernel.total.data}
-    for stmt in _others(kernel.block.body, kernel.loop):
-        for node in nodes_of(stmt, lambda node: isinstance(node, (tirx.Call, tirx.BufferLoad, tirx.BufferStore))):
-            written = []
-            if isinstance(node, tirx.Call):
-                if isinstance(node.op, Op) and any(word in node.op.name for word in _SYNCHRONIZATION):
-                    raise OtherForm(f"it calls {node.op.name} outside of the loop")
-                if "barrier" in (node.annotations or {}):
-                    raise OtherForm(f"it calls {node.op.name} with a barrier outside of the loop")
-                written = [region_of(arg).buffer.data for arg in node.args if is_call(arg, REGION) and is_written(arg)]
-            elif node.buffer.data in private:
-                raise OtherForm(f"{node.buffer.name} is used outside of the loop")
-            elif isinstance(node, tirx.BufferStore):
-                written = [node.buffer.data]
-            if any(data in read for data in written):
-                raise OtherForm("it writes what the loop reads")
+    sources = [region_of(copy.args[0]) for copy in kernel.copies]
+    read = read_by_producer(kernel.block, [kernel.loop], sources, [product.group_a, product.group_b])
+    private = [product.A.data, product.B.data, kernel.total.data]
+    check_beside(kernel.block, [kernel.loop], private, read)
     layouts = kernel.block.annotations.get("layout_map", {})
     if any(data.same_as(other) for data in (*private, product.C.data) for other in layouts):
         raise OtherForm("it has a layout of its own for A, B or C")
-
-
-def _buffers_of_producer(kernel: Kernel) -> set:
-    """Return what the producer reads: the matrices, factors, and what bounds, conditions and indices depend on."""
-    product, body = kernel.product, kernel.block.body
-    values = bound_values(body)
-    sources = [region_of(copy.args[0]) for copy in kernel.copies]
-    expressions = [axis.min for source in sources for axis in source.region] + [product.group_a, product.group_b]
-    for node in nodes_of(body, lambda node: isinstance(node, (tirx.For, tirx.IfThenElse)) and contains(node, kernel.loop)):
-        expressions += [node.min, node.extent] if isinstance(node, tirx.For) else [node.condition]
-    read = {source.buffer.data for source in sources}
-    for expression in expressions:
-        for load in nodes_of(substitute(expression, values), lambda node: isinstance(node, tirx.BufferLoad)):
-            if not is_global(load.buffer):
-                raise OtherForm(f"what it copies depends on {load.buffer.name}, which is not in global memory")
-            read.add(load.buffer.data)
-    return read
-
-
-def _others(stmt: tirx.Stmt, loop: tirx.For) -> list[tirx.Stmt]:
-    """Return the statements beside the way to the loop, which is made of sequences, serial loops, conditions and attributes."""
-    if stmt.same_as(loop):
-        return []
-    if isinstance(stmt, tirx.SeqStmt):
-        [inner] = [child for child in stmt.seq if contains(child, loop)]
-        return [*(child for child in stmt.seq if not child.same_as(inner)), *_others(inner, loop)]
-    if isinstance(stmt, tirx.AttrStmt) or (isinstance(stmt, tirx.For) and stmt.kind == tirx.ForKind.SERIAL):
-        return _others(stmt.body, loop)
-    if isinstance(stmt, tirx.IfThenElse) and stmt.else_case is None:
-        return _others(stmt.then_case, loop)
-    raise OtherForm(f"its loop stands in a {type(stmt).__name__}")
 
 
 def tiling_of(kernel: Kernel) -> Tiling:

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from tilelang import language as T
 from tvm import tirx
 from tvm.ir import Range
-from tvm.tirx.stmt_functor import ir_transform, substitute
+from tvm.tirx.stmt_functor import substitute
 
-from tilelang_ext.cuda.scaled_loop_form import BAND, BLOCK_K, WARPGROUP, Kernel, Tiling, binds_threads, group_factor_b
+from tilelang_ext.cuda.scaled_loop_form import BAND, BLOCK_K, Kernel, Tiling, group_factor_b
 from tilelang_ext.cuda.statements import (
     barriers,
-    bound_values,
     call,
-    contains,
     equal,
     fence,
     fragment,
@@ -31,59 +29,39 @@ from tilelang_ext.cuda.statements import (
     when,
     with_body,
 )
+from tilelang_ext.cuda.warp_roles import WARP, WARPGROUP, in_place_of, specialized, way_to, with_roles
 
-_WARP = 32  # threads
-_LOADERS, _FETCHERS = _WARP, WARPGROUP - _WARP  # threads of the producer warpgroup that copy tiles, and that fetch factors
+_LOADERS, _FETCHERS = WARP, WARPGROUP - WARP  # threads of the producer warpgroup that copy tiles, and that fetch factors
 
 
 def specialize(func: tirx.PrimFunc, kernel: Kernel, tiling: Tiling) -> tirx.PrimFunc:
     """Return the function with the block built anew, and a warpgroup more."""
-    block = _block(kernel, tiling)
-
-    def replace(node):
-        if isinstance(node, tirx.SBlock):
-            return block if node.same_as(kernel.block) else None
-        if binds_threads(node) and node.loop_var.same_as(kernel.thread):
-            extent = tirx.IntImm("int32", kernel.threads + WARPGROUP)
-            return tirx.For(node.loop_var, node.min, extent, node.kind, node.body, node.thread_binding, node.annotations)
-        return None
-
-    return func.with_body(ir_transform(func.body, None, replace, ["tirx.SBlock", "tirx.For"]))
+    return specialized(func, kernel.block, _block(kernel, tiling), kernel.thread, kernel.threads)
 
 
 def _block(kernel: Kernel, tiling: Tiling) -> tirx.SBlock:
-    """Return the block: consumers first, so that their threads keep their numbers."""
-    ring, block, product = _Ring(kernel), kernel.block, kernel.product
+    ring, product, thread = _Ring(kernel), kernel.product, kernel.thread
     factors = _Factors(ring, tiling) if product.grouped else None
     consumers, loaders = _Consumers(ring, tiling, factors), _Loaders(ring)
-    attributes, body = [], block.body
-    while isinstance(body, tirx.AttrStmt):
-        attributes.append(body)
-        body = body.body
 
-    def role(own, loop_over_k: tirx.Stmt) -> tirx.Stmt:
-        return sequence(*own.counts.begin(), _with_own_variables(_on_the_way(body, kernel.loop, loop_over_k)))
+    def consumer(body: tirx.Stmt) -> tirx.Stmt:
+        return sequence(*consumers.counts.begin(), in_place_of(body, [(kernel.loop, consumers.loop())]))
 
-    producer = when(kernel.thread < kernel.threads + _LOADERS, role(loaders, loaders.loop()))
-    if factors is not None:
-        producer = tirx.IfThenElse(producer.condition, producer.then_case, role(factors, factors.loop()))
-    consumer = sequence(*consumers.counts.begin(), _in_place_of(body, kernel.loop, consumers.loop()))
-    if kernel.warpgroups > 1:  # two warpgroups have registers enough each
-        producer = sequence(call(T.dec_max_nreg(kernel.registers[0])), producer)
-        consumer = sequence(call(T.inc_max_nreg(kernel.registers[1])), consumer)
-    body = tirx.IfThenElse(kernel.thread < kernel.threads, consumer, producer)
-    for attribute in reversed(attributes):
-        body = tirx.AttrStmt(attribute.node, attribute.attr_key, attribute.value, body)
+    def producer(body: tirx.Stmt) -> tirx.Stmt:
+        def role(own) -> tirx.Stmt:
+            return sequence(*own.counts.begin(), way_to(body, [(kernel.loop, own.loop())]))
 
+        return tirx.IfThenElse(thread < kernel.threads + _LOADERS, role(loaders), role(factors) if factors else None)
+
+    block = with_roles(kernel.block, consumer, producer, thread, kernel.threads, kernel.registers)
     gone = (product.A.data, product.B.data, kernel.total.data)
     kept = [buffer for buffer in block.alloc_buffers if not any(buffer.data.same_as(data) for data in gone)]
     allocated = [buffer for part in (ring, consumers, loaders, factors) if part is not None for buffer in part.allocated]
-    annotations = {**block.annotations, "tl.launch_threads": [kernel.threads + WARPGROUP, 1, 1]}
-    annotations["barrier_init"] = {**block.annotations.get("barrier_init", {}), **ring.arrivals()}
+    annotations = {**block.annotations, "barrier_init": {**block.annotations.get("barrier_init", {}), **ring.arrivals()}}
     if len(tiling.pieces) > 1:
         layout = T.Fragment(consumers.shape, forward_fn=consumers.of_tile)
         annotations["layout_map"] = {**block.annotations.get("layout_map", {}), product.C.data: layout}
-    return with_body(block, body, [*kept, *allocated], annotations)
+    return with_body(block, block.body, [*kept, *allocated], annotations)
 
 
 class _Ring:
@@ -109,7 +87,7 @@ class _Ring:
         """Return how often each barrier is arrived at in a round: loading and fetching threads, consuming warps."""
         counts = {
             self.full: _LOADERS + (_FETCHERS if self.kernel.product.grouped else 0),
-            self.empty: self.kernel.threads // _WARP,
+            self.empty: self.kernel.threads // WARP,
         }
         return {barrier.data: [tirx.IntImm("int32", count)] * self.num_stages for barrier, count in counts.items()}
 
@@ -230,7 +208,7 @@ class _Consumers:
         return call(T.barrier_wait(self.ring.full[self.counts.stage(n)], self.counts.parity(n)))
 
     def release(self, stage) -> tirx.Stmt:
-        return when(self.kernel.thread % _WARP == 0, call(T.mbarrier_arrive(self.ring.empty[stage])))
+        return when(self.kernel.thread % WARP == 0, call(T.mbarrier_arrive(self.ring.empty[stage])))
 
     def multiply(self, stage, piece: int, accumulator: tirx.Buffer, clear) -> tirx.Stmt:
         row, column = self.tiling.pieces[piece]
@@ -388,48 +366,3 @@ def _width(factor: tirx.PrimExpr, steps: int) -> int:
         if steps % width == 0 and all(equal(last, 1) and all(equal(s % width, 0) for s in rest) for *rest, last in strides):
             return width
     return 1
-
-
-# --- the way to the loop over K --------------------------------------------------------------------------------------
-
-
-def _in_place_of(stmt: tirx.Stmt, old: tirx.For, new: tirx.Stmt) -> tirx.Stmt:
-    return ir_transform(stmt, None, lambda node: new if node.same_as(old) else None, ["tirx.For"])
-
-
-def _on_the_way(stmt: tirx.Stmt, old: tirx.For, new: tirx.Stmt) -> tirx.Stmt:
-    """Return the way to `old` with `new` in its place, and nothing beside it but bindings of variables."""
-    if stmt.same_as(old):
-        return new
-    if isinstance(stmt, tirx.SeqStmt):
-        kept = [child for child in stmt.seq if isinstance(child, tirx.Bind) or contains(child, old)]
-        return sequence(*(child if isinstance(child, tirx.Bind) else _on_the_way(child, old, new) for child in kept))
-    if isinstance(stmt, tirx.For):
-        return tirx.For(stmt.loop_var, stmt.min, stmt.extent, stmt.kind, _on_the_way(stmt.body, old, new), step=stmt.step)
-    if isinstance(stmt, tirx.AttrStmt):
-        return tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, _on_the_way(stmt.body, old, new))
-    return when(stmt.condition, _on_the_way(stmt.then_case, old, new))
-
-
-def _with_own_variables(stmt: tirx.Stmt) -> tirx.Stmt:
-    """Return the statements with variables of their own: bound ones replaced by their values, those of loops renamed."""
-    renamed = {}
-    for node in nodes_of(stmt, lambda node: isinstance(node, tirx.For)):
-        renamed[node.loop_var] = tirx.Var(node.loop_var.name, node.loop_var.dtype)
-    values = renamed | {var: substitute(value, renamed) for var, value in bound_values(stmt).items()}
-
-    def copy(node: tirx.Stmt) -> tirx.Stmt:
-        if isinstance(node, tirx.SeqStmt):
-            return sequence(*(copy(child) for child in node.seq if not isinstance(child, tirx.Bind)))
-        if isinstance(node, tirx.For):
-            bounds = (substitute(bound, values) for bound in (node.min, node.extent))
-            body, annotations = copy(node.body), node.annotations
-            return tirx.For(values[node.loop_var], *bounds, node.kind, body, annotations=annotations, step=node.step)
-        if isinstance(node, tirx.AttrStmt):
-            return tirx.AttrStmt(node.node, node.attr_key, node.value, copy(node.body))
-        if isinstance(node, tirx.IfThenElse):
-            otherwise = None if node.else_case is None else copy(node.else_case)
-            return tirx.IfThenElse(substitute(node.condition, values), copy(node.then_case), otherwise)
-        return substitute(node, values)
-
-    return copy(stmt)
