@@ -1,9 +1,13 @@
-"""The pass list of target `cuda`: upstream's, behind passes that only products with scales concern, and repairs."""
+"""The pass list of target `cuda`: upstream's, behind passes that only products with scales concern, and repairs.
+
+Upstream's host code launches a kernel that calls T.pdl_sync as any other, so that the call has nothing to wait for. Here such a
+kernel is launched as a dependent one, which may begin when those before it on the stream have called T.pdl_trigger, or ended.
+"""
 
 from __future__ import annotations
 
 from tilelang.cuda.pipeline import CUDAPassPipelineBody
-from tvm import IRModule
+from tvm import IRModule, tirx
 from tvm.target import Target
 
 from tilelang_ext.cuda.block_scaled import has_instruction
@@ -15,10 +19,25 @@ from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 
 _FNUZ = tuple(format.dtype for format in OCP_OF_FNUZ)  # which upstream's generator does not spell
+_WAITS, _LAUNCH = "has_cuda_pdl_sync", "tirx.kernel_launch_params"  # attributes of a function on the device
+_DEPENDENT = "tirx.use_programtic_dependent_launch"  # as TVM's launcher spells it
 
 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
     mod = expand_block_scaled_gemms(mod, is_upstreams=lambda call: has_instruction(call, target), without=_FNUZ)
     mod = lower_mxfp4_products(repair(GuardEmptyLoops(mod)), target)
-    return CUDAPassPipelineBody(specialize_scaled_loops(mod, target), target)
+    return with_dependent_launches(CUDAPassPipelineBody(specialize_scaled_loops(mod, target), target))
+
+
+def with_dependent_launches(mod: IRModule) -> IRModule:
+    """Return the module with device functions that wait launched as dependent ones."""
+    functions = {var: _dependent(func) if isinstance(func, tirx.PrimFunc) else func for var, func in mod.functions.items()}
+    return IRModule(functions, attrs=mod.attrs)
+
+
+def _dependent(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    attributes = func.attrs or {}
+    if not attributes.get(_WAITS) or _LAUNCH not in attributes:
+        return func
+    return func.with_attr(_LAUNCH, [_DEPENDENT, *attributes[_LAUNCH]])

@@ -25,6 +25,7 @@ from tilelang_ext.launch.plan import Launcher, Plan, launcher
 ALIGNMENT = 16  # bytes: of the widest loads and of TMA
 _CREATE_TILED, _SET_DEVICE = "__tvm_tensormap_create_tiled", "__tvm_set_device"
 _DYNAMIC_SHARED_MEMORY = "use_dyn_shared_memory"
+_DEPENDENT_LAUNCH = "use_programtic_dependent_launch"  # as TVM spells it; has no size
 _BINARY = {
     tirx.Add: "+",
     tirx.Sub: "-",
@@ -339,6 +340,7 @@ def _read_launch(called: str, arguments: list, kernel: tirx.PrimFunc, descriptor
     if attributes.get("use_cooperative_groups"):
         raise NotImplementedError(f"{symbols.name}: launches must not be cooperative; got {called}; use two kernels")
     tags = next(list(map(str, value)) for key, value in attributes.items() if str(key).endswith("kernel_launch_params"))
+    tags = [tag for tag in tags if not tag.endswith(_DEPENDENT_LAUNCH)]
     given, sizes = arguments[: len(kernel.params)], arguments[len(kernel.params) :]
     if len(given) + len(tags) != len(arguments):
         raise NotImplementedError(
