@@ -1,7 +1,10 @@
-"""`T.mxfp4_scaled_matmul` in a user's kernel, that of examples/mxfp4_scaled_matmul.py, beside torch's bfloat16 product.
+"""MXFP4 weights in a user's kernel, those of examples/mxfp4_scaled_matmul*.py, beside torch's bfloat16 product.
 
     python benchmark/bench_mxfp4_intrinsic.py                               # on a Hopper GPU
     python benchmark/bench_mxfp4_intrinsic.py --cases a16w4 --m 1 --n 4096 --k 4096 --tiles 8x32x512 8x16x256
+
+Kernels of many rows are persistent, or have a block for each tile. Those of few rows begin when the one before them ends, or,
+"chained", while it still runs (PDL).
 
 Every result is checked against float64 before anything is timed; scales of W differ in each row and group. Without a Hopper
 GPU the kernels are lowered and nothing is timed.
@@ -18,6 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "testing"), str(ROOT / "examples")]
 
+import mxfp4_scaled_matmul as by_tiles  # noqa: E402
+import mxfp4_scaled_matmul_persistent as persistent  # noqa: E402
 import tilelang  # noqa: E402
 from harness import (  # noqa: E402
     LOWERED,
@@ -33,7 +38,7 @@ from harness import (  # noqa: E402
     time_cuda_in_turn,
     write_csv,
 )
-from mxfp4_scaled_matmul import FEW, MANY, SOME, Tile, scaled_matmul  # noqa: E402
+from mxfp4_scaled_matmul import FEW, MANY, SOME, Tile  # noqa: E402
 from numeric import BOUNDS, assert_close  # noqa: E402
 from tvm.target import Target  # noqa: E402
 
@@ -42,6 +47,8 @@ from tilelang_ext import reference  # noqa: E402
 DTYPES = {"a16w4": torch.bfloat16, "a8w4": torch.float8_e4m3fn}
 SIZES = [(4096, 4096, 4096), (16, 4096, 4096), (1, 4096, 4096)]
 ARCH = "sm_90a"
+NUM_SMS = 132  # of an H200
+FEW_ROWS = 16
 SUM_ERROR = {"a16w4": 2e-3, "a8w4": 3e-2}  # the matrix unit keeps fewer bits of a sum of fp8 products
 SMALLEST_SCALE, SCALES = 117, 12  # bytes of E8M0: what one row of a8w4 may have to be multiplied in fp8
 TIMES = (
@@ -73,9 +80,24 @@ class Case:
     def bytes(self) -> int:
         return self.M * self.K * DTYPES[self.kind].itemsize + self.N * self.K * 17 // 32 + 2 * self.M * self.N
 
-    def kernel(self, tile: Tile):
-        """Return the prim_func of the example."""
-        return scaled_matmul(self.M, self.N, self.K, tile, str(DTYPES[self.kind]).removeprefix("torch."))
+    def kernels(self) -> dict:
+        """Return the prim_funcs of the examples by name; those that decode have no scale of A."""
+        dtype, size = str(DTYPES[self.kind]).removeprefix("torch."), (self.M, self.N, self.K)
+        made = {}
+        for tile in self.tiles:
+            name = f"{tile.block_M}x{tile.block_N}, {tile.threads} threads"
+            if self.M > FEW_ROWS:
+                made[f"{name}, persistent"] = persistent.scaled_matmul(*size, tile, NUM_SMS, dtype)
+                made[name] = by_tiles.scaled_matmul(*size, tile, dtype)
+            else:
+                made[name] = by_tiles.scaled_matmul(*size, tile, dtype)
+                made[f"{name}, chained"] = by_tiles.scaled_matmul(*size, tile, dtype, chained=True)
+            if self.kind == "a16w4":
+                of_many = persistent.dequant_matmul(*size, tile, NUM_SMS) if self.M > FEW_ROWS else None
+                made[f"{name}, dequant{', chained' if of_many is None else ', persistent'}"] = (
+                    of_many or by_tiles.dequant_matmul(*size, tile, chained=True)
+                )
+        return made
 
     def inputs(self, seed: int) -> tuple[torch.Tensor, ...]:
         """Return (A, scale_a, W, scale_w) on the GPU, random; every scale differs."""
@@ -97,13 +119,14 @@ def measure(case: Case, seed: int) -> list[dict]:
     if case.kind != "a16w4":
         expected = expected * scale_a.double()[:, None]
     rows, chains = [], []
-    for tile in case.tiles:
-        run = tilelang.compile(case.kernel(tile), target={"kind": "cuda", "arch": ARCH})
-        chains.append([partial(run, *one, out) for one, out in zip(inputs, outputs, strict=True)])
+    for name, kernel in case.kernels().items():
+        run = tilelang.compile(kernel, target={"kind": "cuda", "arch": ARCH})
+        own = [one if len(kernel.params) == 5 else (one[0], *one[2:]) for one in inputs]
+        chains.append([partial(run, *one, out) for one, out in zip(own, outputs, strict=True)])
         outputs[0].fill_(torch.nan)
         chains[-1][0]()
         error = assert_close(outputs[0], expected, dtype="bfloat16", max_error=SUM_ERROR[case.kind] + BOUNDS["bfloat16"][0])
-        rows.append({"provider": f"{tile.block_M}x{tile.block_N}, {tile.threads} threads", "max_error": error.max})
+        rows.append({"provider": name, "max_error": error.max})
     wide = [(one[0].bfloat16(), torch.randn(case.K, case.N, device="cuda").bfloat16().t().contiguous().t()) for one in inputs]
     chains.append([partial(torch.mm, *one, out=out) for one, out in zip(wide, outputs, strict=True)])
     rows.append({"provider": "torch bfloat16"})
@@ -123,7 +146,7 @@ def lower(case: Case, reason: str) -> list[dict]:
     """Lower to text without a device; nothing runs."""
     target = Target({"kind": "cuda", "arch": ARCH})
     with target:
-        source = tilelang.lower(case.kernel(case.tiles[0]), target=target, enable_device_compile=False).kernel_source
+        source = tilelang.lower(next(iter(case.kernels().values())), target=target, enable_device_compile=False).kernel_source
     status = f"lowered for {ARCH}, not run: {reason}"
     return [{"case": case.name, "provider": "intrinsic", "lines": source.count("\n"), "status": status}]
 

@@ -22,14 +22,17 @@ class Tile(NamedTuple):
     threads: int
 
 
-FEW, SOME, MANY = Tile(8, 16, 256), Tile(16, 32, 512), Tile(256, 128, 256)  # up to 8 rows, up to 16, more
+FEW, SOME, MANY = Tile(8, 16, 512), Tile(16, 32, 512), Tile(256, 128, 256)  # up to 8 rows, up to 16, more
 
 
 # [kernel]
-def scaled_matmul(M, N, K, tile, dtype="bfloat16"):
-    """C = A @ W^T; A (M, K) bfloat16 or fp8 with a scale a row, W (N, K) MXFP4, C (M, N) bfloat16."""
+def scaled_matmul(M, N, K, tile, dtype="bfloat16", chained=False):
+    """C = A @ W^T; A (M, K) bfloat16 or fp8 with a scale a row, W (N, K) MXFP4, C (M, N) bfloat16.
+
+    A `chained` kernel, on CUDA, begins while the one before it on the stream still runs, and waits for what that one writes.
+    """
     block_M, block_N, threads = tile
-    wide = dtype == "bfloat16"
+    wide = dtype in ("bfloat16", "float16")
 
     @T.prim_func
     def scaled_matmul(
@@ -40,6 +43,9 @@ def scaled_matmul(M, N, K, tile, dtype="bfloat16"):
         C: T.Tensor((M, N), "bfloat16"),
     ):
         with T.Kernel(T.ceildiv(N, block_N), T.ceildiv(M, block_M), threads=threads) as (bx, by):
+            if chained:
+                T.pdl_trigger()
+                T.pdl_sync()
             i, j = by * block_M, bx * block_N
             C_f = T.alloc_fragment((block_M, block_N), "float32")
             T.mxfp4_scaled_matmul(
@@ -56,6 +62,41 @@ def scaled_matmul(M, N, K, tile, dtype="bfloat16"):
 
 
 # [/kernel]
+
+
+# [dequant]
+def dequant_matmul(M, N, K, tile, chained=False):
+    """The same product of bfloat16 in a loop of tiles, decoded by `T.mxfp4_dequant` for `T.gemm`; K is a multiple of 64."""
+    block_M, block_N, threads = tile
+
+    @T.prim_func
+    def dequant_matmul(
+        A: T.Tensor((M, K), "bfloat16"),
+        W: T.Tensor((N, K // 2), "uint8"),
+        scale_w: T.Tensor((N, K // 32), "uint8"),
+        C: T.Tensor((M, N), "bfloat16"),
+    ):
+        with T.Kernel(T.ceildiv(N, block_N), T.ceildiv(M, block_M), threads=threads) as (bx, by):
+            A_s = T.alloc_shared((block_M, 64), "bfloat16")
+            W_s = T.alloc_shared((block_N, 32), "uint8")
+            W_d = T.alloc_shared((block_N, 64), "bfloat16")
+            C_f = T.alloc_fragment((block_M, block_N), "float32")
+            if chained:
+                T.pdl_trigger()
+                T.pdl_sync()
+            i, j = by * block_M, bx * block_N
+            T.clear(C_f)
+            for k in T.Pipelined(K // 64, num_stages=3):
+                T.copy(A[i, k * 64], A_s)
+                T.copy(W[j, k * 32], W_s)
+                T.mxfp4_dequant(W_s, scale_w[j : j + block_N, k * 2 : k * 2 + 2], W_d)
+                T.gemm(A_s, W_d, C_f, transpose_B=True)
+            T.copy(C_f, C[i, j])
+
+    return dequant_matmul
+
+
+# [/dequant]
 
 
 def main() -> None:

@@ -1,13 +1,17 @@
-"""T.mxfp4_scaled_matmul on Hopper: which kernels call the function for all of K, what nvcc makes of it, values on a GPU."""
+"""T.mxfp4_scaled_matmul on Hopper: values of the CUDA text on the CPU, which kernels are rebuilt, machine code, a GPU."""
 
+import logging
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tilelang
 import torch
+from cuda.execute import needs_compiler
 from cuda.toolkit import compile_texts, needs_nvcc
+from kernels.hopper import Box, execute
 from language.mxfp4_cases import activations, name_of, tiled, weights
 from numeric import assert_close
 from tvm.target import Target
@@ -16,50 +20,157 @@ from tilelang_ext import language as T
 from tilelang_ext import reference
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import mxfp4_scaled_matmul as by_tiles
+import mxfp4_scaled_matmul_persistent as persistent
 from mxfp4_scaled_matmul import FEW, MANY, SOME, Tile, scaled_matmul
 
+ROOT = Path(__file__).parents[2]
+ARCH = "sm_90a"
+# The functions that the text calls, and for a CPU what they do in PTX.
+FUNCTIONS = "".join(
+    (ROOT / name).read_text()
+    for name in (
+        "testing/cuda/mxfp4_device.h",
+        *(f"tilelang_ext/cuda/mxfp4_{part}.h" for part in ("decode", "mma", "wgmma")),
+    )
+)
 
-def text_of(kernel, arch: str = "sm_90a") -> str:
+
+def source_of(kernel, arch: str = ARCH) -> str:
     target = Target({"kind": "cuda", "arch": arch})
     with target:
-        text = tilelang.lower(kernel, target=target, enable_device_compile=False).kernel_source
+        return tilelang.lower(kernel, target=target, enable_device_compile=False).kernel_source
+
+
+def text_of(kernel, arch: str = ARCH) -> str:
+    text = source_of(kernel, arch)
     return text[text.index('extern "C"') :]
 
 
+def calls(text: str) -> list[str]:
+    return re.findall(r"tilelang_ext::(\w+<[^>]*>)", text)
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def run(kernel, grid, A, SA, W, SW, N, boxes=None) -> torch.Tensor:
+    """Run the text of a kernel of the examples; C is poisoned."""
+    C = torch.full((A.shape[0], N), torch.nan, dtype=torch.bfloat16)
+    tensors = {"A": A, "scale_a": torch.ones(A.shape[0]) if SA is None else SA.flatten(), "W": W, "scale_w": SW, "C": C}
+    execute(text_of(kernel), grid, tensors, boxes or {}, {}, functions=FUNCTIONS)
+    return C
+
+
+@needs_compiler
 @pytest.mark.parametrize(
-    ("tile", "dtype", "function"),
+    ("kind", "tile", "K", "fitting_rows"),
     [
-        (MANY, "bfloat16", "mxfp4_wgmma<tl::DataType::kBFloat16, 256, 128, 256, "),
-        (MANY, "float8_e4m3fn", "mxfp4_wgmma<tl::DataType::kFloat8_e4m3, 256, 128, 256, "),
-        (Tile(128, 128, 128), "float8_e5m2", "mxfp4_wgmma<tl::DataType::kFloat8_e5m2, 128, 128, 128, "),
-        (SOME, "bfloat16", "mxfp4_mma<16, 32, 512>"),
-        (FEW, "bfloat16", "mxfp4_mma<8, 16, 256>"),
+        ("bfloat16", Tile(32, 128, 256), 640, 0),  # the stages are used twice
+        ("fp8 per row", Tile(32, 128, 256), 384, 64),  # one warpgroup with scales in E4M3, one with scales of any size
+        ("e5m2 per row", Tile(24, 192, 384), 256, 200),  # three warpgroups
     ],
 )
-def test_all_of_k_is_one_call(tile, dtype, function):
-    text = text_of(scaled_matmul(300, 512, 1024, tile, dtype))
-    assert text.count(f"tilelang_ext::{function}") == 1
+def test_values(kind, tile, K, fitting_rows):
+    """Two rows and two columns of tiles, neither full, over two blocks: each walks over several tiles."""
+    M, N = tile.block_M + 8, tile.block_N + 8
+    (A, SA, x), (W, SW) = activations(kind, M, K), weights(N, K)
+    SW[:fitting_rows] = torch.randint(124, 134, (min(fitting_rows, N), K // 32), dtype=torch.uint8)
+    SW[-1] = 0
+    kernel = persistent.scaled_matmul(M, N, K, tile, 2, name_of(A))
+    step = 128 // A.itemsize
+    C = run(kernel, (2, 1), A, SA, W, SW, N, {"A": Box(tile.block_M, step), "W": Box(tile.block_N, step // 2)})
+    assert_close(C, reference.mxfp4_matmul(x, W, SW), dtype="bfloat16")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("make", "tile", "M", "K"),
+    [
+        (partial(scaled_matmul, chained=True), Tile(16, 32, 128), 13, 1280),
+        (by_tiles.dequant_matmul, Tile(8, 16, 128), 1, 640),
+    ],
+)
+def test_values_of_few_rows(make, tile, M, K):
+    """Scales that fit one factor, and rows that need two; the last block of K is one warp's alone."""
+    N = tile.block_N + 8
+    (A, _, x), (W, SW) = activations("bfloat16", M, K), weights(N, K)
+    SW[3], SW[tile.block_N :] = torch.randint(0, 255, (K // 32,), dtype=torch.uint8), 0
+    C = run(make(M, N, K, tile), (2, 1), A, None, W, SW, N)
+    assert_close(C, reference.mxfp4_matmul(x, W, SW), dtype="bfloat16")
+
+
+# --- which kernels ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kernel", "arch"),
+    ("kernel", "called"),
     [
-        (scaled_matmul(300, 512, 1024, Tile(128, 128, 256)), "sm_80"),
-        (scaled_matmul(300, 512, 288, Tile(128, 128, 256)), "sm_90a"),  # K is no multiple of 128
-        (scaled_matmul(300, 512, 1024, Tile(128, 96, 256)), "sm_90a"),  # rows are not divided among the warpgroups
+        (scaled_matmul(300, 512, 1024, MANY), "mxfp4_consume<tl::DataType::kBFloat16, 256, 128, 2, 6>"),
+        (scaled_matmul(300, 512, 1024, MANY, "float8_e4m3fn"), "mxfp4_consume<tl::DataType::kFloat8_e4m3, 256, 128, 2, 5>"),
+        (
+            scaled_matmul(300, 512, 1024, Tile(128, 128, 128), "float8_e5m2"),
+            "mxfp4_consume<tl::DataType::kFloat8_e5m2, 128, 128, 1, 8>",
+        ),
+        (scaled_matmul(300, 512, 1024, SOME), "mxfp4_mma<16, 32, 512>"),
+        (scaled_matmul(300, 512, 1024, FEW), "mxfp4_mma<8, 16, 512>"),
+        (by_tiles.dequant_matmul(16, 512, 1024, SOME), "mxfp4_mma<16, 32, 512>"),
+        (persistent.dequant_matmul(300, 512, 1024, MANY, 2), "mxfp4_consume<tl::DataType::kBFloat16, 256, 128, 2, 6>"),
     ],
 )
-def test_other_kernels_decode_to_shared_memory(kernel, arch):
-    assert "tilelang_ext::mxfp4" not in text_of(kernel, arch)
+def test_all_of_k_is_one_call(kernel, called):
+    assert calls(text_of(kernel)).count(called) == 1
+
+
+def test_two_narrow_blocks_share_an_sm():
+    assert "__launch_bounds__(512, 2)" in text_of(scaled_matmul(1, 512, 1024, FEW))
+    assert "__launch_bounds__(512, 1)" in text_of(scaled_matmul(16, 512, 1024, SOME))
+
+
+def test_a_producer_copies():
+    text = text_of(persistent.scaled_matmul(300, 512, 1024, MANY, 2))
+    consumer, _, producer = text.partition("warpgroup_reg_dealloc")
+    assert calls(consumer) == ["mxfp4_consume<tl::DataType::kBFloat16, 256, 128, 2, 6>"]
+    assert calls(producer) == ["mxfp4_fetch_scales<tl::DataType::kBFloat16, 128, 6, 96>"]
+    assert producer.count("tl::tma_load") == 2
+    assert len(re.findall(r"for \(int \w+ = 0; \w+ < 4; \+\+\w+\)", text)) == 3  # tiles of a block: each role walks alone
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arch", "reason"),
+    [
+        (scaled_matmul(300, 512, 1024, Tile(128, 128, 256)), "sm_80", None),
+        (scaled_matmul(300, 512, 288, Tile(128, 128, 256)), ARCH, "no multiple of 128"),
+        (scaled_matmul(300, 512, 1024, Tile(128, 96, 256)), ARCH, "128 x 96 is not divided among 256 threads"),
+        (scaled_matmul(300, 512, 1024, Tile(256, 256, 256)), ARCH, "sums of a tile of 256 x 256 do not fit"),
+        (scaled_matmul(300, 512, 1024, MANY, "float16"), ARCH, "A is float16"),
+    ],
+)
+def test_other_kernels_decode_to_shared_memory(kernel, arch, reason, caplog):
+    with caplog.at_level(logging.INFO, "tilelang_ext"):
+        assert calls(text_of(kernel, arch)) == []
+    assert [reason in record.getMessage() for record in caplog.records] == ([] if reason is None else [True])
+
+
+def test_a_kernel_that_waits_asks_for_its_weights():
+    text = text_of(by_tiles.dequant_matmul(16, 512, 1024, SOME, chained=True))
+    before, _, behind = text.partition("cudaGridDependencySynchronize")
+    assert calls(before) == ["mxfp4_prefetch<32, 512>"] * 2  # weights, scales
+    assert calls(behind) == ["mxfp4_mma<16, 32, 512>"]
+
+
+@pytest.mark.parametrize(
+    ("module", "mark"), [(by_tiles, "kernel"), (by_tiles, "dequant"), (persistent, "kernel"), (persistent, "dequant")]
+)
+def test_kernels_of_the_examples_have_at_most_40_lines(module, mark):
+    kernel = Path(module.__file__).read_text().partition(f"# [{mark}]\n")[2].partition(f"# [/{mark}]")[0].strip("\n")
+    assert 10 < len(kernel.splitlines()) <= 40
 
 
 @needs_nvcc
 def test_weights_go_to_the_matrix_unit_from_registers():
-    target = Target({"kind": "cuda", "arch": "sm_90a"})
-    with target:
-        kernel = scaled_matmul(300, 512, 1024, MANY)
-        text = tilelang.lower(kernel, target=target, enable_device_compile=False).kernel_source
-    [compiled] = compile_texts({"scaled_matmul": text}, "sm_90a").values()
+    text = source_of(scaled_matmul(300, 512, 1024, MANY))
+    [compiled] = compile_texts({"scaled_matmul": text}, ARCH).values()
     assert compiled.spilled == 0
     assert compiled.count("HGMMA") == 8  # two steps of four
     assert compiled.count("HMMA") == 0
@@ -135,13 +246,12 @@ def in_steps(decodes, block_K=64, M=300, N=512, K=1024, block_M=128, block_N=128
 @pytest.mark.parametrize("decodes", [True, False])
 def test_a_loop_of_tiles_is_one_call(decodes):
     text = text_of(in_steps(decodes))
-    [call] = re.findall(r"tilelang_ext::mxfp4_wgmma<tl::DataType::kBFloat16, 128, 128, 256, 8>\(.*\);", text)
-    assert "for (int k" not in text
-    # First elements of a block's rows, bytes from row to row, rows that are left, K.
-    assert "(&(A[(((int)blockIdx.y) * 131072)]))" in call
-    assert "(&(W[(((int)blockIdx.x) * 65536)]))" in call
+    [call] = re.findall(r"tilelang_ext::mxfp4_consume<tl::DataType::kBFloat16, 128, 128, 2, 8>\(.*\);", text)
+    # The first scale of a block's rows, bytes from row to row, rows that are left, K.
     assert "(&(SW[(((int)blockIdx.x) * 4096)]))" in call
-    assert call.endswith("2048, 512, 32, (300 - (((int)blockIdx.y) * 128)), (512 - (((int)blockIdx.x) * 128)), 1024);")
+    assert call.endswith("32, (512 - (((int)blockIdx.x) * 128)), 1024);")
+    loads = [load.rsplit(", ", 2)[1:] for load in re.findall(r"tl::tma_load\((.*)\);", text)]
+    assert loads == [["(k * 64)", "(((int)blockIdx.y) * 128)"], ["(k * 32)", "(((int)blockIdx.x) * 128)"]]
     assert re.search(r"\+v_?\w*\.x", text)  # C is added to
 
 
@@ -149,7 +259,7 @@ def test_a_loop_of_tiles_is_one_call(decodes):
 @pytest.mark.parametrize("decodes", [True, False])
 def test_a_loop_that_does_something_else_stays(decodes, change):
     """Weights of the next step, whose last is past the end; a sum that is multiplied in each step."""
-    assert "tilelang_ext::mxfp4" not in text_of(in_steps(decodes, **change))
+    assert calls(text_of(in_steps(decodes, **change))) == []
 
 
 @pytest.mark.cuda

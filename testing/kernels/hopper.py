@@ -25,10 +25,11 @@ def execute(
     boxes: dict[str, Box],
     scalars: dict[str, int],
     cluster: int = 1,
+    functions: str = "",
 ) -> None:
     """Run the one kernel of `text`, and write what it left in its tensors, by their names, back into them.
 
-    It may have fewer parameters than there are tensors and scalars.
+    It may have fewer parameters than there are tensors and scalars. It may call `functions`, in C++.
     """
     match = _SIGNATURE.search(text)
     threads, name, parameters = match.groups()
@@ -57,4 +58,4 @@ def execute(
         else:
             arguments.append(str(scalars[parameter_name]))
     call = f"launch_clusters({grid[0]}, {grid[1]}, {cluster}, {threads}, [&] {{ {name}({', '.join(arguments)}); }});"
-    run_program("hopper.h", device, own, call)
+    run_program("hopper.h", functions + device, own, call)

@@ -13,27 +13,16 @@ Invariant: tiles of consecutive steps lie side by side along K, nothing else is 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from tvm import arith, tirx
 from tvm.ir import Range
 from tvm.tirx.stmt_functor import substitute
 
-from tilelang_ext.cuda.statements import COPY, flat, is_call, is_whole, is_zero, nodes_of, region_of
+from tilelang_ext.cuda.mxfp4_form import Product
+from tilelang_ext.cuda.statements import COPY, flat, fragment, is_call, is_whole, is_zero, nodes_of, region_of
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
 from tilelang_ext.marks import ADDS_TOTAL, BLOCK_SCALED, MXFP4_DEQUANT
 
 _FILL, _GEMM = "tl.tileop.fill", "tl.tileop.gemm"
-
-
-class Product(NamedTuple):
-    """C[i, j] += sum over k of A[i, k] * (scale W)[j, k]; A, W and scale are regions of all K."""
-
-    C: tirx.Buffer
-    A: tirx.BufferRegion
-    W: tirx.BufferRegion
-    scale: tirx.BufferRegion
-    K: int
 
 
 def product_of(loop: tirx.For, block: tirx.SBlock) -> Product | None:
@@ -73,7 +62,10 @@ def product_of(loop: tirx.For, block: tirx.SBlock) -> Product | None:
         if of_all is None:
             return None
         operands.append(of_all)
-    return None if copies else Product(result.buffer, *operands, int(loop.extent) * step)
+    if copies:
+        return None
+    total = fragment(tuple(result.buffer.shape), "total")
+    return Product(total, *operands, int(loop.extent) * step, added_to=result.buffer)
 
 
 def _decoded_product(statements: list) -> tuple | None:

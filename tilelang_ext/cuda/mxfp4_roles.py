@@ -1,0 +1,174 @@
+"""Products of many tokens and MXFP4 weights: consumers that decode and multiply, a producer that copies, for mxfp4_product.py.
+
+    Before                                       After
+    for tile in ...:                             if thread < threads:               consumer warpgroups
+        total = A[tile] . (scale W)[tile]            for tile in ...:
+        store total                                      total = mxfp4_consume(stages, scale)
+                                                         store total
+                                                 elif thread < threads + 32:        a warp that copies tokens and codes by TMA
+                                                     for tile in ...: for k in serial(steps):
+                                                         wait empty; tma_copy(A, W); arrive full
+                                                 else:                              three that copy scales
+                                                     for tile in ...: mxfp4_fetch_scales(scale, stages)
+
+A stage holds 128 bytes of each token, as much of K of the codes of each row, and a word of four scales of it. All products of a
+kernel have the same tile and go through the same stages. The functions are in mxfp4_wgmma.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tilelang import language as T
+from tilelang.layout import make_swizzled_layout
+from tvm import tirx
+from tvm.ir import Range
+
+from tilelang_ext.cuda.mxfp4_form import Product, device_call
+from tilelang_ext.cuda.statements import barriers, call, local, loop, sequence, shared, store, with_body
+from tilelang_ext.cuda.warp_roles import WARP, WARPGROUP, OtherForm, in_place_of, registers_of_consumer, way_to, with_roles
+
+_TYPES = {"bfloat16": "kBFloat16", "float8_e4m3fn": "kFloat8_e4m3", "float8_e5m2": "kFloat8_e5m2"}  # of A, for the matrix unit
+_TOKEN_BYTES = 128  # in a stage
+_BAND = 64  # rows of weights of a product of a warpgroup
+_MAX_ROWS = 256  # of a box that TMA copies, and of tokens in a product
+_SUM_REGISTERS = {1: 128, 2: 128, 3: 64, 4: 32}  # of a thread, by warpgroups
+_PRODUCER_REGISTERS = 40  # of a thread
+_FETCHERS = WARPGROUP - WARP  # threads that copy scales
+_MIN_STAGES, _MAX_STAGES = 3, 8
+_SLACK = 2048  # bytes, to align stages and for barriers
+
+
+class Tile(NamedTuple):
+    """What a block computes at once: tokens, rows of weights, the dtype of tokens; and by how many warpgroups."""
+
+    tokens: int
+    rows: int
+    dtype: str
+    warpgroups: int
+
+    @property
+    def bands(self) -> int:
+        """Products of 64 rows of a warpgroup."""
+        return self.rows // (_BAND * self.warpgroups)
+
+    @property
+    def step(self) -> int:
+        """Elements of K of a stage."""
+        return _TOKEN_BYTES // (2 if self.dtype == "bfloat16" else 1)
+
+    @property
+    def type(self) -> str:
+        return f"tl::DataType::{_TYPES[self.dtype]}"
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.tokens * _TOKEN_BYTES + self.rows * (self.step // 2 + 4)
+
+    def place(self, i, j):
+        """Return the thread and the register that hold an element of the product, (tokens, rows)."""
+        row = j % _BAND
+        thread = j // (_BAND * self.bands) * WARPGROUP + row // 16 * 32 + row % 16 // 2 * 4 + i % 8 // 2
+        return thread, j // _BAND % self.bands * (self.tokens // 2) + i // 8 * 4 + i % 2 * 2 + row % 2
+
+
+def tile_of(products: list[Product], threads: int) -> Tile:
+    """Return the tile of a kernel's products; raises OtherForm if they differ or threads cannot divide it."""
+    warpgroups = threads // WARPGROUP
+    tiles = {Tile(product.M, product.N, str(product.A.buffer.dtype), warpgroups) for product in products}
+    if len(tiles) > 1:
+        raise OtherForm("products have different tiles")
+    [tile] = tiles
+    if tile.dtype not in _TYPES:
+        raise OtherForm(f"A is {tile.dtype}")
+    M, N = tile.tokens, tile.rows
+    if warpgroups not in _SUM_REGISTERS or N % (_BAND * warpgroups) or N > _MAX_ROWS or M % 8 or M > _MAX_ROWS:
+        raise OtherForm(f"a tile of {M} x {N} is not divided among {threads} threads")
+    if tile.bands * M // 2 > _SUM_REGISTERS[warpgroups]:
+        raise OtherForm(f"sums of a tile of {M} x {N} do not fit in the registers of {threads} threads")
+    return tile
+
+
+def specialize(block: tirx.SBlock, thread, threads: int, tile: Tile, products: list, room: int) -> tirx.SBlock:
+    """Return the block with roles; `products` are pairs of a statement and its product, `room` bytes of shared memory."""
+    stages = min(_MAX_STAGES, (room - _SLACK) // tile.stage_bytes)
+    if stages < _MIN_STAGES:
+        raise OtherForm(f"stages of a tile of {tile.tokens} x {tile.rows} do not fit in shared memory")
+    ring = _Ring(tile, stages)
+    states = {"consumed": local(3, "int32", "consumed"), "loaded": local(1, "int32", "loaded")}
+    states["fetched"] = local(2, "int32", "fetched")
+
+    def role(name: str, replace: Callable, body: tirx.Stmt, of_product: Callable) -> tirx.Stmt:
+        """Return a role that begins at the first stage; `of_product(product, state)` stands for each product."""
+        begin = [store(states[name], 0, at) for at in range(int(states[name].shape[0]))]
+        pairs = [(statement, of_product(product, states[name])) for statement, product in products]
+        return sequence(*begin, replace(body, pairs))
+
+    def producer(body: tirx.Stmt) -> tirx.Stmt:
+        loads, fetches = role("loaded", way_to, body, ring.load), role("fetched", way_to, body, ring.fetch)
+        return tirx.IfThenElse(thread < threads + WARP, loads, fetches)
+
+    registers = _PRODUCER_REGISTERS, registers_of_consumer(threads, _PRODUCER_REGISTERS)
+    new = with_roles(
+        block, lambda body: role("consumed", in_place_of, body, ring.consume), producer, thread, threads, registers
+    )
+    layouts = {product.total.data: T.Fragment((tile.tokens, tile.rows), forward_fn=tile.place) for _, product in products}
+    layouts |= {tokens.data: make_swizzled_layout(tokens) for tokens in (ring.tokens, ring.codes)}
+    annotations = {
+        **new.annotations,
+        "barrier_init": {**block.annotations.get("barrier_init", {}), **ring.arrivals(threads)},
+        "layout_map": {**block.annotations.get("layout_map", {}), **layouts},
+    }
+    return with_body(new, new.body, [*new.alloc_buffers, *ring.buffers, *states.values()], annotations)
+
+
+class _Ring:
+    """The stages in shared memory and their barriers: full ones from the producer, empty ones from the consumers."""
+
+    def __init__(self, tile: Tile, stages: int) -> None:
+        self.tile, self.stages = tile, stages
+        self.tokens = shared((stages, tile.tokens, tile.step), tile.dtype, "tokens")
+        self.codes = shared((stages, tile.rows, tile.step // 2), "uint8", "codes")
+        self.scales = shared((stages * tile.rows,), "uint32", "scales")
+        self.full, self.empty = barriers(stages, "full"), barriers(stages, "empty")
+        self.buffers = [self.tokens, self.codes, self.scales, self.full, self.empty]
+
+    def arrivals(self, threads: int) -> dict:
+        """Return how often each barrier is arrived at in a round: loading and fetching threads, consuming warps."""
+        counts = {self.full: WARPGROUP, self.empty: threads // WARP}
+        return {barrier.data: [tirx.IntImm("int32", count)] * self.stages for barrier, count in counts.items()}
+
+    def consume(self, product: Product, state: tirx.Buffer) -> tirx.Stmt:
+        tile = self.tile
+        function = f"mxfp4_consume<{tile.type}, {tile.tokens}, {tile.rows}, {tile.warpgroups}, {self.stages}>"
+        stages = (T.access_ptr(self.tokens, "r"), T.access_ptr(self.codes, "r"), T.access_ptr(self.scales, "r"))
+        total = T.address_of(product.total[0, 0])
+        arguments = (total, *stages, *self._barriers(), _pointer(state), *product.scales(), product.K)
+        return product.completed(device_call(function, *arguments))
+
+    def fetch(self, product: Product, state: tirx.Buffer) -> tirx.Stmt:
+        function = f"mxfp4_fetch_scales<{self.tile.type}, {self.tile.rows}, {self.stages}, {_FETCHERS}>"
+        scales = T.access_ptr(self.scales, "w")
+        return device_call(function, scales, *self._barriers(), _pointer(state), *product.scales(), product.K)
+
+    def load(self, product: Product, state: tirx.Buffer) -> tirx.Stmt:
+        step, k = self.tile.step, tirx.Var("k", "int32")
+        stage, parity = state[0] % self.stages, state[0] // self.stages % 2
+        body = [call(T.barrier_wait(self.empty[stage], parity ^ 1))]
+        for region, columns, tiles in ((product.A, step, self.tokens), (product.W, step // 2, self.codes)):
+            *rows, last = region.region
+            box = [*rows, Range.from_min_extent(last.min + k * columns, columns)]
+            target = tiles[stage, 0 : tiles.shape[1], 0:columns]
+            body.append(call(T.tma_copy(tirx.BufferRegion(region.buffer, box), target, barrier=self.full[stage])))
+        body += [call(T.barrier_arrive(self.full[stage])), store(state, state[0] + 1, 0)]
+        # The compiler would unroll the loop, and the producer's few registers would overflow.
+        annotations = {"pragma_unroll_factor": tirx.IntImm("int32", 1)}
+        return loop(k, product.K // step, sequence(*body), tirx.ForKind.UNROLLED, annotations)
+
+    def _barriers(self) -> tuple:
+        return T.address_of(self.full[0]), T.address_of(self.empty[0])
+
+
+def _pointer(state: tirx.Buffer):
+    return T.address_of(state[0])
