@@ -18,7 +18,7 @@ from tilelang_ext import registration
 from tilelang_ext.cpu import narrow_floats, pipeline
 from tilelang_ext.cpu.gemm import OneThreadGemm
 from tilelang_ext.cpu.one_thread_blocks import needs_one_thread_blocks
-from tilelang_ext.cpu.operators import RULES
+from tilelang_ext.cpu.operators import RULES, register_functions
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
@@ -36,6 +36,7 @@ def register() -> None:
     A kernel that upstream's CPU backend compiles is left to it, to the letter of its text.
     """
     narrow_floats.register()
+    register_functions()
     register_gemm_impl("cpu.scalar", GEMM_INST_SCALAR, lambda target: _is_cpu(target) and not has_key(target), GemmScalar)
     register_gemm_impl("tilelang_ext.cpu", GEMM_INST_SCALAR, lambda target: _is_cpu(target) and has_key(target), OneThreadGemm)
     register_target_normalizer("c", normalize_target, override=True)
@@ -93,6 +94,7 @@ def _add_parameter_types() -> None:
             "tilelang_ext: needs tilelang.jit.adapter.wrapper.TLCPUSourceWrapper._TYPE_MAP to pass fp8 and bfloat16; "
             "this tilelang has none; install tilelang 0.1.14 or 0.1.15"
         )
+    types["bool"] = "int8_t"  # as the generator has it; upstream's entry is the C type, whose pointer does not convert
     types.setdefault("uint32", "uint32_t")
     for dtype in narrow_floats.CARRIED:
         types.setdefault(dtype, f"{narrow_floats.storage_dtype(dtype)}_t")

@@ -87,6 +87,8 @@ def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
                 "pass it as float32"
             )
     local: dict[tirx.Var, tirx.Var] = {}
+    allocated: set[tirx.Buffer] = set()
+    views: dict[tirx.Buffer, tirx.Buffer] = {}
 
     def collect(node):
         namespace, _, operator = _name(node).rpartition(".")
@@ -97,11 +99,26 @@ def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
             )
         if isinstance(node, tirx.SBlock):
             for buffer in node.alloc_buffers:
+                allocated.add(buffer)
                 if buffer.scope() in _TILES:
                     element = buffer.data.type_annotation.element_type
                     local[buffer.data] = tirx.Var(buffer.data.name, PointerType(element, "local"))
 
+    def view(buffer):
+        """Return a view of a tile (`T.reshape`, `T.view`) over the tile's new memory, which substitution leaves alone."""
+        if buffer not in views:
+            views[buffer] = tirx.decl_buffer(
+                buffer.shape, buffer.dtype, buffer.name, data=local[buffer.data], strides=buffer.strides, scope="local"
+            )
+        return views[buffer]
+
     def adapt(node):
+        if isinstance(node, (tirx.BufferLoad, tirx.BufferStore)):
+            if node.buffer.data not in local or node.buffer in allocated:
+                return None
+            if isinstance(node, tirx.BufferLoad):
+                return tirx.BufferLoad(view(node.buffer), node.indices)
+            return tirx.BufferStore(view(node.buffer), node.value, node.indices)
         if isinstance(node, tirx.Call):
             name = _name(node)
             if name == "tl.infinity":  # which 0.1.14 does not lower for C
@@ -121,7 +138,9 @@ def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
         )  # fmt: skip
 
     tirx.stmt_functor.post_order_visit(func.body, collect)
-    body = tirx.stmt_functor.ir_transform(func.body, None, adapt, ["tirx.SBlock", "tirx.Call"])
+    body = tirx.stmt_functor.ir_transform(
+        func.body, None, adapt, ["tirx.SBlock", "tirx.Call", "tirx.BufferLoad", "tirx.BufferStore"]
+    )
     return func.with_body(tirx.stmt_functor.substitute(body, local))
 
 

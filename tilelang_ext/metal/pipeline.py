@@ -37,6 +37,7 @@ from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
 from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
+from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.wide_indices import WidenIndices
 
 
@@ -66,6 +67,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = _materialize_kernel_launch()(mod)
     mod = OneInstruction(mod)
     stages = stages_of_buffers(mod)
+    mod = DropUnitAxes(mod)
     mod = spell_operators(mod, RULES)
     mod = CountLanes(mod, 32, keep_default=True)
     mod = SpellScalarAtomics(mod)

@@ -32,6 +32,7 @@ from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
 from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
+from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.wide_indices import WidenIndices
 from tilelang_ext.rocm.all_reduce import count_from, with_participants
 from tilelang_ext.rocm.async_copy import CopyWords
@@ -67,6 +68,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = SumHalvesInFloat(mod)
+    mod = DropUnitAxes(mod)
     mod = spell_operators(mod, RULES)
     mod = CountLanes(mod, int(target.attrs["thread_warp_size"]), keep_default=False)
     mod = SpellScalarAtomics(mod)
