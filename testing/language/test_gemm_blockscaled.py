@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import tilelang
 import tilelang.language as upstream
+import torch
 from cuda.execute import execute, needs_compiler
 from cuda.kernels import lower
-from language.blockscaled_cases import DTYPES, NAMES, Pair, problem, program
+from language.blockscaled_cases import DTYPES, NAMES, Pair, operand, problem, program, scales
 from numeric import assert_close
 from tvm import IRModule, tirx
 from tvm.target import Target
@@ -87,9 +88,45 @@ def test_values_of_cuda_text(arch, pair, instruction):
     check(tensors[-1], expected)
 
 
+def test_k_ends_inside_a_tile():
+    """NaN beside the scales of a region: neither is it read, nor would it meet codes of zero."""
+    M, N, K, BLOCK_K = 32, 32, 96, 64
+    (A, a), (B, b) = operand(M, E4M3, False, 1), operand(N, E5M2, False, 2)
+    (SA, sa), (SB, sb) = scales(M, "float32", 32, E4M3, 3), scales(N, "uint8", 32, E5M2, 4)
+    A, B, C = A[:, :K].contiguous(), B[:, :K].contiguous(), torch.full((M, N), torch.nan)
+    expected = (a * sa)[:, :K] @ (b * sb)[:, :K].T
+    SA[:, K // 32 :], SB[:, K // 32 :] = torch.nan, 255
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((M, K), E4M3),
+        SA: T.Tensor((M, K // 32 + 1), "float32"),
+        B: T.Tensor((N, K), E5M2),
+        SB: T.Tensor((N, K // 32 + 1), "uint8"),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(1, threads=128) as _:
+            A_s, B_s = T.alloc_shared((M, BLOCK_K), E4M3), T.alloc_shared((N, BLOCK_K), E5M2)
+            C_f = T.alloc_fragment((M, N), "float32")
+            T.clear(C_f)
+            for k in T.serial(2):
+                T.copy(A[0, k * BLOCK_K], A_s)
+                T.copy(B[0, k * BLOCK_K], B_s)
+                T.gemm_blockscaled(
+                    A_s, B_s, C_f, SA[:, 0 : K // 32], SB[:, 0 : K // 32], transpose_B=True,
+                    k_start=k * BLOCK_K, sf_a_granularity_k=32, sf_b_granularity_k=32,
+                )  # fmt: skip
+            T.copy(C_f, C)
+
+    tilelang.compile(kernel, target="c")(A, SA, B, SB, C)
+    assert_close(C, expected, dtype="float32")
+
+
 def test_the_example():
-    report, error = example.run(40, 32, 128, "metal")
+    """Rows and columns of the result end inside a tile, and nothing outside of the scales is read."""
+    report, error = example.run(40, 40, 128, "metal")
     assert not report.findings
+    assert not report.notes
     assert error < 1e-6
 
 
@@ -162,6 +199,7 @@ REFUSED = [
     ({"SFB": ((64, 2), FP4)}, TypeError, "SFB must be .*; got float4_e2m1fn .*; pass the codes as uint8"),
     ({"scopes": ("local", "fragment")}, TypeError, r"A must be shared or fragment but on sm_100; got \w+ in scope local; copy"),
     ({"SFA": ((32, 2), "uint8")}, ValueError, r"SFA must have one row per row of its operand, 64; got .*; slice the scales"),
+    ({"SFB": ((64,), "uint32")}, ValueError, r"SFB must have rows and columns; got .*; one word per row is"),
     ({"granularity": (32, 0)}, ValueError, "the granularity of SFB must be at least 1; got 0"),
     ({"SFA": ((64, 2), "float32"), "k_start": 8}, ValueError,
      "with float scales a multiple of 16 of K must share its scales, from k_start on; got 8 of a tile of 64 from 8 on, with"),

@@ -69,9 +69,20 @@ class Scales:
         *lead, rows, columns = self.region.region
         if scope_of(self.region.buffer) == "shared":
             column = column % columns.extent
-        element = self.region.buffer[(*(axis.min for axis in lead), rows.min + i, columns.min + column)]
+        row, column, inside = rows.min + i, columns.min + column, None
+        if scope_of(self.region.buffer) == "global":
+            # Rows past the region are not stored. Past its end along K lie codes of zero, which an infinite scale would not
+            # keep; a byte there is that of the last group, which these rows have anyway.
+            *_, last_row, last_column = (
+                T.min(axis.min + axis.extent, extent) - 1
+                for axis, extent in zip(self.region.region, self.region.buffer.shape, strict=True)
+            )
+            inside = column <= last_column
+            row, column = T.min(row, last_row), T.min(column, last_column)
+        element = self.region.buffer[(*(axis.min for axis in lead), row, column)]
         if self.format is None:
-            return T.cast(element, "float32")
+            value = T.cast(element, "float32")
+            return value if inside is None else T.if_then_else(inside, value, T.float32(0))
         if dtype == _WORD:
             return (element >> T.cast(group % _BYTES_PER_WORD * 8, _WORD)) & T.uint32(0xFF)
         return T.cast(element if dtype == "uint8" else T.reinterpret(element, "uint8"), _WORD)
@@ -232,6 +243,8 @@ def _check_type(name: str, region: tirx.BufferRegion, scopes: tuple, dtypes: tup
 
 
 def _scales(name: str, region: tirx.BufferRegion, granularity: int, operand: Operand, k_start) -> Scales:
+    if len(region.region) < 2:
+        raise ValueError(f"{NAME}: {name} must have rows and columns; got {region}; one word per row is a column: (rows, 1)")
     dtype = str(region.buffer.dtype)
     *lead, rows, _ = region.region
     wanted = operand.shape[0]
