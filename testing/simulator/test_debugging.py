@@ -38,10 +38,15 @@ def values():
     return A, torch.tensor([1.0, 2, -448, 0.5]).to(torch.float8_e4m3fn), torch.zeros(2, 32)
 
 
+@pytest.fixture(scope="module")
+def programs():
+    return {TARGETS[0]: metal.lower(kernel), TARGETS[1]: rocm.lower(kernel, TARGETS[1])}
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_print_and_assert(target, capsys):
+def test_print_and_assert(programs, target, capsys):
     A, codes, C = values()
-    report = simulate(kernel, A, codes, C, target=target)
+    report = simulate(programs[target], A, codes, C, target=target)
     shown = capsys.readouterr().out
     assert shown == "".join(report.printed)
     lines = shown.splitlines()
@@ -71,11 +76,11 @@ def test_lines_are_in_the_order_of_threads():
     assert [int(line.rpartition("=")[2]) for line in report.printed] == list(range(64))
 
 
-def test_a_mac_refuses_by_name_and_amd_prints():
-    text = metal.lower(kernel).source
+def test_a_mac_refuses_by_name_and_amd_prints(programs):
+    text = programs["metal"].source
     assert '#error "T.print: a kernel on a Mac cannot print;' in text
     assert '#error "T.device_assert: a kernel on a Mac cannot report;' in text
-    text = rocm.lower(kernel, TARGETS[1]).source
+    text = programs[TARGETS[1]].source
     assert "__builtin_trap();" in text
     assert "#define TL_ASSERT(condition, message) tilelang_ext::device_assert(condition, message)" in text
 

@@ -44,11 +44,16 @@ def arguments():
     return X, places, scale, torch.zeros(N, N).half(), torch.zeros(N, N).half(), torch.zeros(N), torch.zeros(N), torch.rand(50)
 
 
+@pytest.fixture(scope="module")
+def programs():
+    return {TARGETS[0]: metal.lower(every_kind), TARGETS[1]: rocm.lower(every_kind, TARGETS[1])}
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_hidden_accesses_are_counted(target):
+def test_hidden_accesses_are_counted(programs, target):
     """The last row of the first loop; three gathers; stores of three rows, the gathers among them; 31 scales; 60 updates."""
     given = arguments()
-    report = simulate(every_kind, *given, target=target)
+    report = simulate(programs[target], *given, target=target)
     assert report.findings == ()
     X, Y = given[0], given[3]
     assert torch.equal(Y[:-1], X[1:])
@@ -68,15 +73,15 @@ def test_hidden_accesses_are_counted(target):
     }
 
 
-def test_strict_makes_them_findings():
-    report = simulate(every_kind, *arguments(), target="metal", strict=True)
+def test_strict_makes_them_findings(programs):
+    report = simulate(programs["metal"], *arguments(), target="metal", strict=True)
     assert {f.kind for f in report.findings} == {"outside"}
     assert report.notes == ()
     assert "X: 64 reads outside (64, 64) read as 0" in str(report)
 
 
-def test_marks_are_plain_conditions_for_other_compilers():
-    for source in (metal.lower(every_kind).source, rocm.lower(every_kind, TARGETS[1]).source):
+def test_marks_are_plain_conditions_for_other_compilers(programs):
+    for source in (program.source for program in programs.values()):
         definition = source.index("#define TL_OUTSIDE(tensor, accesses, shape, lanes, ...) (__VA_ARGS__)")
         assert definition < source.index('TL_OUTSIDE("X", "reads"')
         assert source.count("#define TL_OUTSIDE") == 1
