@@ -242,6 +242,21 @@ __device__ __forceinline__ T all_reduce(T x, T* workspace, bool takes_part = tru
     )
 
 
+def atomic_text(name: str) -> str:
+    """Return the definition of what upstream's generator calls for an atomic `name` that returns the value before it."""
+    function = f"Atomic{name.capitalize()}Ret"
+    return f"""\
+#ifndef TILELANG_EXT_{function.upper()}
+#define TILELANG_EXT_{function.upper()}
+#include <hip/hip_runtime.h>
+template <typename T1, typename T2>
+__device__ __forceinline__ T1 {function}(T1* address, T2 value, int memory_order = 0) {{
+  return atomic{name.capitalize()}(address, static_cast<T1>(value));
+}}
+#endif
+"""
+
+
 def assert_text() -> str:
     """Return the definition of ASSERT(condition, message): the message is printed, and the kernel ends."""
     return f"""\
