@@ -22,6 +22,7 @@ from tilelang_ext.metal.one_instruction import OneInstruction
 from tilelang_ext.metal.operand_layouts import DropOperandLayouts
 from tilelang_ext.metal.operators import RULES
 from tilelang_ext.metal.parameter_order import order_parameters
+from tilelang_ext.metal.reduced_fragments import LayOutReducedFragments
 from tilelang_ext.metal.staged_reads import StageReads
 from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
 from tilelang_ext.passes.booleans import SpellBooleans
@@ -65,7 +66,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = expand_block_scaled_gemms(mod)
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
-    mod = OneInstruction(mod)
+    mod = LayOutReducedFragments(OneInstruction(mod))
     stages = stages_of_buffers(mod)
     mod = DropUnitAxes(mod)
     mod = spell_operators(mod, RULES)
