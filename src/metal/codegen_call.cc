@@ -379,8 +379,9 @@ void CodeGenMetal::VisitExpr_(const CallNode* op, std::ostream& os) {
   } else if (op->op.same_as(builtin::assume())) {
     // Metal cannot use it.
   } else if (name.compare(0, 3, "tl.") == 0) {
-    TVM_FFI_THROW(ValueError) << name
-                              << ": is not available on Metal; got a call of it; see the support matrix in README.md";
+    TVM_FFI_THROW(NotImplementedError) << "T." << name.substr(3)
+                                       << ": must be an operator that target metal has; got a call of it; "
+                                          "docs/guide/language_support.md lists those that it has";
   } else {
     CodeGenC::VisitExpr_(op, os);
   }

@@ -112,6 +112,17 @@ inline float$ hypot(float$ x, float$ y) {
 }
 )"},
 
+      {"next_after", {}, R"(
+// The float beside x in the direction of y: the next or the last code, whose order is that of magnitudes.
+inline float$ next_after(float$ x, float$ y) {
+  int$ code = as_type<int$>(x);
+  int$ beside = select(code - int$(1), code + int$(1), (x < y) == (x > float$(0.0f)));
+  beside = select(beside, (as_type<int$>(y) & int$(0x80000000)) | int$(1), x == float$(0.0f));
+  beside = select(beside, as_type<int$>(y), x == y);
+  return select(as_type<float$>(beside), x + y, !(x <= y) && !(x >= y));
+}
+)"},
+
       // ---- narrow floats to half or float: exact, by bits ------------------------------------------------------
       {"e4m3fn_to_half", {}, R"(
 // E4M3 (bias 7): its bits, read as a half (bias 15), are 2^-8 of the value, subnormals included. 0x7f is NaN.

@@ -246,6 +246,7 @@ std::string MathFunction(const std::string& name) {
       {"max", "max"},
       {"min", "min"},
       {"nearbyint", "rint"},
+      {"nextafter", "next_after"},
       {"popcount", "popcount"},
       {"pow", "pow"},
       {"rint", "rint"},

@@ -109,8 +109,8 @@ def vector_load(x, s):
 @pytest.mark.parametrize(
     ("write", "error", "message"),
     [
-        (shuffle, NotImplementedError, r"target c: blocks have one thread, .*; got tl\.warp_reduce_sum; use tile operators"),
-        (scan, NotImplementedError, r"target c: tile operators must be copy, .*; got cumsum; write it with these"),
+        (shuffle, NotImplementedError, r"T\.warp_reduce_sum: .+; got it on target c; use tile operators"),
+        (scan, NotImplementedError, r"T\.cumsum: target c has no scans; got it on target c; write the loop"),
         (thread, NotImplementedError, r"target c: blocks have one thread; got thread index \w+ in .*; use tile operators"),
         (vector, NotImplementedError, r"target c: one float16 at a time can be .*; got .*; cast to float32"),
         (vector_load, NotImplementedError, r"target c: one float8_e5m2 at a time can be .*; got h\["),

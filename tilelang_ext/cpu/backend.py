@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import tilelang.cpu.op.gemm  # noqa: F401  upstream's registration comes first, ours narrows it
@@ -12,19 +13,22 @@ from tilelang.cpu.pipeline import CPUPassPipelineBody
 from tilelang.jit.adapter import wrapper
 from tilelang.tileop.gemm.registry import register_gemm_impl
 from tvm import IRModule
+from tvm.ir.transform import PassContext
 from tvm.target import Target
 
 from tilelang_ext import registration
 from tilelang_ext.cpu import narrow_floats, pipeline
 from tilelang_ext.cpu.gemm import OneThreadGemm
-from tilelang_ext.cpu.one_thread_blocks import needs_one_thread_blocks
+from tilelang_ext.cpu.one_thread_blocks import RefuseThreadIndices, needs_one_thread_blocks, needs_scalars
 from tilelang_ext.cpu.operators import RULES, register_functions
 from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
 from tilelang_ext.passes.float_constants import SpellFloatConstants, by_ldexp
+from tilelang_ext.passes.foreign_calls import naming_unknown, refuse_foreign
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
+from tilelang_ext.passes.vector_lanes import SelectLanes
 from tilelang_ext.registration import has_key
 
 _BUILD = "target.build.tilelang_c"
@@ -66,10 +70,24 @@ def normalize_target(target: TargetLike) -> Target | None:
 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
+    mod = RefuseThreadIndices(refuse_foreign(mod, "c"))
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
-    mod = GuardEmptyLoops(KeepFloatArithmetic(SpellBooleans(spell_operators(mod, RULES))))
-    return CPUPassPipelineBody(mod, registration.without_key(target))
+    mod = GuardEmptyLoops(KeepFloatArithmetic(SpellBooleans(SelectLanes(spell_operators(mod, RULES)))))
+    with _without_vectors() if needs_scalars(mod) else contextlib.nullcontext():
+        return CPUPassPipelineBody(mod, registration.without_key(target))
+
+
+def _without_vectors() -> PassContext:
+    """Return the caller's pass context without the vectoriser."""
+    current = PassContext.current()
+    return PassContext(
+        current.opt_level,
+        required_pass=list(current.required_pass),
+        disabled_pass=list(current.disabled_pass),
+        instruments=list(current.instruments or []),
+        config={**dict(current.config), "tirx.disable_vectorize": True},
+    )
 
 
 def _wrap_builder() -> None:
@@ -79,9 +97,11 @@ def _wrap_builder() -> None:
         upstream = tvm_ffi.get_global_func(_BUILD)
         tvm_ffi.register_global_func(f"{_BUILD}.upstream", upstream)
 
+    generate = naming_unknown(upstream, "c")
+
     def build(mod: IRModule, target: Target):
         mod = SpellFloatConstants(ReleaseFloatArithmetic(mod), by_ldexp)
-        return upstream(WrapNarrowIntegers(mod), registration.without_key(target))
+        return generate(WrapNarrowIntegers(mod), registration.without_key(target))
 
     tvm_ffi.register_global_func(_BUILD, build, override=True)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from tvm import tirx
+from tvm import IRModule, tirx
 from tvm.ir import Op, PointerType
 from tvm.tirx.transform import prim_func_pass
 
@@ -23,6 +23,17 @@ _TILES = ("shared", "shared.dyn", "local.fragment")
 _TILE_OPERATORS = ("copy", "async_copy", "fill", "gemm", "reduce", "transpose", "atomicadd", "atomicmax", "atomicmin")
 # Fast math functions and their exact versions.
 _EXACT = {f"tl.__{name}": Op.get(f"tirx.{name}") for name in ("exp", "exp10", "log", "log2", "log10", "sin", "cos", "tan")}
+
+# Functions that upstream's generator has for scalars only.
+_FUNCTIONS = {
+    *(f"tirx.{name}" for name in (
+        "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "call_pure_extern", "ceil", "copysign", "cos", "cosh",
+        "erf", "exp", "exp10", "exp2", "fabs", "floor", "fmod", "hypot", "isnan", "ldexp", "log", "log10", "log1p", "log2",
+        "nearbyint", "nextafter", "pow", "reinterpret", "round", "rsqrt", "sigmoid", "sin", "sinh", "sqrt", "tan", "tanh",
+        "trunc",
+    )),
+    *_EXACT,
+}  # fmt: skip
 
 
 def _name(node) -> str:
@@ -55,6 +66,25 @@ def needs_one_thread_blocks(func: tirx.PrimFunc) -> bool:
         or any(is_large(buffer) for buffer in buffers)
         or any(is_carried(dtype) and dtype != "float16" for dtype in dtypes)
     )
+
+
+def needs_scalars(mod: IRModule) -> bool:
+    """Whether upstream's generator cannot print vectors of `mod`: it copies half, computes with none, and has no functions."""
+    found = []
+
+    def visit(node):
+        if isinstance(node, tirx.Call) and isinstance(node.op, Op):
+            found.append(node.op.name in _FUNCTIONS)
+        elif isinstance(node, tirx.BufferLoad | tirx.BufferStore):
+            found.append(str(node.buffer.dtype) == "bool")
+        elif isinstance(node, tirx.Cast):
+            found.append(str(node.dtype) == "bool" or "float16" in (str(node.dtype), str(node.value.dtype)))
+        elif isinstance(node, tirx.Add | tirx.Sub | tirx.Mul | tirx.Div | tirx.Max | tirx.Min):
+            found.append(str(node.dtype) == "float16")
+
+    for func in mod.functions.values():
+        tirx.stmt_functor.post_order_visit(func.body, visit)
+    return any(found)
 
 
 def _check_thread_indices(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:

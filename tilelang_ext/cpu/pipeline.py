@@ -10,7 +10,7 @@ from tvm import IRModule, s_tir, tirx
 from tvm.target import Target
 
 from tilelang_ext.cpu.narrow_floats import CarryNarrowFloats
-from tilelang_ext.cpu.one_thread_blocks import OneThreadBlocks, RefuseThreadIndices
+from tilelang_ext.cpu.one_thread_blocks import OneThreadBlocks
 from tilelang_ext.cpu.operators import RULES
 from tilelang_ext.cpu.workspace import PlaceLargeArrays
 from tilelang_ext.formats import E2M1
@@ -19,6 +19,7 @@ from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.operators import spell_operators
+from tilelang_ext.passes.vector_lanes import SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
 
 
@@ -34,10 +35,10 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     transform = tilelang.transform
     mod = expand_block_scaled_gemms(mod, without=(E2M1.dtype,))
     mod = tirx.transform.BindTarget(target)(mod)
-    mod = RefuseThreadIndices(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = OneThreadBlocks(mod)
     mod = spell_operators(mod, RULES)
+    mod = SelectLanes(mod)
     mod = SpellBooleans(mod)
     mod = KeepFloatArithmetic(mod)
     mod = GuardEmptyLoops(mod)

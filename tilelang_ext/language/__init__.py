@@ -9,7 +9,7 @@ from tilelang_ext.formats import BlockScaledLayout
 from tilelang_ext.language.e8m0 import e8m0_to_float
 from tilelang_ext.language.fp8_scaled_matmul import fp8_scaled_matmul
 from tilelang_ext.language.gemm_blockscaled import gemm_blockscaled
-from tilelang_ext.language.messages import quieten
+from tilelang_ext.language.messages import quieten as _quieten
 from tilelang_ext.language.moe import moe_gather, moe_scatter
 from tilelang_ext.language.mx_quantize import mx_quantize
 from tilelang_ext.language.mxfp4_dequant import mxfp4_dequant
@@ -31,4 +31,4 @@ __all__ = [
     "swiglu",
 ]
 
-quieten(frozenset(__all__) - frozenset(_upstream.__all__))
+_quieten(frozenset(__all__) - frozenset(_upstream.__all__))

@@ -18,15 +18,15 @@ from tilelang_ext import registration
 from tilelang_ext.metal import pipeline
 from tilelang_ext.metal.fragment_to_simdgroup import FragmentGemm
 from tilelang_ext.native import library_digest, load_library
+from tilelang_ext.passes.foreign_calls import naming_unknown
 
 
 def register() -> None:
     """Register the code generator, the GEMM implementations and the pass list for target kind `metal`; idempotent."""
     load_library()
-    build = tvm_ffi.get_global_func("tilelang_ext.build_metal")
-    build_without_compile = tvm_ffi.get_global_func("tilelang_ext.build_metal_without_compile")
-    tvm_ffi.register_global_func("target.build.tilelang_metal", build, override=True)
-    tvm_ffi.register_global_func("target.build.tilelang_metal_without_compile", build_without_compile, override=True)
+    for name in ("metal", "metal_without_compile"):
+        build = naming_unknown(tvm_ffi.get_global_func(f"tilelang_ext.build_{name}"), "metal")
+        tvm_ffi.register_global_func(f"target.build.tilelang_{name}", build, override=True)
     for instruction in (GEMM_INST_METAL, GEMM_INST_METAL_COOPERATIVE_TENSOR):
         register_gemm_impl(instruction, instruction, target_is_metal, FragmentGemm)
     register_target_normalizer("metal", normalize_target, override=True)

@@ -30,6 +30,7 @@ from tilelang_ext.passes.divergent_barriers import PartDivergentBarriers
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
+from tilelang_ext.passes.foreign_calls import refuse_foreign
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
@@ -39,6 +40,7 @@ from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.unit_axes import DropUnitAxes
+from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
 
 
@@ -64,12 +66,14 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     transform = tilelang.transform
     config = transform.get_pass_context()
     mod = expand_block_scaled_gemms(mod)
+    mod = refuse_foreign(mod, "metal")
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = LayOutReducedFragments(OneInstruction(mod))
     stages = stages_of_buffers(mod)
     mod = DropUnitAxes(mod)
     mod = spell_operators(mod, RULES)
+    mod = SelectLanes(mod)
     mod = CountLanes(mod, 32, keep_default=True)
     mod = SpellScalarAtomics(mod)
     mod = SpellBooleans(mod)
@@ -118,6 +122,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.FlattenBuffer()(mod)
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)
+    mod = KeepShufflesScalar(mod)
     mod = transform.VectorizeLoop(enable_vectorize=allow_vectorize(pass_ctx=config))(mod)
     mod = PlaceMarks(mod)
     mod = transform.StorageRewrite()(mod)

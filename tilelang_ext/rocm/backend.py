@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import tilelang.rocm.op.gemm  # noqa: F401  upstream's registration comes first, ours replaces it
+import tvm_ffi
 from tilelang.backend.target import TargetLike, register_target_normalizer
 from tilelang.rocm.target import normalize_rocm_target, target_is_hip
 from tilelang.tileop.gemm.registry import register_gemm_impl
 from tvm.target import Target
 
 from tilelang_ext import registration
+from tilelang_ext.passes.foreign_calls import naming_unknown
 from tilelang_ext.rocm import pipeline
 from tilelang_ext.rocm.block_scaled import TAKES_SCALES
 from tilelang_ext.rocm.gemm import MfmaGemm, WmmaGemm
@@ -25,6 +27,8 @@ def register() -> None:
     registration.replace_pass_list("rocm", "hip", pipeline.lower)
     for name in ("tilelang_hip", "tilelang_hip_without_compile"):
         registration.wrap_builder(f"target.build.{name}", pipeline.spell)
+        generate = naming_unknown(tvm_ffi.get_global_func(f"target.build.{name}"), "hip")
+        tvm_ffi.register_global_func(f"target.build.{name}", generate, override=True)
 
 
 def _mfma_gemm(gemm_node) -> MfmaGemm:

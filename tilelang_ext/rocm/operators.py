@@ -6,10 +6,11 @@ from tvm import DataType, tirx
 from tvm.ir import Op
 
 from tilelang_ext.formats import FORMATS
-from tilelang_ext.passes.operators import Rule, device_assert, infinity, nearest_even, no_hints, only_to_nearest
+from tilelang_ext.passes.operators import Rule, device_assert, infinity, nearest_even, no_hints
+from tilelang_ext.passes.plain_words import arithmetic, likely, unsigned_bits, wide_nextafter
 
 _NARROW = {format.dtype for format in FORMATS}
-_OPERATORS = {"tl.ieee_add": tirx.Add, "tl.ieee_sub": tirx.Sub, "tl.ieee_mul": tirx.Mul, "tl.ieee_fdiv": tirx.Div}
+_SHUFFLES = {f"tirx.tvm_warp_shuffle{way}": f"tl.shfl{way}_sync" for way in ("", "_up", "_down")}
 
 _NOT_OF_HALVES = ("pow", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "log1p")
 _FAST = ("exp", "exp10", "log", "log2", "log10", "tan", "cos", "sin")
@@ -33,19 +34,6 @@ def _precise(call: tirx.Call) -> tirx.Call:
     return tirx.Call(call.dtype, Op.get("tirx." + call.op.name.removeprefix("tl.__")), call.args)
 
 
-def _to_nearest(call: tirx.Call) -> tirx.PrimExpr:
-    """`T.ieee_*` to nearest, which is how HIP's operators and functions round."""
-    name, operands = call.op.name, [operand for operand in call.args if not isinstance(operand, tirx.StringImm)]
-    if name in _OPERATORS:
-        return _OPERATORS[name](*operands)
-    if name == "tl.ieee_fmaf":
-        return tirx.call_pure_extern(call.dtype, "fma" if DataType(call.dtype).bits == 64 else "fmaf", *operands)
-    root = tirx.Call(call.dtype, Op.get("tirx.sqrt"), operands)
-    if name == "tl.ieee_fsqrt":
-        return root
-    return tirx.const(1.0, call.dtype) / (operands[0] if name == "tl.ieee_frcp" else root)
-
-
 def _print(call: tirx.Call) -> tirx.Call | None:
     """`T.print` of a narrow float as a float: upstream's text reads its code as the chip's own format has it."""
     name, *operands = call.args
@@ -54,12 +42,13 @@ def _print(call: tirx.Call) -> tirx.Call | None:
     return tirx.Call(call.dtype, call.op, [name, *operands[:-1], tirx.Cast("float32", operands[-1])])
 
 
-def _checked(check: Rule) -> Rule:
-    def rule(call: tirx.Call) -> tirx.PrimExpr:
-        check(call)
-        return _to_nearest(call)
+def _shuffle(call: tirx.Call) -> tirx.Call:
+    """TVM's shuffles, whose names in HIP have no definition, by those of tilelang; the last operand is the warp's size."""
+    return tirx.Call(call.dtype, Op.get(_SHUFFLES[call.op.name]), call.args[:4])
 
-    return rule
+
+def _active(call: tirx.Call) -> tirx.Cast:
+    return tirx.Cast(call.dtype, tirx.Call("uint64", Op.get("tl.activemask"), []))
 
 
 RULES: dict[str, Rule] = {
@@ -70,7 +59,11 @@ RULES: dict[str, Rule] = {
     "tirx.round": _round,
     **dict.fromkeys((f"tirx.{name}" for name in _NOT_OF_HALVES), _in_float),
     **{f"tl.__{name}": _precise for name in _FAST},
-    "tl.ieee_frsqrt": _to_nearest,
-    **{name: _checked(check) for name, check in only_to_nearest("AMD").items()},
+    **dict.fromkeys(_SHUFFLES, _shuffle),
+    "tirx.tvm_warp_activemask": _active,
+    "tirx.popcount": unsigned_bits,
+    "tirx.likely": likely,
+    "tirx.nextafter": wide_nextafter,
+    **arithmetic("AMD"),
     **no_hints(),
 }

@@ -23,6 +23,7 @@ from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
 from tilelang_ext.passes.float_constants import SpellFloatConstants, by_bits
+from tilelang_ext.passes.foreign_calls import refuse_foreign
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
@@ -33,6 +34,7 @@ from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.unit_axes import DropUnitAxes
+from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
 from tilelang_ext.rocm.all_reduce import count_from, with_participants
 from tilelang_ext.rocm.async_copy import CopyWords
@@ -65,11 +67,13 @@ def lower(mod: IRModule, target: Target) -> IRModule:
         mod, native=lambda gemm: lower_block_scaled_gemm(gemm, target), without=(E2M1.dtype, E8M0.dtype)
     )
     mod = lower_block_scaled(mod, target)
+    mod = refuse_foreign(mod, "hip")
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = SumHalvesInFloat(mod)
     mod = DropUnitAxes(mod)
     mod = spell_operators(mod, RULES)
+    mod = SelectLanes(mod)
     mod = CountLanes(mod, int(target.attrs["thread_warp_size"]), keep_default=False)
     mod = SpellScalarAtomics(mod)
     mod = SpellBooleans(mod)
@@ -116,6 +120,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.FlattenBuffer()(mod)
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)
+    mod = KeepShufflesScalar(mod)
     mod = transform.VectorizeLoop(enable_vectorize=allow_vectorize(pass_ctx=config))(mod)
     mod = PlaceMarks(mod)
     mod = transform.StorageRewrite()(mod)
