@@ -2,6 +2,7 @@
 # make test     the tests; TESTS=testing/metal runs a part of them, TESTS="--one-case-in 3" a third of the cases of each; make
 #               test-changed runs those that a change since their last run may have broken; make test-peers also runs other
 #               libraries' kernels
+# make mutants FILES=tilelang_ext/passes   changes a point of these files and says which test notices; COUNT=20 SEED=1 LIMIT=300
 # make hip      installs the compiler for AMD GPUs (root and apt-get for clang), which the tests marked hip need
 # make wheel    builds a wheel into dist; make sdist a source distribution
 # make venv     prepares the environment only; make doctor says what is missing; make lint, make format, make clean
@@ -12,6 +13,10 @@ TILELANG ?= 0.1.15
 TESTS ?=
 WORKERS ?= logical --maxprocesses 8
 CMAKE_FLAGS ?=
+FILES ?= tilelang_ext src
+COUNT ?= 20
+SEED ?= 1
+LIMIT ?= 300
 
 VENV := .venv$(if $(filter-out 0.1.15,$(TILELANG)),-$(TILELANG))
 BIN := $(VENV)/bin
@@ -24,7 +29,7 @@ ifeq ($(wildcard requirements/tilelang-$(TILELANG).txt),)
 $(error TILELANG: must be one of $(patsubst requirements/tilelang-%.txt,%,$(wildcard requirements/tilelang-*.txt)); got $(TILELANG); pass one of these)
 endif
 
-.PHONY: venv matmul test test-changed test-peers hip wheel sdist doctor lint lint-ruff lint-format lint-spelling lint-cpp lint-types format clean always
+.PHONY: venv matmul test test-changed test-peers mutants hip wheel sdist doctor lint lint-ruff lint-format lint-spelling lint-cpp lint-types format clean always
 
 venv: $(VENV)/.built
 
@@ -47,6 +52,10 @@ $(VENV)/.untraced: $(UNTRACED)
 # Downloads other libraries' kernels and runs them in the simulator beside ours.
 test-peers: venv
 	$(BIN)/python -m pytest -m peers $(TESTS)
+
+# Outside of CI: a mutant takes seconds if a test notices it, LIMIT seconds if none does. Those judged before are not run again.
+mutants: venv
+	$(BIN)/python testing/mutants.py $(FILES) --count $(COUNT) --seed $(SEED) --limit $(LIMIT)
 
 hip: $(VENV)/.requirements
 	@requirements/install_hip.sh $(CURDIR)/$(BIN)/python

@@ -1,0 +1,44 @@
+"""Which tests notice a change of a file: those that stand closest first, since a mutant is run until one of them fails."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The first row whose pattern matches the path counts. `{0}` is what the pattern's first group matched, `{operator}` the folder
+# of a kernel; of what a row names, what exists is run.
+_ROWS = (
+    (r"tilelang_ext/passes/(\w+)", "passes/test_{0} passes cpu language/test_gemm_blockscaled metal/test_arithmetic"),
+    (r"tilelang_ext/program/", "test_program test_several_kernels launch/test_plan metal/test_run simulator/test_errors"),
+    (r"tilelang_ext/simulator/(hip|tokens)", "simulator/test_hip_errors simulator/test_hip_findings simulator"),
+    (r"tilelang_ext/(simulator/|simulation)", "simulator"),
+    (r"tilelang_ext/cuda/(\w+)", "cuda/test_{0} cuda/test_repairs cuda/test_codes cuda"),
+    (r"tilelang_ext/cpu/(\w+)", "cpu/test_{0} cpu"),
+    (r"tilelang_ext/rocm/(\w+)", "rocm/test_{0} rocm/test_repairs rocm/test_spelling rocm/test_values rocm"),
+    (r"tilelang_ext/metal/(\w+)", "metal/test_{0} metal/test_gemm metal/test_reduce metal/test_arguments metal"),
+    (r"tilelang_ext/language/(\w+)", "language/test_{0} language"),
+    (r"tilelang_ext/launch/(\w+)", "launch/test_{0} launch"),
+    (r"tilelang_ext/kernels/__init__", "test_public_names"),
+    (r"tilelang_ext/kernels/\w+/sm90_", "kernels/{operator}/test_plan kernels/{operator}/test_sm90 kernels/{operator}"),
+    (r"tilelang_ext/kernels/\w+/(\w+)", "kernels/{operator}/test_{0} kernels/{operator}/test_plan kernels/{operator}"),
+    (r"tilelang_ext/(formats|codes)", "formats cpu/test_narrow_floats"),
+    (r"tilelang_ext/(quantization|reference|checkpoints)", "formats"),
+    (r"tilelang_ext/export/", "export"),
+    (r"tilelang_ext/(\w+)", "test_{0} test_registration test_public_names test_ahead export kernels/mxfp4_moe/test_mlx"),
+    (r"src/launch/(\w+)", "launch/test_{0} launch/test_direct launch/test_plan launch"),
+    (r"src/metal/", "metal/test_codegen_text metal/test_codegen_operations metal/test_codegen_types metal"),
+    (r"src/simulator/hip/(\w+)", "simulator/test_hip_{0} simulator/test_hip_findings simulator/test_hip_numerics simulator"),
+    (r"src/simulator/", "simulator/test_findings simulator/test_hip_findings simulator/test_numerics simulator"),
+    (r"src/rocm/include/", "rocm/test_compile rocm/test_compile_repairs rocm"),
+)
+
+
+def tests_of(path: str) -> list[str]:
+    """Files and folders of tests, relative to the root, each once."""
+    for pattern, names in _ROWS:
+        if match := re.match(pattern, path):
+            operator = path.split("/")[2] if path.startswith("tilelang_ext/kernels/") else ""
+            wanted = [name.format(*match.groups(), operator=operator) for name in names.split()]
+            paths = [f"testing/{name}{'.py' if 'test_' in name else ''}" for name in wanted]
+            return [path for path in dict.fromkeys(paths) if (ROOT / path).exists()]
+    return []
