@@ -38,6 +38,31 @@ def test_barrier_with_the_wrong_flag(flag):
     assert "race" in kinds_at(report, line_of(source, LOAD_A))
 
 
+BARRIERS = ("mem_device", "mem_threadgroup", "mem_texture", "mem_none")
+
+
+def test_barriers_order_the_memory_that_they_name():
+    """An exchange in device memory, between simdgroups and within one, and accesses that lie across an end."""
+    source = kernels.HEADER + (
+        "kernel void f(device float* y [[buffer(0)]], device float* z [[buffer(1)]], constant int& which [[buffer(2)]],\n"
+        " uint i [[thread_position_in_grid]]) {\n  threadgroup float a[6];\n  y[i] = i;\n"
+        + "".join(f"  if (which == {n}) threadgroup_barrier(mem_flags::{flag});\n" for n, flag in enumerate(BARRIERS))
+        + "".join(f"  if (which == {n + 4}) simdgroup_barrier(mem_flags::{flag});\n" for n, flag in enumerate(BARRIERS))
+        + "  if (which < 8) z[i] = y[i ^ (which < 4 ? 32 : 1)];\n"
+        "  if (which == 8 && i == 0) *(threadgroup long*)(a + 5) = 1;\n"
+        "  if (which == 9 && i == 0) *(device long*)(z + 63) = 1;\n}\n"
+    )
+
+    def found(which):
+        arguments = torch.zeros(64), torch.zeros(64), torch.tensor([which], dtype=torch.int32)
+        return execute_msl(source, "f", arguments, grid=(1, 1, 1), threads=(64, 1, 1)).findings
+
+    kinds = [{finding.kind for finding in found(which)} for which in range(8)]
+    assert kinds == 2 * [set(), {"race"}, {"race"}, {"race"}]
+    ends = "8 bytes at byte 20 of threadgroup array 'a' of 24 bytes", "8 bytes at byte 252 of buffer 'z' of 256 bytes"
+    assert [found(which)[0].message for which in (8, 9)] == [f"write of {end}" for end in ends]
+
+
 def test_read_past_a_device_buffer():
     source = plant(kernels.GEMM, "= B[k * 64 +", "= B[(k + 16) * 64 +")
     report, _, _ = run_gemm(source)

@@ -113,6 +113,49 @@ def test_votes(arch):
         assert np.array_equal(got, np.broadcast_to(np.asarray(wanted, np.int32), 128)), i
 
 
+def test_functions_and_atomics():
+    """Bits, math and atomics of one thread, or of all on one word; a word that already holds more, or less, keeps it."""
+    expected = {
+        "__popc(0xf0f1u)": 9, "__clzll(1)": 63, "__clzll(0)": 64, "__ffsll(4ll << 32)": 35, "__clz(0)": 32,
+        "__float_as_int(-2.0f)": -(1 << 30), "int(__int_as_float(0x40400000))": 3, "int(__uint_as_float(0x40a00000u))": 5,
+        "__float_as_uint(2.0f)": 1 << 30, "int(__hiloint2double(0x40080000, 0) * 2)": 6,
+        "int(16 * __fdividef(3.0f, 4.0f))": 12, "int(__powf(2.0f, 5.0f))": 32, "int(16 * __frcp_rn(8.0f))": 2,
+        "int(8 * __frsqrt_rn(16.0f))": 2, "int(16 * rsqrtf(4.0f))": 8, "int(16 * hrsqrt(_Float16(16)))": 4,
+        "int(__ocml_pown_f16(_Float16(3), 2))": 9, "int(__ocml_sqrt_f16(_Float16(9)))": 3, "int(ldexpf(3.0f, 4))": 48,
+        "int(fmaf(2.0f, 3.0f, 4.0f))": 10, "int(fmin(2.0f, 3.0f) + 10 * fmax(2.0f, 3.0f))": 32,
+        "int(1000 * expm1f(1.0f))": 1718, "int(4096 * __half2float(__float2half(0.1f)))": 409,
+        "__builtin_amdgcn_sudot4(false, 0x80ff7f01, true, 0x020304ff, 1, false)": -1 + 127 * 4 + 255 * 3 + 128 * 2 + 1,
+        "__builtin_amdgcn_sudot4(true, 0x80ff7f01, false, 0x020304ff, 1, false)": 255 + 127 * 4 - 3 - 128 * 2 + 1,
+        "__builtin_amdgcn_sdot4(0x80ff7f01, 0x020304ff, 1, false)": -1 + 127 * 4 - 3 - 128 * 2 + 1,
+    }  # fmt: skip
+    first = [5, 5, 7, 7, 100, -5, -1, 64, 64, 21, 9]
+    atomics = """
+  atomicAdd(box + 0, value), atomicSub(box + 1, value), atomicMax(box + 2, value), atomicMin(box + 3, value);
+  atomicMax(box + 4, value), atomicMin(box + 5, value), atomicAnd(box + 6, value | 64), atomicOr(box + 7, value);
+  atomicXor(box + 8, value), unsafeAtomicAdd(&sum, 0.5f);
+  if (t == 5) r[0] = atomicExch(box + 9, 22), r[1] = atomicCAS(box + 10, 9, 11), r[2] = atomicCAS(box + 10, 9, 13);
+  __syncthreads();
+"""
+    numbers = range(len(expected) + len(first) + 4)
+    words = [*expected, *(f"box[{i}]" for i in range(len(first))), "int(sum)"]
+    report, r = results(
+        f"  __shared__ int box[{len(first)}];\n  __shared__ float sum;\n"
+        + "".join(f"  if (t == 0) box[{i}] = {value};\n" for i, value in enumerate(first))
+        + "  if (t == 0) sum = 1;\n  __syncthreads();\n"
+        + atomics
+        + "".join(f"  r[{i + 3}] = {word};\n" for i, word in enumerate(words)),
+        "gfx942",
+        len(numbers),
+    )
+    assert report.findings == ()
+    values = np.arange(128) * 7 % 31
+    total, either = int(values.sum()), int(np.bitwise_xor.reduce(values))
+    left = [5 + total, 5 - total, 30, 0, 100, -5, 64, 64 | 31, 64 ^ either, 22, 11, 65]
+    assert r[:3, 5].tolist() == [21, 9, 11]
+    for word, got, wanted in zip(words, r[3:, 0], [*expected.values(), *left], strict=True):
+        assert got == wanted, word
+
+
 @pytest.mark.parametrize("arch", WAVES)
 def test_lanes_that_are_not_there_do_not_take_part(arch):
     """Inside a branch the lanes of that branch meet, in the order of the kernel's lines though a template is elsewhere."""

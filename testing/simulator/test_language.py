@@ -100,6 +100,16 @@ SHUFFLES = {
     "int(simd_all(v > 30))": lambda v: np.full(32, int((v > 30).all())),
     "int(ulong(simd_ballot(v & 1)))": lambda v: np.full(32, np.packbits(v & 1, bitorder="little").view(np.int32)[0]),
     "simd_shuffle_xor(int2(v, -v), 1).y": lambda v: -v[np.arange(32) ^ 1],
+    "simd_shuffle_and_fill_up(v, -5, 3)": lambda v: np.concatenate([[-5] * 3, v[:-3]]),
+    "simd_shuffle_and_fill_down(v, -5, 3)": lambda v: np.concatenate([v[3:], [-5] * 3]),
+    "simd_shuffle_rotate_up(v, 3)": lambda v: np.roll(v, 3),
+    "simd_shuffle_rotate_down(v, 3)": lambda v: np.roll(v, -3),
+    "simd_broadcast_first(v + int(lane))": lambda v: np.full(32, v[0]),
+    "simd_prefix_inclusive_product(v & 3)": lambda v: np.cumprod(v & 3, dtype=np.int32),
+    "simd_prefix_exclusive_product(v & 3)": lambda v: np.cumprod([1, *(v & 3)[:-1]], dtype=np.int32),
+    "quad_product(v)": lambda v: np.repeat(v.reshape(8, 4).prod(1), 4),
+    "quad_min(v + int(lane))": lambda v: np.repeat((v + np.arange(32)).reshape(8, 4).min(1), 4),
+    "quad_max(v - int(lane))": lambda v: np.repeat((v - np.arange(32)).reshape(8, 4).max(1), 4),
 }  # fmt: skip
 
 
@@ -150,6 +160,33 @@ VALUES = {
     "short(-7) >> 1": -4,
     "int(char(200))": -56,
     "float(bool2(true, false).x)": 1,
+    "sinpi(0.5f) + 2 * cospi(1.0f)": -1,
+    "fract(2.75f) + fract(-0.25f) * 2": 2.25,
+    "powr(2.0f, 3.0f) + fmod(-7.0f, 3.0f) + ldexp(3.0f, 4)": 55,
+    "mix(2.0f, 6.0f, 0.25f) + divide(1.0f, 4.0f)": 3.25,
+    "step(2.0f, 2.0f) + step(2.0f, 1.0f) * 2 + sign(-3.0f) * 4 + copysign(3.0f, -0.0f) * 8": -27,
+    "min3(3.0f, 1.0f, 2.0f) + max3(2.0f, 3.0f, 1.0f) * 10 + fmin(2.0f, 3.0f) * 100 + fmax(2.0f, 3.0f) * 1000": 3231,
+    "abs(short(-5)) + abs(-2.5f) + abs(3u)": 10.5,
+    "mulhi(1 << 30, -8)": -2,
+    "mulhi(0x80000000u, 6u)": 3,
+    "insert_bits(0xffffu, 0x100u, 4, 8)": 0xF00F,
+    "insert_bits(0u, 0xffffffffu, 0, 32) >> 31": 1,
+    "extract_bits(short(0x0f80), 4, 8)": -8,
+    "extract_bits(7u, 0, 0)": 0,
+    "reverse_bits(uchar(3)) + (reverse_bits(1u) >> 28)": 0xC8,
+    "rotate(uchar(0x81), uchar(9)) + rotate(5u, 32u)": 8,
+    "clz(ushort(0)) + ctz(uchar(0)) + clz(long(1))": 16 + 8 + 63,
+    "dot(select(float2(1, 2), float2(30, 40), bool2(false, true)), float2(1, 1))": 41,
+    "(bfloat(3.0f) / 2.0f) + (6.0f / bfloat(2.0f)) * 8": 25.5,
+    "(bfloat(3.0f) - 2.0f) + (7.0f - bfloat(2.0f)) * 8 + bfloat(3.0f) * 2.0f * 64 + (bfloat(3.0f) + 2.0f) * 512": 2985,
+    "numeric_limits<int>::max() == INT_MAX && numeric_limits<int>::lowest() == INT_MIN": 1,
+    "numeric_limits<ulong>::max() == ~ulong(0) && numeric_limits<ulong>::min() == 0": 1,
+    "numeric_limits<short>::max() == 32767 && numeric_limits<short>::min() == -32768 && numeric_limits<bool>::max()": 1,
+    "numeric_limits<int>::digits + numeric_limits<uchar>::digits + numeric_limits<half>::digits": 31 + 8 + 11,
+    "numeric_limits<half>::max() + numeric_limits<half>::lowest() * 2.0f": -65504,
+    "numeric_limits<half>::min() * 0x1p14f + numeric_limits<half>::epsilon() * 0x1p11f": 3,
+    "numeric_limits<half>::denorm_min() * 0x1p24f + numeric_limits<bfloat>::epsilon() * 0x1p8f": 3,
+    "isnan(numeric_limits<half>::quiet_NaN()) && isinf(numeric_limits<bfloat>::infinity())": 1,
 }
 
 
@@ -208,27 +245,32 @@ def test_entries_by_host_name_and_template_arguments():
 
 
 def test_positions():
+    """What a thread is told of where it stands, with extents that are all different."""
+    grid, threads = (2, 3, 4), (5, 3, 3)
+    told = ["thread_position_in_threadgroup", "threadgroup_position_in_grid", "thread_position_in_grid", "threads_per_grid"]
+    told += ["threadgroups_per_grid", "threads_per_threadgroup", "dispatch_threads_per_threadgroup"]
+    alone = ["thread_index_in_threadgroup", "simdgroup_index_in_threadgroup", "thread_index_in_simdgroup"]
+    alone += ["quadgroup_index_in_threadgroup", "thread_index_in_quadgroup", "simdgroups_per_threadgroup"]
+    alone += ["quadgroups_per_threadgroup", "threads_per_simdgroup", "thread_execution_width"]
+    alone += ["dispatch_simdgroups_per_threadgroup", "dispatch_quadgroups_per_threadgroup"]
+    parameters = [f"{'ushort3' if i % 2 else 'uint3'} a{i} [[{name}]]" for i, name in enumerate(told)]
+    parameters += [f"{'ushort' if i % 2 else 'uint'} b{i} [[{name}]]" for i, name in enumerate(alone)]
+    values = [f"a{i}.{axis}" for i in range(len(told)) for axis in "xyz"] + [f"b{i}" for i in range(len(alone))]
     source = (
-        kernels.HEADER
-        + """
-kernel void f(device uint* y [[buffer(0)]], uint2 g [[thread_position_in_grid]], ushort2 t [[thread_position_in_threadgroup]],
-              uint3 group [[threadgroup_position_in_grid]], uint3 groups [[threadgroups_per_grid]],
-              ushort2 size [[threads_per_threadgroup]], uint2 whole [[threads_per_grid]],
-              ushort i [[thread_index_in_threadgroup]],
-              ushort simd [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]],
-              uint simds [[simdgroups_per_threadgroup]], uint width [[threads_per_simdgroup]],
-              ushort quad [[quadgroup_index_in_threadgroup]], ushort of_quad [[thread_index_in_quadgroup]],
-              uint quads [[quadgroups_per_threadgroup]]) {
-  bool right = g.x == group.x * size.x + t.x && g.y == group.y * size.y + t.y && i == t.y * size.x + t.x &&
-      simd == i / width && lane == i % width && simds == 2 && whole.x == groups.x * size.x && group.z == 0 &&
-      quad == i / 4 && of_quad == i % 4 && quads == 16;
-  y[g.y * whole.x + g.x] = right ? g.y * whole.x + g.x : 0xffffffff;
-}"""
+        f"kernel void f(device int* y [[buffer(0)]], {', '.join(parameters)}, uint2 flat [[thread_position_in_grid]]) {{\n"
+        f"int at = ((a2.z * 9 + a2.y) * 10 + a2.x) * {len(values) + 1};\n"
+        + "".join(f"y[at++] = {value};\n" for value in values)
+        + "y[at] = flat.y * 10 + flat.x; }\n"
     )
-    y = np.zeros(24 * 8, np.uint32)
-    report = execute_msl(source, "f", [y], grid=(3, 1, 1), threads=(8, 8, 1))
-    np.testing.assert_array_equal(y, np.arange(24 * 8))
-    assert report.findings == ()
+    y = np.full((12, 9, 10, len(values) + 1), -1, np.int32)
+    report = execute_msl(kernels.HEADER + source, "f", [y], grid=grid, threads=threads)
+    assert report.findings == (), str(report)
+    for z, yy, x in np.ndindex(12, 9, 10):
+        thread, group = (x % 5, yy % 3, z % 3), (x // 5, yy // 3, z // 3)
+        index = (thread[2] * 3 + thread[1]) * 5 + thread[0]
+        expected = [*thread, *group, x, yy, z, 10, 9, 12, *grid, *threads, *threads]
+        expected += [index, index // 32, index % 32, index // 4, index % 4, 2, 12, 32, 32, 2, 12, yy * 10 + x]
+        assert y[z, yy, x].tolist() == expected
 
 
 def test_atomics():
@@ -241,11 +283,15 @@ def test_atomics():
       atomic_fetch_and_explicit(&a[4], int(i), memory_order_relaxed);
       atomic_fetch_xor_explicit(&a[5], int(i), memory_order_relaxed);
       atomic_fetch_sub_explicit(&a[6], 1, memory_order_relaxed);
+      atomic_fetch_max_explicit(&a[8], int(i), memory_order_relaxed);
+      atomic_fetch_min_explicit(&a[9], int(i), memory_order_relaxed);
+      if (i == 5)
+        atomic_store_explicit(&a[11], atomic_exchange_explicit(&a[10], 7, memory_order_relaxed), memory_order_relaxed);
       int seen = atomic_load_explicit(&a[7], memory_order_relaxed);
       while (!atomic_compare_exchange_weak_explicit(&a[7], &seen, seen + 1, memory_order_relaxed, memory_order_relaxed)) {}"""
-    y = np.array([0, 99, -1, 0, 255, 0, 0, 0], np.int32)
+    y = np.array([0, 99, -1, 0, 255, 0, 0, 0, 99, -9, 3, 0], np.int32)
     run(body, y)
-    np.testing.assert_array_equal(y, [64, 0, 31, 31, 0, 0, -32, 32])
+    np.testing.assert_array_equal(y, [64, 0, 31, 31, 0, 0, -32, 32, 99, -9, 7, 3])
 
 
 def test_partial_simdgroup():
