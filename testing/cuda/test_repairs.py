@@ -8,6 +8,7 @@ from tilelang import tvm
 
 from tilelang_ext import language as T
 from tilelang_ext.cuda.repairs import repair
+from tilelang_ext.passes.joined_guards import JoinGuardsOfCasts
 
 ARCH = "sm_90"
 
@@ -61,6 +62,21 @@ def test_both_guards_of_a_store_that_converts():
     guard = body_of(kernel).rpartition("*(uint2*)(C")[0].splitlines()[-2]
     assert "< n" in guard
     assert "P[" in guard
+
+
+def test_guards_of_one_thread_stay():
+    """Only a loop that is vectorised is taken apart, so only there conditions are joined."""
+
+    @T.prim_func
+    def kernel(A: T.Tensor((16,), "float32"), P: T.Tensor((16,), "int32"), C: T.Tensor((16,), "float16"), n: T.int32):
+        with T.Kernel(1, threads=64):
+            for i in T.serial(16):
+                if i < n:
+                    if P[i] > 0:
+                        C[i] = T.cast(A[i], "float16")
+
+    mod = tvm.IRModule({"main": kernel})
+    assert tvm.ir.structural_equal(JoinGuardsOfCasts(mod), mod)
 
 
 def test_what_bits_and_numbers_upstream_has_right():

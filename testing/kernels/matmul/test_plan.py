@@ -45,12 +45,13 @@ def arguments(M, N, K, a_is_k_major=True, b_is_k_major=True, **options):
 def test_launches(cuda):
     """One kernel; rows of one choice share it; K in splits is two kernels, whose operands go to the one that needs them."""
     for M in (70, 100):
-        given = arguments(M, 256, 128)
+        given = arguments(M, 256, 128, row_scale=torch.ones(M), column_scale=torch.ones(256))
         operator._matmul_out(*given)
         [done] = cuda.launches()[-1:]
         assert done.kernel == "matmul_kernel"
         assert done.grid == (132, 1, 1)
         assert {given[0].data_ptr() | 128 << 64 | M << 128, given[-1].data_ptr() | 256 << 64 | M << 128} <= set(done.parameters)
+        assert {given[2].data_ptr(), given[3].data_ptr()} <= set(done.parameters)
     assert len(cuda.lines("load")) == 1
     bias = torch.zeros(64)
     given = arguments(16, 64, 4096, bias=bias, activation="relu")
