@@ -66,8 +66,9 @@ def test_values_where_the_matrix_unit_takes_scales():
     assert report.instructions["mfma_scale_f32_16x16x128_f8f6f4"] == 2 * (4 * 2) * 1
 
 
-def test_values_on_the_cpu():
-    tensors, expected = problem(pair := Pair(PACKED, E4M3, trans_B=False))
+@pytest.mark.parametrize("pair", [Pair(PACKED, E4M3, trans_B=False), Pair(E4M3, PACKED, trans_A=True)])
+def test_values_on_the_cpu(pair):
+    tensors, expected = problem(pair)
     tilelang.compile(program(pair), target="c")(*tensors)
     check(tensors[-1], expected)
 

@@ -6,4 +6,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "simdgroup_matrix<B, 8, 8>& b, simdgroup_matrix<C, 8, 8>& c);",
         "simdgroup_matrix<B, 8, 8>& b, simdgroup_matrix<C, 8, 9>& c);",
     ): "declared for a front end that says of which address space a name is, and whose errors do not count; it returns nothing",
+    (
+        "tilelang_ext/passes/float_constants.py",
+        '_MANTISSA_BITS = {"float32": 24, "float64": 53}',
+        '_MANTISSA_BITS = {"float32": 24, "float64": 54}',
+    ): "an even integer times the power of two below: the same number, by a longer name",
+    (
+        "src/simulator/hip/atomic.h",
+        "SIM_ATOMIC(atomicMax, x < y ? y : x)",
+        "SIM_ATOMIC(atomicMax, x <= y ? y : x)",
+    ): "of two equal numbers either is the maximum",
 }
