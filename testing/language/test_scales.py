@@ -4,6 +4,7 @@ import pytest
 from tilelang import tvm
 
 from tilelang_ext.formats import BlockScaledLayout as L
+from tilelang_ext.language.e8m0 import e8m0_to_float
 from tilelang_ext.language.scales import read_scales
 
 WHOLE = {"shape": (64, 256), "begin": (0, 0), "matrix": (64, 256)}
@@ -66,6 +67,13 @@ def test_a_number_scales_the_tensor():
 def test_errors(shape, dtype, layout, error, message):
     with pytest.raises(error, match=r"T\.test: " + message):
         read(shape, dtype, layout)
+
+
+def test_a_byte_is_no_other_number():
+    with pytest.raises(
+        TypeError, match=r"^T\.e8m0_to_float: byte must be uint8 or float8_e8m0fnu; got int8; pass the stored byte"
+    ):
+        e8m0_to_float(tvm.tirx.const(1, "int8"))
 
 
 def test_two_layouts_of_one_shape():

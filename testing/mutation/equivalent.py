@@ -16,4 +16,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "SIM_ATOMIC(atomicMax, x < y ? y : x)",
         "SIM_ATOMIC(atomicMax, x <= y ? y : x)",
     ): "of two equal numbers either is the maximum",
+    (
+        "src/launch/torch.cc",
+        "intptr_t bytes = 0;",
+        "intptr_t bytes = 1;",
+    ): "the call that follows writes it, or returns no text",
+    (
+        "tilelang_ext/rocm/half_sums.py",
+        "for var, extent in reversed(list(zip(variables, source.shape, strict=True))):",
+        "for var, extent in reversed(list(zip(variables, source.shape, strict=False))):",
+    ): "one variable is made for each extent",
+    (
+        "tilelang_ext/program/program.py",
+        "[a if p.shape is None else None for p, a in zip(self.parameters, given, strict=True)],",
+        "[a if p.shape is None else None for p, a in zip(self.parameters, given, strict=False)],",
+    ): "one value is given for each parameter",
 }

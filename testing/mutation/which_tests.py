@@ -29,11 +29,18 @@ _ROWS = (
     (r"tilelang_ext/cpu/(\w+)", "cpu/test_{0} cpu"),
     (r"tilelang_ext/rocm/(\w+)", "rocm/test_{0} rocm/test_repairs rocm/test_spelling rocm/test_values rocm"),
     (r"tilelang_ext/metal/(\w+)", "metal/test_{0} metal/test_gemm metal/test_reduce metal/test_arguments metal"),
-    (r"tilelang_ext/language/(\w+)", "language/test_{0} language/test_messages language/test_gemm_blockscaled language"),
+    (
+        r"tilelang_ext/language/(\w+)",
+        "language/test_{0} language/test_scales language/test_messages language/test_gemm_blockscaled language",
+    ),
     (r"tilelang_ext/launch/(\w+)", "launch/test_{0} launch"),
     (r"tilelang_ext/kernels/__init__", "test_public_names"),
     (r"tilelang_ext/kernels/\w+/sm90_", "kernels/{operator}/test_plan kernels/{operator}/test_sm90 kernels/{operator}"),
-    (r"tilelang_ext/kernels/\w+/(\w+)", "kernels/{operator}/test_{0} kernels/{operator}/test_plan kernels/{operator}"),
+    (
+        r"tilelang_ext/kernels/\w+/(\w+)",
+        "kernels/{operator}/test_{0} kernels/{operator}/test_plan kernels/{operator}/test_operator "
+        "kernels/{operator}/test_{operator} kernels/{operator}",
+    ),
     (r"tilelang_ext/(formats|codes)", "formats cpu/test_narrow_floats"),
     (r"tilelang_ext/(quantization|reference|checkpoints)", "formats"),
     (r"tilelang_ext/export/", "export"),

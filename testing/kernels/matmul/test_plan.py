@@ -25,7 +25,7 @@ def cuda(monkeypatch):
     compile_without_nvcc(monkeypatch)
     plan = cuda.launcher.plan(launches.RECIPE)
     monkeypatch.setattr(launches, "plan", lambda: plan)
-    monkeypatch.setattr(operator, "target_of", lambda name, device: Target("cuda", "sm_90a", 132))
+    monkeypatch.setattr(operator, "target_of", lambda name, device: {"matmul": Target("cuda", "sm_90a", 132)}[name])
     tiles = [tile for tile in sm90_config.TILES if (tile.block_M, tile.block_N, tile.thin) == (64, 64, 0)]
     monkeypatch.setattr(sm90_config, "TILES", tuple(tiles))
     sm90_config._pick.cache_clear()
@@ -64,6 +64,28 @@ def test_launches(cuda):
     assert splits > 1
     assert splits in product.parameters
     assert splits in total.parameters
+
+
+def test_no_k(cuda, monkeypatch):
+    """What follows the product is computed even so: of eight elements of K that are zeros."""
+    taken = []
+    monkeypatch.setattr(launches, "plan", lambda: FakePlan())
+    monkeypatch.setattr(launches, "add_variant", lambda plan, arguments, of, implementation: taken.append((arguments, of)))
+    operator._matmul_out(*arguments(3, 64, 0, bias=torch.ones(64)))
+    [((a, b, *_), of)] = taken
+    assert (a.shape, b.shape, of.K) == ((3, 8), (8, 64), 8)
+    assert not a.any()
+    assert not b.any()
+
+
+class FakePlan:
+    """Has no variant when it is asked to launch."""
+
+    def launch(self, *arguments) -> bool:
+        return False
+
+    def __call__(self, *arguments) -> None:
+        pass
 
 
 def test_a_transpose_comes_first(cuda, monkeypatch):
