@@ -31,4 +31,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "[a if p.shape is None else None for p, a in zip(self.parameters, given, strict=True)],",
         "[a if p.shape is None else None for p, a in zip(self.parameters, given, strict=False)],",
     ): "one value is given for each parameter",
+    (
+        "src/metal/codegen_expression.cc",
+        """stream << "*(" << p.space << ' ' << Type(t) << "*)(" << Add(p.text, at) << ") = " << value << ";\\n";""",
+        """stream << "*(" << p.space << ' ' << Type(t) << "*)(" << Add(at, p.text) << ") = " << value << ";\\n";""",
+    ): "a pointer and an index may be added in either order",
 }
