@@ -72,7 +72,8 @@ class Judge:
     def run(self, tests: list[str]) -> Outcome:
         """Run the near tests, then the folders: to collect those takes longer than most mutants need."""
         start, found = time.time(), Outcome("no tests")
-        for stage in ([name for name in tests if name.endswith(".py")], [name for name in tests if not name.endswith(".py")]):
+        near = [name for name in tests if ".py" in name]
+        for stage in (near, [name for name in tests if name not in near]):
             if stage:
                 last = self.copy.run(stage, start + self.limit - time.time())
                 found = found if last.status == "no tests" else last

@@ -12,7 +12,10 @@ _ROWS = (
     (r"tilelang_ext/passes/(block_scaled_gemm|expand_block_scaled)", "language/test_gemm_blockscaled metal/test_arguments"),
     (r"tilelang_ext/passes/joined_guards", "cuda/test_repairs"),
     (r"tilelang_ext/passes/outside", "simulator/test_outside simulator metal/test_arguments"),
-    (r"tilelang_ext/passes/(foreign_calls|plain_words|vector_lanes)", "language/test_table cpu"),
+    (
+        r"tilelang_ext/passes/(foreign_calls|plain_words|vector_lanes)",
+        "language/test_table::test_refused_on_every_target language/test_table cpu",
+    ),
     (
         r"tilelang_ext/passes/(\w+)",
         "passes/test_{0} metal/test_{0} metal/test_threads cpu/test_arithmetic cpu/test_views_and_functions "
@@ -61,6 +64,12 @@ def tests_of(path: str) -> list[str]:
         if match := re.match(pattern, path):
             operator = path.split("/")[2] if path.startswith("tilelang_ext/kernels/") else ""
             wanted = [name.format(*match.groups(), operator=operator) for name in names.split()]
-            paths = [f"testing/{name}{'.py' if 'test_' in name else ''}" for name in wanted]
-            return [path for path in dict.fromkeys(paths) if (ROOT / path).exists()]
+            paths = [f"testing/{name}" if "test_" not in name else _file_of(name) for name in wanted]
+            return [path for path in dict.fromkeys(paths) if (ROOT / path.partition("::")[0]).exists()]
     return []
+
+
+def _file_of(name: str) -> str:
+    """The file of a row's name, and the test in it if the row names one."""
+    file, separator, test = name.partition("::")
+    return f"testing/{file}.py{separator}{test}"
