@@ -36,4 +36,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         """stream << "*(" << p.space << ' ' << Type(t) << "*)(" << Add(p.text, at) << ") = " << value << ";\\n";""",
         """stream << "*(" << p.space << ' ' << Type(t) << "*)(" << Add(at, p.text) << ") = " << value << ";\\n";""",
     ): "a pointer and an index may be added in either order",
+    (
+        "tilelang_ext/passes/outside.py",
+        'PlaceMarks = prim_func_pass(_place_all, opt_level=0, name="tilelang_ext.PlaceMarks")',
+        'PlaceMarks = prim_func_pass(_place_all, opt_level=1, name="tilelang_ext.PlaceMarks")',
+    ): "TVM runs passes of up to level 2 unless it is told otherwise, and tilelang those of up to 3",
+    (
+        "tilelang_ext/passes/float_arithmetic.py",
+        'KeepFloatArithmetic = prim_func_pass(_keep_all, opt_level=0, name="tilelang_ext.KeepFloatArithmetic")',
+        'KeepFloatArithmetic = prim_func_pass(_keep_all, opt_level=1, name="tilelang_ext.KeepFloatArithmetic")',
+    ): "TVM runs passes of up to level 2 unless it is told otherwise, and tilelang those of up to 3",
 }

@@ -6,22 +6,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 # The first row whose pattern matches the path counts. `{0}` is what the pattern's first group matched, `{operator}` the folder
-# of a kernel; of what a row names, what exists is run.
+# of a kernel; of what a row names, what exists is run. No row names a test and its file too: pytest would run the file alone.
 _ROWS = (
     (r"tilelang_ext/passes/(accesses|evaluate|overlap|uniformity)", "passes metal/test_barriers rocm/test_barriers"),
     (r"tilelang_ext/passes/(block_scaled_gemm|expand_block_scaled)", "language/test_gemm_blockscaled metal/test_arguments"),
     (r"tilelang_ext/passes/joined_guards", "cuda/test_repairs"),
+    (r"tilelang_ext/passes/scalar_atomics", "cuda/test_repairs metal/test_threads rocm/test_threads cpu"),
     (r"tilelang_ext/passes/outside", "simulator/test_outside simulator metal/test_arguments"),
     (
         r"tilelang_ext/passes/(foreign_calls|plain_words|vector_lanes)",
-        "language/test_table::test_refused_on_every_target language/test_table cpu",
+        "language/test_table::test_refused_on_every_target cpu language",
     ),
     (
         r"tilelang_ext/passes/(\w+)",
         "passes/test_{0} metal/test_{0} metal/test_threads cpu/test_arithmetic cpu/test_views_and_functions "
         "rocm/test_arithmetic rocm/test_threads passes cpu metal/test_arithmetic metal/test_upstream_defects",
     ),
-    (r"tilelang_ext/program/", "test_program test_several_kernels launch/test_plan metal/test_run simulator/test_errors"),
+    (
+        r"tilelang_ext/program/",
+        "test_program test_several_kernels launch/test_plan metal/test_run simulator/test_errors",
+    ),
     (r"tilelang_ext/simulator/(hip|tokens)", "simulator/test_hip_errors simulator/test_hip_findings simulator"),
     (
         r"tilelang_ext/simulator/(launch|report)",
@@ -32,6 +36,7 @@ _ROWS = (
     (r"tilelang_ext/cpu/(\w+)", "cpu/test_{0} cpu"),
     (r"tilelang_ext/rocm/(\w+)", "rocm/test_{0} rocm/test_repairs rocm/test_spelling rocm/test_values rocm"),
     (r"tilelang_ext/metal/(\w+)", "metal/test_{0} metal/test_gemm metal/test_reduce metal/test_arguments metal"),
+    (r"tilelang_ext/language/tile", "language/test_mxfp4_dequant language/test_messages language"),
     (
         r"tilelang_ext/language/(\w+)",
         "language/test_{0} language/test_scales language/test_messages language/test_gemm_blockscaled language",
@@ -49,7 +54,10 @@ _ROWS = (
     (r"tilelang_ext/export/", "export"),
     (r"tilelang_ext/(\w+)", "test_{0} test_registration test_public_names test_ahead export kernels/mxfp4_moe/test_mlx"),
     (r"src/launch/(\w+)", "launch/test_{0} launch/test_direct launch/test_plan launch"),
-    (r"src/metal/", "metal/test_codegen_text metal/test_codegen_operations metal/test_codegen_types metal"),
+    (
+        r"src/metal/",
+        "metal/test_codegen_text metal/test_codegen_formats metal/test_codegen_operations metal/test_codegen_types metal",
+    ),
     (r"src/simulator/hip/(matrix|architecture|fp8)", "simulator/test_hip_matrix rocm/test_fp8_casts simulator"),
     (r"src/simulator/hip/", "simulator/test_hip_wave simulator/test_hip_findings simulator"),
     (r"src/simulator/metal/", "simulator/test_language simulator/test_numerics simulator/test_debugging simulator"),
