@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from tilelang.rocm.target import target_get_mcpu
 from tvm import DataType, tirx
 from tvm.ir import Op
+from tvm.target import Target
 
 from tilelang_ext.formats import FORMATS
 from tilelang_ext.passes.operators import Rule, device_assert, infinity, nearest_even, no_hints
-from tilelang_ext.passes.plain_words import arithmetic, likely, unsigned_bits, wide_nextafter
+from tilelang_ext.passes.plain_words import arithmetic, likely, plain_copies, unsigned_bits, wide_nextafter
 
 _NARROW = {format.dtype for format in FORMATS}
 _SHUFFLES = {f"tirx.tvm_warp_shuffle{way}": f"tl.shfl{way}_sync" for way in ("", "_up", "_down")}
@@ -67,3 +69,14 @@ RULES: dict[str, Rule] = {
     **arithmetic("AMD"),
     **no_hints(),
 }
+
+
+def rules_of(target: Target) -> dict[str, Rule]:
+    """Return the rules of an architecture. RDNA has no loads to shared memory, which `T.async_copy` asks for: it copies."""
+    if not (target_get_mcpu(target) or "").startswith("gfx1"):
+        return RULES
+    return {**RULES, **plain_copies(), "tl.tileop.async_copy": _copy}
+
+
+def _copy(call: tirx.Call) -> tirx.Call:
+    return tirx.Call(call.dtype, Op.get("tl.tileop.copy"), call.args, call.annotations)

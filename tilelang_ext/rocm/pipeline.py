@@ -42,7 +42,7 @@ from tilelang_ext.rocm.block_scaled import lower_block_scaled, lower_block_scale
 from tilelang_ext.rocm.definitions import define_functions
 from tilelang_ext.rocm.fp8_casts import ConvertByFormat
 from tilelang_ext.rocm.half_sums import SumHalvesInFloat
-from tilelang_ext.rocm.operators import RULES
+from tilelang_ext.rocm.operators import rules_of
 from tilelang_ext.rocm.pair_atomics import SpellPairAtomics
 from tilelang_ext.rocm.spelling import SpellEightBits
 
@@ -72,7 +72,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = _materialize_kernel_launch()(mod)
     mod = SumHalvesInFloat(mod)
     mod = DropUnitAxes(mod)
-    mod = spell_operators(mod, RULES)
+    mod = spell_operators(mod, rules_of(target))
     mod = SelectLanes(mod)
     mod = CountLanes(mod, int(target.attrs["thread_warp_size"]), keep_default=False)
     mod = SpellScalarAtomics(mod)

@@ -165,14 +165,22 @@ def _pair(name: str, function, arity: int = 2) -> Row:
     return Row(name, emit, lambda x, y, n, m: function(*(y, x, y)[:arity]))
 
 
-def _bit_search(name: str, *more) -> Row:
+def _bit_search(name: str, want, *more) -> Row:
     def emit(T, x, y, n, m):
         return getattr(T, name)(language.cast(m, "uint32"), *more)
 
-    return Row(name, emit, refused=dict.fromkeys(("hip", "c"), rf"T\.{name}: must be an operator that .+"), pending=("apple",))
+    refused = dict.fromkeys(("hip", "c"), rf"T\.{name}: must be an operator that .+")
+    return Row(name, emit, lambda x, y, n, m: np.vectorize(want)(m.astype(np.uint32)), refused=refused)
 
 
-BITS = [_bit_search("__ffs"), _bit_search("__fns", 0, 1)]
+def _first_bit(value: int) -> int:
+    return int(value & -value).bit_length() - 1
+
+
+BITS = [
+    _bit_search("__ffs", lambda value: _first_bit(int(value)) + 1),
+    _bit_search("__fns", lambda value: _first_bit(int(value)), 0, 1),
+]
 PAIRS = [
     _pair("add2", np.add), _pair("sub2", np.subtract), _pair("mul2", np.multiply), _pair("max2", np.maximum),
     _pair("min2", np.minimum), _pair("abs2", np.abs, 1), _pair("fma2", lambda y, x, z: y * x + z, 3),
