@@ -146,9 +146,9 @@ def gated_delta_replay(
 ) -> Tensor:
     """Compute the next tokens as `gated_delta_decode` does, but write the state once in a while; return out.
 
-    Tensors are those of `gated_delta_decode`, with a `cache` for the pool of states. windows (batch, 2) int32 has, for each
-    sequence, the first entry of its tokens since its state was written, and how many there are: zeros at first, then as
-    `ReplayCache.next_windows` gives them. A call that finds more than entries - 2 * tokens tokens there writes the state, in
+    Tensors are those of `gated_delta_decode`, with a `cache` for the pool of states. `windows` is (batch, 2) int32: for
+    each sequence the first entry of its tokens since its state was written, and their number. It is zeros at first, then
+    what `ReplayCache.next_windows` returns. A call that finds more than entries - 2 * tokens tokens there writes the state, in
     place; between such calls it lags behind. Tokens that were not accepted are overwritten by the next call's.
 
     A call reads the state and writes a small part of it on average. TypeError, ValueError and NotImplementedError as there.
