@@ -236,5 +236,44 @@ def gated_delta_token(
     return scale * torch.einsum("bhvk,bhk->bhv", S, query), S, GatedDeltaEntry(k, r, log_g)
 
 
+def attention(
+    q: Tensor,  # (batch, S_q, heads, D)
+    k: Tensor,  # (batch, S_k, kv_heads, D)
+    v: Tensor,  # the same
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    sinks: Tensor | None = None,  # (heads,)
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + mask) v (batch, S_q, heads, D) and the natural logarithm of its sums (batch, heads, S_q), float64.
+
+    Query i stands at position i + S_k - S_q of the keys. A query that sees no key gives 0 and -infinity. A sink adds e^sink to
+    the sum, and no value.
+    """
+    S_q, S_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    k, v = (x.double().repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k) * scale
+    distance = torch.arange(S_q)[:, None] + S_k - S_q - torch.arange(S_k)  # from a key to a query after it
+    if causal or window is not None:
+        scores = scores.masked_fill(distance < 0, -torch.inf)
+    if window is not None:
+        scores = scores.masked_fill(distance >= window, -torch.inf)
+    lse = torch.logsumexp(scores, -1) if S_k else scores.new_full(scores.shape[:-1], -torch.inf)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.double()[:, None])
+    seen = torch.where(scores == -torch.inf, 0.0, torch.exp(scores - lse[..., None]))
+    return torch.einsum("bhij,bjhd->bihd", seen, v), lse
+
+
+def merge_attention(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from that over each: o (..., S_q, heads, D), lse (..., heads, S_q), float64."""
+    total = torch.logaddexp(lse.double(), other_lse.double())
+    result = torch.zeros_like(o, dtype=torch.float64)
+    for part, part_lse in ((o, lse), (other_o, other_lse)):
+        weight = torch.where(part_lse == -torch.inf, 0.0, torch.exp(part_lse.double() - total)).transpose(-1, -2)[..., None]
+        result += torch.where(weight == 0, 0.0, weight * part.double())
+    return result, total
+
+
 def _divided_by_norm(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

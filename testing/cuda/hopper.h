@@ -71,6 +71,8 @@ struct CUtensorMap {
   uint8_t* data;
   int64_t rows, row_bytes;
   int box_rows, box_bytes, element_bytes;
+  int64_t row_stride = row_bytes;
+  int64_t outer_strides[2] = {};  // of two more dimensions, of each of which a box takes one
 };
 
 struct Cluster {
@@ -120,6 +122,13 @@ inline void __sync_thread_partial(int id, int threads) {
     named_barriers->all_here.wait(lock, [&] { return named_barriers->round[id] != round; });
   }
 }
+inline void __named_barrier_arrive(int id, int threads) {
+  std::unique_lock lock(named_barriers->mutex);
+  if (++named_barriers->here[id] < threads) return;
+  named_barriers->here[id] = 0;
+  ++named_barriers->round[id];
+  named_barriers->all_here.notify_all();
+}
 inline void fence_barrier_init() {}
 inline void prefetch_tma_descriptor(const CUtensorMap&) {}
 template <int>
@@ -144,13 +153,17 @@ void for_box(const CUtensorMap& map, const void* shared, int column, int row, Mo
       uint64_t address = start + r * map.box_bytes + b;
       address ^= (address >> 7 & (map.box_bytes / 16 - 1)) << 4;
       const int64_t at = int64_t(column) * map.element_bytes + b;
-      const bool inside = row + r < map.rows && at < map.row_bytes;
-      move(shared_memory[address], inside ? &map.data[(row + r) * map.row_bytes + at] : nullptr);
+      const bool inside = row + r >= 0 && row + r < map.rows && at < map.row_bytes;
+      move(shared_memory[address], inside ? &map.data[(row + r) * map.row_stride + at] : nullptr);
     }
 }
 inline void tma_load(const CUtensorMap& map, Barrier& barrier, void* to, int column, int row) {
   for_box(map, to, column, row, [](uint8_t& shared, const uint8_t* global) { shared = global ? *global : 0; });
   barrier.complete(map.box_rows * map.box_bytes);
+}
+inline void tma_load(CUtensorMap map, Barrier& barrier, void* to, int column, int row, int outer, int outermost) {
+  map.data += outer * map.outer_strides[0] + outermost * map.outer_strides[1];
+  tma_load(map, barrier, to, column, row);
 }
 inline void tma_load_multicast(const CUtensorMap& map, Barrier& barrier, void* to, uint16_t blocks, int column, int row) {
   uint8_t* const own = shared_memory;
@@ -162,6 +175,11 @@ inline void tma_load_multicast(const CUtensorMap& map, Barrier& barrier, void* t
     tma_load(map, arrived, there, column, row);
     shared_memory = own;
   }
+}
+inline void tma_load_multicast(
+    CUtensorMap map, Barrier& barrier, void* to, uint16_t blocks, int column, int row, int outer, int outermost) {
+  map.data += outer * map.outer_strides[0] + outermost * map.outer_strides[1];
+  tma_load_multicast(map, barrier, to, blocks, column, row);
 }
 inline void tma_load(void* to, const void* from, Barrier& barrier, uint32_t bytes) {
   std::memcpy(to, from, bytes);
@@ -189,7 +207,7 @@ inline void tma_store_cluster(void* to, const void* from, int block_of_cluster, 
 // Runs the blocks of a cluster, neighbours along x, at the same time.
 template <typename Kernel>
 void launch_clusters(int grid_x, int grid_y, int blocks, int threads, Kernel kernel) {
-  constexpr int bytes = kSharedBytes + 1024;  // barriers last
+  constexpr int bytes = kSharedBytes + 4096;  // barriers last
   auto* memory = static_cast<uint8_t*>(std::aligned_alloc(1024, blocks * bytes));
   for (int y = 0; y < grid_y; ++y)
     for (int x = 0; x < grid_x; x += blocks) {

@@ -35,7 +35,7 @@ def execute(
     threads, name, parameters = match.groups()
     device = _SIGNATURE.sub(rf"void {name}(\3) {{", text[match.start() :]).replace("__grid_constant__ ", "")
     device = re.sub(r"extern __shared__ __align__\(1024\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", device)
-    barriers = iter(range(0, 1024, 256))  # places of up to 32 barriers each
+    barriers = iter(range(0, 4096, 256))  # places of up to 32 barriers each
     device = re.sub(
         r"__shared__ __align__\(16\) uint64_t (\w+)\[\d+\];",
         lambda found: f"uint64_t* {found[1]} = (uint64_t*)(shared_memory + kSharedBytes + {next(barriers)});",
@@ -48,10 +48,15 @@ def execute(
         if kind.endswith("CUtensorMap"):
             matrix = parameter_name.removesuffix("_desc")
             own[matrix] = tensors[matrix]
-            (rows, columns), size, box = tensors[matrix].shape, tensors[matrix].itemsize, boxes[matrix]
-            arguments.append(
-                f"CUtensorMap{{(uint8_t*){matrix}.data(), {rows}, {columns * size}, {box.rows}, {box.columns * size}, {size}}}"
-            )
+            size, box = tensors[matrix].itemsize, boxes[matrix]
+            outer = ""
+            if tensors[matrix].dim() == 4:  # (batch, rows, heads, columns)
+                (_, rows, _, columns), strides = tensors[matrix].shape, [stride * size for stride in tensors[matrix].stride()]
+                outer = f", {strides[1]}, {{{strides[2]}, {strides[0]}}}"
+            else:
+                rows, columns = tensors[matrix].shape
+            extents = f"{rows}, {columns * size}, {box.rows}, {box.columns * size}, {size}"
+            arguments.append(f"CUtensorMap{{(uint8_t*){matrix}.data(), {extents}{outer}}}")
         elif "*" in kind:
             own[parameter_name] = tensors[parameter_name]
             arguments.append(f"({kind.split('*')[0].removeprefix('const ')}*){parameter_name}.data()")

@@ -4,9 +4,11 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from kernels.attention import operands as attention_operands
 from kernels.matmul import operands as matmul_operands
 from kernels.scaled_mm.operands import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, problem
 
+from tilelang_ext.kernels.attention.launch import KERNELS as ATTENTION_KERNELS
 from tilelang_ext.kernels.gated_delta import decode, replay
 from tilelang_ext.kernels.gated_delta.problem import Problem as GatedDelta
 from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS, pick_config
@@ -131,4 +133,19 @@ def gated_delta() -> Iterator[Case]:
             yield Case(f"gated_delta {name} for {kind}", make, (problem, pick_config(problem, 8)), configs, kind == "metal")
 
 
-FAMILIES = (tiled_moe, around_moe, moe_on_hopper, scaled_matmuls, matmuls, gated_delta)
+def attentions() -> Iterator[Case]:
+    """The kernels of `attention`: each head size and mask, on Hopper and elsewhere."""
+    for name, of in {
+        "causal": attention_operands.problem(64, causal=True, has_sinks=True),
+        "window": attention_operands.problem(128, window=128, has_lengths=True),
+        "full": attention_operands.problem(256),
+        "wide": attention_operands.problem(512, causal=True, has_lengths=True),
+        "tiled": attention_operands.problem(512, arch="", has_lengths=True, has_sinks=True),
+    }.items():
+        listed = Listed()
+        next(file for file in ATTENTION_KERNELS if file.takes(of)).compile_kernel(of, listed)
+        for make, arguments, pass_configs in listed.kernels:
+            yield Case(f"attention {name}", make, arguments, pass_configs, not of.arch)
+
+
+FAMILIES = (tiled_moe, around_moe, moe_on_hopper, scaled_matmuls, matmuls, gated_delta, attentions)

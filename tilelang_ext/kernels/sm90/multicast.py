@@ -17,6 +17,37 @@ _INTERLEAVE_NONE, _SWIZZLE_128B, _PROMOTION_L2_128B, _FILL_ZERO = 0, 3, 2, 0  # 
 _EVICT_NORMAL = 0
 
 
+def descriptor(matrix, box: tuple, axes: tuple | None = None):
+    """Return a TMA descriptor of a contiguous tensor of 16-bit elements, for boxes whose rows are 128 bytes, swizzled by them.
+
+    `axes` are the dimensions in the order of the coordinates, the last one first, as without them.
+    """
+    rank = len(box)
+    axes = tuple(reversed(range(rank))) if axes is None else axes
+    strides = [2] * rank
+    for axis in reversed(range(rank - 1)):
+        strides[axis] = matrix.shape[axis + 1] * strides[axis + 1]
+    return T.create_tma_descriptor(
+        _DATA_TYPES[str(matrix.dtype)],
+        rank,
+        matrix.data,
+        *(matrix.shape[axis] for axis in axes),
+        *(strides[axis] for axis in axes),
+        *(box[axis] for axis in axes),
+        *(1,) * rank,
+        _INTERLEAVE_NONE,
+        _SWIZZLE_128B,
+        _PROMOTION_L2_128B,
+        _FILL_ZERO,
+    )
+
+
+def load(descriptor, barrier, to, coordinates: tuple):
+    """Return the load of the box at `coordinates` to the same place `to` of both blocks, by one thread of one of them."""
+    arguments = (descriptor, barrier, to, (1 << BLOCKS) - 1, *coordinates)
+    return tirx.call_intrin("handle", tvm.ir.Op.get("tl.tma_load_multicast"), *arguments, _EVICT_NORMAL)
+
+
 def multicast(matrix, shared, stage, barrier, origin: tuple, is_k_major: bool, rank) -> None:
     """Load this block's half of a tile into a stage of both blocks; every thread of the producer warpgroup calls it.
 
@@ -28,34 +59,20 @@ def multicast(matrix, shared, stage, barrier, origin: tuple, is_k_major: bool, r
     size = rows * columns
     # What this block loads: rows of a K-major tile, or rows of every panel of 64 columns of the other.
     panels, box = columns // _ROW, rows // BLOCKS
-    outer, inner = matrix.shape
-    descriptor = T.create_tma_descriptor(
-        _DATA_TYPES[str(matrix.dtype)],
-        2,
-        matrix.data,
-        *(inner, outer),
-        *(2, inner * 2),
-        *(_ROW, box),
-        *(1, 1),
-        _INTERLEAVE_NONE,
-        _SWIZZLE_128B,
-        _PROMOTION_L2_128B,
-        _FILL_ZERO,
-    )
+    box_descriptor = descriptor(matrix, (box, _ROW))
     k, n = origin
     first_row, first_column = (n, k) if is_k_major else (k, n)
 
-    def load(panel: int):
+    def load_panel(panel: int):
         offset = stage * size + panel * rows * _ROW + rank * (box * _ROW)
         to = shared.access_ptr(2, "handle", 1, offset, box * _ROW)
-        arguments = (descriptor, barrier, to, (1 << BLOCKS) - 1, first_column + panel * _ROW, first_row + rank * box)
-        return tirx.call_intrin("handle", tvm.ir.Op.get("tl.tma_load_multicast"), *arguments, _EVICT_NORMAL)
+        return load(box_descriptor, barrier, to, (first_column + panel * _ROW, first_row + rank * box))
 
     @T.macro
     def emit():
         if T.shuffle_elect(WARPGROUP):
             T.mbarrier_expect_tx(barrier, size * 2)
             for panel in T.unroll(panels):
-                T.evaluate(load(panel))
+                T.evaluate(load_panel(panel))
 
     emit()

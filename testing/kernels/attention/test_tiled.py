@@ -1,0 +1,44 @@
+"""The kernel for every target, in the simulator: values against float64, no finding."""
+
+import pytest
+import torch
+from kernels.attention.operands import BF16, FP16, check, expected, operands, problem
+
+from tilelang_ext import simulate
+from tilelang_ext.kernels.attention import tiled
+
+HIP = "hip"
+
+
+@pytest.mark.parametrize(
+    ("of", "target", "sizes", "lengths"),
+    [
+        # Every head size and every target once; pairwise with the type, the mask, sinks, groups of heads and lengths
+        (problem(64, FP16, arch="", causal=True, has_sinks=True), "metal", (1, 40, 50, 2, 1), ()),
+        (problem(128, BF16, arch="", window=20), "metal4", (2, 35, 36, 1, 1), ()),
+        (problem(256, BF16, arch="", causal=True, has_lengths=True), "metal", (1, 50, 60, 1, 1), ([0, 33, 40], [0, 20, 55])),
+        (problem(512, FP16, arch=""), "metal4", (1, 9, 40, 1, 1), ()),
+        (problem(512, BF16, arch="", causal=True), "metal", (1, 33, 33, 1, 1), ()),
+        (problem(64, BF16, arch="gfx942", causal=True, has_lengths=True), HIP, (1, 80, 90, 2, 1), ([0, 66, 70], [0, 70, 85])),
+        (problem(72, FP16, arch="gfx950", has_sinks=True), HIP, (1, 10, 70, 2, 2), ()),
+        (problem(256, FP16, arch="gfx1100", window=30, has_sinks=True), HIP, (1, 70, 20, 1, 1), ()),
+        (problem(512, BF16, arch="gfx1201", causal=True), HIP, (1, 20, 70, 8, 1), ()),
+    ],
+)
+def test_values(of, target, sizes, lengths):
+    """Tails of every extent; rows that see no key."""
+    dtype = getattr(torch, of.dtype)
+    q, k, v, sinks = operands(*sizes, of.head_dim, dtype)
+    wanted = expected(of, q, k, v, sinks, *lengths)
+    cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32) for cu in lengths or ([0], [0]))
+    if lengths:
+        for tensor, cu in ((q, cu_q), (k, cu_k), (v, cu_k)):
+            tensor[:, cu[-1] :] = torch.nan
+    out = torch.full(q.shape, torch.nan, dtype=dtype)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.nan)
+    kernel = tiled.attention(of, tiled.pick_config(of))
+    report = simulate(
+        kernel, q, k, v, sinks, cu_q, cu_k, out, lse, target={"kind": HIP, "mcpu": of.arch} if target == HIP else target
+    )
+    assert not report.findings, str(report)
+    check(out, lse, *wanted)

@@ -1,0 +1,115 @@
+"""The checks of `attention` and `attention_decode`."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilelang_ext.kernels.attention.problem import HEAD_DIM_UNIT, MAX_HEAD_DIM
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Arguments(NamedTuple):
+    """The tensors of a call of `attention`, in the order of the torch operator."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    out: Tensor
+    lse: Tensor
+
+
+def checked_scale(name: str, softmax_scale: float | None, head_dim: int) -> float:
+    """Return the scale, head_dim^-0.5 by default."""
+    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"{name}: softmax_scale must be positive and finite; got {scale}; scale and negate q instead")
+    return scale
+
+
+def checked_window(name: str, window: int | None) -> int:
+    """Return the window, 0 for None."""
+    if window is not None and window < 1:
+        raise ValueError(f"{name}: window must be at least 1; got {window}; pass None to see all keys")
+    return 0 if window is None else int(window)
+
+
+def check(given: Arguments) -> None:
+    """Raise TypeError for dtypes, ValueError for shapes, devices and memory that the operator does not take."""
+    try:
+        _check_dtypes(given)
+        _check_shapes(given)
+        _check_memory(given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"attention: {error}") from None
+
+
+def check_heads(q_heads: int, kv_heads: int, head_dim: int) -> None:
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise ValueError(
+            f"heads of q must be a multiple of those of k; got {q_heads} and {kv_heads}; check the dimensions' order"
+        )
+    if head_dim % HEAD_DIM_UNIT or not HEAD_DIM_UNIT <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"head_dim, the last dimension of q, must be a multiple of {HEAD_DIM_UNIT} up to {MAX_HEAD_DIM}; got {head_dim}; "
+            "pad it with zeros"
+        )
+
+
+def _check_dtypes(given: Arguments) -> None:
+    if given.q.dtype not in DTYPES:
+        raise TypeError(f"q must be bfloat16 or float16; got {given.q.dtype}; cast it")
+    wanted = {
+        **dict.fromkeys(("k", "v", "out"), given.q.dtype),
+        **dict.fromkeys(("sinks", "lse"), torch.float32),
+        **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.int32),
+    }
+    for name, dtype in wanted.items():
+        tensor = getattr(given, name)
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}; got {tensor.dtype}; cast it")
+
+
+def _check_shapes(given: Arguments) -> None:
+    q, k = given.q, given.k
+    if (given.cu_seqlens_q is None) != (given.cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together; got one; pass both")
+    has_lengths = given.cu_seqlens_q is not None
+    dimensions = "(tokens, heads, head_dim)" if has_lengths else "(batch, tokens, heads, head_dim)"
+    for name in ("q", "k", "v"):
+        tensor = getattr(given, name)
+        if tensor.dim() != 4 - has_lengths:
+            raise ValueError(f"{name} must have dimensions {dimensions}; got {tuple(tensor.shape)}; reshape it")
+    *batch, S_q, heads, D = q.shape
+    check_heads(heads, k.shape[-2], D)
+    kv_shape = (*batch, k.shape[-3], k.shape[-2], D)
+    wanted = {"k": kv_shape, "v": kv_shape, "sinks": (heads,), "out": tuple(q.shape), "lse": (*batch, heads, S_q)}
+    for name, shape in wanted.items():
+        tensor = getattr(given, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}; sizes follow q and k")
+    if has_lengths:
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            cu = getattr(given, name)
+            if cu.dim() != 1 or len(cu) < 1 or len(cu) != len(given.cu_seqlens_q):
+                raise ValueError(
+                    f"{name} must have shape (sequences + 1,), one for both; got {tuple(cu.shape)}; begin it with 0"
+                )
+
+
+def _check_memory(given: Arguments) -> None:
+    for name, tensor in given._asdict().items():
+        if tensor is not None and tensor.device != given.q.device:
+            raise ValueError(f"{name} must be on the device of q, {given.q.device}; got {tensor.device}; move it")
+    for name in ("out", "lse"):
+        if not getattr(given, name).is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous; got strides {getattr(given, name).stride()}; pass a contiguous tensor"
+            )

@@ -1,0 +1,162 @@
+"""How `attention` is launched: by plans on NVIDIA GPUs, whose arguments are the operator's; elsewhere by compiled kernels.
+
+A variant of the plan is compiled for head_dim, the dtype, the mask, and whether there are sinks and lengths; it serves every
+number of sequences, tokens and heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from tilelang_ext.kernels.attention import sm90_forward, sm90_wide, tiled
+from tilelang_ext.kernels.attention.arguments import Arguments
+from tilelang_ext.kernels.attention.problem import Problem
+from tilelang_ext.launch.cache import until_reload
+from tilelang_ext.launch.compile import compiled
+from tilelang_ext.launch.device import Target, current, target_of
+from tilelang_ext.launch.expression import apply, contiguous_strides, fact, recipe_of, select, shape
+from tilelang_ext.launch.plan import Plan, launcher
+from tilelang_ext.launch.recipe import ALIGNMENT
+from tilelang_ext.launch.record import Recorder, View
+
+KERNELS = (sm90_forward, sm90_wide, tiled)  # the first that takes a problem compiles it
+MAX_EXTENT = 2**31 - 1
+_OPTIONS = ("causal", "window", "softmax_scale")
+_NAMES = (*Arguments._fields[:6], *_OPTIONS, "out", "lse")
+_HAS_LENGTHS = fact("rank", "q") == 3
+_KEY = (
+    *(fact("value", name) for name in _OPTIONS),
+    *(fact("dtype", name) for name in Arguments._fields),
+    fact("device", "q"),
+    _HAS_LENGTHS,
+    select(_HAS_LENGTHS, shape("q", 2), shape("q", 3)),
+)
+_TYPES = {"causal": "int", "window": "int", "softmax_scale": "float"}
+RECIPE = {
+    "name": "attention",
+    "arguments": [{"name": name, "type": _TYPES.get(name, "tensor")} for name in _NAMES],
+    "key": [recipe_of(value) for value in _KEY],
+    "size": recipe_of(shape("q", 0)),
+}
+
+
+def takes_plans() -> bool:
+    """Return whether this build of torch is for NVIDIA GPUs; for AMD's it calls them cuda too."""
+    return torch.version.hip is None
+
+
+@until_reload
+def plan() -> Plan:
+    """Return the plan of this process, with the variants that calls have added."""
+    return launcher().plan(RECIPE)
+
+
+def problem_of(given: Arguments, causal: int, window: int, scale: float, target: Target) -> Problem:
+    """Return what a call, whose arguments have been checked, is compiled for."""
+    return Problem(
+        target_kind=target.kind,
+        arch=target.arch,
+        num_sms=target.num_sms,
+        head_dim=given.q.shape[-1],
+        dtype=_name(given.q.dtype),
+        scale=scale,
+        causal=bool(causal),
+        window=window,
+        has_sinks=given.sinks is not None,
+        has_lengths=given.cu_seqlens_q is not None,
+    )
+
+
+def implementation_of(problem: Problem) -> ModuleType:
+    return next(file for file in KERNELS if file.takes(problem))
+
+
+def launch(given: Arguments, causal: int, window: int, scale: float) -> None:
+    """Launch the kernel for checked arguments with at least one query and one key, on a GPU."""
+    target = target_of("attention", given.q.device)
+    problem = problem_of(given, causal, window, scale, target)
+    given = readable(given)
+    if target.kind == "cuda":
+        arguments = (*given[:6], causal, window, scale, *given[6:])
+        if not plan().launch(*arguments):
+            add_variant(plan(), arguments, problem, implementation_of(problem))
+            plan()(*arguments)
+        return
+
+    def compile(make: Callable, *arguments, pass_configs=None) -> Callable:
+        return compiled(make, arguments, target, tuple((pass_configs or {}).items()))
+
+    with current(given.q.device):
+        kernel = implementation_of(problem).compile_kernel(problem, SimpleNamespace(compile=compile))
+        kernel(*_parameters(given, problem, *_unused(given.q.device), lambda tensor: tensor[None]))
+
+
+def readable(given: Arguments) -> Arguments:
+    """Return the arguments with copies in place of inputs whose memory kernels cannot read."""
+    for name in ("out", "lse"):
+        if getattr(given, name).data_ptr() % ALIGNMENT:
+            raise ValueError(f"attention: {name} must start at a multiple of {ALIGNMENT} bytes; got a slice; pass another")
+
+    def copied(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0):
+            return tensor
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    return Arguments(*map(copied, given[:6]), given.out, given.lse)
+
+
+def _parameters(given: Arguments, problem: Problem, no_sinks, no_lengths, with_batch: Callable) -> tuple:
+    """Return the kernel's parameters, of tensors or of views; `with_batch` adds a first dimension of one."""
+    q, k, v, sinks, cu_q, cu_k, out, lse = given
+    if problem.has_lengths:
+        q, k, v, out, lse = (with_batch(x) for x in (q, k, v, out, lse))
+    lengths = (cu_q, cu_k) if problem.has_lengths else (no_lengths, no_lengths)
+    return (q, k, v, sinks if problem.has_sinks else no_sinks, *lengths, out, lse)
+
+
+@functools.cache
+def _unused(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what parameters get that the kernel does not read: float32 and int32."""
+    return torch.zeros(1).to(device), torch.zeros(1, dtype=torch.int32).to(device)
+
+
+def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: ModuleType) -> None:
+    """Compile the kernel for arguments that have been checked, and add it to the plan; not while a graph is captured."""
+    recorder = Recorder("attention", problem.arch)
+    batch = () if problem.has_lengths else (shape("q", 0),)
+    first = len(batch)
+    # Empty tensors and heads of q that are no multiple of those of k are left to the operator.
+    tokens, keys, kv_heads = (apply("max", shape(name, first + i), 1) for name, i in (("q", 0), ("k", 0), ("k", 1)))
+    heads = shape("q", first + 1) // kv_heads * kv_heads
+    q_shape, kv_shape = (*batch, tokens, heads, problem.head_dim), (*batch, keys, kv_heads, problem.head_dim)
+    wanted = {
+        "q": (problem.dtype, q_shape),
+        "k": (problem.dtype, kv_shape),
+        "v": (problem.dtype, kv_shape),
+        "sinks": ("float32", (heads,)),
+        "cu_seqlens_q": ("int32", (shape("cu_seqlens_q", 0),)),
+        "cu_seqlens_k": ("int32", (shape("cu_seqlens_q", 0),)),
+        "out": (problem.dtype, q_shape),
+        "lse": ("float32", (*batch, heads, tokens)),
+    }
+    given = dict(zip(_NAMES, arguments, strict=True))
+    views = {name: None if given[name] is None else recorder.argument(name, *wanted[name]) for name in wanted}
+
+    def with_batch(view: View) -> View:
+        extents = (1, *view.shape)
+        return View(view.buffer, view.dtype, extents, tuple(contiguous_strides(extents)))
+
+    unused = (recorder.constant(tensor) for tensor in _unused(given["q"].device))
+    parameters = _parameters(Arguments(**views), problem, *unused, with_batch)
+    implementation.compile_kernel(problem, recorder)(*parameters)
+    key, _ = plan.key(*arguments)
+    plan.add(recorder.variant(key, (1, MAX_EXTENT)), recorder.cubins, recorder.constants)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,162 @@
+"""`attention` and `merge_attention`: softmax attention on CUDA, ROCm, the CPU and Metal.
+
+s = softmax_scale * q . k + mask;  lse = ln(sum of e^s);  o = sum of e^(s - lse) v
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tilelang_ext import reference
+from tilelang_ext.kernels.attention import launch
+from tilelang_ext.kernels.attention.arguments import DTYPES, Arguments, check, checked_scale, checked_window
+from tilelang_ext.launch.gradient import without_gradient
+
+_NAME = "attention"
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = True,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | Tensor:
+    """Compute softmax(softmax_scale * q k^T + mask) v, and the logarithm of its sums: (o, lse), or o without `return_lse`.
+
+    | tensor | shape | dtype |
+    | --- | --- | --- |
+    | q, out | (batch, S_q, heads, head_dim); with cu_seqlens (queries of all sequences, heads, head_dim) | bfloat16, float16 |
+    | k, v | (batch, S_k, kv_heads, head_dim); with cu_seqlens (keys of all sequences, kv_heads, head_dim) | as q |
+    | sinks | (heads,) | float32 |
+    | cu_seqlens_q, cu_seqlens_k | (sequences + 1,): where each sequence begins; the first is 0 | int32 |
+    | lse | (batch, heads, S_q); with cu_seqlens (heads, queries of all sequences): natural logarithms | float32 |
+
+    head_dim is a multiple of 8 up to 512; query head h reads key and value head h // (heads / kv_heads). The last query stands
+    at the last key: query i at position i + S_k - S_q. `causal` hides keys after that position; `window` keeps the keys with
+    0 <= position - key < window, and so hides later keys too. A sink is the logit of one more key, which has no value, of each
+    head: o is multiplied by 1 / (1 + e^(sink - lse)), and lse becomes ln(e^lse + e^sink). A query that sees no key gives 0, and
+    lse -infinity, or its sink. `softmax_scale` is head_dim^-0.5 by default, and must be positive.
+
+    Scores, sums and results are float32 before one rounding; the probabilities are rounded to q's dtype. Tensors with other
+    strides, or that start between multiples of 16 bytes, are copied first; out must be contiguous. With cu_seqlens, rows past
+    the last sequence are neither read for results nor written.
+
+    TypeError for dtypes, ValueError for shapes and values; NotImplementedError for devices, and in a backward pass that reaches
+    the result.
+    """
+    scale = checked_scale(_NAME, softmax_scale, q.shape[-1])
+    window = checked_window(_NAME, window)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((*q.shape[:-3], *q.shape[-3:-1][::-1]), dtype=torch.float32, device=q.device)
+    _attention_op(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, int(causal), window, scale, out, lse)
+    inputs = q, k, v, sinks
+    out = without_gradient(_NAME, out, *inputs)
+    return (out, without_gradient(_NAME, lse, *inputs)) if return_lse else out
+
+
+def merge_attention(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge attention over two sets of keys into that over both: (o, lse), from what `attention` returned for each.
+
+    lse' = ln(e^lse + e^other_lse);  o' = e^(lse - lse') o + e^(other_lse - lse') other_o
+
+    o and other_o are (..., S_q, heads, head_dim), bfloat16, float16 or float32; lse and other_lse (..., heads, S_q), float32.
+    A part whose lse is -infinity has no weight, whatever its o holds; where both are, o is 0. Only one part may contain the
+    sinks. Computed in float32 and rounded once; gradients flow. TypeError for dtypes, ValueError for shapes.
+    """
+    for name, tensor in (("o", o), ("other_o", other_o)):
+        if tensor.dtype not in (*DTYPES, torch.float32) or tensor.dtype != o.dtype:
+            raise TypeError(f"merge_attention: {name} must have o's dtype, of 16 bits or float32; got {tensor.dtype}; cast it")
+        if tensor.shape != o.shape or tensor.dim() < 3:
+            raise ValueError(
+                f"merge_attention: {name} must have o's shape, (..., S_q, heads, head_dim); got {tuple(tensor.shape)}; view it"
+            )
+    wanted = (*o.shape[:-3], o.shape[-2], o.shape[-3])
+    for name, tensor in (("lse", lse), ("other_lse", other_lse)):
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"merge_attention: {name} must be float32; got {tensor.dtype}; cast it")
+        if tensor.shape != wanted:
+            raise ValueError(f"merge_attention: {name} must have shape {wanted}; got {tuple(tensor.shape)}; transpose it")
+    total = torch.logaddexp(lse, other_lse)
+    shift = torch.where(total == -torch.inf, torch.zeros_like(total), total)
+    result = 0.0
+    for part, part_lse in ((o, lse), (other_o, other_lse)):
+        weight = torch.exp(part_lse - shift).transpose(-1, -2)[..., None]
+        result = result + torch.where(weight > 0, weight * part.float(), torch.zeros_like(weight))
+    return result.to(o.dtype), total
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+# Destination-passing, and defined by their schema: torch.library.custom_op would cost ten times as much per call.
+
+torch.library.define(
+    f"tilelang_ext::{_NAME}_out",
+    "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int causal, int window, "
+    "float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()",
+)
+
+
+def _given(arguments: tuple) -> Arguments:
+    return Arguments(*arguments[:6], *arguments[-2:])
+
+
+def _out(*arguments) -> None:
+    # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
+    if arguments[0].is_cuda and launch.takes_plans():
+        try:
+            if launch.plan().launch(*arguments):
+                return
+        except (TypeError, ValueError):
+            pass
+    given, options = _given(arguments), arguments[6:9]
+    check(given)
+    if given.out.numel() == 0:
+        return
+    if given.q.device.type == "cpu":
+        _on_cpu(given, *options)
+    elif given.k.shape[-3] == 0:
+        _without_keys(given)
+    else:
+        launch.launch(given, *options)
+
+
+def _fake(*arguments) -> None:
+    check(_given(arguments))
+
+
+torch.library.impl(f"tilelang_ext::{_NAME}_out", "CompositeExplicitAutograd", _out)
+torch.library.register_fake(f"tilelang_ext::{_NAME}_out", _fake)
+_attention_op = getattr(torch.ops.tilelang_ext, f"{_NAME}_out").default
+
+
+def _without_keys(given: Arguments) -> None:
+    given.out.zero_()
+    given.lse.fill_(-torch.inf)
+    if given.sinks is not None:
+        given.lse.copy_(given.sinks[:, None].expand_as(given.lse))
+
+
+def _on_cpu(given: Arguments, causal: int, window: int, scale: float) -> None:
+    """Compute by the reference, sequence by sequence."""
+
+    def compute(q, k, v, out, lse):
+        result = reference.attention(q, k, v, scale, bool(causal), window or None, given.sinks)
+        out.copy_(result[0])
+        lse.copy_(result[1])
+
+    if given.cu_seqlens_q is None:
+        compute(given.q, given.k, given.v, given.out, given.lse)
+        return
+    bounds = [cu.tolist() for cu in (given.cu_seqlens_q, given.cu_seqlens_k)]
+    for q0, q1, k0, k1 in zip(bounds[0], bounds[0][1:], bounds[1], bounds[1][1:], strict=False):
+        of_q, of_k = slice(q0, q1), slice(k0, k1)
+        compute(given.q[None, of_q], given.k[None, of_k], given.v[None, of_k], given.out[None, of_q], given.lse[None, :, of_q])
