@@ -15,10 +15,10 @@
 namespace tilelang_ext {
 namespace launch {
 
-using Context = void*;   // CUcontext
-using Module = void*;    // CUmodule
-using Function = void*;  // CUfunction
-using Stream = void*;    // CUstream
+using Context = void*;       // CUcontext
+using Module = void*;        // CUmodule
+using CudaFunction = void*;  // CUfunction
+using Stream = void*;        // CUstream
 
 constexpr int kMaxDevices = 64;
 
@@ -79,9 +79,9 @@ class Driver {
   int (*push_current)(Context);
   int (*pop_current)(Context*);
   int (*load_module)(Module*, const void*);
-  int (*get_function)(Function*, Module, const char*);
-  int (*set_attribute)(Function, int, int);
-  int (*launch)(const LaunchConfig*, Function, void**, void**);
+  int (*get_function)(CudaFunction*, Module, const char*);
+  int (*set_attribute)(CudaFunction, int, int);
+  int (*launch)(const LaunchConfig*, CudaFunction, void**, void**);
   int (*encode_tiled)(TensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                       const uint32_t*, int, int, int, int);
   int (*is_capturing)(Stream, int*);

@@ -33,7 +33,7 @@ Binary::Binary(std::string bytes, const std::string& target, const std::string& 
   }
 }
 
-Function Binary::Load(Driver* driver, int device, const std::string& kernel, const std::string& who) {
+CudaFunction Binary::Load(Driver* driver, int device, const std::string& kernel, const std::string& who) {
   std::lock_guard<std::mutex> lock(mutex_);
   Module& module = modules_[device];
   // A module may be loaded while another stream, or this one, is captured.
@@ -43,7 +43,7 @@ Function Binary::Load(Driver* driver, int device, const std::string& kernel, con
   const int loaded = module == nullptr ? driver->load_module(&module, bytes_.data()) : 0;
   driver->exchange_capture_mode(&mode);
   driver->Check(loaded, "cuModuleLoadData", who);
-  Function function;
+  CudaFunction function;
   driver->Check(driver->get_function(&function, module, kernel.c_str()), "cuModuleGetFunction", who);
   return function;
 }
@@ -184,9 +184,9 @@ void Step::ReadParameters(const Array<Any>& recipes, FactTable* table, const std
   }
 }
 
-Function Step::Load(Driver* driver, int device, int64_t shared_bytes, const std::string& who) {
+CudaFunction Step::Load(Driver* driver, int device, int64_t shared_bytes, const std::string& who) {
   OnDevice& on_device = on_device_[device];
-  Function function = on_device.function.load(std::memory_order_acquire);
+  CudaFunction function = on_device.function.load(std::memory_order_acquire);
   if (function != nullptr && shared_bytes <= on_device.shared_bytes.load(std::memory_order_acquire)) return function;
   function = binary_->Load(driver, device, kernel_, who);
   if (shared_bytes > on_device.shared_bytes) {

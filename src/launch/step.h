@@ -33,7 +33,7 @@ class Binary {
   Binary(std::string bytes, const std::string& target, const std::string& who);
   const CubinFacts& facts() const { return facts_; }
   /*! \brief Return a kernel on a device whose context is current. */
-  Function Load(Driver* driver, int device, const std::string& kernel, const std::string& who);
+  CudaFunction Load(Driver* driver, int device, const std::string& kernel, const std::string& who);
 
  private:
   const std::string bytes_;
@@ -78,7 +78,7 @@ struct Resolved {
   std::vector<TensorMap> memory;  // of parameters, in whole descriptors, which keeps them aligned
   std::vector<void*> parameters;
   LaunchConfig config;
-  Function function;  // nullptr: nothing to launch
+  CudaFunction function;  // nullptr: nothing to launch
   uint64_t fill_address;
   size_t fill_bytes;
 };
@@ -103,13 +103,13 @@ class Step {
     std::shared_ptr<TensorMapRecipe> tensor_map;
   };
   struct OnDevice {
-    std::atomic<Function> function{nullptr};
+    std::atomic<CudaFunction> function{nullptr};
     std::atomic<int64_t> shared_bytes{0};  // that the kernel may have
   };
 
   void ReadParameters(const tvm::ffi::Array<tvm::ffi::Any>& recipes, FactTable* table,
                       const std::vector<std::string>& buffers, const std::string& who);
-  Function Load(Driver* driver, int device, int64_t shared_bytes, const std::string& who);
+  CudaFunction Load(Driver* driver, int device, int64_t shared_bytes, const std::string& who);
 
   std::string kernel_;  // empty: a fill
   std::shared_ptr<Binary> binary_;
