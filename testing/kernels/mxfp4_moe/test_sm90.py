@@ -176,7 +176,7 @@ def run(module, config, a_format, H, I):
         (sm90_mma, sm90_mma.Config(16, 4, 2, 1), "bfloat16", (H, I)),
         (sm90_wgmma, sm90_wgmma.Config(16, 4, 2), "bfloat16", (H, I)),
         (sm90_wgmma, sm90_wgmma.Config(8, 1, 3), "fp8", LONG),
-        (sm90_wgmma, sm90_wgmma.Config(32, 2, 3), "fp8", (H, I)),
+        # Config(32, 2, 3): test_launch
         (sm90_wgmma, sm90_wgmma.Config(96, 1, 2), "fp8", (H, I)),  # two subtiles of tokens per tile, 24 tokens ready at a time
     ],
     ids=str,
