@@ -41,6 +41,8 @@ def pick_config(problem: Problem) -> Config:
         # a K block, more for each wave spills: RDNA 3, which also decodes the codes, has the fewest registers to spare.
         (kind == "hip" and byte_scales and problem.arch.startswith("gfx11"), Config(32, 64, 1, 256)),
         (kind == "hip" and byte_scales, Config(64, 64, 1, 256)),
+        # RDNA 3: addresses of columns that end inside a tile take the registers that 128 columns would need.
+        (kind == "hip" and problem.arch.startswith("gfx11") and problem.N % 128, Config(128, 64, 1, 256)),
         (kind == "hip" and problem.max_M <= 64, Config(64, 64, 2, 128)),
         (kind == "hip", Config(128, 128, 1, 256)),
         (byte_scales, Config(64, 64, 4, 128)),  # scales of 4 groups per K block: larger tiles spill
