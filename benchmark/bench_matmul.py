@@ -14,7 +14,7 @@ import math
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +56,7 @@ from tvm.target import Target  # noqa: E402
 from tilelang_ext import language as T  # noqa: E402
 from tilelang_ext import matmul as matmul_operator  # noqa: E402
 from tilelang_ext import metal, simulate  # noqa: E402
+from tilelang_ext.kernels.metal_tile import Gemm, pick_tile  # noqa: E402
 
 TARGETS = ("auto", "metal", "metal4", "cuda", "hip", "c")
 DTYPES = ("float16", "bfloat16", "float32")
@@ -104,8 +105,9 @@ class Case:
     def blocks(self) -> dict:
         """Arguments of `matmul` for this case."""
         block_K = 32 if self.dtype == "float32" else 64
-        if self.target in ("metal", "metal4"):  # 4 simdgroups of 32x32; both tiles take a third of threadgroup memory
-            return {"block_M": 64, "block_N": 64, "block_K": 32}
+        if self.target in ("metal", "metal4"):  # what the operator's model picks
+            size = self.torch_dtype.itemsize
+            return asdict(pick_tile((Gemm(self.M, self.N, size, size, size, size),), (32, 64)))
         if self.M <= 64:  # a short M fills no larger tile
             return {"block_M": 64, "block_N": 64, "block_K": block_K, "num_stages": 3, "threads": 128}
         if self.M * self.N < 2048 * 2048:  # few tiles: smaller ones keep more SMs busy

@@ -48,7 +48,9 @@ ROOMS = {
     "kernels/sm90": Room(("language", "formats"), never=("torch",), silent=True),
     # An operator's package has two rooms: what runs on the device, and what runs before it on the host.
     "device file": Room(
-        ("language", "codes", "formats", "marks", "kernels.sm90"), never=("torch", "time", "timeit"), silent=True
+        ("language", "codes", "formats", "marks", "kernels.sm90", "kernels.metal_tile"),
+        never=("torch", "time", "timeit"),
+        silent=True,
     ),
     "host file": Room(("launch", "reference", "formats", "quantization", "checkpoints"), never=("time", "timeit"), silent=True),
     "ahead": Room(("launch", "kernels")),  # kernels compiled before they are called

@@ -37,14 +37,19 @@ def test_counts_beside_the_minimum(target, dtype, size, capsys):
     assert not any(word in output for word in ("FLOP", " us", "GB/s"))
 
 
-def test_minimum_is_a_hand_count():
+TILE = {"block_M": 64, "block_N": 64, "block_K": 32, "threads": 128}
+
+
+def test_minimum_is_a_hand_count(monkeypatch):
     """128 x 64 x 64 halves in 64x64x32 tiles: two threadgroups, each reading 64 rows of A and 64 columns of B."""
+    monkeypatch.setattr(bench_matmul.Case, "blocks", TILE)
     case = bench_matmul.Case(128, 64, 64, "float16", "metal", "simulator")
     expected = {"mma": 16 * 8 * 8, "device_bytes_read": 2 * (64 * 64 + 64 * 64) * 2, "device_bytes_written": 128 * 64 * 2}
     assert bench_matmul.bare_minimum(case) == expected
 
 
-def test_minimum_counts_whole_tiles_and_real_bytes():
+def test_minimum_counts_whole_tiles_and_real_bytes(monkeypatch):
+    monkeypatch.setattr(bench_matmul.Case, "blocks", TILE)
     case = bench_matmul.Case(65, 1, 33, "float32", "metal", "simulator")
     minimum = bench_matmul.bare_minimum(case)
     assert minimum["mma"] == 2 * 1 * 2 * 64 * 64 * 32 // 512

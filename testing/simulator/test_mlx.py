@@ -10,7 +10,9 @@ import zipfile
 
 import pytest
 import torch
+from simulator.mlx_figures import QMM_T_256, STEEL_512, Figures
 
+from tilelang_ext import formats, quantization, reference
 from tilelang_ext.simulator import execute_msl
 
 pytestmark = pytest.mark.peers
@@ -33,6 +35,8 @@ QUANTIZED = """
 #include "mlx/backend/metal/kernels/quantized_utils.h"
 #include "mlx/backend/metal/kernels/quantized.h"
 """
+
+FP_QUANTIZED = QUANTIZED.replace("quantized.h", "fp_quantized.h")
 
 
 @pytest.fixture(scope="module")
@@ -106,20 +110,49 @@ def test_steel_gemm_of_metal4(headers, shape, trans_a, trans_b):
     assert report.counts.threadgroup_bytes_read == 0
 
 
-@pytest.mark.parametrize(
-    ("tile", "device", "threadgroup_read", "threadgroup_written", "barriers"),
-    [((64, 64, 16, 2, 2), 34, 64, 32, 16), ((64, 32, 32, 2, 2), 52, 96, 48, 17)],
-)
-def test_steel_gemm_counts(headers, tile, device, threadgroup_read, threadgroup_written, barriers, record_property):
-    report = run_gemm(headers, 512, 512, 512, tile, False, False)
+def figures(report):
+    """The counts of a launch per MMA, as they are recorded."""
     assert report.findings == (), str(report)
-    counts, mma = report.counts, 64**3
-    assert counts.mma == mma
-    # MLX reads its parameters from constant memory, which is device memory too.
-    assert round((counts.device_bytes_read + counts.constant_bytes_read) / mma) == device
-    assert counts.threadgroup_bytes_read == threadgroup_read * mma
-    assert counts.threadgroup_bytes_written == threadgroup_written * mma
-    assert round(1000 * counts.threadgroup_barriers / mma) == barriers
+    counts, mma = report.counts, report.counts.mma
+    return Figures(
+        round(counts.device_bytes_read / mma, 1),
+        round(counts.constant_bytes_read / mma, 1),
+        counts.threadgroup_bytes_read / mma,
+        counts.threadgroup_bytes_written / mma,
+        round(1000 * counts.threadgroup_barriers / mma, 1),
+    )
+
+
+@pytest.mark.parametrize("tile", STEEL_512)
+def test_steel_gemm_counts(headers, tile, record_property):
+    report = run_gemm(headers, 512, 512, 512, tile, False, False)
+    assert report.counts.mma == 64**3
+    assert figures(report) == STEEL_512[tile]
+    record_property("counts", str(report))
+
+
+@pytest.mark.parametrize("bits", QMM_T_256)
+def test_fp_qmm_t_counts(headers, bits, record_property):
+    """y = x w^T with w in MXFP4 or MXFP8, as MLX multiplies more than a few rows by them."""
+    m, n, k = 128, 128, 256
+    generator = torch.Generator().manual_seed(bits)
+    element = {4: formats.E2M1, 8: formats.E4M3}[bits]
+    layout = formats.BlockScaledLayout.e8m0_k32()
+    x = torch.randn(m, k, generator=generator).half()
+    codes, scale = quantization.quantize(torch.randn(n, k, generator=generator), element, layout)
+    y = torch.full((m, n), float("nan")).half()
+    numbers = [struct.pack("i", v) for v in (k, n, m)]
+    report = execute_msl(
+        FP_QUANTIZED,
+        template("fp_qmm_t", "half", 32, bits, True, False),
+        [codes.view(torch.uint8), scale.view(torch.uint8), torch.zeros(1), x, y, *numbers, *[b"\0" * 64] * 7],
+        grid=(n // 32, m // 32, 1),
+        threads=(32, 2, 2),
+        include_directories=headers,
+    )
+    expected = x.double() @ reference.dequantize(codes, scale, element, layout).double().T
+    assert (y - expected).abs().max() <= 2**-10 * expected.abs().max()
+    assert figures(report) == QMM_T_256[bits]
     record_property("counts", str(report))
 
 

@@ -22,7 +22,7 @@ from tvm import tirx
 from tilelang_ext.codes import INF, bits_of, encode, mask
 from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E4M3, E8M0, MX_GROUP
 from tilelang_ext.language.tile import Tile, readable, tile
-from tilelang_ext.marks import MXFP4_DEQUANT
+from tilelang_ext.marks import MXFP4_DEQUANT, READ_ONCE
 
 _NAME = "T.mxfp4_dequant"
 _OUT_DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float32")
@@ -54,7 +54,7 @@ def mxfp4_dequant(W_packed, scale, out) -> None:
     @T.macro
     def dequant():
         w_read, s_read = readable(w), None if s is None else readable(s)
-        for j, k in T.Parallel(N, K, annotations={MXFP4_DEQUANT: regions}):
+        for j, k in T.Parallel(N, K, annotations={MXFP4_DEQUANT: regions, READ_ONCE: 1}):
             o.buffer[o.index(j, k)] = mxfp4_value(w_read, s_read, j, k, o.dtype)
 
     dequant()

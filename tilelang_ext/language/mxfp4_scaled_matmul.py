@@ -30,7 +30,7 @@ from tilelang_ext.language.block_scaled import block_scaled
 from tilelang_ext.language.e8m0 import e8m0_to_float
 from tilelang_ext.language.mxfp4_dequant import SCALE_DTYPES, mxfp4_value, scale_tile
 from tilelang_ext.language.tile import Tile, equal, readable, tile
-from tilelang_ext.marks import ADDS_TOTAL
+from tilelang_ext.marks import ADDS_TOTAL, READ_ONCE
 
 _NAME = "T.mxfp4_scaled_matmul"
 _WIDE = ("bfloat16", "float16")
@@ -84,12 +84,12 @@ def mxfp4_scaled_matmul(A, scale_a, W_packed, scale_w, C, *, clear_accum: bool =
             A_s = T.alloc_shared((M, step), dtype)
         T.clear(total)
         for t in T.serial(K // step, annotations=_mark(total, a_read, s_a_read, w_read, s_w_read, K)):
-            for j, k in T.Parallel(N, step):
+            for j, k in T.Parallel(N, step, annotations={READ_ONCE: 1}):
                 W_s[j, k] = mxfp4_value(w_read, s_w_read, j, t * step + k, dtype)
             if as_it_is:
                 T.gemm(_columns(a, t, step, K), W_s, total, transpose_B=True)
             else:
-                for i, k in T.Parallel(M, step):
+                for i, k in T.Parallel(M, step, annotations={READ_ONCE: 1}):
                     A_s[i, k] = _activation(a_read, s_a_read, i, t * step + k, dtype)
                 T.gemm(A_s, W_s, total, transpose_B=True)
         for i, j in T.Parallel(M, N, annotations=adds_total):

@@ -133,9 +133,10 @@ def test_batch_sizes_that_share_a_tile_share_a_kernel():
 def test_mlx_launch(monkeypatch):
     fake_mlx = record_mlx(monkeypatch)
     made = problem(5, 70, 32, FP16, arch="")
-    run = metal.to_mlx(metal.lower(tiled.matmul(made.without_sizes("M"), tiled.pick_config(made))))
+    config = tiled.pick_config(made)
+    run = metal.to_mlx(metal.lower(tiled.matmul(made.without_sizes("M"), config)))
     a = FakeArray(np.zeros((5, 32)), "float16")
     out = run(a, FakeArray(np.zeros((70, 32)), "float16"), a, a, a, a)
     assert out.shape == (5, 70)
     (record,) = fake_mlx.records
-    assert record["grid"] == (2 * 128, 1, 1)
+    assert record["grid"] == (-(-70 // config.block_N) * config.threads, 1, 1)

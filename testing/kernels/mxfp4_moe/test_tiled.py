@@ -1,15 +1,18 @@
 """`mxfp4_moe` by its kernels, on target c and from their Metal text: the launches that a GPU gets, on memory full of NaN."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 from kernels.mxfp4_moe.operands import LINEAR, MX, SWIGLU, arguments, one_hot, problem
-from kernels.mxfp4_moe.targets import compiled
+from kernels.mxfp4_moe.targets import REPORTS, compiled
 from numeric import assert_close
+from simulator.mlx_figures import QMM_T_256
 
 from tilelang_ext import formats, quantization, reference
 from tilelang_ext.kernels.mxfp4_moe import operator as moe_operator
+from tilelang_ext.kernels.mxfp4_moe import tiled
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.launch import launch
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
@@ -26,7 +29,10 @@ def target(request, monkeypatch):
     def of_target(make, arguments, device, pass_configs):
         return compiled(make, arguments, request.param)
 
-    monkeypatch.setattr(moe_operator, "_by_reference", functools.partial(launch, compiled=of_target))
+    def on_target(problem, operands, out):
+        launch(replace(problem, target_kind=request.param), operands, out, compiled=of_target)
+
+    monkeypatch.setattr(moe_operator, "_by_reference", on_target)
     torch.use_deterministic_algorithms(True)
     yield request.param
     torch.use_deterministic_algorithms(False)
@@ -171,5 +177,33 @@ def test_wrong_weights_are_far_off(target):
 
 
 def test_tile_by_rows_per_expert():
-    assert [pick_config(problem(tokens, 4, 32)).block_M for tokens in (1, 128, 256, 512, 4096)] == [16, 16, 32, 64, 128]
-    assert pick_config(problem(4096, 4, 32, target_kind="metal")).block_M == 64
+    for target_kind, largest in (("cuda", 128), ("metal", 64)):
+        problems = [problem(tokens, 4, 32, target_kind=target_kind) for tokens in (1, 128, 256, 512, 4096)]
+        assert [pick_config(each).block_M for each in problems] == [16, 16, 32, 64, largest]
+
+
+@pytest.mark.parametrize("target", ["metal"], indirect=True)
+def test_device_bytes_on_metal(target):
+    """At most 1.02 of the least of the tiles: rows of x or hidden per column of tiles, weights per row, bias, ids once each.
+
+    Threadgroup bytes per MMA are fewer than those of MLX's `fp_qmm_t` by weights in MXFP4.
+    """
+    tokens, H, I = 16, 1024, 1024
+    generator = torch.Generator().manual_seed(0)
+    w13, w2 = (
+        prepare_mxfp4_weights(*quantization.quantize(torch.randn(1, *shape, generator=generator), formats.E2M1, MX), **gate)
+        for shape, gate in (((2 * I, H), {"gate": "separated"}), ((H, I), {}))
+    )
+    x, ids = torch.randn(tokens, H, generator=generator).bfloat16(), torch.zeros(tokens, 1, dtype=torch.int32)
+    assert mxfp4_moe(x, ids, torch.ones(tokens, 1), w13, w2, activation=SWIGLU).isfinite().all()
+    for make, weights, bias, bytes_of_row in ((tiled.gate_up, w13, 8 * I, 2 * H + 4), (tiled.down, w2, 4 * H, 2 * I + 12)):
+        report, config = REPORTS[make]
+        assert config.block_M == tokens
+        columns = 1024 // config.block_N
+        for_every_thread = 2 * 4 * config.threads  # how many rows are valid, and the expert
+        least = columns * (tokens * bytes_of_row + for_every_thread) + weights.codes.nbytes + weights.scale.nbytes + bias
+        counts = report.counts
+        assert least <= 1.001 * counts.device_bytes_read <= 1.02 * least, make
+        assert counts.threadgroup_bytes_read < QMM_T_256[4].threadgroup_read * counts.mma, make
+        total = counts.threadgroup_bytes_read + counts.threadgroup_bytes_written
+        assert total < (QMM_T_256[4].threadgroup_read + QMM_T_256[4].threadgroup_written) * counts.mma, make

@@ -103,8 +103,8 @@ def test_mps_launch(monkeypatch, M, name):
     ((kernel, buffers, threads, group),) = shader.calls
     assert kernel == f"{name}_kernel"
     assert [buffer.data_ptr() for buffer in buffers[:5]] == [t.data_ptr() for t in (a, scale_a, b, scale_b, out)]
-    assert threads[0] == (2 * 32 if name == "vecmat" else 2 * 128)  # ceil(70 / 64) threadgroups
-    assert group[0] == (32 if name == "vecmat" else 128)
+    assert threads[0] == (2 * 32 if name == "vecmat" else 2 * 64)  # ceil(70 / 64) threadgroups
+    assert group[0] == (32 if name == "vecmat" else 64)
 
 
 def test_mlx_launch(monkeypatch):

@@ -32,18 +32,18 @@ def _silu(x):
 ACTIVATIONS = {"relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}
 
 
-def finished(epilogue: Epilogue, operands: Operands, value, row, column, row_scale=None):
+def finished(epilogue: Epilogue, operands: Operands, value, row, column, row_scale=None, column_scale=None, bias=None):
     """Return the element (row, *column) of the result, float32, from its product; it lies inside the matrix.
 
-    `column` is a tuple, since the caller's tensors may have columns in groups; `row_scale` is that row's scale where the caller
-    has loaded it.
+    `column` is a tuple, since the caller's tensors may have columns in groups; `row_scale`, `column_scale` and `bias` are those
+    of its row and column where the caller has loaded them.
     """
     if epilogue.row_scale:
         value = value * (operands.row_scale[row] if row_scale is None else row_scale)
     if epilogue.column_scale:
-        value = value * operands.column_scale[column]
+        value = value * (operands.column_scale[column] if column_scale is None else column_scale)
     if epilogue.bias_dtype:
-        value = value + T.cast(operands.bias[column], "float32")
+        value = value + T.cast(operands.bias[column] if bias is None else bias, "float32")
     if epilogue.activation:
         value = ACTIVATIONS[epilogue.activation](value)
     if epilogue.residual_dtype:

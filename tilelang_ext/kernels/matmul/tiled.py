@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.epilogue import finished
 from tilelang_ext.kernels.matmul.problem import Operands, Problem
-from tilelang_ext.marks import READ_ONCE
+from tilelang_ext.kernels.metal_tile import Gemm, pick_tile
 
 SHORT = 64  # rows that fill no larger tile
 MAX_EXTENT = 2**31 - 1
@@ -30,11 +30,13 @@ class Config:
 
 
 def pick_config(problem: Problem) -> Config:
-    """Return the first configuration of the table that fits the problem."""
+    """Return the first configuration of the table that fits the problem, or on Metal the cheapest by a model."""
     kind = problem.target_kind
+    if kind == "metal":
+        tile = pick_tile((Gemm(problem.M, problem.N),), blocks_K=(32, 64))
+        return Config(tile.block_M, tile.block_N, tile.block_K, 1, tile.threads)
     table = [
         # (fits, config)
-        (kind == "metal", Config(64, 64, 32, 1, 128)),  # two tiles take 9 KB of the 32 KB of threadgroup memory
         # AMD: no chip has timed these. The 64 KB of LDS that every chip has hold one stage of the larger tile twice.
         (kind == "hip" and problem.M <= SHORT, Config(64, 64, 64, 1, 128)),
         (kind == "hip", Config(128, 128, 32, 1, 256)),
@@ -63,6 +65,36 @@ def matmul(problem: Problem, config: Config):
         else:
             T.copy(b[k, column], B_s)
 
+    epilogue = problem.epilogue
+    bias_dtype = "float32" if epilogue.bias_dtype is None else epilogue.bias_dtype
+
+    @T.macro
+    def finish(operands, C_f, row, column):
+        row_scale_f = T.alloc_fragment((block_M,), "float32")
+        column_scale_f = T.alloc_fragment((block_N,), "float32")
+        bias_f = T.alloc_fragment((block_N,), bias_dtype)
+        # Rows and columns past the end are not stored: any element of the epilogue's operands will do for them.
+        if epilogue.row_scale:
+            for i in T.Parallel(block_M):
+                row_scale_f[i] = operands.row_scale[T.min(row + i, M - 1)]
+        if epilogue.column_scale:
+            for j in T.Parallel(block_N):
+                column_scale_f[j] = operands.column_scale[T.min(column + j, N - 1)]
+        if epilogue.bias_dtype is not None:
+            for j in T.Parallel(block_N):
+                bias_f[j] = operands.bias[T.min(column + j, N - 1)]
+        for i, j in T.Parallel(block_M, block_N):
+            C_f[i, j] = finished(
+                epilogue,
+                operands,
+                C_f[i, j],
+                T.min(row + i, M - 1),
+                (T.min(column + j, N - 1),),
+                row_scale_f[i],
+                column_scale_f[j],
+                bias_f[j],
+            )
+
     @T.prim_func
     def matmul(
         a: a_type,
@@ -82,15 +114,7 @@ def matmul(problem: Problem, config: Config):
             for k in T.Pipelined(T.ceildiv(K, block_K), num_stages=config.num_stages):
                 load(a, b, A_s, B_s, by * block_M, bx * block_N, k * block_K)
                 T.gemm(A_s, B_s, C_f, transpose_A=not a_is_k_major, transpose_B=b_is_k_major)
-            for i, j in T.Parallel(block_M, block_N, annotations={READ_ONCE: 1}):
-                # Rows and columns past the end are not stored: any element of the epilogue's operands will do for them.
-                C_f[i, j] = finished(
-                    problem.epilogue,
-                    Operands(a, b, row_scale, column_scale, bias, residual, out),
-                    C_f[i, j],
-                    T.min(by * block_M + i, M - 1),
-                    (T.min(bx * block_N + j, N - 1),),
-                )
+            finish(Operands(a, b, row_scale, column_scale, bias, residual, out), C_f, by * block_M, bx * block_N)
             T.copy(C_f, out[by * block_M, bx * block_N])
 
     return matmul

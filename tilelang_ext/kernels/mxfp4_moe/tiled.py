@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
+from tilelang_ext.kernels.metal_tile import FP8_OPERATIONS, MXFP4_OPERATIONS, Gemm, pick_tile
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.formats import (
     SIXTEEN_BITS,
@@ -31,6 +32,7 @@ from tilelang_ext.kernels.mxfp4_moe.formats import (
     tile_dtype,
 )
 from tilelang_ext.kernels.mxfp4_moe.problem import GENERAL_LAYOUT, TOKEN_BITS, TOKEN_MASK, Problem
+from tilelang_ext.marks import READ_ONCE
 
 PARTIAL_DTYPE, USES_PDL = "float32", False
 _GROUP_BYTES = MX_GROUP // CODES_PER_BYTE  # bytes of codes that share a scale
@@ -48,16 +50,39 @@ class Config:
 
 def pick_config(problem: Problem) -> Config:
     """Return the tile for a problem, by the rows that an expert has when all experts are equally busy."""
+    if problem.target_kind == "metal":
+        tile = pick_tile(_gemms(problem), blocks_K=(64,), blocks_M=(16, 32, 64, 128))
+        return Config(tile.block_M, tile.block_N, tile.block_K, tile.threads)
     table = [
         # (rows up to, config)
         (16, Config(16)),  # the smallest M of a matrix unit
         (32, Config(32)),
         (64, Config(64)),
-        # On Metal two tiles of weights and one of 64 rows take 27 of 32 KB. Elsewhere two accumulators of 128 rows take 64
-        # registers per thread.
-        (None, Config(64) if problem.target_kind == "metal" else Config(128, threads=256)),
+        (None, Config(128, threads=256)),  # two accumulators of 128 rows take 64 registers per thread
     ]
     return next(config for most, config in table if most is None or problem.rows_per_expert <= most)
+
+
+def _gemms(problem: Problem) -> tuple[Gemm, Gemm]:
+    """Return what the model for Metal is told of the two GEMMs."""
+    a_bytes = 2 if problem.a_format in SIXTEEN_BITS else 0.5 if problem.a_format == "mxfp4" else 1
+    a_decoding = 0 if problem.a_format in SIXTEEN_BITS else MXFP4_OPERATIONS if problem.a_format == "mxfp4" else FP8_OPERATIONS
+
+    def gemm(N: int, products: int) -> Gemm:
+        return Gemm(
+            problem.rows_per_expert,
+            N,
+            a_device_bytes=a_bytes,
+            b_device_bytes=(_GROUP_BYTES + 1) / MX_GROUP,
+            a_decoding=a_decoding,
+            b_decoding=MXFP4_OPERATIONS,
+            b_group=MX_GROUP,
+            is_prefetched=True,
+            products=products,
+            batch=min(problem.num_experts, problem.slots),
+        )
+
+    return gemm(problem.intermediate_size, 2), gemm(problem.hidden_size, 1)
 
 
 class _Codes(NamedTuple):
@@ -128,7 +153,8 @@ def gate_up(config: Config, activation: Activation, a_format: str):
             gate, up = OperandTile("mxfp4", block_N, block_K), OperandTile("mxfp4", block_N, block_K)
             gate_f = T.alloc_fragment((block_M, block_N), "float32")
             up_f = T.alloc_fragment((block_M, block_N), "float32")
-            if by * block_M < sorted_rows.num_valid[0]:
+            num_valid = T.alloc_var("int32", sorted_rows.num_valid[0])
+            if by * block_M < num_valid:
                 expert = T.alloc_var("int32", sorted_rows.expert_ids[by])
                 for i in T.Parallel(block_M):
                     token_s[i] = sorted_rows.token_ids[by * block_M + i] & TOKEN_MASK
@@ -149,10 +175,10 @@ def gate_up(config: Config, activation: Activation, a_format: str):
                     T.gemm(A_s, gate_s, gate_f, transpose_B=True)
                     T.gemm(A_s, up_s, up_f, transpose_B=True)
                 if a_format == "fp8":
-                    for i, j in T.Parallel(block_M, block_N):
+                    for i, j in T.Parallel(block_M, block_N, annotations={READ_ONCE: 1}):
                         gate_f[i, j] *= x.scale[token_s[i]]
                         up_f[i, j] *= x.scale[token_s[i]]
-                for i, j in T.Parallel(block_M, block_N):
+                for i, j in T.Parallel(block_M, block_N, annotations={READ_ONCE: 1}):
                     gate_f[i, j] += w13.bias[expert, bx * block_N + j]
                     up_f[i, j] += w13.bias[expert, stored_I + bx * block_N + j]
                 for i, j in T.Parallel(block_M, block_N):
@@ -236,7 +262,8 @@ def down(config: Config, a_format: str, epilogue: str):
             W_s = T.alloc_shared((block_N, block_K), dtype)
             a, w = OperandTile(a_format, block_M, block_K), OperandTile("mxfp4", block_N, block_K)
             C_f = T.alloc_fragment((block_M, block_N), "float32")
-            if by * block_M < sorted_rows.num_valid[0]:
+            num_valid = T.alloc_var("int32", sorted_rows.num_valid[0])
+            if by * block_M < num_valid:
                 expert = T.alloc_var("int32", sorted_rows.expert_ids[by])
                 for i in T.Parallel(block_M):
                     row_s[i] = by * block_M + i
@@ -250,12 +277,14 @@ def down(config: Config, a_format: str, epilogue: str):
                     a.fetch(hidden.codes, hidden.scale, hidden_rows, k + 1, groups_I)
                     w.fetch(w2.codes, w2.scale, w_rows, k + 1, groups_I)
                     T.gemm(A_s, W_s, C_f, transpose_B=True)
-                for i, j in T.Parallel(block_M, block_N):
+                for i, j in T.Parallel(block_M, block_N, annotations={READ_ONCE: 1}):
+                    C_f[i, j] = sorted_rows.weights[by * block_M + i] * (C_f[i, j] + w2.bias[expert, bx * block_N + j])
+                for i, j in T.Parallel(block_M, block_N, annotations={READ_ONCE: 1}):
                     row, column = by * block_M + i, bx * block_N + j
                     token = T.alloc_var("int32", sorted_rows.token_ids[row] & TOKEN_MASK)
                     slot = T.alloc_var("int32", sorted_rows.token_ids[row] >> TOKEN_BITS)
                     if token < tokens and column < H:
-                        store(y, token, slot, column, sorted_rows.weights[row] * (C_f[i, j] + w2.bias[expert, column]))
+                        store(y, token, slot, column, C_f[i, j])
 
     if a_format in SIXTEEN_BITS:
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
+from tilelang_ext.kernels.metal_tile import FP8_OPERATIONS, Gemm, pick_tile
 from tilelang_ext.kernels.scaled_mm.problem import Problem
 from tilelang_ext.marks import READ_ONCE
 
@@ -31,12 +32,17 @@ class Config:
 
 
 def pick_config(problem: Problem) -> Config:
-    """Return the first configuration of the table that fits the problem."""
+    """Return the first configuration of the table that fits the problem, or on Metal the cheapest by a model."""
     kind = problem.target_kind
     byte_scales = any(layout.scale_format is not None for layout in (problem.layout_a, problem.layout_b))
+    if kind == "metal":
+        # The result, the sum of a K block, and with scales per 32 elements the product of one group.
+        sums = 1 if _is_fast(problem) else 3 if byte_scales else 2
+        gemm = Gemm(problem.max_M, problem.N, 1, 1, 1, 1, operand_decoding=FP8_OPERATIONS, sums=sums)
+        tile = pick_tile((gemm,), blocks_K=(BLOCK_K,), blocks_M=(16, 32, 64, 128))
+        return Config(tile.block_M, tile.block_N, 1, tile.threads)
     table = [
         # (fits, config)
-        (kind == "metal", Config(64, 64, 1, 128)),  # two tiles take 18 KB of the 32 KB of threadgroup memory
         # AMD: the 64 KB of LDS that every chip has hold two blocks of these. No chip has timed them. With scales of 4 groups in
         # a K block, more for each wave spills: RDNA 3, which also decodes the codes, has the fewest registers to spare.
         (kind == "hip" and byte_scales and problem.arch.startswith("gfx11"), Config(32, 64, 1, 256)),
@@ -53,6 +59,10 @@ def pick_config(problem: Problem) -> Config:
     return next(config for fits, config in table if fits)
 
 
+def _is_fast(problem: Problem) -> bool:
+    return problem.fast_accum and problem.layout_a.k is None and problem.layout_b.k is None
+
+
 def scaled_matmul(problem: Problem, config: Config):
     """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one."""
     N, K, layout_a, layout_b = problem.N, problem.K, problem.layout_a, problem.layout_b
@@ -62,7 +72,7 @@ def scaled_matmul(problem: Problem, config: Config):
     scale_a_type = problem.scale(layout_a, M, "scale_a")
     scale_b_type = problem.scale(layout_b, N, "scale_b")
     out_type = T.Tensor((M, N), problem.out_dtype)
-    fast = problem.fast_accum and layout_a.k is None and layout_b.k is None
+    fast = _is_fast(problem)
 
     def block_scales(scale, layout, row, rows, k):
         """Return the scales of one tile and one K block; 1 where they cover all of K."""
