@@ -33,6 +33,7 @@ from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.foreign_calls import refuse_foreign
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.lane_indices import CountLanes
+from tilelang_ext.passes.layouts import infer_layouts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
@@ -99,7 +100,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.metal.fragment_to_simdgroup.
     mod = DropOperandLayouts(mod)
-    mod = transform.LayoutInference()(mod)
+    mod = infer_layouts(mod)
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)
     mod = transform.LowerTileOp()(mod)

@@ -26,6 +26,7 @@ from tilelang_ext.passes.float_constants import SpellFloatConstants, by_bits
 from tilelang_ext.passes.foreign_calls import refuse_foreign
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.lane_indices import CountLanes
+from tilelang_ext.passes.layouts import infer_layouts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
@@ -97,7 +98,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.Simplify()(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.rocm.gemm.
-    mod = transform.LayoutInference()(mod)
+    mod = infer_layouts(mod)
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)
     mod = transform.LowerTileOp()(mod)
