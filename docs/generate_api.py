@@ -56,8 +56,16 @@ def generate() -> str:
 
 
 def language_names() -> list[str]:
-    """Return the names that mean in our language what they do not in upstream's, those of one module together."""
-    names = {name for name in language.__all__ if getattr(language, name) is not getattr(tilelang.language, name, None)}
+    """Return the names that mean in our language what they do not in upstream's, those of one module together.
+
+    Upstream's functions whose arguments are checked before mean the same.
+    """
+
+    def is_ours(name: str) -> bool:
+        value, upstream = getattr(language, name), getattr(tilelang.language, name, None)
+        return value is not upstream and getattr(value, "__wrapped__", value) is not upstream
+
+    names = set(filter(is_ours, language.__all__))
     return sorted(names, key=lambda name: (getattr(language, name).__module__, name))
 
 

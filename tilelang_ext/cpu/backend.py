@@ -28,6 +28,7 @@ from tilelang_ext.passes.float_constants import SpellFloatConstants, by_ldexp
 from tilelang_ext.passes.foreign_calls import naming_unknown, refuse_foreign
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
+from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.vector_lanes import SelectLanes
 from tilelang_ext.registration import has_key
 
@@ -70,7 +71,7 @@ def normalize_target(target: TargetLike) -> Target | None:
 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
-    mod = RefuseThreadIndices(refuse_foreign(mod, "c"))
+    mod = RefuseThreadIndices(refuse_unlike_regions(refuse_foreign(mod, "c")))
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
     mod = GuardEmptyLoops(KeepFloatArithmetic(SpellBooleans(SelectLanes(spell_operators(mod, RULES)))))

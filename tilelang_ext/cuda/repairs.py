@@ -13,6 +13,7 @@ from tvm.tirx.transform import prim_func_pass
 
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.joined_guards import JoinGuardsOfCasts
+from tilelang_ext.passes.region_shapes import is_region, refuse_unlike_regions
 from tilelang_ext.passes.rewrite import rewritten
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 
@@ -23,6 +24,7 @@ _ATOMICS = ("tl.tileop.atomicadd", "tl.tileop.atomicmax", "tl.tileop.atomicmin")
 
 def repair(mod: IRModule) -> IRModule:
     """Rewrite what would be wrong; runs on tile programs, before everything else."""
+    mod = refuse_unlike_regions(mod)
     mod = WrapNarrowShifts(JoinGuardsOfCasts(KeepFloatArithmetic(mod)))
     if not any(_has_scalar_atomic(func) for _, func in mod.functions_items()):
         return mod
@@ -42,9 +44,7 @@ def _has_scalar_atomic(func: tirx.PrimFunc) -> bool:
     def visit(node):
         nonlocal found
         if isinstance(node, tirx.Call) and isinstance(node.op, Op) and node.op.name in _ATOMICS:
-            value = node.args[0]
-            is_tile = isinstance(value, tirx.Call) and isinstance(value.op, Op) and value.op.name == "tl.tileop.region"
-            found = found or not is_tile
+            found = found or not is_region(node.args[0])
 
     post_order_visit(func.body, visit)
     return found

@@ -15,6 +15,7 @@ from tilelang_ext.language.mx_quantize import mx_quantize
 from tilelang_ext.language.mxfp4_dequant import mxfp4_dequant
 from tilelang_ext.language.mxfp4_scaled_matmul import mxfp4_scaled_matmul
 from tilelang_ext.language.swiglu import silu_mul, swiglu
+from tilelang_ext.language.tile_pairs import atomic_add, atomic_max, atomic_min, copy  # noqa: F401 (upstream's names)
 
 __all__ = [
     *(name for name in _upstream.__all__ if name != "gemm_blockscaled"),

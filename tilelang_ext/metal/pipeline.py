@@ -39,6 +39,7 @@ from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
 from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
+from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
@@ -67,7 +68,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     transform = tilelang.transform
     config = transform.get_pass_context()
     mod = expand_block_scaled_gemms(mod)
-    mod = refuse_foreign(mod, "metal")
+    mod = refuse_unlike_regions(refuse_foreign(mod, "metal"))
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = LayOutReducedFragments(OneInstruction(mod))

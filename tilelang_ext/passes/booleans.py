@@ -20,7 +20,7 @@ from tvm.tirx.transform import prim_func_pass
 
 from tilelang_ext.passes.rewrite import rewritten
 
-_NOT, _REDUCE, _REGION = "tirx.bitwise_not", "tl.tileop.reduce", "tl.tileop.region"
+_NOT, _REDUCE = "tirx.bitwise_not", "tl.tileop.reduce"
 _ANY, _ALL = ("max", "absmax", "bitor"), ("min", "bitand")
 
 

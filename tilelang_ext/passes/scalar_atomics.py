@@ -14,6 +14,7 @@ from tvm import IRModule, tirx
 from tvm.ir import Op
 from tvm.tirx.stmt_functor import post_order_visit
 
+from tilelang_ext.passes.region_shapes import is_region
 from tilelang_ext.passes.rewrite import rewritten
 from tilelang_ext.passes.uniformity import int_of
 
@@ -44,7 +45,7 @@ def _spell(func: tirx.PrimFunc) -> tirx.PrimFunc:
 
     def rewrite(call):
         name = call.op.name if isinstance(call.op, Op) else ""
-        if name not in _ELEMENT or _is_region(call.args[0]) or not _is_of_thread(call.args[0], differs):
+        if name not in _ELEMENT or is_region(call.args[0]) or not _is_of_thread(call.args[0], differs):
             return None
         value, region = call.args[0], call.args[1]
         extents = [int_of(extent) for extent in region.args[2:]]
@@ -70,7 +71,3 @@ def _is_of_thread(value: tirx.PrimExpr, differs: set[tirx.Var]) -> bool:
 
     post_order_visit(value, visit)
     return found
-
-
-def _is_region(expr: tirx.PrimExpr) -> bool:
-    return isinstance(expr, tirx.Call) and isinstance(expr.op, Op) and expr.op.name == "tl.tileop.region"

@@ -33,6 +33,7 @@ from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
 from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
+from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
@@ -68,7 +69,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
         mod, native=lambda gemm: lower_block_scaled_gemm(gemm, target), without=(E2M1.dtype, E8M0.dtype)
     )
     mod = lower_block_scaled(mod, target)
-    mod = refuse_foreign(mod, "hip")
+    mod = refuse_unlike_regions(refuse_foreign(mod, "hip"))
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = SumHalvesInFloat(mod)
