@@ -12,7 +12,20 @@ PACKAGE = ROOT / "tilelang_ext"
 UPSTREAM = ("tilelang", "tvm", "torch")
 BACKENDS = ("metal", "rocm", "cuda", "cpu")
 # Of an operator's package.
-HOST_FILES = ("__init__", "ahead", "arguments", "experts", "launch", "operator", "signature", "sm90_packing", "weights")
+HOST_FILES = (
+    *(
+        "__init__",
+        "ahead",
+        "arguments",
+        "decode_launch",
+        "experts",
+        "launch",
+        "operator",
+        "signature",
+        "sm90_packing",
+        "weights",
+    ),
+)
 NO_ROOMS = {"utils", "common", "helpers", "misc"}
 
 

@@ -20,7 +20,7 @@ class Box(NamedTuple):
 
 def execute(
     text: str,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     tensors: dict[str, torch.Tensor],
     boxes: dict[str, Box],
     scalars: dict[str, int],
@@ -62,5 +62,7 @@ def execute(
             arguments.append(f"({kind.split('*')[0].removeprefix('const ')}*){parameter_name}.data()")
         else:
             arguments.append(str(scalars[parameter_name]))
-    call = f"launch_clusters({grid[0]}, {grid[1]}, {cluster}, {threads}, [&] {{ {name}({', '.join(arguments)}); }});"
+    kernel = f"[&, z] {{ blockIdx.z = z; {name}({', '.join(arguments)}); }}"
+    launch = f"launch_clusters({grid[0]}, {grid[1]}, {cluster}, {threads}, {kernel});"
+    call = f"for (int z = 0; z < {grid[2] if len(grid) > 2 else 1}; ++z) {launch}"
     run_program("hopper.h", functions + device, own, call)

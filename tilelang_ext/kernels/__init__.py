@@ -11,6 +11,7 @@ PUBLIC = {
     "MXFP4Weights": "tilelang_ext.kernels.mxfp4_moe.weights",
     "ReplayCache": "tilelang_ext.kernels.gated_delta.operator",
     "attention": "tilelang_ext.kernels.attention.operator",
+    "attention_decode": "tilelang_ext.kernels.attention.operator",
     "check_topk_ids": "tilelang_ext.kernels.mxfp4_moe.arguments",
     "gated_delta_decode": "tilelang_ext.kernels.gated_delta.operator",
     "gated_delta_replay": "tilelang_ext.kernels.gated_delta.operator",

@@ -1,9 +1,11 @@
 """Operands of attention for tests: every row has its own magnitude, and lengths end inside tiles."""
 
 import torch
+from cuda.kernels import lower
 
 from tilelang_ext import reference
 from tilelang_ext.kernels.attention.problem import Problem
+from tilelang_ext.kernels.attention.sm90_forward import ARCH, PASS_CONFIGS
 
 BF16, FP16 = torch.bfloat16, torch.float16
 FUNCTIONS = """
@@ -20,6 +22,11 @@ inline float __shfl_xor_sync(uint32_t, float value, int mask, int) {
 inline float tilelang_ext_exp2(float x) { return std::exp2(x); }
 inline float tilelang_ext_log2(float x) { return std::log2(x); }
 """  # of the kernels for Hopper, where they run on the CPU
+
+
+def text_of(make, *arguments, name="attention"):
+    """The CUDA text of a kernel for Hopper."""
+    return lower(make(*arguments).with_attr("global_symbol", name), ARCH, **PASS_CONFIGS)
 
 
 def name(dtype):

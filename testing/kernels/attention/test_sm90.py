@@ -3,16 +3,11 @@
 import pytest
 import torch
 from cuda.execute import needs_compiler
-from cuda.kernels import lower
-from kernels.attention.operands import FUNCTIONS, check, expected, operands, problem
+from kernels.attention.operands import FUNCTIONS, check, expected, operands, problem, text_of
 from kernels.hopper import Box, execute
 
 from tilelang_ext.kernels.attention import sm90_forward, sm90_wide
-from tilelang_ext.kernels.attention.sm90_forward import ARCH, PASS_CONFIGS, Config
-
-
-def text_of(make, *arguments, name="attention"):
-    return lower(make(*arguments).with_attr("global_symbol", name), ARCH, **PASS_CONFIGS)
+from tilelang_ext.kernels.attention.sm90_forward import Config
 
 
 def run(of, config, sizes, cu_q=None, cu_k=None):

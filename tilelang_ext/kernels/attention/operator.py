@@ -1,4 +1,4 @@
-"""`attention` and `merge_attention`: softmax attention on CUDA, ROCm, the CPU and Metal.
+"""`attention`, `attention_decode` and `merge_attention`: softmax attention on CUDA, ROCm, the CPU and Metal.
 
 s = softmax_scale * q . k + mask;  lse = ln(sum of e^s);  o = sum of e^(s - lse) v
 """
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.attention import launch
-from tilelang_ext.kernels.attention.arguments import DTYPES, Arguments, check, checked_scale, checked_window
+from tilelang_ext.kernels.attention import decode_launch, launch
+from tilelang_ext.kernels.attention.arguments import DTYPES, Arguments, DecodeArguments, check, checked_scale, checked_window
 from tilelang_ext.launch.gradient import without_gradient
 
-_NAME = "attention"
+_NAME, _DECODE = "attention", "attention_decode"
 
 
 def attention(
@@ -64,6 +64,52 @@ def attention(
     return (out, without_gradient(_NAME, lse, *inputs)) if return_lse else out
 
 
+def attention_decode(
+    q: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    seqlens: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = True,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | Tensor:
+    """Compute the attention of each sequence's last tokens over its cache: (o, lse), or o without `return_lse`.
+
+    | tensor | shape | dtype |
+    | --- | --- | --- |
+    | q, out | (batch, tokens, heads, head_dim), 1 to 8 tokens | bfloat16, float16 |
+    | cache_k, cache_v | (batch, keys, kv_heads, head_dim); with pages (pages, page_size, kv_heads, head_dim) | q's, e4m3fn |
+    | seqlens | (batch,): keys of each sequence, those of its tokens included | int32 |
+    | page_table | (batch, pages of a sequence): the page of each page_size keys | int32 |
+    | k_scale, v_scale | (kv_heads,), or with page_table (pages, kv_heads); for float8_e4m3fn, 1 by default | float32 |
+    | sinks | (heads,) | float32 |
+    | lse | (batch, heads, tokens), natural logarithms | float32 |
+
+    Token t stands at position seqlens - tokens + t and sees the keys up to it, of a `window` the last ones; sinks,
+    softmax_scale, head_dim and heads are as in `attention`. A sequence without keys gives 0, and lse -infinity, or its sink.
+    What the cache holds past seqlens is not used, whatever it is. Pages that a sequence uses must exist.
+
+    Caches must be contiguous; other inputs are copied where kernels cannot read them. Several blocks divide the keys of a
+    sequence, whose results are summed in one order. TypeError for dtypes, ValueError for shapes and values; NotImplementedError
+    for devices, and in a backward pass that reaches the result.
+    """
+    scale = checked_scale(_DECODE, softmax_scale, q.shape[-1])
+    window = checked_window(_DECODE, window)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((*q.shape[:-3], *q.shape[-3:-1][::-1]), dtype=torch.float32, device=q.device)
+    _decode_op(q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, sinks, window, scale, out, lse)
+    inputs = q, cache_k, cache_v, k_scale, v_scale, sinks
+    out = without_gradient(_DECODE, out, *inputs)
+    return (out, without_gradient(_DECODE, lse, *inputs)) if return_lse else out
+
+
 def merge_attention(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Merge attention over two sets of keys into that over both: (o, lse), from what `attention` returned for each.
 
@@ -103,6 +149,11 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int causal, int window, "
     "float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()",
 )
+torch.library.define(
+    f"tilelang_ext::{_DECODE}_out",
+    "(Tensor q, Tensor cache_k, Tensor cache_v, Tensor seqlens, Tensor? page_table, Tensor? k_scale, Tensor? v_scale, "
+    "Tensor? sinks, int window, float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()",
+)
 
 
 def _given(arguments: tuple) -> Arguments:
@@ -133,12 +184,37 @@ def _fake(*arguments) -> None:
     check(_given(arguments))
 
 
-torch.library.impl(f"tilelang_ext::{_NAME}_out", "CompositeExplicitAutograd", _out)
-torch.library.register_fake(f"tilelang_ext::{_NAME}_out", _fake)
+def _decode_out(*arguments) -> None:
+    if arguments[0].is_cuda and launch.takes_plans():
+        try:
+            if decode_launch.plan().launch(*arguments):
+                return
+        except (TypeError, ValueError):
+            pass
+    given, options = DecodeArguments(*arguments[:8], *arguments[-2:]), arguments[8:10]
+    check(given)
+    if given.out.numel() == 0:
+        return
+    if given.q.device.type == "cpu":
+        _decode_on_cpu(given, *options)
+    elif given.cache_k.numel() == 0 or (given.page_table is not None and given.page_table.numel() == 0):
+        _without_keys(given)
+    else:
+        decode_launch.launch(given, *options)
+
+
+def _fake_decode(*arguments) -> None:
+    check(DecodeArguments(*arguments[:8], *arguments[-2:]))
+
+
+for _op, _implementation, _of_shape in ((_NAME, _out, _fake), (_DECODE, _decode_out, _fake_decode)):
+    torch.library.impl(f"tilelang_ext::{_op}_out", "CompositeExplicitAutograd", _implementation)
+    torch.library.register_fake(f"tilelang_ext::{_op}_out", _of_shape)
 _attention_op = getattr(torch.ops.tilelang_ext, f"{_NAME}_out").default
+_decode_op = getattr(torch.ops.tilelang_ext, f"{_DECODE}_out").default
 
 
-def _without_keys(given: Arguments) -> None:
+def _without_keys(given: Arguments | DecodeArguments) -> None:
     given.out.zero_()
     given.lse.fill_(-torch.inf)
     if given.sinks is not None:
@@ -160,3 +236,20 @@ def _on_cpu(given: Arguments, causal: int, window: int, scale: float) -> None:
     for q0, q1, k0, k1 in zip(bounds[0], bounds[0][1:], bounds[1], bounds[1][1:], strict=False):
         of_q, of_k = slice(q0, q1), slice(k0, k1)
         compute(given.q[None, of_q], given.k[None, of_k], given.v[None, of_k], given.out[None, of_q], given.lse[None, :, of_q])
+
+
+def _decode_on_cpu(given: DecodeArguments, window: int, scale: float) -> None:
+    """Compute by the reference, sequence by sequence."""
+    page_size = given.cache_k.shape[1]
+    for i, length in enumerate(given.seqlens.tolist()):
+        keys = torch.arange(length)
+        page = torch.full_like(keys, i) if given.page_table is None else given.page_table[i, keys // page_size].long()
+        row = keys if given.page_table is None else keys % page_size
+        k, v = (cache[page, row].double() for cache in (given.cache_k, given.cache_v))
+        if given.k_scale is not None:
+            k, v = (
+                x * (s if s.dim() == 1 else s[page]).double()[..., None] for x, s in ((k, given.k_scale), (v, given.v_scale))
+            )
+        result = reference.attention(given.q[i : i + 1], k[None], v[None], scale, True, window or None, given.sinks)
+        given.out[i : i + 1].copy_(result[0])
+        given.lse[i : i + 1].copy_(result[1])

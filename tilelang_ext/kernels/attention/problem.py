@@ -20,7 +20,7 @@ tensor of its dtype. head_dim is a multiple of 8 up to 512.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,3 +84,81 @@ class Operands:
     cu_k: Any
     out: Any
     lse: Any
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeOperands:
+    """What a kernel of `attention_decode` reads, but for where the keys of a sequence lie."""
+
+    q: Any
+    cache_k: Any
+    cache_v: Any
+    k_scale: Any
+    v_scale: Any
+
+
+@dataclass(frozen=True)
+class DecodeProblem:
+    """Everything that a kernel of `attention_decode` may depend on. Numbers of sequences, tokens, heads and pages are no
+    constants of kernels.
+
+    | argument | shape | memory |
+    | --- | --- | --- |
+    | q, out | (batch, tokens, heads, head_dim) of `dtype` | contiguous, first byte at a multiple of 16 |
+    | cache_k, cache_v | (pages, page_size, kv_heads, head_dim) of `cache_dtype`; without pages (batch, keys, ...) | the same |
+    | seqlens | (batch,) int32: keys of each sequence, those of its tokens included | contiguous |
+    | page_table | (batch, pages of a sequence) int32, with pages | the same |
+    | k_scale, v_scale | (kv_heads,) or (pages, kv_heads) float32, by `scales` | the same |
+    | sinks | (heads,) float32 | the same |
+    | partial | (splits, batch, tokens, heads, head_dim) float32 | the same |
+    | partial_lse | (splits, batch, heads, tokens) float32, logarithm of base 2 | the same |
+    | lse | (batch, heads, tokens) float32, natural logarithm | the same |
+
+    Token t of a sequence stands at position seqlens - tokens + t, and sees the keys up to it, of a window the last `window`.
+    """
+
+    target_kind: str  # "cuda", "hip" or "metal"
+    arch: str
+    num_sms: int
+    head_dim: int
+    dtype: str
+    cache_dtype: str
+    scale: float
+    window: int = 0
+    page_size: int = 0  # 0: no pages
+    scales: str = ""  # "head" or "page": what has a scale of its own
+    has_sinks: bool = False
+
+    def of_sum(self) -> DecodeProblem:
+        """Return all that the sum over ranges depends on."""
+        return replace(self, num_sms=0, cache_dtype=self.dtype, scale=1.0, window=0, page_size=0, scales="")
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.cache_dtype != self.dtype
+
+    @property
+    def scale_log2(self) -> float:
+        return self.scale * LOG2_E
+
+    def types(self) -> SimpleNamespace:
+        """Return the types of the parameters of all prim_funcs."""
+        names = "batch", "tokens", "heads", "kv_heads", "splits", "num_seqlens", "table_rows", "table_pages", "scale_rows"
+        batch, tokens, heads, kv_heads, splits, num_seqlens, table_rows, table_pages, scale_rows = map(T.dynamic, names)
+        pages = T.dynamic("pages")
+        cache = (pages, self.page_size or T.dynamic("keys"), kv_heads, self.head_dim)
+        scale = {"": (scale_rows,), "head": (kv_heads,), "page": (pages, kv_heads)}[self.scales]
+        return SimpleNamespace(
+            q=T.Tensor((batch, tokens, heads, self.head_dim), self.dtype),
+            cache_k=T.Tensor(cache, self.cache_dtype),
+            cache_v=T.Tensor(cache, self.cache_dtype),
+            seqlens=T.Tensor((num_seqlens,), "int32"),
+            page_table=T.Tensor((table_rows, table_pages), "int32"),
+            k_scale=T.Tensor(scale, "float32"),
+            v_scale=T.Tensor(scale, "float32"),
+            sinks=T.Tensor((T.dynamic("num_sinks"),), "float32"),
+            partial=T.Tensor((splits, batch, tokens, heads, self.head_dim), "float32"),
+            partial_lse=T.Tensor((splits, batch, heads, tokens), "float32"),
+            out=T.Tensor((batch, tokens, heads, self.head_dim), self.dtype),
+            lse=T.Tensor((batch, heads, tokens), "float32"),
+        )

@@ -1,0 +1,86 @@
+"""The plans of `attention` and `attention_decode` on a driver that writes down its launches: which kernels, which tensors."""
+
+import pytest
+import torch
+from kernels.attention.operands import BF16
+from launch.fakes import FakeCuda, compile_without_nvcc
+
+from tilelang_ext.kernels.attention import decode_launch, operator
+from tilelang_ext.kernels.attention import launch as launches
+from tilelang_ext.launch.device import Target
+
+
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that says it is on cuda:0."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+
+def on_cuda(*tensors):
+    return [None if x is None else x.as_subclass(OnCuda) for x in tensors]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The fake driver, and operators whose plans launch there."""
+    cuda = FakeCuda()
+    compile_without_nvcc(monkeypatch)
+    for file in (launches, decode_launch):
+        plan = cuda.launcher.plan(file.RECIPE)
+        monkeypatch.setattr(file, "plan", lambda plan=plan: plan)
+        monkeypatch.setattr(file, "_unused", lambda device, original=file._unused: original(torch.device("cpu")))
+        monkeypatch.setattr(file, "target_of", lambda name, device: Target("cuda", "sm_90a", 132))
+    return cuda
+
+
+def arguments(batch, S_q, S_k, heads, kv_heads, sinks=None):
+    q, k = torch.zeros(batch, S_q, heads, 64, dtype=BF16), torch.zeros(batch, S_k, kv_heads, 64, dtype=BF16)
+    tensors = on_cuda(q, k, k.clone(), sinks, None, None)
+    return (*tensors, 1, 0, 0.125, *on_cuda(torch.empty_like(q), torch.empty(batch, heads, S_q)))
+
+
+def test_attention(cuda):
+    """One kernel serves every number of sequences, tokens and heads; what it cannot read is copied, or refused by the rule."""
+    for sizes in ((2, 100, 300, 4, 2), (1, 7, 8, 3, 3)):
+        given = arguments(*sizes)
+        operator._out(*given)
+        [done] = cuda.launches()[-1:]
+        assert (done.kernel, done.grid, done.block) == ("attention_kernel", (132, 1, 1), (512, 1, 1))
+        addresses = {parameter & (1 << 64) - 1 for parameter in done.parameters}
+        assert {given[i].data_ptr() for i in (0, 1, 2, -2, -1)} <= addresses
+        assert {sizes[0], *sizes[1:]} - {64} <= set(done.parameters)
+    assert len(cuda.lines("load")) == 1
+    given = list(arguments(1, 7, 8, 3, 3))
+    given[1] = given[1].repeat(1, 1, 2, 1)[:, :, :3]
+    operator._out(*given)
+    addresses = {parameter & (1 << 64) - 1 for parameter in cuda.launches()[-1].parameters}
+    assert given[1].data_ptr() not in addresses
+    assert given[2].data_ptr() in addresses
+    count = len(cuda.launches())
+    with pytest.raises(ValueError, match="attention: heads of q must be a multiple of those of k; got 3 and 2"):
+        operator._out(*arguments(1, 7, 8, 3, 2))
+    without_keys = arguments(1, 7, 0, 3, 3)
+    operator._out(*without_keys)
+    assert not without_keys[-2].any()
+    assert (without_keys[-1] == -torch.inf).all()
+    assert len(cuda.launches()) == count
+
+
+def test_decode(cuda):
+    """The number of ranges follows the sizes of the call, and the sum takes what the first kernel gives."""
+    for batch, keys, splits in ((1, 4096, 8), (16, 4096, 8), (200, 4096, 1), (1, 100, 1)):
+        q, cache = torch.zeros(batch, 1, 8, 64, dtype=BF16), torch.zeros(batch, keys, 2, 64, dtype=BF16)
+        seqlens, sinks = torch.full((batch,), keys, dtype=torch.int32), torch.zeros(8)
+        given = on_cuda(q, cache, cache.clone(), seqlens, None, None, None, sinks)
+        given = (*given, 0, 0.125, *on_cuda(torch.empty_like(q), torch.empty(batch, 8, 1)))
+        operator._decode_out(*given)
+        first, total = cuda.launches()[-2:]
+        assert (first.kernel, total.kernel) == ("split_kv_kernel", "sum_ranges_kernel")
+        assert first.grid == (splits, 2, batch)
+        assert total.grid == (8, batch, 1)
+        addresses = {parameter & (1 << 64) - 1 for parameter in first.parameters}
+        assert {given[i].data_ptr() for i in range(4)} <= addresses
+        assert {given[i].data_ptr() for i in (7, -2, -1)} <= {parameter & (1 << 64) - 1 for parameter in total.parameters}
+        assert 2 * splits in total.parameters
+    assert len(cuda.lines("load")) == 2

@@ -1,0 +1,466 @@
+"""Attention of a few tokens over a long cache on Hopper: TMA keeps 100 to 200 KB of the cache on their way to every SM.
+
+    S = q k^T;  m' = max(m, rows of S);  P = 2^(scale (S - m'));  l = a l + rows of P;  O = a O + P v      of each range
+
+Takes what `split_kv` takes, but for caches of 8 bits, and for pages that blocks of keys neither divide nor hold whole; the sum
+over ranges is `split_kv`'s. The rows of a block are the tokens and query heads that share a head of k and v, at most 64.
+
+Warp roles, of a block of 384 threads, one block per SM:
+
+| warpgroup | role | registers |
+| --- | --- | --- |
+| 0 | producer: TMA loads of k and v | 24 |
+| 1, 2 | consumers: all rows, of every other block of keys; from a head_dim of 264 on, of one half of the value columns | 240 |
+
+Pipeline, producer role -> consumer role:
+
+| pipeline | carries | full | empty |
+| --- | --- | --- | --- |
+| producer -> consumer | k and v of a block of keys | 128 threads, the bytes | 4 warps of each consumer that reads it |
+
+Steady state:
+
+    producer   acquire | TMA k, TMA v, in boxes that lie in one page | commit
+    consumers  wait | S = q k^T | mask, softmax | O = a O + P v | release
+
+Consumers of different blocks of keys have different ranges: each writes a result of its own. Nobody has timed it; its text runs
+on the CPU in the tests.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from tilelang.layout import make_swizzled_layout
+
+from tilelang_ext import language as T
+from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem
+from tilelang_ext.kernels.attention.sm90_forward import (
+    ARCH,
+    PASS_CONFIGS,
+    PTX_TYPES,
+    SWIZZLE_128B,
+    SWIZZLE_ATOM,
+    WGMMA_K,
+    WGMMA_M,
+    uniform,
+)
+from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax, log2
+from tilelang_ext.kernels.attention.tiles import PANEL
+from tilelang_ext.kernels.sm90 import pdl
+from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
+from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch, warpgroup_sync
+
+_ROLES = Roles(2, 24, 240)
+_CONSUMERS = 2
+_Q_LOADED = 8  # number of a named barrier of all consumers
+MAX_COLUMNS = 512
+_MIN_BOX = 8  # rows of a swizzle's pattern
+_ROW_BYTES, _UNIT = 128, 16  # of a row of shared memory; of a descriptor
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keys of a block, stages of the pipeline, consumers of one block's value columns; rows are WGMMA_M."""
+
+    block_N: int
+    num_stages: int
+    halves: int
+    columns: int  # value columns of a thread block, for the number of ranges
+    block_M: int = WGMMA_M
+
+    @property
+    def ranges(self) -> int:
+        """Results of a block."""
+        return _CONSUMERS // self.halves
+
+
+def pick_config(problem: DecodeProblem) -> Config:
+    """Return the block of keys by head_dim: stages of 32 to 64 KB, as many as 227 KB of shared memory hold."""
+    table = [
+        # (head_dim up to, config)
+        (64, Config(128, 6, 1, MAX_COLUMNS)),
+        (128, Config(64, 6, 1, MAX_COLUMNS)),
+        (192, Config(64, 4, 1, MAX_COLUMNS)),
+        (256, Config(64, 3, 1, MAX_COLUMNS)),
+        (384, Config(32, 3, 2, MAX_COLUMNS)),
+        (512, Config(32, 2, 2, MAX_COLUMNS)),
+    ]
+    return next(config for most, config in table if problem.head_dim <= most)
+
+
+# --- what a kernel is made of ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Traits:
+    """The host's constants of one kernel."""
+
+    problem: DecodeProblem
+    config: Config
+
+    @property
+    def panels(self) -> int:
+        """Panels of 64 channels, a multiple of the halves."""
+        panels = -(-self.problem.head_dim // PANEL)
+        return -(-panels // self.config.halves) * self.config.halves
+
+    @property
+    def half(self) -> int:
+        """Panels of the value columns of a consumer."""
+        return self.panels // self.config.halves
+
+    @property
+    def box(self) -> int:
+        """Keys of one TMA load: those of a block, or of a page."""
+        return self.config.block_N if not self.problem.page_size else min(self.config.block_N, self.problem.page_size)
+
+    @property
+    def panel_bytes(self) -> int:
+        return self.config.block_N * _ROW_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class Range:
+    """The keys of a block, as `Softmax` asks for them: row r is token (row + r) // group of the sequence."""
+
+    problem: DecodeProblem
+    length: Any
+    tokens: Any
+    group: Any
+    row: Any  # first row of the block
+    first_block: Any  # of keys
+    num_blocks: Any
+
+    def position(self, row):
+        return self.length - self.tokens + T.truncdiv(self.row + row, self.group)
+
+    def first_key(self, row):
+        return T.max(self.position(row) - self.problem.window + 1, 0) if self.problem.window else T.int32(0)
+
+    def end_key(self, row):
+        return T.min(self.length, self.position(row) + 1)
+
+    def has_hidden(self, key, rows: tuple, block_N: int):
+        """Return whether a row may not see a key of the block that begins at `key`."""
+        past = key + block_N > self.end_key(rows[0])
+        return past | (key < self.first_key(rows[1])) if self.problem.window else past
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """What the roles of a block share."""
+
+    q_s: Any  # (panels, 64, 64)
+    k_s: Any  # (num_stages, panels, block_N, 64)
+    v_s: Any  # the same
+    pipeline: Pipeline
+    page_table: Any
+    keys: Range
+    batch: Any
+    kv_head: Any
+    split: Any
+    thread: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Consumer:
+    """The registers of a thread of a consumer, laid out as `sm90_softmax` describes."""
+
+    number: int
+    S: Any
+    P: Any
+    O: Any
+    softmax: Softmax
+    q_descriptor: Any
+    k_descriptor: Any
+    v_descriptor: Any
+    thread: Any
+
+
+def split_kv(problem: DecodeProblem, config: Config):
+    """The prim_func (q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, partial, partial_lse)."""
+    traits, types = _Traits(problem, config), problem.types()
+
+    @T.prim_func
+    def split_kv(
+        q: types.q,
+        cache_k: types.cache_k,
+        cache_v: types.cache_v,
+        seqlens: types.seqlens,
+        page_table: types.page_table,
+        k_scale: types.k_scale,
+        v_scale: types.v_scale,
+        partial: types.partial,
+        partial_lse: types.partial_lse,
+    ):
+        operands = DecodeOperands(q, cache_k, cache_v, k_scale, v_scale)
+        _split_kv(traits, operands, seqlens, page_table, partial, partial_lse)
+
+    return split_kv
+
+
+@T.macro
+def _split_kv(traits, operands, seqlens, page_table, partial, partial_lse):
+    group = T.truncdiv(operands.q.shape[2], operands.cache_k.shape[2])
+    row_tiles = T.ceildiv(operands.q.shape[1] * group, WGMMA_M)
+    kv_heads = operands.cache_k.shape[2]
+    splits = T.truncdiv(partial.shape[0], traits.config.ranges)
+    with T.Kernel(splits, kv_heads * row_tiles, operands.q.shape[0], threads=_ROLES.threads) as (split, by, batch):
+        T.import_source(SOURCE)
+        q_s = T.alloc_shared((traits.panels, WGMMA_M, PANEL), traits.problem.dtype)
+        k_s = T.alloc_shared((traits.config.num_stages, traits.panels, traits.config.block_N, PANEL), traits.problem.dtype)
+        v_s = T.alloc_shared((traits.config.num_stages, traits.panels, traits.config.block_N, PANEL), traits.problem.dtype)
+        T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in (q_s, k_s, v_s)})
+        pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, 4 * traits.config.halves)
+        thread = T.get_thread_binding()
+        pdl.trigger()
+        pdl.wait()
+        length = T.alloc_var("int32", seqlens[batch])
+        row = T.alloc_var("int32", T.truncdiv(by, kv_heads) * WGMMA_M)
+        first = T.alloc_var("int32", 0)
+        if traits.problem.window:
+            position = length - operands.q.shape[1] + T.truncdiv(row, group)
+            first = T.truncdiv(T.max(position - traits.problem.window + 1, 0), traits.config.block_N)
+        blocks = T.alloc_var("int32", T.max(T.ceildiv(length, traits.config.block_N) - first, 0))
+        begin = T.alloc_var("int32", T.truncdiv(split * blocks, splits))
+        num_blocks = T.alloc_var("int32", T.truncdiv((split + 1) * blocks, splits) - begin)
+        keys = Range(traits.problem, length, operands.q.shape[1], group, row, first + begin, num_blocks)
+        _dispatch_roles(
+            traits,
+            operands,
+            (partial, partial_lse),
+            _Block(q_s, k_s, v_s, pipeline, page_table, keys, batch, T.truncmod(by, kv_heads), split, thread),
+        )
+
+
+def _dispatch_roles(traits: _Traits, operands: DecodeOperands, results: tuple, block: _Block) -> None:
+    consumers = [
+        (WARPGROUP, functools.partial(_consume, traits, operands, results, block, number)) for number in range(_CONSUMERS)
+    ]
+    dispatch(block.thread, (WARPGROUP, functools.partial(_produce, traits, operands, block)), *consumers)
+
+
+# --- producer --------------------------------------------------------------------------------------------------------
+
+
+@T.macro
+def _produce(traits, operands, block):
+    _ROLES.begin_producer()
+    for step in T.serial(block.keys.num_blocks):
+        _load(traits, operands, block, step)
+
+
+def _load(traits: _Traits, operands: DecodeOperands, block: _Block, step) -> None:
+    """Fill the stage of a step with its block of keys and values, box by box; TMA clips what lies past the end."""
+    pipeline, stage = block.pipeline, block.pipeline.stage(step)
+    key = (block.keys.first_block + step) * traits.config.block_N
+    pipeline.acquire(stage, pipeline.empty_phase(step))
+    for first in range(0, traits.config.block_N, traits.box):
+        _load_box(traits, operands, block, stage, key + first, first)
+    pipeline.commit(stage)
+
+
+def _load_box(traits: _Traits, operands: DecodeOperands, block: _Block, stage, key, first: int) -> None:
+    page_size, box, barrier = traits.problem.page_size, traits.box, block.pipeline.full[stage]
+
+    def load_panels(page, row):
+        for cache, shared in ((operands.cache_k, block.k_s), (operands.cache_v, block.v_s)):
+            for panel in range(traits.panels):
+                source = cache[page, row : row + box, block.kv_head, panel * PANEL : (panel + 1) * PANEL]
+                T.evaluate(T.tma_copy(source, shared[stage, panel, first : first + box, :], barrier=barrier))
+
+    @T.macro
+    def emit():
+        page = T.alloc_var("int32", block.batch)
+        row = T.alloc_var("int32", key)
+        if page_size:
+            page = block.page_table[block.batch, T.min(T.truncdiv(key, page_size), block.page_table.shape[1] - 1)]
+            row = T.truncmod(key, page_size)
+        load_panels(page, row)
+
+    emit()
+
+
+# --- consumers -------------------------------------------------------------------------------------------------------
+
+
+@T.macro
+def _consume(traits, operands, results, block, number):
+    """Compute the consumer's range, or its half of the columns."""
+    _ROLES.begin_consumer()
+    consumer = _alloc_consumer(traits, block, number)
+    _load_q(traits, operands, block, consumer)
+    consumer.softmax.start()
+    for i in T.unroll(traits.half * PANEL // 2):
+        consumer.O[i] = T.float32(0)
+    if traits.config.halves == 1:
+        for i in T.serial(T.truncdiv(block.keys.num_blocks + _CONSUMERS - 1 - number, _CONSUMERS)):
+            _attend(traits, block, consumer, i * _CONSUMERS + number)
+    else:
+        for i in T.serial(block.keys.num_blocks):
+            _attend(traits, block, consumer, i)
+    _store(traits, operands, results, block, consumer)
+
+
+def _alloc_consumer(traits: _Traits, block: _Block, number: int) -> _Consumer:
+    block_N, v_leading = traits.config.block_N, traits.panel_bytes // _UNIT
+
+    @T.macro
+    def alloc():
+        S = T.alloc_local((block_N // 2,), "float32")
+        P = T.alloc_local((block_N // 2,), traits.problem.dtype)
+        O = T.alloc_local((traits.half * PANEL // 2,), "float32")
+        q_descriptor, k_descriptor, v_descriptor = T.alloc_wgmma_desc(), T.alloc_wgmma_desc(), T.alloc_wgmma_desc()
+        T.initialize_wgmma_descriptor(q_descriptor, block.q_s.access_ptr("r"), SWIZZLE_128B, 1, SWIZZLE_ATOM)
+        T.initialize_wgmma_descriptor(k_descriptor, block.k_s.access_ptr("r"), SWIZZLE_128B, 1, SWIZZLE_ATOM)
+        T.initialize_wgmma_descriptor(v_descriptor, block.v_s.access_ptr("r"), SWIZZLE_128B, v_leading, SWIZZLE_ATOM)
+        return S, P, O, q_descriptor, k_descriptor, v_descriptor
+
+    thread = block.thread % WARPGROUP
+    lane = thread % WARP
+    softmax = alloc_softmax(traits.problem, thread // WARP * 16 + lane // 4, lane % 4 * 2)
+    S, P, O, *descriptors = alloc()
+    return _Consumer(number, S, P, O, softmax, *descriptors, thread)
+
+
+@T.macro
+def _load_q(traits, operands, block, consumer):
+    """Load one half of the rows, 16 bytes at a time; rows and channels past the end are zeros."""
+    rows = operands.q.shape[1] * block.keys.group
+    for turn in T.serial(traits.panels * WGMMA_M * 8 // (_CONSUMERS * WARPGROUP)):
+        piece = (turn * _CONSUMERS + consumer.number) * WARPGROUP + consumer.thread
+        panel, row, channel = piece // (WGMMA_M * 8), piece // 8 % WGMMA_M, piece % 8 * 8
+        if (block.keys.row + row < rows) and (panel * PANEL + channel < traits.problem.head_dim):
+            token = T.truncdiv(block.keys.row + row, block.keys.group)
+            head = block.kv_head * block.keys.group + T.truncmod(block.keys.row + row, block.keys.group)
+            for e in T.vectorized(8):
+                block.q_s[panel, row, channel + e] = operands.q[block.batch, token, head, panel * PANEL + channel + e]
+        else:
+            for e in T.vectorized(8):
+                block.q_s[panel, row, channel + e] = T.cast(0, traits.problem.dtype)
+    T.fence_proxy_async()
+    T.sync_threads(barrier_id=_Q_LOADED, arrive_count=_CONSUMERS * WARPGROUP)
+
+
+@T.macro
+def _attend(traits, block, consumer, step):
+    """Add the block of keys of a step."""
+    stage = T.alloc_var("int32", uniform(block.pipeline.stage(step)))
+    key = (block.keys.first_block + step) * traits.config.block_N
+    block.pipeline.wait(block.pipeline.stage(step), block.pipeline.full_phase(step))
+    _multiply_keys(traits, consumer, stage)
+    consumer.softmax.hide(consumer.S, block.keys, key, (0, WGMMA_M - 1), traits.config.block_N)
+    consumer.softmax.update(consumer.S, traits.config.block_N)
+    consumer.softmax.exponentiate(consumer.S, 0, traits.config.block_N // 8)
+    for e in T.unroll(traits.config.block_N // 4):
+        for i in T.vectorized(2):
+            consumer.P[2 * e + i] = T.cast(consumer.S[2 * e + i], traits.problem.dtype)
+    for e in T.unroll(traits.half * PANEL // 2):
+        consumer.O[e] = consumer.O[e] * consumer.softmax.factor[e // 2 % 2]
+    _clear_values(traits, block, consumer, stage, block.keys.length - key)
+    _multiply_values(traits, consumer, stage)
+    block.pipeline.release(block.pipeline.stage(step), consumer.thread % WARP)
+
+
+@T.macro
+def _multiply_keys(traits, consumer, stage):
+    """S = q k^T."""
+    ptx = PTX_TYPES[traits.problem.dtype]
+    T.warpgroup_fence_operand(consumer.S, num_regs=traits.config.block_N // 2)
+    T.warpgroup_arrive()
+    for k in T.unroll(traits.panels * PANEL // WGMMA_K):
+        T.ptx_wgmma_ss(
+            "float32", f"m64n{traits.config.block_N}k16", True, True, ptx, ptx, "fp32",
+            consumer.q_descriptor.data, (k // 4 * WGMMA_M * _ROW_BYTES + k % 4 * 32) // _UNIT,
+            consumer.k_descriptor.data, ((stage * traits.panels + k // 4) * traits.panel_bytes + k % 4 * 32) // _UNIT,
+            consumer.S.data, 0, k > 0, 1, 1,
+        )  # fmt: skip
+    T.warpgroup_commit_batch()
+    T.wait_wgmma(0)
+    T.warpgroup_fence_operand(consumer.S, num_regs=traits.config.block_N // 2)
+
+
+@T.macro
+def _multiply_values(traits, consumer, stage):
+    """O += P v, of the consumer's columns."""
+    ptx = PTX_TYPES[traits.problem.dtype]
+    half = consumer.number * traits.half if traits.config.halves > 1 else 0
+    T.warpgroup_fence_operand(consumer.O, num_regs=traits.half * PANEL // 2)
+    T.warpgroup_fence_operand(consumer.P, num_regs=traits.config.block_N // 4)
+    T.warpgroup_arrive()
+    for k in T.unroll(traits.config.block_N // WGMMA_K):
+        T.ptx_wgmma_rs(
+            "float32", f"m64n{traits.half * PANEL}k16", False, ptx, ptx, "fp32",
+            consumer.P.data, 8 * k,
+            consumer.v_descriptor.data,
+            ((stage * traits.panels + half) * traits.panel_bytes + k * WGMMA_K * _ROW_BYTES) // _UNIT,
+            consumer.O.data, 0, T.bool(True), 1, 1,
+        )  # fmt: skip
+    T.warpgroup_commit_batch()
+    T.wait_wgmma(0)
+    T.warpgroup_fence_operand(consumer.O, num_regs=traits.half * PANEL // 2)
+
+
+@T.macro
+def _clear_values(traits, block, consumer, stage, rows):
+    """Clear the consumer's values past the end of the sequence: 0 times what a cache may hold there could be NaN."""
+    half = consumer.number * traits.half if traits.config.halves > 1 else 0
+    if rows < traits.config.block_N:
+        for turn in T.serial(traits.half * traits.config.block_N * 8 // WARPGROUP):
+            piece = turn * WARPGROUP + consumer.thread
+            row = piece // 8 % traits.config.block_N
+            if row >= rows:
+                for e in T.vectorized(8):
+                    block.v_s[stage, half + piece // (8 * traits.config.block_N), row, piece % 8 * 8 + e] = T.cast(
+                        0, traits.problem.dtype
+                    )
+        T.fence_proxy_async()
+        warpgroup_sync(consumer.number)
+
+
+# --- epilogue of a consumer ------------------------------------------------------------------------------------------
+
+
+@T.macro
+def _store(traits, operands, results, block, consumer):
+    """Store O divided by the sums, and their logarithms, where the consumer's results lie."""
+    partial, partial_lse = results
+    softmax, scale = consumer.softmax, T.float32(traits.problem.scale_log2)
+    place = block.split * traits.config.ranges + (consumer.number if traits.config.halves == 1 else 0)
+    first = consumer.number * traits.half * PANEL if traits.config.halves > 1 else 0
+    rows = operands.q.shape[1] * block.keys.group
+    for r in T.unroll(2):
+        row = block.keys.row + softmax.row + 8 * r
+        token = T.truncdiv(row, block.keys.group)
+        head = block.kv_head * block.keys.group + T.truncmod(row, block.keys.group)
+        total = T.alloc_var("float32", softmax.total[r])
+        total = total + T.shfl_xor(total, 1)
+        total = total + T.shfl_xor(total, 2)
+        inverse = T.alloc_var("float32", T.if_then_else(total > T.float32(0), T.float32(1) / total, T.float32(0)))
+        if row < rows:
+            if (softmax.column == 0) and (first == 0):
+                partial_lse[place, block.batch, head, token] = T.if_then_else(
+                    total > T.float32(0), softmax.maximum[r] * scale + log2(total), -T.infinity("float32")
+                )
+            for j in T.unroll(traits.half * PANEL // 8):
+                if first + j * 8 < traits.problem.head_dim:
+                    for i in T.vectorized(2):
+                        partial[place, block.batch, token, head, first + j * 8 + softmax.column + i] = (
+                            consumer.O[4 * j + 2 * r + i] * inverse
+                        )
+
+
+# --- host ------------------------------------------------------------------------------------------------------------
+
+
+def takes(problem: DecodeProblem) -> bool:
+    """Hopper, caches of 16 bits, pages whose boxes are whole patterns of the swizzle."""
+    if problem.arch != ARCH or problem.is_fp8:
+        return False
+    page_size, block_N = problem.page_size, pick_config(problem).block_N
+    return page_size % block_N == 0 or (block_N % page_size == 0 and page_size % _MIN_BOX == 0)
+
+
+def pass_configs(_: DecodeProblem) -> dict:
+    return PASS_CONFIGS

@@ -1,0 +1,351 @@
+"""Attention of a few tokens over a long cache, on every target: blocks for ranges of the keys, and a sum over these.
+
+    S = q k^T;  m' = max(m, rows of S);  P = 2^(scale (S - m'));  l = a l + rows of P;  O = a O + P v      of each range
+    out = sum of 2^(lse[range] - lse) O[range] / l[range],  2^lse = sum of 2^lse[range]
+
+The rows of a block are the tokens and query heads that share a head of k and v, so that each byte of the cache is read once for
+all of them. A range is a part of the blocks of keys that its own sequence has: short sequences are divided as evenly as long
+ones. On NVIDIA GPUs blocks of keys that lie whole in the sequence, and in one page, are loaded asynchronously, ahead of their
+use; others are loaded with the rows past the end cleared, since a cache may hold anything there. `sm90_decode` comes before it
+in `decode_launch.KERNELS`.
+
+Floor on an H200: the bytes of the cache up to each length at 4.25e12 bytes/s (docs/log/attention.md). Nobody has timed it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tilelang_ext import language as T
+from tilelang_ext.kernels.attention.problem import LOG2_E, DecodeOperands, DecodeProblem
+
+PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_tma_lower": True}
+_LANES = 64  # channels come in multiples of these: what lies past head_dim is zero
+_MIN_BLOCKS = 4  # of keys in a range, or a block's start costs more than it saves
+MAX_SPLITS = 64
+NO_WINDOW = 2**31 - 1
+_BLOCKS_PER_SM = 2
+_SUM_THREADS = 64
+_METAL_CORES = 16  # Metal does not report them
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows and keys of a tile, channels of q and k in shared memory at a time, value columns of a block, stages, threads, and
+    whether P goes through shared memory.
+    """
+
+    block_M: int
+    block_N: int
+    block_K: int
+    columns: int
+    num_stages: int
+    threads: int
+    shares_P: bool
+
+    @property
+    def ranges(self) -> int:
+        """Results of a block."""
+        return 1
+
+
+def pick_config(problem: DecodeProblem) -> Config:
+    """Return the configuration for the device: none of them has been timed."""
+    channels = -(-problem.head_dim // _LANES) * _LANES
+    is_whole = channels <= 128
+    if problem.target_kind == "metal":
+        # As `tiled`; codes of 8 bits take 2 + 8 KB more.
+        columns = min(channels, 128 if problem.is_fp8 else 256)
+        return Config(32, _keys(problem, 32), channels if is_whole and not problem.is_fp8 else 64, columns, 1, 128, False)
+    if problem.target_kind == "hip":
+        is_rdna = problem.arch.startswith("gfx1")
+        return Config(64, _keys(problem, 64), channels if is_whole else 64, min(channels, 128), 1, 128, is_rdna)
+    # Two blocks in an SM up to 128 channels: 16 KB of q and two stages of 32 KB each.
+    return Config(64, _keys(problem, 64 if is_whole else 32), channels, min(channels, 256), 2, 128, False)
+
+
+def _keys(problem: DecodeProblem, most: int) -> int:
+    """Return how many keys a block has: those of a page, or a part of it that divides it, or of several pages."""
+    return next((keys for keys in (most, most // 2) if keys >= 16 and problem.page_size % keys == 0), most)
+
+
+def num_splits(problem: DecodeProblem, config: Config, batch, rows, kv_heads, keys, apply: Callable):
+    """Return the number of ranges for sizes that are numbers, or expressions of a plan: `apply` is "min" or "max" of two."""
+    sms = problem.num_sms or _METAL_CORES
+    parts = -(-problem.head_dim // config.columns)
+    blocks = batch * kv_heads * ((rows + config.block_M - 1) // config.block_M) * parts
+    wanted = (_BLOCKS_PER_SM * sms + blocks - 1) // apply("max", blocks, 1)
+    most = keys // (config.block_N * _MIN_BLOCKS)
+    return apply("max", apply("min", apply("min", wanted, most), MAX_SPLITS), 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequence:
+    """Where the keys of the block's sequence lie."""
+
+    problem: DecodeProblem
+    page_table: Any
+    number: Any
+    length: Any
+
+    def page(self, key):
+        """Return the first index of the cache for a key."""
+        if not self.problem.page_size:
+            return self.number
+        return self.page_table[self.number, T.truncdiv(key, self.problem.page_size)]
+
+    def row(self, key):
+        return T.truncmod(key, self.problem.page_size) if self.problem.page_size else key
+
+
+@dataclass(frozen=True, eq=False)
+class _Buffers:
+    """What a block has in shared memory and in registers."""
+
+    q_s: Any  # (block_M, block_K)
+    k_s: Any  # (block_N, block_K)
+    v_s: Any  # (block_N, columns)
+    k_codes_s: Any  # of a cache of 8 bits, or None
+    v_codes_s: Any
+    S: Any
+    P: Any
+    O: Any
+    m: Any  # maxima, in the units of exponents of 2
+    m_old: Any
+    l: Any
+    l_block: Any
+    a: Any
+
+
+def split_kv(problem: DecodeProblem, config: Config):
+    """The prim_func (q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, partial, partial_lse)."""
+    types, dtype, D = problem.types(), problem.dtype, problem.head_dim
+    block_M, block_N, block_K, columns = config.block_M, config.block_N, config.block_K, config.columns
+    k_steps = -(-D // block_K)
+    is_loaded_ahead = config.num_stages > 1 and problem.page_size % block_N == 0
+    window, is_fp8 = problem.window, problem.is_fp8
+    most_distance = window or NO_WINDOW
+
+    def alloc_codes(width: int):
+        return T.alloc_shared((block_N, width), problem.cache_dtype) if is_fp8 else None
+
+    def alloc():
+        rows = [T.alloc_fragment((block_M,), "float32") for _ in range(5)]
+        return _Buffers(
+            T.alloc_shared((block_M, block_K), dtype),
+            T.alloc_shared((block_N, block_K), dtype),
+            T.alloc_shared((block_N, columns), dtype),
+            alloc_codes(block_K),
+            alloc_codes(columns),
+            T.alloc_fragment((block_M, block_N), "float32"),
+            (T.alloc_shared if config.shares_P else T.alloc_fragment)((block_M, block_N), dtype),
+            T.alloc_fragment((block_M, columns), "float32"),
+            *rows,
+        )
+
+    def alloc_tail(of: _Buffers) -> _Buffers:
+        """Return the buffers of the guarded blocks: upstream gives those of the pipelined loop one more dimension."""
+        if config.num_stages == 1:
+            return of
+        return replace(of, k_s=T.alloc_shared((block_N, block_K), dtype), v_s=T.alloc_shared((block_N, columns), dtype))
+
+    @T.macro
+    def load_guarded(cache, sequence, head, key, column, to_s):
+        """Load keys or values one by one; rows past the end are cleared."""
+        for i, j in T.Parallel(block_N, to_s.shape[1]):
+            inside = T.min(key + i, sequence.length - 1)
+            to_s[i, j] = T.if_then_else(
+                (key + i < sequence.length) & (column + j < D),
+                T.cast(cache[sequence.page(inside), sequence.row(inside), head, T.min(column + j, D - 1)], dtype),
+                T.cast(0, dtype),
+            )
+
+    @T.macro
+    def load_whole(cache, sequence, head, key, column, codes_s, to_s):
+        """Load keys or values of a block that lies in the sequence, and in one page."""
+        rows, width = sequence.row(key), to_s.shape[1]
+        if is_fp8:
+            T.copy(cache[sequence.page(key), rows : rows + block_N, head, column : column + width], codes_s)
+            for i, j in T.Parallel(block_N, width):
+                to_s[i, j] = T.cast(codes_s[i, j], dtype)
+        else:
+            T.copy(cache[sequence.page(key), rows : rows + block_N, head, column : column + width], to_s)
+
+    @T.macro
+    def load_q(q, sequence, head, group, row, channel, q_s):
+        rows = q.shape[1] * group
+        for i, j in T.Parallel(block_M, block_K):
+            inside = T.min(row + i, rows - 1)
+            q_s[i, j] = T.if_then_else(
+                (row + i < rows) & (channel + j < D),
+                q[
+                    sequence.number,
+                    T.truncdiv(inside, group),
+                    head * group + T.truncmod(inside, group),
+                    T.min(channel + j, D - 1),
+                ],
+                T.cast(0, dtype),
+            )
+
+    def load(is_whole: bool, cache, sequence, head, key, column, codes_s, to_s):
+        if is_whole:
+            load_whole(cache, sequence, head, key, column, codes_s, to_s)
+        else:
+            load_guarded(cache, sequence, head, key, column, to_s)
+
+    def scale_of(scale, sequence, head, key):
+        """Return the scale of a key or a value, of a key inside the sequence."""
+        if problem.scales == "head":
+            return scale[head]
+        return scale[sequence.page(T.min(key, sequence.length - 1)), head] if problem.scales else T.float32(1)
+
+    def attend_of(is_whole: bool):
+        @T.macro
+        def attend(operands, of, sequence, head, group, row, key, column):
+            """Add a block of keys."""
+            if k_steps == 1:
+                load(is_whole, operands.cache_k, sequence, head, key, 0, of.k_codes_s, of.k_s)
+            load(is_whole, operands.cache_v, sequence, head, key, column, of.v_codes_s, of.v_s)
+            if k_steps == 1:
+                T.gemm(of.q_s, of.k_s, of.S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True)
+            else:
+                T.fill(of.S, 0)
+                for step in T.serial(k_steps):
+                    load_q(operands.q, sequence, head, group, row, step * block_K, of.q_s)
+                    load(is_whole, operands.cache_k, sequence, head, key, step * block_K, of.k_codes_s, of.k_s)
+                    T.gemm(of.q_s, of.k_s, of.S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+            for i, j in T.Parallel(block_M, block_N):
+                # From a key to the row's token, below 0 if the key comes later.
+                distance = sequence.length - operands.q.shape[1] + T.truncdiv(row + i, group) - (key + j)
+                of.S[i, j] = T.if_then_else(
+                    (key + j < sequence.length) & (distance >= 0) & (distance < most_distance),
+                    of.S[i, j] * (problem.scale_log2 * scale_of(operands.k_scale, sequence, head, key + j)),
+                    -T.infinity("float32"),
+                )
+            T.copy(of.m, of.m_old)
+            T.reduce_max(of.S, of.m, dim=1, clear=False)
+            for i in T.Parallel(block_M):
+                # A row that has seen no key yet: -inf - -inf would be NaN.
+                of.m[i] = T.max(of.m[i], T.float32(-1e30))
+                of.a[i] = T.exp2(of.m_old[i] - of.m[i])
+            for i, j in T.Parallel(block_M, block_N):
+                of.S[i, j] = T.exp2(of.S[i, j] - of.m[i])
+            T.reduce_sum(of.S, of.l_block, dim=1)
+            for i in T.Parallel(block_M):
+                of.l[i] = of.l[i] * of.a[i] + of.l_block[i]
+            for i, j in T.Parallel(block_M, columns):
+                of.O[i, j] *= of.a[i]
+            if problem.scales:
+                for i, j in T.Parallel(block_M, block_N):
+                    of.S[i, j] = of.S[i, j] * scale_of(operands.v_scale, sequence, head, key + j)
+            T.copy(of.S, of.P)
+            T.gemm(of.P, of.v_s, of.O, policy=T.GemmWarpPolicy.FullRow)
+
+        return attend
+
+    attend_whole, attend_guarded = attend_of(True), attend_of(False)
+
+    @T.prim_func
+    def split_kv(
+        q: types.q,
+        cache_k: types.cache_k,
+        cache_v: types.cache_v,
+        seqlens: types.seqlens,
+        page_table: types.page_table,
+        k_scale: types.k_scale,
+        v_scale: types.v_scale,
+        partial: types.partial,
+        partial_lse: types.partial_lse,
+    ):
+        operands = DecodeOperands(q, cache_k, cache_v, k_scale, v_scale)
+        kv_heads, tokens = cache_k.shape[2], q.shape[1]
+        group = T.truncdiv(q.shape[2], kv_heads)
+        row_tiles = T.ceildiv(tokens * group, block_M)
+        parts = -(-D // columns)
+        with T.Kernel(partial.shape[0], kv_heads * row_tiles * parts, q.shape[0], threads=config.threads) as (split, by, batch):
+            of = alloc()
+            tail = alloc_tail(of)
+            part = by % parts
+            row = T.truncdiv(by // parts, kv_heads) * block_M
+            head = T.truncmod(by // parts, kv_heads)
+            sequence = _Sequence(problem, page_table, batch, seqlens[batch])
+            # Blocks of keys that any row of this block sees, and this range's part of them.
+            first = T.alloc_var("int32", 0)
+            if window:
+                first = T.max(sequence.length - tokens + T.truncdiv(row, group) - window + 1, 0) // block_N
+            blocks = T.max(T.ceildiv(sequence.length, block_N) - first, 0)
+            begin = T.alloc_var("int32", first + T.truncdiv(split * blocks, partial.shape[0]))
+            end = T.alloc_var("int32", first + T.truncdiv((split + 1) * blocks, partial.shape[0]))
+            whole = T.alloc_var("int32", begin)
+            if is_loaded_ahead:
+                whole = T.max(T.min(end, T.truncdiv(sequence.length, block_N)), begin)
+            T.fill(of.O, 0)
+            T.fill(of.l, 0)
+            T.fill(of.m, -T.infinity("float32"))
+            if k_steps == 1:
+                load_q(q, sequence, head, group, row, 0, of.q_s)
+            if is_loaded_ahead:
+                for n in T.Pipelined(whole - begin, num_stages=config.num_stages):
+                    attend_whole(operands, of, sequence, head, group, row, (begin + n) * block_N, part * columns)
+            for n in T.serial(end - whole):
+                attend_guarded(operands, tail, sequence, head, group, row, (whole + n) * block_N, part * columns)
+            for i in T.Parallel(block_M):
+                of.a[i] = T.if_then_else(of.l[i] > T.float32(0), T.float32(1) / of.l[i], T.float32(0))
+            for i, j in T.Parallel(block_M, columns):
+                if (row + i < tokens * group) & (part * columns + j < D):
+                    partial[
+                        split, batch, T.truncdiv(row + i, group), head * group + T.truncmod(row + i, group), part * columns + j
+                    ] = of.O[i, j] * of.a[i]
+            if part == 0:
+                for i in T.Parallel(block_M):
+                    if row + i < tokens * group:
+                        partial_lse[split, batch, head * group + T.truncmod(row + i, group), T.truncdiv(row + i, group)] = (
+                            T.if_then_else(of.l[i] > T.float32(0), of.m[i] + T.log2(of.l[i]), -T.infinity("float32"))
+                        )
+
+    return split_kv
+
+
+def sum_ranges(problem: DecodeProblem):
+    """The prim_func (partial, partial_lse, sinks, out, lse)."""
+    types, D = problem.types(), problem.head_dim
+    width = -(-D // _SUM_THREADS) * _SUM_THREADS
+
+    @T.prim_func
+    def sum_ranges(partial: types.partial, partial_lse: types.partial_lse, sinks: types.sinks, out: types.out, lse: types.lse):
+        with T.Kernel(out.shape[1] * out.shape[2], out.shape[0], threads=_SUM_THREADS) as (row, batch):
+            total_f = T.alloc_fragment((width,), "float32")
+            token, head = T.truncdiv(row, out.shape[2]), T.truncmod(row, out.shape[2])
+            peak = T.alloc_var("float32", -1e30)
+            total = T.alloc_var("float32", 0.0)
+            weight = T.alloc_var("float32", 0.0)
+            for split in T.serial(partial.shape[0]):
+                peak = T.max(peak, partial_lse[split, batch, head, token])
+            if problem.has_sinks:
+                peak = T.max(peak, sinks[head] * T.float32(LOG2_E))
+                total = T.exp2(sinks[head] * T.float32(LOG2_E) - peak)
+            T.fill(total_f, 0)
+            for split in T.serial(partial.shape[0]):
+                weight = T.exp2(partial_lse[split, batch, head, token] - peak)
+                total = total + weight
+                for j in T.Parallel(width):
+                    total_f[j] = total_f[j] + weight * partial[split, batch, token, head, T.min(j, D - 1)]
+            weight = T.if_then_else(total > T.float32(0), T.float32(1) / total, T.float32(0))
+            for j in T.Parallel(width):
+                if j < D:
+                    out[batch, token, head, j] = T.cast(total_f[j] * weight, problem.dtype)
+            if T.get_thread_binding() == 0:
+                lse[batch, head, token] = T.if_then_else(
+                    total > T.float32(0), (peak + T.log2(total)) * T.float32(1 / LOG2_E), -T.infinity("float32")
+                )
+
+    return sum_ranges
+
+
+def takes(problem: DecodeProblem) -> bool:
+    """Take every problem."""
+    return True
+
+
+def pass_configs(problem: DecodeProblem) -> dict:
+    return PASS_CONFIGS if problem.target_kind == "cuda" else {}
