@@ -32,16 +32,22 @@ def compile_moe(kernels) -> None:
 
 def compile_matmuls(cases) -> None:
     """Compile what `matmul` needs for cases (M, N, K, dtype, layout) as benchmark/bench_matmul.py has them."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    target = target_of("matmul", device)
+    target = target_of("matmul", torch.device("cuda", torch.cuda.current_device()))
+    compile_matmul_problems(
+        matmul_problem.Problem(*target, M, N, K, dtype, dtype, layout[0] == "N", layout[1] == "T")
+        for M, N, K, dtype, layout in cases
+        if dtype in ("float16", "bfloat16")
+    )
+
+
+def compile_matmul_problems(problems) -> None:
+    """Compile what `matmul` needs for problems on this GPU."""
     kernels = {}
-    for M, N, K, dtype, layout in cases:
-        of = matmul_problem.Problem(*target, M, N, K, dtype, dtype, layout[0] == "N", layout[1] == "T")
-        if dtype in ("float16", "bfloat16"):
-            module = next(file for file in MATMUL_KERNELS if file.takes(of))
-            module.compile_kernel(of, _Listed(kernels))
+    for of in problems:
+        arch = of.arch
+        next(file for file in MATMUL_KERNELS if file.takes(of)).compile_kernel(of, _Listed(kernels))
     if kernels:
-        in_processes(partial(_compile_kernel, arch=target.arch), list(kernels))
+        in_processes(partial(_compile_kernel, arch=arch), list(kernels))
 
 
 class _Listed:

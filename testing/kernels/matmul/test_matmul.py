@@ -122,7 +122,7 @@ def test_batch_sizes_that_share_a_tile_share_a_kernel():
     """They are compiled with equal arguments, and a variant of a plan serves them all."""
 
     class Compiler:
-        def compile(self, make, *arguments):
+        def compile(self, make, *arguments, pass_configs=None):
             return arguments
 
     made = [problem(M, 64, 100) for M in (1, 64, 65, 4096)]

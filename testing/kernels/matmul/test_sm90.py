@@ -1,5 +1,7 @@
 """The kernels for Hopper: values by running their CUDA text on the CPU, the machine code, which one a problem gets."""
 
+import re
+
 import pytest
 import torch
 from cuda.execute import needs_compiler
@@ -63,6 +65,8 @@ def run(of, config, splits=1):
         (problem(72, 136, 296, BF16, a_is_k_major=False, epilogue=ALL), Config(64, 128, 1, 4, 0, 0, True, 5, 64), 3),
         # fewer rows of A than an MMA has, whose last rows are those of other stages; stages that are no power of two
         (problem(13, 72, 328, BF16, b_is_k_major=False), Config(64, 64, 1, 3, 64, 0, False, 3, 16), 1),
+        # five subtiles of 16 columns, so that a buffer begins and ends a tile
+        (problem(13, 168, 264, FP16, FP32), Config(64, 80, 1, 3, 16, 0, False, 2, 16), 1),
         # the blocks of a cluster share B of either order; the last one has no row of A
         pytest.param(problem(88, 104, 200), Config(64, 96, 1, 2, 0, 0, True, 4, 64, 2), 2, marks=needs_clusters),
         pytest.param(
@@ -73,6 +77,23 @@ def run(of, config, splits=1):
 def test_values(of, config, splits):
     """Several rows and columns of tiles, none of the last ones full; blocks walk over several tiles."""
     run(of, config, splits)
+
+
+@pytest.mark.parametrize("deferred", [0, 1])
+def test_a_store_has_read_its_buffer_before_the_next_is_written(deferred):
+    """Also across tiles, whose subtiles are three here, so that the first and the last have the same buffer."""
+    of = problem(168, 96, 264)
+    text = text_of(sm90_persistent.matmul, of.without_sizes("M", "N", "K"), Config(64, 96, 1, 2, 32, deferred, False, 2, 64))
+    found = re.findall(r"tma_store_wait<(\d), true>\(\);|tma_store\(out_desc, \(&\(\(\(bfloat16_t\*\)(\w+)\)", text)
+    waits, buffers = ([value for value in values if value] for values in zip(*found, strict=True))
+    stores = list(zip(buffers, map(int, waits), strict=False))
+    of_tile = stores[: len(stores) - deferred]  # what was deferred is stored once more, after the last tile
+    assert len(of_tile) == 3
+    in_flight: list[str] = []
+    for buffer, at_most in of_tile * 3:
+        in_flight = in_flight[len(in_flight) - at_most :] if at_most else []
+        assert buffer not in in_flight
+        in_flight.append(buffer)
 
 
 @needs_compiler
@@ -145,6 +166,26 @@ def test_rows_served(M):
     assert first <= M <= last
     picked = {sm90_config.pick_config(problem(rows, 4096, 4104)) for rows in (first, M, last)}
     assert len(picked) == 1
+
+
+@pytest.mark.parametrize(("M", "loads_by_tma"), [(58, False), (64, True)])
+def test_rows_that_tma_does_not_take(M, loads_by_tma):
+    """An M-major a whose M is no multiple of eight: upstream knows no extent of it."""
+    launched = []
+    tiled.compile_kernel(problem(M, 30, 24, a_is_k_major=False), Recorded(launched))
+    [(make, arguments, pass_configs)] = launched
+    text = lower(make(*arguments), ARCH, **pass_configs)
+    assert ("tma_load" in text) == loads_by_tma
+
+
+class Recorded:
+    """Stands in for what compiles kernels."""
+
+    def __init__(self, launched: list):
+        self.launched = launched
+
+    def compile(self, make, *arguments, pass_configs=None):
+        self.launched.append((make, arguments, pass_configs or {}))
 
 
 def test_first_kernel_that_takes_a_problem():

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.epilogue import finished
-from tilelang_ext.kernels.matmul.problem import Operands, Problem
+from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Operands, Problem
 from tilelang_ext.kernels.metal_tile import Gemm, pick_tile
 
 SHORT = 64  # rows that fill no larger tile
 MAX_EXTENT = 2**31 - 1
+WITHOUT_TMA = {"tl.disable_tma_lower": True, "tl.disable_warp_specialized": True}
 
 
 @dataclass(frozen=True)
@@ -132,4 +133,7 @@ def sizes_served(problem: Problem) -> tuple[int, int]:
 
 def compile_kernel(problem: Problem, device) -> Callable:
     """Return the compiled kernel; sizes of M that share a tile share a kernel."""
-    return device.compile(matmul, problem.without_sizes("M"), pick_config(problem))
+    # Of a stride that it does not know, upstream presumes that it is a multiple of 16 bytes.
+    is_unaligned = problem.target_kind == "cuda" and not problem.a_is_k_major and problem.M % TMA_ALIGNMENT > 0
+    pass_configs = WITHOUT_TMA if is_unaligned else None
+    return device.compile(matmul, problem.without_sizes("M"), pick_config(problem), pass_configs=pass_configs)

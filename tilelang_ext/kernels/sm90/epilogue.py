@@ -39,8 +39,9 @@ def round_subtile(accumulator, n: int, values_f) -> None:
 class SubtileStores:
     """The TMA stores of one consumer warpgroup: at most one in flight per shared buffer.
 
-    Subtiles are numbered by the order in which they are stored; a subtile takes the buffer `number % len(buffers)`. The buffers
-    are allocated one by one: upstream writes a fragment by matrix instructions only where it fills a whole buffer.
+    The subtiles of a tile are numbered by the order in which they are stored; a subtile takes the buffer
+    `number % len(buffers)`. The buffers are allocated one by one: upstream writes a fragment by matrix instructions only where
+    it fills a whole buffer.
     """
 
     warpgroup: int
@@ -54,7 +55,8 @@ class SubtileStores:
         """
         out, out_s = self.out, self.buffers[number % len(self.buffers)]
         rows, columns = map(int, out_s.shape)
-        in_flight, warpgroup = len(self.buffers) - 1, self.warpgroup
+        # The last store of the tile before may have read any buffer; its main loop lies between, so that no thread waits long.
+        in_flight, warpgroup = len(self.buffers) - 1 if number else 0, self.warpgroup
 
         @T.macro
         def issue(row, column):
