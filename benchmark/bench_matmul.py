@@ -61,7 +61,7 @@ from tilelang_ext.kernels.metal_tile import Gemm, pick_tile  # noqa: E402
 TARGETS = ("auto", "metal", "metal4", "cuda", "hip", "c")
 DTYPES = ("float16", "bfloat16", "float32")
 LAYOUTS = ("NN", "NT", "TN", "TT")  # of A and B: N row-major, T column-major
-RANDOM_M, RANDOM_NK = 8192, 16384  # the largest of random sizes
+RANDOM_M, RANDOM_N_AND_K = (1, 8192), (64, 16384)  # the least and the most of random sizes
 ASSUMED = {"cuda": {"kind": "cuda", "arch": "sm_90"}, "hip": {"kind": "hip", "mcpu": "gfx942"}}  # when only lowering
 SIZES = {
     "cuda": [(1024,) * 3, (4096,) * 3, (8192,) * 3, (4096, 7168, 2048), (128, 4096, 7168)],
@@ -137,14 +137,18 @@ class Case:
 
 
 def random_cases(count: int, seed: int, target: str, device: str) -> Iterator[Case]:
-    """Yield cases of 16-bit floats: M log-uniform, N and K uniform multiples of 8, any layout and dtype.
+    """Yield cases of 16-bit floats: M, N and K log-uniform, N and K multiples of 8, any layout and dtype.
 
     What is contiguous in memory is a multiple of 8 elements, as for TMA; M too where A is column-major.
     """
     generator = random.Random(seed)
+
+    def draw(least: int, most: int) -> float:
+        return math.exp(generator.uniform(math.log(least), math.log(most)))
+
     for _ in range(count):
-        M = round(math.exp(generator.uniform(0, math.log(RANDOM_M))))
-        N, K = (8 * generator.randint(1, RANDOM_NK // 8) for _ in "NK")
+        M = round(draw(*RANDOM_M))
+        N, K = (8 * round(draw(*RANDOM_N_AND_K) / 8) for _ in "NK")
         layout, dtype = generator.choice(LAYOUTS), generator.choice(DTYPES[:2])
         yield Case(M if layout[0] == "N" else -(-M // 8) * 8, N, K, dtype, target, device, layout)
 

@@ -50,6 +50,12 @@ class Barrier {
   void expect_transaction(int bytes) {
     update([=](State& state) { state.bytes += bytes; });
   }
+  void arrive_and_expect_tx(int bytes) {
+    update([=](State& state) {
+      state.bytes += bytes;
+      --state.missing;
+    });
+  }
   void complete(int bytes) {
     update([=](State& state) { state.bytes -= bytes; });
   }

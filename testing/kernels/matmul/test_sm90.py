@@ -125,10 +125,10 @@ def test_instructions():
 @pytest.mark.parametrize(
     ("of", "tile", "splits"),
     [
-        (problem(8192, 8192, 8192), (128, 256, 1, 128), 1),
+        (problem(8192, 8192, 8192, b_is_k_major=False), (128, 256, 1, 128), 1),
         (problem(1024, 1024, 1024), (128, 64, 1, 128), 1),  # 128 tiles: one for each SM
-        (problem(128, 4096, 7168), (128, 64, 1, 128), 2),
-        (problem(1, 4096, 4096), (64, 64, 1, 16), 1),
+        (problem(128, 4096, 7168, b_is_k_major=False), (128, 64, 1, 128), 2),
+        (problem(1, 4096, 4096), (64, 32, 1, 16), 1),
         pytest.param(problem(4096, 4096, 4104), (128, 256, 2, 128), 1, marks=needs_clusters),  # rows of no 128 bytes
     ],
 )
@@ -158,14 +158,20 @@ def test_configs_fit():
                     assert (splits - 1) * -(-k_blocks // splits) < k_blocks
 
 
-@pytest.mark.parametrize("M", [1, 16, 17, 40, 64, 65, 700, 4096])
-def test_rows_served(M):
+@pytest.mark.parametrize(
+    ("M", "is_k_major"),
+    [*((M, True) for M in (1, 16, 17, 40, 64, 65, 700, 4096)), *((M, False) for M in (8, 24, 40, 64, 72, 704))],
+)
+def test_rows_served(M, is_k_major):
     """Every number of rows that a variant serves would have had the same kernels."""
-    of = problem(M, 4096, 4104)
-    first, last = sm90_persistent.sizes_served(of)
+
+    def kernels(rows):
+        of = problem(rows, 4096, 4104, a_is_k_major=is_k_major)
+        return sm90_config.is_turned(of), *sm90_config.pick_config(of)
+
+    first, last = sm90_persistent.sizes_served(problem(M, 4096, 4104, a_is_k_major=is_k_major))
     assert first <= M <= last
-    picked = {sm90_config.pick_config(problem(rows, 4096, 4104)) for rows in (first, M, last)}
-    assert len(picked) == 1
+    assert len({kernels(rows) for rows in (first, M, last)}) == 1
 
 
 @pytest.mark.parametrize(("M", "loads_by_tma"), [(58, False), (64, True)])

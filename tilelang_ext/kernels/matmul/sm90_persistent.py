@@ -13,7 +13,7 @@ Pipelines, producer role -> consumer role:
 
 | pipeline | carries | full | empty |
 | --- | --- | --- | --- |
-| producer -> all consumers | A and B of a K block of 64 | 128 threads, the bytes | 4 warps of each consumer |
+| producer -> all consumers | A and B of a K block of 64 | one thread, the bytes | 4 warps of each consumer |
 | consumer -> its TMA stores | subtiles of the result, two buffers per consumer | a named barrier of 128 threads | one thread |
 
 Steady state:
@@ -211,7 +211,7 @@ def _matmul(traits, operands):
         stores = _alloc_stores(traits, operands)
         accumulators = _alloc_accumulators(traits)
         _swizzle(A_s, B_s, stores)
-        pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, traits.roles.consumer_warps, cluster)
+        pipeline = alloc_pipeline(traits.config.num_stages, 1, traits.roles.consumer_warps, cluster)
         # The blocks of a cluster have tiles below each other.
         tile_rows = T.ceildiv(traits.M, traits.config.block_M * cluster)
         tile_columns = T.ceildiv(traits.N, traits.config.block_N)
@@ -331,7 +331,7 @@ def _load_k_block(traits: _Traits, operands: Operands, block: _Block, row, colum
     pipeline.acquire(stage, pipeline.empty_phase(step))
     load_a()
     load_b()
-    pipeline.commit(stage)
+    pipeline.commit_once(stage)
 
 
 # --- consumers -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilelang_ext import language as T
+from tilelang_ext.kernels.sm90.roles import WARPGROUP
 
 PRODUCER_START, CONSUMER_START = 1, 0  # phases
 
@@ -51,6 +52,20 @@ class Pipeline:
     def commit(self, stage) -> None:
         """Producer: arrive after issuing the loads of a stage. Every producer thread calls it."""
         T.evaluate(T.barrier_arrive(self.full[stage]))
+
+    def commit_once(self, stage) -> None:
+        """Producer: `commit` of a pipeline with one arrival of the producer, by the thread that issued the loads.
+
+        Arrivals of a warp at one barrier take turns: those of a whole warpgroup take longer than a small stage.
+        """
+        full = self.full
+
+        @T.macro
+        def emit():
+            if T.shuffle_elect(WARPGROUP):
+                T.mbarrier_arrive(full[stage])
+
+        emit()
 
     def wait(self, stage, phase) -> None:
         """Consumer: wait until the loads of a stage have landed."""
