@@ -59,7 +59,7 @@ inline void copy_4(void* shared, const void* global, bool inside) {
 inline void arrive_behind_copies(Barrier* barrier) { barrier->arrive(); }
 inline void keep_order_of_memory() {}
 inline uint4 load_once(const char* from) { return *reinterpret_cast<const uint4*>(from); }
-inline void prefetch(const char*, int) {}
+inline void prefetch(const char*) {}
 inline void wait_for_turn(int warpgroup) { tl::__sync_thread_partial(8 + warpgroup, 256); }
 inline void give_turn_to(int warpgroup) {
   std::lock_guard lock(named_barriers->mutex);

@@ -68,10 +68,9 @@ __device__ __forceinline__ uint4 load_once(const char* from) {
   return value;
 }
 
-// Begins to bring bytes to the L2 cache. What is not whole units of 16 is left out.
-__device__ __forceinline__ void prefetch(const char* from, int bytes) {
-  if (reinterpret_cast<unsigned long long>(from) % 16 == 0 && bytes >= 16)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes / 16 * 16));
+// Begins to bring the line of a byte to the L2 cache.
+__device__ __forceinline__ void prefetch(const char* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 }  // namespace tilelang_ext

@@ -187,11 +187,13 @@ __device__ __forceinline__ void mxfp4_mma(float* sums, Operands... tiles) {
   __syncthreads();
 }
 
-// Begins to bring bytes of a tile's rows to the L2 cache, which other kernels' writes go through.
+// Begins to bring bytes of a tile's rows to the L2 cache, which other kernels' writes go through. A thread asks for 128
+// bytes at a time: bulk instructions for whole rows would be issued one lane after the other.
 template <int kRows, int kThreads>
 __device__ __forceinline__ void mxfp4_prefetch(const void* first, long long stride, int rows, int bytes) {
-  for (int row = threadIdx.x; row < min(kRows, rows); row += kThreads)
-    prefetch(static_cast<const char*>(first) + row * stride, bytes);
+  const int lines = (bytes + 127) / 128;
+  for (int i = threadIdx.x; i < min(kRows, rows) * lines; i += kThreads)
+    prefetch(static_cast<const char*>(first) + i / lines * stride + i % lines * 128);
 }
 
 }  // namespace tilelang_ext
