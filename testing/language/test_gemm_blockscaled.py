@@ -11,7 +11,7 @@ import tilelang
 import tilelang.language as upstream
 import torch
 from cuda.execute import execute, needs_compiler
-from cuda.kernels import lower
+from cuda.kernels import lower, run_on_gpu
 from language.blockscaled_cases import DTYPES, NAMES, Pair, operand, problem, program, scales
 from numeric import assert_close
 from tvm import IRModule, tirx
@@ -87,6 +87,28 @@ def test_values_of_cuda_text(arch, pair, instruction):
     assert instruction in text
     execute(text, (1, 1), dict(zip(NAMES, tensors, strict=True)))
     check(tensors[-1], expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "pair",
+    [
+        Pair(E4M3, E5M2),
+        Pair(E5M2, E4M3, trans_A=True, trans_B=False),
+        Pair(PACKED, PACKED),
+        Pair(PACKED, E4M3, trans_B=False),
+        Pair(E5M2, PACKED, A_scope="fragment", e8m0="uint8"),
+    ],
+    ids=lambda pair: f"{pair.a}-{pair.b}",
+)
+def test_values_on_a_gpu(pair):
+    tensors, expected = problem(pair)
+    given = dict(zip(NAMES, tensors, strict=True))
+    run_on_gpu(program(pair), given)
+    # The matrix unit of Hopper keeps fewer bits of a sum of fp8 products than float32 has.
+    bounds = {} if PACKED in (pair.a, pair.b) else {"max_error": 2e-3, "rms_error": 2e-4}
+    for got, want, dtype in zip(given["C"], expected, DTYPES, strict=True):
+        assert_close(got, want, dtype=dtype, **(bounds if dtype == "float32" else {}))
 
 
 def test_k_ends_inside_a_tile():
