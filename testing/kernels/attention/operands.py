@@ -19,14 +19,34 @@ inline float __shfl_xor_sync(uint32_t, float value, int mask, int) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline __nv_bfloat162 __tl_cvt_e4m3x2_to_bfloat162(__nv_fp8x2_storage_t codes) {
+  return {bfloat16_t(decode(codes & 0xff, 4, 3, true)), bfloat16_t(decode(codes >> 8, 4, 3, true))};
+}
+namespace tl {
+struct MaxOp {
+  static float of(float x, float y) { return max(x, y); }
+};
+struct SumOp {
+  static float of(float x, float y) { return x + y; }
+};
+template <int>
+struct NamedBarrier {};
+template <typename Op, int lanes, int scale, int, typename>
+struct AllReduce {  // of neighbouring lanes
+  static float run(float x) {
+    for (int mask = lanes / 2; mask >= scale; mask /= 2) x = Op::of(x, __shfl_xor_sync(0, x, mask, 32));
+    return x;
+  }
+};
+}  // namespace tl
 inline float tilelang_ext_exp2(float x) { return std::exp2(x); }
 inline float tilelang_ext_log2(float x) { return std::log2(x); }
 """  # of the kernels for Hopper, where they run on the CPU
 
 
-def text_of(make, *arguments, name="attention"):
+def text_of(make, *arguments, name="attention", pass_configs=PASS_CONFIGS):
     """The CUDA text of a kernel for Hopper."""
-    return lower(make(*arguments).with_attr("global_symbol", name), ARCH, **PASS_CONFIGS)
+    return lower(make(*arguments).with_attr("global_symbol", name), ARCH, **pass_configs)
 
 
 def name(dtype):

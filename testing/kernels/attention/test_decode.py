@@ -9,7 +9,7 @@ from kernels.attention.operands import BF16, FP16, FUNCTIONS, check, name, text_
 from kernels.hopper import Box, execute
 
 from tilelang_ext import attention_decode, reference, simulate
-from tilelang_ext.kernels.attention import sm90_decode, split_kv
+from tilelang_ext.kernels.attention import decode_launch, sm90_decode, split_kv
 from tilelang_ext.kernels.attention.problem import DecodeProblem
 from tilelang_ext.kernels.attention.sm90_forward import ARCH
 
@@ -79,10 +79,10 @@ class Case:
 @pytest.mark.parametrize(
     ("of", "target", "lengths", "sizes", "splits"),
     [
-        # A range without keys; pages of any size, and some of which a block of keys holds several; scales of pages and of heads
-        (problem(72, has_sinks=True), "metal", (40, 3), (2, 4, 2), 3),
-        (problem(256, dtype=FP16, cache=E4M3, page_size=24, scales="page", window=33), "metal4", (40, 0), (1, 2, 1), 1),
-        (problem(64, "gfx942", cache=E4M3, page_size=16, scales="head"), "hip", (70, 30), (8, 2, 1), 1),
+        # A range without keys; several pages in a block of keys, each with its scales
+        (problem(72, cache=E4M3, page_size=16, scales="page", has_sinks=True), "metal", (40, 3), (2, 4, 2), 3),
+        # Pages that end inside a block of keys; a window
+        (problem(64, "gfx942", FP16, page_size=24, window=33), "hip", (70, 30), (8, 2, 1), 1),
     ],
 )
 def test_values(of, target, lengths, sizes, splits):
@@ -104,6 +104,8 @@ def test_values(of, target, lengths, sizes, splits):
 @pytest.mark.parametrize(
     ("of", "lengths", "sizes"),
     [
+        # The general kernel: whole blocks ahead of their use, and one of rows past the end; a cache of 8 bits
+        (problem(64, ARCH, cache=E4M3, scales="head"), (200, 70), (2, 2, 1)),
         # Several pages in a block of keys; an odd number of blocks; a sequence without keys
         (problem(128, ARCH, page_size=16, has_sinks=True), (200, 0), (3, 4, 2)),
         # Wider heads: consumers of halves of the columns; no pages; a window; head_dim ends inside a half
@@ -112,8 +114,9 @@ def test_values(of, target, lengths, sizes, splits):
 )
 def test_on_hopper(of, lengths, sizes):
     """Values by running the CUDA text on the CPU; every other byte of memory is a NaN."""
-    case, config, splits = Case(of, lengths, *sizes), sm90_decode.pick_config(of), 2
-    assert sm90_decode.takes(of)
+    file = next(file for file in decode_launch.KERNELS if file.takes(of))
+    case, config, splits = Case(of, lengths, *sizes), file.pick_config(of), 2
+    assert file is (split_kv if of.is_fp8 else sm90_decode)
     results = splits * config.ranges
     names = ("q", "cache_k", "cache_v", "seqlens", "page_table", "k_scale", "v_scale")
     tensors = dict(zip(names, case.inputs, strict=True)) | {"sinks": case.sinks, "out": case.out, "lse": case.lse}
@@ -122,12 +125,12 @@ def test_on_hopper(of, lengths, sizes):
     (batch, tokens, heads, _), (pages, keys, kv_heads, _) = case.q.shape, case.cache_k.shape
     scalars = {
         "batch": batch, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "pages": pages, "keys": keys,
-        "splits": results, "table_pages": case.page_table.shape[1], "table_rows": len(case.page_table),
+        "splits": results, "num_seqlens": batch, "table_pages": case.page_table.shape[1], "table_rows": len(case.page_table),
     }  # fmt: skip
     box = Box(min(config.block_N, of.page_size or config.block_N), 64)
-    text = text_of(sm90_decode.split_kv, of, config, name="split_kv")
+    text = text_of(file.split_kv, of, config, name="split_kv", pass_configs=file.pass_configs(of))
     execute(text, (splits, kv_heads, batch), tensors, {"cache_k": box, "cache_v": box}, scalars, functions=FUNCTIONS)
-    text = text_of(split_kv.sum_ranges, of.of_sum(), name="sum_ranges")
+    text = text_of(split_kv.sum_ranges, of.of_sum(), name="sum_ranges", pass_configs=split_kv.pass_configs(of))
     execute(text, (tokens * heads, batch), tensors, {}, scalars, functions=FUNCTIONS)
     check(case.out, case.lse, *case.expected(of))
 
@@ -165,6 +168,12 @@ TABLE, SCALE = torch.zeros(2, 3, dtype=torch.int32), torch.ones(2)
             {},
             ValueError,
             "tokens must be 1 to 8; got 9; call attention",
+        ),
+        (
+            (Q[:1].expand(65536, 1, 4, 16), CACHE, CACHE, LENGTHS),
+            {},
+            ValueError,
+            "attention_decode: batch must be at most 65535; got 65536; divide it",
         ),
         ((Q, CACHE.half(), CACHE, LENGTHS), {}, TypeError, "cache_k must have the dtype of q or be torch.float8_e4m3fn; got"),
         ((Q, CACHE, CACHE[:, :4], LENGTHS), {}, ValueError, r"cache_v must have shape \(2, 5, 2, 16\); got \(2, 4, 2, 16\)"),

@@ -7,6 +7,7 @@ from launch.fakes import FakeCuda, compile_without_nvcc
 
 from tilelang_ext.kernels.attention import decode_launch, operator
 from tilelang_ext.kernels.attention import launch as launches
+from tilelang_ext.kernels.attention.arguments import Arguments
 from tilelang_ext.launch.device import Target
 
 
@@ -58,6 +59,9 @@ def test_attention(cuda):
     assert given[1].data_ptr() not in addresses
     assert given[2].data_ptr() in addresses
     count = len(cuda.launches())
+    huge = on_cuda(torch.zeros(1, 1, 1, 1, dtype=BF16).expand(2, 1 << 15, 512, 64))[0]
+    with pytest.raises(ValueError, match=r"attention: q must have fewer than 2\^31 elements; got 2147483648; divide the batch"):
+        launches.check_elements("attention", Arguments(huge, *[None] * 7), ("q",))
     with pytest.raises(ValueError, match="attention: heads of q must be a multiple of those of k; got 3 and 2"):
         operator._out(*arguments(1, 7, 8, 3, 2))
     without_keys = arguments(1, 7, 0, 3, 3)

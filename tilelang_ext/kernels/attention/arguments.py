@@ -12,6 +12,7 @@ from tilelang_ext.kernels.attention.problem import HEAD_DIM_UNIT, MAX_HEAD_DIM
 
 DTYPES = (torch.bfloat16, torch.float16)
 CACHE_DTYPE = torch.float8_e4m3fn  # beside q's
+MAX_BATCH = 65535  # of `attention_decode`, as a grid's third dimension
 MAX_TOKENS = 8  # of a sequence in one call of `attention_decode`
 
 
@@ -151,6 +152,8 @@ def _check_shapes_of_decode(given: DecodeArguments) -> None:
     batch, tokens, heads, D = q.shape
     if not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(f"tokens must be 1 to {MAX_TOKENS}; got {tokens}; call attention for more")
+    if batch > MAX_BATCH:
+        raise ValueError(f"batch must be at most {MAX_BATCH}; got {batch}; divide it")
     check_heads(heads, cache.shape[2], D)
     pages = cache.shape[0] if paged else batch
     if paged and (given.page_table.dim() != 2 or len(given.page_table) != batch or cache.shape[1] == 0):

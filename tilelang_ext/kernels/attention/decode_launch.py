@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from tilelang_ext.kernels.attention import sm90_decode, split_kv
-from tilelang_ext.kernels.attention.arguments import DecodeArguments
+from tilelang_ext.kernels.attention.arguments import MAX_BATCH, DecodeArguments
+from tilelang_ext.kernels.attention.launch import check_elements
 from tilelang_ext.kernels.attention.problem import DecodeProblem
 from tilelang_ext.launch.cache import until_reload
 from tilelang_ext.launch.compile import compiled
@@ -26,7 +27,7 @@ from tilelang_ext.launch.recipe import ALIGNMENT
 from tilelang_ext.launch.record import Recorder
 
 KERNELS = (sm90_decode, split_kv)  # the first that takes a problem compiles it
-MAX_BATCH = 2**31 - 1
+MAX_ELEMENTS = 2**31 - 1
 _OPTIONS = ("window", "softmax_scale")
 _NAMES = (*DecodeArguments._fields[:8], *_OPTIONS, "out", "lse")
 _KEY = (
@@ -74,6 +75,8 @@ def launch(given: DecodeArguments, window: int, scale: float) -> None:
     target = target_of("attention_decode", given.q.device)
     problem = problem_of(given, window, scale, target)
     given = readable(given)
+    if implementation_of(problem) is split_kv:  # TMA counts further
+        check_elements("attention_decode", given, ("cache_k", "cache_v"))
     if target.kind == "cuda":
         arguments = (*given[:8], window, scale, *given[8:])
         if not plan().launch(*arguments):
@@ -101,12 +104,16 @@ def launch(given: DecodeArguments, window: int, scale: float) -> None:
         run(*_parameters(given, *_unused(given.q.device)))
 
 
+def implementation_of(problem: DecodeProblem) -> ModuleType:
+    return next(file for file in KERNELS if file.takes(problem))
+
+
 def compile_kernels(problem: DecodeProblem, splits: Callable, device) -> Callable:
     """Return run(q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, sinks, out, lse).
 
     `splits(config)` gives the number of ranges, and device.empty allocates what goes between the kernels.
     """
-    file = next(file for file in KERNELS if file.takes(problem))
+    file = implementation_of(problem)
     config, configs = file.pick_config(problem), split_kv.pass_configs(problem)
     attend = device.compile(file.split_kv, replace(problem, has_sinks=False), config, pass_configs=file.pass_configs(problem))
     total = device.compile(split_kv.sum_ranges, problem.of_sum(), pass_configs=configs)
@@ -156,7 +163,13 @@ def add_variant(plan: Plan, arguments: tuple, problem: DecodeProblem) -> None:
     # Empty tensors and heads of q that are no multiple of those of the cache are left to the operator.
     tokens, size, kv_heads = (apply("max", shape(*of), 1) for of in (("q", 1), ("cache_k", 1), ("cache_k", 2)))
     batch, group = shape("q", 0), shape("q", 2) // kv_heads
-    heads, pages = group * kv_heads, shape("cache_k", 0) if problem.page_size else shape("q", 0)
+    if implementation_of(problem) is split_kv:  # so are caches of 2^31 elements and more
+        width = kv_heads * problem.head_dim * (problem.page_size or shape("q", 0))
+        most = apply("//", MAX_ELEMENTS, apply("max", width, 1))
+        size = apply("min", size, most)
+    else:
+        most = MAX_ELEMENTS
+    heads, pages = group * kv_heads, apply("min", shape("cache_k", 0), most) if problem.page_size else shape("q", 0)
     table_pages = apply("max", shape("page_table", 1), 1)
     q_shape, cache = (batch, tokens, heads, problem.head_dim), (pages, problem.page_size or size, kv_heads, problem.head_dim)
     scale = {"": (), "head": (kv_heads,), "page": (pages, kv_heads)}[problem.scales]

@@ -26,6 +26,7 @@ from tilelang_ext.launch.record import Recorder, View
 
 KERNELS = (sm90_forward, sm90_wide, tiled)  # the first that takes a problem compiles it
 MAX_EXTENT = 2**31 - 1
+MAX_GRID = 65535  # of the second dimension
 _OPTIONS = ("causal", "window", "softmax_scale")
 _NAMES = (*Arguments._fields[:6], *_OPTIONS, "out", "lse")
 _HAS_LENGTHS = fact("rank", "q") == 3
@@ -81,6 +82,9 @@ def launch(given: Arguments, causal: int, window: int, scale: float) -> None:
     target = target_of("attention", given.q.device)
     problem = problem_of(given, causal, window, scale, target)
     given = readable(given)
+    batch_heads = given.q.shape[-2] * (len(given.q) if given.q.dim() == 4 else 1)
+    if implementation_of(problem) is tiled and batch_heads > MAX_GRID:
+        raise ValueError(f"attention: batch times heads must be at most {MAX_GRID}; got {batch_heads}; divide the batch")
     if target.kind == "cuda":
         arguments = (*given[:6], causal, window, scale, *given[6:])
         if not plan().launch(*arguments):
@@ -96,11 +100,21 @@ def launch(given: Arguments, causal: int, window: int, scale: float) -> None:
         kernel(*_parameters(given, problem, *_unused(given.q.device), lambda tensor: tensor[None]))
 
 
+def check_elements(operator: str, given, names: tuple[str, ...]) -> None:
+    """Raise ValueError for tensors with more elements than kernels count."""
+    for name in names:
+        count = getattr(given, name).numel()
+        if count > MAX_EXTENT:
+            raise ValueError(f"{operator}: {name} must have fewer than 2^31 elements; got {count}; divide the batch")
+
+
 def readable(given: Arguments) -> Arguments:
     """Return the arguments with copies in place of inputs whose memory kernels cannot read."""
     for name in ("out", "lse"):
         if getattr(given, name).data_ptr() % ALIGNMENT:
             raise ValueError(f"attention: {name} must start at a multiple of {ALIGNMENT} bytes; got a slice; pass another")
+
+    check_elements("attention", given, ("q", "k", "v"))
 
     def copied(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0):
@@ -133,6 +147,10 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: 
     # Empty tensors and heads of q that are no multiple of those of k are left to the operator.
     tokens, keys, kv_heads = (apply("max", shape(name, first + i), 1) for name, i in (("q", 0), ("k", 0), ("k", 1)))
     heads = shape("q", first + 1) // kv_heads * kv_heads
+    # So are tensors of 2^31 elements and more.
+    sequences = shape("q", 0) if batch else 1
+    tokens = apply("min", tokens, apply("//", MAX_EXTENT, apply("max", sequences * heads * problem.head_dim, 1)))
+    keys = apply("min", keys, apply("//", MAX_EXTENT, apply("max", sequences * kv_heads * problem.head_dim, 1)))
     q_shape, kv_shape = (*batch, tokens, heads, problem.head_dim), (*batch, keys, kv_heads, problem.head_dim)
     wanted = {
         "q": (problem.dtype, q_shape),
@@ -155,7 +173,8 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: 
     parameters = _parameters(Arguments(**views), problem, *unused, with_batch)
     implementation.compile_kernel(problem, recorder)(*parameters)
     key, _ = plan.key(*arguments)
-    plan.add(recorder.variant(key, (1, MAX_EXTENT)), recorder.cubins, recorder.constants)
+    most = MAX_GRID // given["q"].shape[-2] if implementation is tiled and batch else MAX_EXTENT
+    plan.add(recorder.variant(key, (1, most)), recorder.cubins, recorder.constants)
 
 
 def _name(dtype: torch.dtype) -> str:

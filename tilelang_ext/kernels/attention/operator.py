@@ -47,8 +47,8 @@ def attention(
     lse -infinity, or its sink. `softmax_scale` is head_dim^-0.5 by default, and must be positive.
 
     Scores, sums and results are float32 before one rounding; the probabilities are rounded to q's dtype. Tensors with other
-    strides, or that start between multiples of 16 bytes, are copied first; out must be contiguous. With cu_seqlens, rows past
-    the last sequence are neither read for results nor written.
+    strides, or that start between multiples of 16 bytes, are copied first; out must be contiguous. On a GPU no tensor may have
+    2^31 elements. With cu_seqlens, rows past the last sequence are neither read for results nor written.
 
     TypeError for dtypes, ValueError for shapes and values; NotImplementedError for devices, and in a backward pass that reaches
     the result.
@@ -93,7 +93,8 @@ def attention_decode(
 
     Token t stands at position seqlens - tokens + t and sees the keys up to it, of a `window` the last ones; sinks,
     softmax_scale, head_dim and heads are as in `attention`. A sequence without keys gives 0, and lse -infinity, or its sink.
-    What the cache holds past seqlens is not used, whatever it is. Pages that a sequence uses must exist.
+    What the cache holds past seqlens is not used, whatever it is. Pages that a sequence uses must exist. There are at most
+    65535 sequences.
 
     Caches must be contiguous; other inputs are copied where kernels cannot read them. Several blocks divide the keys of a
     sequence, whose results are summed in one order. TypeError for dtypes, ValueError for shapes and values; NotImplementedError

@@ -5,15 +5,14 @@
 
 The rows of a block are the tokens and query heads that share a head of k and v, so that each byte of the cache is read once for
 all of them. A range is a part of the blocks of keys that its own sequence has: short sequences are divided as evenly as long
-ones. On NVIDIA GPUs blocks of keys that lie whole in the sequence, and in one page, are loaded asynchronously, ahead of their
-use; others are loaded with the rows past the end cleared, since a cache may hold anything there. `sm90_decode` comes before it
-in `decode_launch.KERNELS`.
+ones. Rows past the end of a sequence are cleared as they are loaded, since a cache may hold anything there. `sm90_decode` comes
+before it in `decode_launch.KERNELS`.
 
 Floor on an H200: the bytes of the cache up to each length at 4.25e12 bytes/s (docs/log/attention.md). Nobody has timed it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tilelang_ext import language as T
@@ -31,15 +30,14 @@ _METAL_CORES = 16  # Metal does not report them
 
 @dataclass(frozen=True)
 class Config:
-    """Rows and keys of a tile, channels of q and k in shared memory at a time, value columns of a block, stages, threads, and
-    whether P goes through shared memory.
+    """Rows and keys of a tile, channels of q and k in shared memory at a time, value columns of a block, threads, and whether
+    P goes through shared memory.
     """
 
     block_M: int
     block_N: int
     block_K: int
     columns: int
-    num_stages: int
     threads: int
     shares_P: bool
 
@@ -50,23 +48,12 @@ class Config:
 
 
 def pick_config(problem: DecodeProblem) -> Config:
-    """Return the configuration for the device: none of them has been timed."""
+    """Return the configuration for the device, as `tiled` has it: none of them has been timed."""
     channels = -(-problem.head_dim // _LANES) * _LANES
-    is_whole = channels <= 128
+    block_K = channels if channels <= 128 else 64
     if problem.target_kind == "metal":
-        # As `tiled`; codes of 8 bits take 2 + 8 KB more.
-        columns = min(channels, 128 if problem.is_fp8 else 256)
-        return Config(32, _keys(problem, 32), channels if is_whole and not problem.is_fp8 else 64, columns, 1, 128, False)
-    if problem.target_kind == "hip":
-        is_rdna = problem.arch.startswith("gfx1")
-        return Config(64, _keys(problem, 64), channels if is_whole else 64, min(channels, 128), 1, 128, is_rdna)
-    # Two blocks in an SM up to 128 channels: 16 KB of q and two stages of 32 KB each.
-    return Config(64, _keys(problem, 64 if is_whole else 32), channels, min(channels, 256), 2, 128, False)
-
-
-def _keys(problem: DecodeProblem, most: int) -> int:
-    """Return how many keys a block has: those of a page, or a part of it that divides it, or of several pages."""
-    return next((keys for keys in (most, most // 2) if keys >= 16 and problem.page_size % keys == 0), most)
+        return Config(32, 32, block_K, min(channels, 256), 128, False)
+    return Config(64, 64, block_K, min(channels, 128), 128, problem.arch.startswith("gfx1"))
 
 
 def num_splits(problem: DecodeProblem, config: Config, batch, rows, kv_heads, keys, apply: Callable):
@@ -105,8 +92,6 @@ class _Buffers:
     q_s: Any  # (block_M, block_K)
     k_s: Any  # (block_N, block_K)
     v_s: Any  # (block_N, columns)
-    k_codes_s: Any  # of a cache of 8 bits, or None
-    v_codes_s: Any
     S: Any
     P: Any
     O: Any
@@ -115,6 +100,9 @@ class _Buffers:
     l: Any
     l_block: Any
     a: Any
+    position: Any  # of a row's token among the keys
+    k_scale_s: Any  # of the keys of a block
+    v_scale_s: Any
 
 
 def split_kv(problem: DecodeProblem, config: Config):
@@ -122,12 +110,8 @@ def split_kv(problem: DecodeProblem, config: Config):
     types, dtype, D = problem.types(), problem.dtype, problem.head_dim
     block_M, block_N, block_K, columns = config.block_M, config.block_N, config.block_K, config.columns
     k_steps = -(-D // block_K)
-    is_loaded_ahead = config.num_stages > 1 and problem.page_size % block_N == 0
-    window, is_fp8 = problem.window, problem.is_fp8
-    most_distance = window or NO_WINDOW
-
-    def alloc_codes(width: int):
-        return T.alloc_shared((block_N, width), problem.cache_dtype) if is_fp8 else None
+    window = problem.window
+    most_distance, has_scales, is_per_page = window or NO_WINDOW, problem.scales != "", problem.scales == "page"
 
     def alloc():
         rows = [T.alloc_fragment((block_M,), "float32") for _ in range(5)]
@@ -135,22 +119,16 @@ def split_kv(problem: DecodeProblem, config: Config):
             T.alloc_shared((block_M, block_K), dtype),
             T.alloc_shared((block_N, block_K), dtype),
             T.alloc_shared((block_N, columns), dtype),
-            alloc_codes(block_K),
-            alloc_codes(columns),
             T.alloc_fragment((block_M, block_N), "float32"),
             (T.alloc_shared if config.shares_P else T.alloc_fragment)((block_M, block_N), dtype),
             T.alloc_fragment((block_M, columns), "float32"),
             *rows,
+            T.alloc_fragment((block_M,), "int32"),
+            *(T.alloc_shared((block_N,), "float32") for _ in range(2)),
         )
 
-    def alloc_tail(of: _Buffers) -> _Buffers:
-        """Return the buffers of the guarded blocks: upstream gives those of the pipelined loop one more dimension."""
-        if config.num_stages == 1:
-            return of
-        return replace(of, k_s=T.alloc_shared((block_N, block_K), dtype), v_s=T.alloc_shared((block_N, columns), dtype))
-
     @T.macro
-    def load_guarded(cache, sequence, head, key, column, to_s):
+    def load(cache, sequence, head, key, column, to_s):
         """Load keys or values one by one; rows past the end are cleared."""
         for i, j in T.Parallel(block_N, to_s.shape[1]):
             inside = T.min(key + i, sequence.length - 1)
@@ -159,17 +137,6 @@ def split_kv(problem: DecodeProblem, config: Config):
                 T.cast(cache[sequence.page(inside), sequence.row(inside), head, T.min(column + j, D - 1)], dtype),
                 T.cast(0, dtype),
             )
-
-    @T.macro
-    def load_whole(cache, sequence, head, key, column, codes_s, to_s):
-        """Load keys or values of a block that lies in the sequence, and in one page."""
-        rows, width = sequence.row(key), to_s.shape[1]
-        if is_fp8:
-            T.copy(cache[sequence.page(key), rows : rows + block_N, head, column : column + width], codes_s)
-            for i, j in T.Parallel(block_N, width):
-                to_s[i, j] = T.cast(codes_s[i, j], dtype)
-        else:
-            T.copy(cache[sequence.page(key), rows : rows + block_N, head, column : column + width], to_s)
 
     @T.macro
     def load_q(q, sequence, head, group, row, channel, q_s):
@@ -187,63 +154,58 @@ def split_kv(problem: DecodeProblem, config: Config):
                 T.cast(0, dtype),
             )
 
-    def load(is_whole: bool, cache, sequence, head, key, column, codes_s, to_s):
-        if is_whole:
-            load_whole(cache, sequence, head, key, column, codes_s, to_s)
-        else:
-            load_guarded(cache, sequence, head, key, column, to_s)
-
-    def scale_of(scale, sequence, head, key):
-        """Return the scale of a key or a value, of a key inside the sequence."""
-        if problem.scales == "head":
-            return scale[head]
-        return scale[sequence.page(T.min(key, sequence.length - 1)), head] if problem.scales else T.float32(1)
-
-    def attend_of(is_whole: bool):
-        @T.macro
-        def attend(operands, of, sequence, head, group, row, key, column):
-            """Add a block of keys."""
-            if k_steps == 1:
-                load(is_whole, operands.cache_k, sequence, head, key, 0, of.k_codes_s, of.k_s)
-            load(is_whole, operands.cache_v, sequence, head, key, column, of.v_codes_s, of.v_s)
-            if k_steps == 1:
-                T.gemm(of.q_s, of.k_s, of.S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True)
+    @T.macro
+    def load_scales(operands, sequence, head, key, k_scale_s, v_scale_s):
+        for j in T.Parallel(block_N):
+            if is_per_page:
+                page = sequence.page(T.min(key + j, sequence.length - 1))
+                k_scale_s[j] = operands.k_scale[page, head] * T.float32(problem.scale_log2)
+                v_scale_s[j] = operands.v_scale[page, head]
             else:
-                T.fill(of.S, 0)
-                for step in T.serial(k_steps):
-                    load_q(operands.q, sequence, head, group, row, step * block_K, of.q_s)
-                    load(is_whole, operands.cache_k, sequence, head, key, step * block_K, of.k_codes_s, of.k_s)
-                    T.gemm(of.q_s, of.k_s, of.S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
-            for i, j in T.Parallel(block_M, block_N):
-                # From a key to the row's token, below 0 if the key comes later.
-                distance = sequence.length - operands.q.shape[1] + T.truncdiv(row + i, group) - (key + j)
-                of.S[i, j] = T.if_then_else(
-                    (key + j < sequence.length) & (distance >= 0) & (distance < most_distance),
-                    of.S[i, j] * (problem.scale_log2 * scale_of(operands.k_scale, sequence, head, key + j)),
-                    -T.infinity("float32"),
-                )
-            T.copy(of.m, of.m_old)
-            T.reduce_max(of.S, of.m, dim=1, clear=False)
-            for i in T.Parallel(block_M):
-                # A row that has seen no key yet: -inf - -inf would be NaN.
-                of.m[i] = T.max(of.m[i], T.float32(-1e30))
-                of.a[i] = T.exp2(of.m_old[i] - of.m[i])
-            for i, j in T.Parallel(block_M, block_N):
-                of.S[i, j] = T.exp2(of.S[i, j] - of.m[i])
-            T.reduce_sum(of.S, of.l_block, dim=1)
-            for i in T.Parallel(block_M):
-                of.l[i] = of.l[i] * of.a[i] + of.l_block[i]
-            for i, j in T.Parallel(block_M, columns):
-                of.O[i, j] *= of.a[i]
-            if problem.scales:
-                for i, j in T.Parallel(block_M, block_N):
-                    of.S[i, j] = of.S[i, j] * scale_of(operands.v_scale, sequence, head, key + j)
-            T.copy(of.S, of.P)
-            T.gemm(of.P, of.v_s, of.O, policy=T.GemmWarpPolicy.FullRow)
+                k_scale_s[j] = operands.k_scale[head] * T.float32(problem.scale_log2)
+                v_scale_s[j] = operands.v_scale[head]
 
-        return attend
-
-    attend_whole, attend_guarded = attend_of(True), attend_of(False)
+    @T.macro
+    def attend(operands, of, sequence, head, group, row, key, column):
+        """Add a block of keys."""
+        if k_steps == 1:
+            load(operands.cache_k, sequence, head, key, 0, of.k_s)
+        load(operands.cache_v, sequence, head, key, column, of.v_s)
+        if k_steps == 1:
+            T.gemm(of.q_s, of.k_s, of.S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True)
+        else:
+            T.fill(of.S, 0)
+            for step in T.serial(k_steps):
+                load_q(operands.q, sequence, head, group, row, step * block_K, of.q_s)
+                load(operands.cache_k, sequence, head, key, step * block_K, of.k_s)
+                T.gemm(of.q_s, of.k_s, of.S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+        if has_scales:
+            load_scales(operands, sequence, head, key, of.k_scale_s, of.v_scale_s)
+        for i, j in T.Parallel(block_M, block_N):
+            distance = of.position[i] - (key + j)  # from a key to the row's token, below 0 if the key comes later
+            of.S[i, j] = T.if_then_else(
+                (key + j < sequence.length) & (distance >= 0) & (distance < most_distance),
+                of.S[i, j] * (of.k_scale_s[j] if has_scales else T.float32(problem.scale_log2)),
+                -T.infinity("float32"),
+            )
+        T.copy(of.m, of.m_old)
+        T.reduce_max(of.S, of.m, dim=1, clear=False)
+        for i in T.Parallel(block_M):
+            # A row that has seen no key yet: -inf - -inf would be NaN.
+            of.m[i] = T.max(of.m[i], T.float32(-1e30))
+            of.a[i] = T.exp2(of.m_old[i] - of.m[i])
+        for i, j in T.Parallel(block_M, block_N):
+            of.S[i, j] = T.exp2(of.S[i, j] - of.m[i])
+        T.reduce_sum(of.S, of.l_block, dim=1)
+        for i in T.Parallel(block_M):
+            of.l[i] = of.l[i] * of.a[i] + of.l_block[i]
+        for i, j in T.Parallel(block_M, columns):
+            of.O[i, j] *= of.a[i]
+        if has_scales:
+            for i, j in T.Parallel(block_M, block_N):
+                of.S[i, j] = of.S[i, j] * of.v_scale_s[j]
+        T.copy(of.S, of.P)
+        T.gemm(of.P, of.v_s, of.O, policy=T.GemmWarpPolicy.FullRow)
 
     @T.prim_func
     def split_kv(
@@ -264,7 +226,6 @@ def split_kv(problem: DecodeProblem, config: Config):
         parts = -(-D // columns)
         with T.Kernel(partial.shape[0], kv_heads * row_tiles * parts, q.shape[0], threads=config.threads) as (split, by, batch):
             of = alloc()
-            tail = alloc_tail(of)
             part = by % parts
             row = T.truncdiv(by // parts, kv_heads) * block_M
             head = T.truncmod(by // parts, kv_heads)
@@ -276,19 +237,15 @@ def split_kv(problem: DecodeProblem, config: Config):
             blocks = T.max(T.ceildiv(sequence.length, block_N) - first, 0)
             begin = T.alloc_var("int32", first + T.truncdiv(split * blocks, partial.shape[0]))
             end = T.alloc_var("int32", first + T.truncdiv((split + 1) * blocks, partial.shape[0]))
-            whole = T.alloc_var("int32", begin)
-            if is_loaded_ahead:
-                whole = T.max(T.min(end, T.truncdiv(sequence.length, block_N)), begin)
+            for i in T.Parallel(block_M):
+                of.position[i] = sequence.length - tokens + T.truncdiv(row + i, group)
             T.fill(of.O, 0)
             T.fill(of.l, 0)
             T.fill(of.m, -T.infinity("float32"))
             if k_steps == 1:
                 load_q(q, sequence, head, group, row, 0, of.q_s)
-            if is_loaded_ahead:
-                for n in T.Pipelined(whole - begin, num_stages=config.num_stages):
-                    attend_whole(operands, of, sequence, head, group, row, (begin + n) * block_N, part * columns)
-            for n in T.serial(end - whole):
-                attend_guarded(operands, tail, sequence, head, group, row, (whole + n) * block_N, part * columns)
+            for n in T.serial(end - begin):
+                attend(operands, of, sequence, head, group, row, (begin + n) * block_N, part * columns)
             for i in T.Parallel(block_M):
                 of.a[i] = T.if_then_else(of.l[i] > T.float32(0), T.float32(1) / of.l[i], T.float32(0))
             for i, j in T.Parallel(block_M, columns):
