@@ -13,18 +13,8 @@ UPSTREAM = ("tilelang", "tvm", "torch")
 BACKENDS = ("metal", "rocm", "cuda", "cpu")
 # Of an operator's package.
 HOST_FILES = (
-    *(
-        "__init__",
-        "ahead",
-        "arguments",
-        "decode_launch",
-        "experts",
-        "launch",
-        "operator",
-        "signature",
-        "sm90_packing",
-        "weights",
-    ),
+    *("__init__", "ahead", "arguments", "decode_launch", "experts", "launch", "operator"),
+    *("selection", "signature", "sm90_packing", "tuning", "weights"),
 )
 NO_ROOMS = {"utils", "common", "helpers", "misc"}
 

@@ -103,6 +103,18 @@ def silu_mul(gate_up: Tensor, gate: str = "separated") -> Tensor:
     return g * torch.sigmoid(g) * u
 
 
+def clamped_silu(gate_up: Tensor, limit: float = 7.0, gate: str = "separated") -> Tensor:
+    """g * sigmoid(g) * u, g = min(g, limit), u = clamp(u, -limit, limit); (..., 2I) -> (..., I) float64."""
+    g, u = _gate_and_up(gate_up, gate)
+    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    return g * torch.sigmoid(g) * u
+
+
+def custom_activation(gate_up: Tensor, function: Callable[[Tensor, Tensor], Tensor], gate: str = "separated") -> Tensor:
+    """function(g, u) of a user; (..., 2I) -> (..., I) float64."""
+    return function(*_gate_and_up(gate_up, gate))
+
+
 def _gate_and_up(gate_up: Tensor, gate: str) -> tuple[Tensor, Tensor]:
     if gate == "interleaved":
         return gate_up[..., 0::2].double(), gate_up[..., 1::2].double()

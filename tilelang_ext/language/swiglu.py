@@ -56,6 +56,11 @@ def silu_of(g: tirx.PrimExpr, u: tirx.PrimExpr, sigmoid=sigmoid_of) -> tirx.Prim
     return g * sigmoid(g) * u
 
 
+def clamped_silu_of(g: tirx.PrimExpr, u: tirx.PrimExpr, limit: float, sigmoid=sigmoid_of) -> tirx.PrimExpr:
+    """Return silu(min(g, limit)) * clamp(u, -limit, limit) of one float32 gate and up, as DeepSeek-V4 has it."""
+    return silu_of(_at_most(g, limit), -_at_most(-_at_most(u, limit), limit), sigmoid)
+
+
 def _at_most(x: tirx.PrimExpr, limit: float) -> tirx.PrimExpr:
     """Return min(x, limit) that keeps NaN; the `min` of some targets drops it."""
     return T.Select(x > T.float32(limit), T.float32(limit), x)

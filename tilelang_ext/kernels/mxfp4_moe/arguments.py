@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilelang_ext.kernels.mxfp4_moe.activation import Activation
+from tilelang_ext.kernels.mxfp4_moe.activation import BUILT_IN, Activation
 from tilelang_ext.kernels.mxfp4_moe.problem import EPILOGUES, GENERAL_LAYOUT, HOPPER_LAYOUTS, MAX_TOP_K, TOKEN_BITS
 from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights
 
@@ -56,8 +56,11 @@ def check(operands: Operands, activation: Activation, a_format: str, epilogue: s
         )
     if expert_mask is not None and (expert_mask.dtype != torch.bool or expert_mask.ndim != 1):
         raise TypeError(f"mxfp4_moe: expert_mask must be bool (num_experts,); got {expert_mask.dtype}; convert it")
-    if activation.name not in ("swiglu", "silu"):
-        raise ValueError(f"mxfp4_moe: activation must be 'swiglu' or 'silu'; got {activation.name!r}; pick one")
+    if not activation.is_known:
+        raise ValueError(
+            f"mxfp4_moe: activation must be one of {', '.join(BUILT_IN)}; got {activation.name!r}; pick one, or call "
+            "Activation.custom in this process"
+        )
     if epilogue not in EPILOGUES:
         raise ValueError(f"mxfp4_moe: epilogue must be one of {', '.join(EPILOGUES)}; got {epilogue!r}; use the default")
     if out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():

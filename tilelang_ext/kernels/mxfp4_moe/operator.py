@@ -19,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
 from tilelang_ext.kernels.mxfp4_moe import launch as launches
-from tilelang_ext.kernels.mxfp4_moe.activation import Activation
+from tilelang_ext.kernels.mxfp4_moe.activation import BUILT_IN, Activation
 from tilelang_ext.kernels.mxfp4_moe.arguments import Operands, check
 from tilelang_ext.kernels.mxfp4_moe.formats import SIXTEEN_BITS, hidden_format
 from tilelang_ext.kernels.mxfp4_moe.problem import Problem
@@ -198,6 +198,20 @@ for _name, _implementation, _shape_of in (("mxfp4_moe", _mxfp4_moe, _fake), ("mx
 # --- CPU -------------------------------------------------------------------------------------------------------------
 
 
+def _reference_of(activation: Activation) -> Callable[[Tensor], Tensor]:
+    """Return the function of gate and up, separated, float64."""
+    if activation.name in BUILT_IN:
+        swiglu = functools.partial(reference.swiglu, alpha=activation.alpha, limit=activation.limit, gate="separated")
+        clamped = functools.partial(reference.clamped_silu, limit=activation.limit)
+        return {"silu": reference.silu_mul, "swiglu": swiglu, "clamped_silu": clamped}[activation.name]
+    if activation.reference is None:
+        raise NotImplementedError(
+            f"mxfp4_moe: activation must have a function of torch tensors on the CPU; got {activation.name!r} without; pass "
+            "Activation.custom(macro, reference=)"
+        )
+    return functools.partial(reference.custom_activation, function=activation.reference)
+
+
 def _by_reference(problem: Problem, operands: Operands, out: Tensor) -> None:
     x, topk_ids, topk_weights, w13, w2, expert_mask = operands
     local_experts, device = problem.num_local_experts, x.device
@@ -209,11 +223,7 @@ def _by_reference(problem: Problem, operands: Operands, out: Tensor) -> None:
         )
     half, I = w13.codes.shape[1] // 2, problem.intermediate_size
     rows13 = torch.cat([torch.arange(I, device=device), half + torch.arange(I, device=device)])
-    mx, activation = BlockScaledLayout.e8m0_k32(), problem.activation
-    act = {
-        "silu": functools.partial(reference.silu_mul, gate="separated"),
-        "swiglu": functools.partial(reference.swiglu, alpha=activation.alpha, limit=activation.limit, gate="separated"),
-    }[activation.name]
+    mx, act = BlockScaledLayout.e8m0_k32(), _reference_of(problem.activation)
     if problem.a_format not in SIXTEEN_BITS:
         x = reference.requantize(x, problem.a_format)
     y = torch.zeros(out.shape, dtype=torch.float64, device=device)

@@ -8,35 +8,31 @@ import torch
 from torch import Tensor
 
 from tilelang_ext.kernels.scaled_mm.arguments import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, Options
-from tilelang_ext.kernels.scaled_mm.launch import add_variant
+from tilelang_ext.kernels.scaled_mm.launch import add_variant, sizes_of_bucket
 from tilelang_ext.kernels.scaled_mm.operator import implementation_of, problem_for
-from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem, bucket_of
+from tilelang_ext.kernels.scaled_mm.problem import Problem
 from tilelang_ext.launch.device import Target
 
 RECIPES = {"tensor": (TENSOR, TENSOR), "row": (ROW, ROW), "block": (ROW_BLOCK, SQUARE_BLOCK), "mx": (MX, MX)}
 _DTYPE = torch.float8_e4m3fn
 
 
-def buckets(max_rows: int) -> list[int]:
-    """Return a number of rows of each bucket up to that of `max_rows`."""
-    few = [*range(1, min(max_rows, VECMAT_MAX_M) + 1)]
-    return few if max_rows <= VECMAT_MAX_M else [*few, *(1 << i for i in range(4, bucket_of(max_rows).bit_length()))]
-
-
 def calls(N: int, K: int, target: Target, max_rows: int, recipes: Sequence[str]) -> Iterator[tuple[Problem, tuple]]:
     """Yield problems with arguments of `scaled_mm_out` whose tensors are empty, on the CPU: E4M3 to bfloat16, no bias.
 
-    One call for each bucket of rows, recipe of `RECIPES` and form of its scales.
+    One call for each range of rows that share a kernel, recipe of `RECIPES` and form of its scales.
     """
-    b, device = torch.empty(N, K, dtype=_DTYPE).t(), torch.device("cpu")
-    for rows in buckets(max_rows):
-        a, out = torch.empty(rows, K, dtype=_DTYPE), torch.empty(rows, N, dtype=torch.bfloat16)
-        for name in recipes:
-            recipe_a, recipe_b = RECIPES[name]
-            key = device, bucket_of(rows), N, K, _DTYPE, _DTYPE, recipe_a, recipe_b, None, torch.bfloat16
-            options = Options(recipe_a, 0, recipe_b, 0, False).pack()
+    b = torch.empty(N, K, dtype=_DTYPE).t()
+    for name in recipes:
+        recipe_a, recipe_b = RECIPES[name]
+        options, last = Options(recipe_a, 0, recipe_b, 0, False).pack(), 0
+        while last < max_rows:
+            key = torch.device("cpu"), last + 1, N, K, _DTYPE, _DTYPE, recipe_a, recipe_b, None, torch.bfloat16
+            problem = problem_for(target, key, False)
+            rows, last = last + 1, _sizes_served(problem)[1]
+            a, out = torch.empty(rows, K, dtype=_DTYPE), torch.empty(rows, N, dtype=torch.bfloat16)
             for scale_a, scale_b in _scales(name, rows, N, K):
-                yield problem_for(target, key, False), (a, b, scale_a, scale_b, None, options, out)
+                yield problem, (a, b, scale_a, scale_b, None, options, out)
 
 
 def _scales(name: str, rows: int, N: int, K: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -53,6 +49,10 @@ def _scales(name: str, rows: int, N: int, K: int) -> Iterator[tuple[Tensor, Tens
         groups = -(-K // 128)
         for padded in {groups, -(-groups // 4) * 4}:
             yield torch.empty(rows, groups), torch.empty(padded, -(-N // 128))
+
+
+def _sizes_served(problem: Problem) -> tuple[int, int]:
+    return getattr(implementation_of(problem), "sizes_served", sizes_of_bucket)(problem)
 
 
 def compile_call(problem: Problem, compile: Callable) -> None:

@@ -1,7 +1,7 @@
 """The plan of `scaled_mm` on NVIDIA GPUs (`signature`) with its variants, and what a variant demands of the caller's tensors.
 
-A variant is compiled for the sizes N and K, the dtypes, the recipes and the forms of the scales, and serves the batches of one
-bucket (`problem.bucket_of`).
+A variant is compiled for the sizes N and K, the dtypes, the recipes and the forms of the scales, and serves the batches whose
+kernel and configuration it has: on Hopper those of one choice (`selection`), elsewhere those of one bucket (`problem.bucket_of`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ directly = UntilReload(_find_directly)  # its value: the plan's `launch_directly
 
 def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: ModuleType) -> None:
     """Compile the kernel of one file for arguments that have been checked, and add it to the plan."""
-    mat_a, _, scale_a, scale_b, bias, packed, _ = arguments
+    _, _, scale_a, scale_b, bias, packed, _ = arguments
     options = unpack(packed)
     recorder = Recorder("scaled_mm", problem.arch)
     M, N, K = shape("mat_a", 0), problem.N, problem.K
@@ -56,12 +56,13 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: 
     out = recorder.argument("out", problem.out_dtype, (M, N))
     implementation.compile_kernel(problem, recorder.compile)(a, scales[0], b, scales[1], *biases, out)
     key, _ = plan.key(*to_plan(arguments))
-    plan.add(recorder.variant(key, sizes_of_bucket(len(mat_a))), recorder.cubins)
+    sizes_of = getattr(implementation, "sizes_served", sizes_of_bucket)
+    plan.add(recorder.variant(key, sizes_of(problem)), recorder.cubins)
 
 
-def sizes_of_bucket(M: int) -> tuple[int, int]:
-    """Return the fewest and the most rows of the batches that share a kernel with M rows."""
-    most = bucket_of(M)
+def sizes_of_bucket(problem: Problem) -> tuple[int, int]:
+    """Return the fewest and the most rows of the batches that share a kernel, where its file does not say so itself."""
+    most = bucket_of(problem.max_M)
     if most <= VECMAT_MAX_M:
         return most, most
     return (VECMAT_MAX_M if bucket_of(most // 2) == most else most // 2) + 1, most

@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import ScalingType, SwizzleType
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.scaled_mm import launch, sm90_persistent, sm90_split_k, tiled, vecmat
+from tilelang_ext.kernels.scaled_mm import launch, selection, tiled, vecmat
 from tilelang_ext.kernels.scaled_mm.arguments import (
     FNUZ,
     LAYOUTS,
@@ -37,7 +37,7 @@ from tilelang_ext.launch.device import Target, current, target_of
 from tilelang_ext.launch.gradient import without_gradient
 from tilelang_ext.launch.plan import Plan
 
-KERNELS = (vecmat, sm90_split_k, sm90_persistent, tiled)  # the first that takes a problem compiles it
+KERNELS = (selection, vecmat, tiled)  # the first that takes a problem compiles it
 _CONTRACTIONS = ((), (1, 0), (-1, -2), (-1, 0), (1, -2))
 
 
@@ -131,8 +131,10 @@ def _check_and_launch(mat_a, mat_b, scale_a, scale_b, bias, packed, out) -> None
         out.copy_(product if bias is None else product + bias.double())
     else:
         bias_dtype = None if bias is None else bias.dtype
-        key = (mat_a.device, bucket_of(M), N, K, mat_a.dtype, mat_b.dtype, recipe_a, recipe_b, bias_dtype, out.dtype)
-        if target_of("scaled_mm", mat_a.device).kind == "cuda":
+        is_cuda = target_of("scaled_mm", mat_a.device).kind == "cuda"
+        max_M = M if is_cuda else bucket_of(M)
+        key = (mat_a.device, max_M, N, K, mat_a.dtype, mat_b.dtype, recipe_a, recipe_b, bias_dtype, out.dtype)
+        if is_cuda:
             _check_memory(mat_a.contiguous(), mat_b.t())
             _launch_plan(launch.plan(), key, with_memory_of_kernels(arguments, (scale_a, scale_b)))
         else:

@@ -35,7 +35,7 @@ class Problem:
     target_kind: str  # "cuda", "hip" or "metal"
     arch: str  # as "sm_90a" or "gfx942"; "" on Metal
     num_sms: int  # streaming multiprocessors of the device, on AMD compute units; 0 on Metal, whose kernels do not ask
-    max_M: int  # exactly M up to VECMAT_MAX_M, else a power of two; see `bucket_of`
+    max_M: int  # rows; on AMD and Metal exactly M up to VECMAT_MAX_M, else a power of two; see `bucket_of`
     N: int
     K: int
     a_dtype: str
@@ -46,13 +46,14 @@ class Problem:
     out_dtype: str
     fast_accum: bool = False  # whether all of K may stay in the tensor core's accumulator
 
-    def scale(self, layout: BlockScaledLayout, rows, name: str):
+    def scale(self, layout: BlockScaledLayout, rows, name: str, K=None):
         """Return the type of a scale parameter: (1, 1), (rows, 1), (rows, K/128), (rows/128, K/128) or (rows, K/32), rounded
-        up; on CUDA with a symbol for each stride.
+        up; on CUDA with a symbol for each stride. `K`, an expression of the kernel, stands for a K that is no constant.
         """
+        K = self.K if K is None else K
         dtype = "float32" if layout.scale_format is None else "uint8"
         row_blocks = 1 if layout.rows is None else T.ceildiv(rows, layout.rows)
-        shape = (row_blocks, 1 if layout.k is None else -(-self.K // layout.k))
+        shape = (row_blocks, 1 if layout.k is None else -(-K // layout.k) if isinstance(K, int) else T.ceildiv(K, layout.k))
         if self.target_kind != "cuda":
             return T.Tensor(shape, dtype)
         return T.StridedTensor(shape, (T.dynamic(f"{name}_stride_0"), T.dynamic(f"{name}_stride_1")), dtype)

@@ -1,19 +1,19 @@
-"""Scaled matmul on Hopper for more than 128 rows: a warp-specialized persistent kernel.
+"""Scaled matmul on Hopper: a warp-specialized persistent kernel, for many rows, and for few by swapped operands.
 
 out[i, j] = sum over groups g of scale_a[i, g] * scale_b[j, g] * (a[i, g] . b[j, g]) + bias[j]
 
-Warp roles, of a block of 384 threads, one block per SM:
+Warp roles, one block per SM:
 
 | warpgroup | role | registers |
 | --- | --- | --- |
 | 0 | producer: TMA loads of A and B, and the scales | 40 |
-| 1, 2 | consumers: each has one half of the tile's rows, its MMAs and its epilogue | 232 |
+| 1, and 2 if there are two | consumers: each has a part of the MMAs' rows and its epilogue | 232 |
 
 Pipelines, producer role -> consumer role:
 
 | pipeline | carries | full | empty |
 | --- | --- | --- | --- |
-| producer -> both consumers | A and B of a K block of 128, and its row scales if blockwise | 128 threads, the bytes | 8 warps |
+| producer -> all consumers | A and B of a K block of 128, and their scales if blockwise | 128 threads, the bytes | 4 warps of each consumer |
 | consumer -> its TMA stores | subtiles of the result, two buffers per consumer | a named barrier of 128 threads | one thread |
 
 Steady state:
@@ -23,10 +23,17 @@ Steady state:
                after the last K block: scale, add the bias, round | store most subtiles, defer the others
 
 That is the timeline of `fast_accum`, where the accumulator stays in the tensor core. Otherwise every K block has an MMA of its
-own, whose partial accumulator is promoted: the warpgroup adds it, times the row scales if they are blockwise, to a float32
+own, whose partial accumulator is promoted: the warpgroup adds it, times the scales if they are blockwise, to a float32
 accumulator in registers, while the other consumer's MMA runs. Errors of the tensor core's narrower sums then do not add up.
 
-Takes scales that cover all of K, or 1x128 beside 128x128. Floor on an H200: 2 M N K / 1.98e15 s (docs/design/performance.md).
+An MMA has 64 rows and any multiple of 8 columns. With `is_swapped`, columns of out are its rows and rows of out its columns, so
+that few rows, or such as fill no multiple of 64, take no more time than they need; subtiles are then stored transposed.
+
+N and K are no constants of the kernel where K has more blocks than the pipeline has stages: such sizes share kernels. Then
+`is_whole` promises that the iterations of the main loop have all their K blocks; without it, the last one passes on empty stages.
+
+Takes scales that cover all of K, or 1x128 beside 128x128. Floor on an H200: 2 M N K / 1.98e15 s, and the bytes of a, b and out
+at 4.25e12 bytes/s (docs/design/performance.md). `sm90_config` picks the configuration.
 """
 
 import functools
@@ -34,7 +41,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilelang.layout import make_swizzled_layout
+from tilelang.layout import make_full_bank_swizzled_layout, make_swizzled_layout
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK, BlockScaledLayout
@@ -51,41 +58,35 @@ BLOCKWISE = (BlockScaledLayout.block(1, FP8_BLOCK), BlockScaledLayout.block(FP8_
 # TMA clips what lies past the end of a matrix, and all other indices are clamped here.
 PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_safe_memory_legalize": True}
 
-_ROLES = Roles(num_consumers=2)
+# Of a thread of the producer and of the consumers' threads, for blockwise scales: the first where accumulators and scales take
+# at most so many of a consumer's registers.
+_REGISTERS, _REGISTERS_OF_LARGE, _LARGE = (120, 192), (88, 208), 180
 _GROUP_ROWS = 8  # rows of tiles that are walked together
 _K_BLOCKS_PER_STORE = 2  # of the next tile, from one deferred subtile to the next
+_MAX_STEPS, _STEPS = 6, 4  # of an iteration of a promoted main loop: all stages up to the first number, or so many
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of a block, stages of the pipeline, columns of a subtile, blocks of the grid, and deferred subtiles of a tile."""
+    """Tile of a block, stages of the pipeline, size of a subtile, blocks of the grid, and deferred subtiles of a tile.
+
+    A subtile has `subtile` columns of out, or of swapped operands so many rows.
+    """
 
     block_M: int
     block_N: int
     num_stages: int
-    subtile_N: int
+    subtile: int
     num_blocks: int
     deferred: int = 0
+    num_consumers: int = 2
+    is_swapped: bool = False
+    is_whole: bool = True  # whether `steps_of` divides the K blocks; anything where accumulators are not promoted
 
 
-def pick_config(problem: Problem) -> Config:
-    """Return the largest tile of which every SM has one."""
-    table = [
-        # (whether accumulators are promoted, block_M, block_N, num_stages, bytes of a subtile's row, deferred)
-        (False, 128, 256, 4, 128, 3),  # 128 accumulator registers and 48 of deferred subtiles; reads the L2 cache least
-        (False, 128, 128, 6, 128, 2),
-        (True, 256, 128, 4, 64, 0),  # 192 registers: a partial accumulator beside two accumulators; room for the row scales
-        (True, 128, 128, 5, 64, 0),
-    ]
-    rows = [row for row in table if row[0] is _promotes(problem)]
-    for _, block_M, block_N, num_stages, subtile_bytes, deferred in rows:  # noqa: B007 -- the last one serves what fits none
-        if -(-problem.max_M // block_M) * -(-problem.N // block_N) >= problem.num_sms:
-            break
-    k_blocks = -(-problem.K // BLOCK_K)
-    num_stages = 4 if k_blocks % num_stages and k_blocks % 4 == 0 else min(num_stages, k_blocks)  # constant stages: 7% faster
-    subtile_N = subtile_bytes * 8 // T.dtype(problem.out_dtype).bits
-    deferred = min(deferred, k_blocks // _K_BLOCKS_PER_STORE)
-    return Config(block_M, block_N, num_stages, subtile_N, problem.num_sms, deferred)
+def steps_of(num_stages: int) -> int:
+    """Return the K blocks of an iteration of the main loop where accumulators are promoted."""
+    return num_stages if num_stages <= _MAX_STEPS else _STEPS
 
 
 def _promotes(problem: Problem) -> bool:
@@ -102,11 +103,21 @@ def _is_blockwise(problem: Problem) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Traits:
-    """The host's constants of one kernel, and M."""
+    """The host's constants of one kernel, and the sizes."""
 
     problem: Problem
     config: Config
     M: Any
+    N: Any  # a number, or an expression of the kernel
+    K: Any
+
+    @property
+    def roles(self) -> Roles:
+        """The producer keeps blockwise scales of some K blocks in registers."""
+        if not self.blockwise:
+            return Roles(self.config.num_consumers)
+        taken = (self.mma_tiles + 1) * self.mma_N // 2 + (self.mma_N // 4 if self.config.is_swapped else 4)
+        return Roles(self.config.num_consumers, *(_REGISTERS_OF_LARGE if taken > _LARGE else _REGISTERS))
 
     @property
     def promotes(self) -> bool:
@@ -117,48 +128,75 @@ class _Traits:
         return _is_blockwise(self.problem)
 
     @property
-    def k_blocks(self) -> int:
-        return -(-self.problem.K // BLOCK_K)
+    def has_constant_K(self) -> bool:
+        return isinstance(self.K, int)
 
     @property
-    def tile_columns(self) -> int:
-        return -(-self.problem.N // self.config.block_N)
+    def k_blocks(self):
+        return -(-self.K // BLOCK_K) if self.has_constant_K else T.ceildiv(self.K, BLOCK_K)
+
+    @property
+    def tile_columns(self):
+        block_N = self.config.block_N
+        return -(-self.N // block_N) if isinstance(self.N, int) else T.ceildiv(self.N, block_N)
 
     @property
     def mma_tiles(self) -> int:
         """MMAs of a consumer for one K block, below each other."""
-        return self.config.block_M // (WGMMA_M * _ROLES.num_consumers)
+        rows = self.config.block_N if self.config.is_swapped else self.config.block_M
+        return rows // (WGMMA_M * self.config.num_consumers)
+
+    @property
+    def mma_N(self) -> int:
+        """Columns of an MMA."""
+        return self.config.block_M if self.config.is_swapped else self.config.block_N
 
     @property
     def mma_K(self) -> int:
         """K of an MMA whose result is promoted. A single K block is split: the errors of one MMA do not average out."""
-        return BLOCK_K if self.k_blocks > 1 else BLOCK_K // 2
+        return BLOCK_K // 2 if self.has_constant_K and self.k_blocks == 1 else BLOCK_K
 
     @property
     def unroll(self) -> int:
-        """K blocks of one iteration of the main loop: the number of stages makes every stage a constant."""
-        return self.config.num_stages if self.promotes and self.k_blocks % self.config.num_stages == 0 else 1
+        """K blocks of one iteration of the main loop: the number of stages makes every stage a constant.
+
+        It is also how many K blocks ahead the producer loads scales.
+        """
+        return steps_of(self.config.num_stages) if self.promotes else 1
+
+    @property
+    def has_empty_steps(self) -> bool:
+        """Whether the last iteration may have fewer K blocks than `unroll`: its other stages pass by empty."""
+        return self.unroll > 1 and not self.config.is_whole
 
     @property
     def subtiles(self) -> int:
         """Subtiles of an MMA tile, beside each other."""
-        return self.config.block_N // self.config.subtile_N
+        return self.mma_N // self.config.subtile
+
+    @property
+    def scale_sets(self) -> int:
+        """Blocks of scale_b that a tile meets: scales of rows are stored times each of them."""
+        block_N = self.config.block_N
+        if self.config.is_swapped:
+            return -(-block_N // FP8_BLOCK)
+        return 1 if FP8_BLOCK % block_N == 0 else 2
 
     @property
     def shared_scales(self) -> tuple:
         """Shape of `scales_s`."""
         config = self.config
-        return (config.num_stages, config.block_M) if self.blockwise else (config.block_M + config.block_N,)
+        return (config.num_stages, self.scale_sets, config.block_M) if self.blockwise else (config.block_M + config.block_N,)
 
     @property
     def producer_rows(self) -> int:
         """Rows of A of which a producer thread loads the scales."""
-        return self.config.block_M // WARPGROUP
+        return -(-self.config.block_M // WARPGROUP)
 
     @property
     def producer_columns(self) -> int:
         """Columns of the tile, rows of B, of which a producer thread loads the scales."""
-        return self.config.block_N // WARPGROUP
+        return -(-self.config.block_N // WARPGROUP)
 
     @property
     def producer_loads_scales(self) -> bool:
@@ -167,7 +205,7 @@ class _Traits:
         There is one buffer for them. The producer writes it once it has acquired a stage for the second time in a tile: both
         consumers then work on this tile, and their epilogues of the one before, which read the buffer, are over.
         """
-        return not self.blockwise and self.k_blocks > self.config.num_stages
+        return not self.blockwise and (not self.has_constant_K or self.k_blocks > self.config.num_stages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +226,7 @@ class _Block:
 
     A_s: Any  # (num_stages, block_M, BLOCK_K)
     B_s: Any  # (num_stages, block_N, BLOCK_K)
-    scales_s: Any  # blockwise: (num_stages, block_M), a's scale times b's; otherwise (block_M + block_N,)
+    scales_s: Any  # blockwise: (num_stages, scale_sets, block_M), a's scale times b's; otherwise (block_M + block_N,)
     pipeline: Pipeline
     tiles: GroupedTiles
     scheduler: PersistentScheduler
@@ -199,17 +237,18 @@ class _Block:
 class _Accumulators:
     """The accumulators of one consumer, float32."""
 
-    of_tiles: list  # of each MMA tile, (WGMMA_M, block_N)
-    partial: Any  # (WGMMA_M, block_N), of an MMA that is promoted
+    of_tiles: list  # of each MMA tile, (WGMMA_M, mma_N)
+    partial: Any  # (WGMMA_M, mma_N), of an MMA that is promoted
 
 
 @dataclass(frozen=True, eq=False)
 class _Consumer:
     """What one consumer warpgroup has of its own."""
 
-    row: int  # its first row of the tile
+    row: int  # its first row of the MMAs' rows of the tile
     accumulators: _Accumulators
-    row_scales: list  # of each MMA tile, (WGMMA_M,)
+    row_scales: list  # of each MMA tile and each set of scales, (WGMMA_M,)
+    column_scales: Any  # blockwise, of swapped operands: (mma_N,)
     stores: SubtileStores
     deferred: DeferredSubtiles
 
@@ -223,12 +262,18 @@ class _Coord:
 
 
 def scaled_matmul(problem: Problem, config: Config):
-    """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one."""
+    """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one.
+
+    A problem whose N and K are 0 leaves them to the arguments.
+    """
     M, N, K = T.dynamic("M"), problem.N, problem.K
-    traits = _Traits(problem, config, M)
+    if not K:
+        per_16_bytes = 128 // T.dtype(problem.out_dtype).bits
+        N, K = T.dynamic(f"N_in_{per_16_bytes}") * per_16_bytes, T.dynamic("K_in_16") * 16
+    traits = _Traits(problem, config, M, N, K)
     a_type, b_type = T.Tensor((M, K), problem.a_dtype), T.Tensor((N, K), problem.b_dtype)
-    scale_a_type = scale_type(problem, problem.layout_a, M, "scale_a")
-    scale_b_type = scale_type(problem, problem.layout_b, N, "scale_b")
+    scale_a_type = scale_type(problem, problem.layout_a, M, "scale_a", K)
+    scale_b_type = scale_type(problem, problem.layout_b, N, "scale_b", K)
     out_type = T.Tensor((M, N), problem.out_dtype)
 
     if problem.bias_dtype is None:
@@ -251,14 +296,14 @@ def scaled_matmul(problem: Problem, config: Config):
 
 @T.macro
 def _matmul(traits, operands):
-    with T.Kernel(traits.config.num_blocks, threads=_ROLES.threads) as block:
+    with T.Kernel(traits.config.num_blocks, threads=traits.roles.threads) as block:
         A_s = T.alloc_shared((traits.config.num_stages, traits.config.block_M, BLOCK_K), traits.problem.a_dtype)
         B_s = T.alloc_shared((traits.config.num_stages, traits.config.block_N, BLOCK_K), traits.problem.b_dtype)
         scales_s = T.alloc_shared(traits.shared_scales, "float32")
-        stores = alloc_stores(operands.out, _ROLES.num_consumers, WGMMA_M, traits.config.subtile_N)
+        stores = _alloc_stores(traits, operands)
         accumulators = _alloc_accumulators(traits)
         _swizzle(A_s, B_s, stores)
-        pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, _ROLES.consumer_warps)
+        pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, traits.roles.consumer_warps)
         tile_rows = T.ceildiv(traits.M, traits.config.block_M)
         tiles = GroupedTiles(_GROUP_ROWS, traits.tile_columns, tile_rows)
         scheduler = PersistentScheduler(traits.config.num_blocks, block, tiles.num_tiles)
@@ -266,18 +311,25 @@ def _matmul(traits, operands):
         _dispatch_roles(traits, operands, _Block(A_s, B_s, scales_s, pipeline, tiles, scheduler, thread), accumulators, stores)
 
 
+def _alloc_stores(traits: _Traits, operands: Operands) -> list[SubtileStores]:
+    config = traits.config
+    rows, columns = (config.subtile, WGMMA_M) if config.is_swapped else (WGMMA_M, config.subtile)
+    return alloc_stores(operands.out, config.num_consumers, rows, columns)
+
+
 def _alloc_accumulators(traits: _Traits) -> list[_Accumulators]:
     def alloc():
-        return T.alloc_fragment((WGMMA_M, traits.config.block_N), "float32")
+        return T.alloc_fragment((WGMMA_M, traits.mma_N), "float32")
 
-    of_tiles = [[alloc() for _ in range(traits.mma_tiles)] for _ in range(_ROLES.num_consumers)]
+    of_tiles = [[alloc() for _ in range(traits.mma_tiles)] for _ in range(traits.config.num_consumers)]
     return [_Accumulators(tiles, alloc()) for tiles in of_tiles]
 
 
 def _swizzle(A_s, B_s, stores: list[SubtileStores]) -> None:
     """Lay shared buffers out as TMA and WGMMA take them, without bank conflicts."""
     buffers = [buffer for of_consumer in stores for buffer in of_consumer.buffers]
-    T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in (A_s, B_s, *buffers)})
+    operands = {buffer: make_full_bank_swizzled_layout(buffer) for buffer in (A_s, B_s)}
+    T.annotate_layout({**operands, **{buffer: make_swizzled_layout(buffer) for buffer in buffers}})
 
 
 def _dispatch_roles(traits: _Traits, operands: Operands, block: _Block, accumulators: list, stores: list) -> None:
@@ -294,7 +346,7 @@ def _dispatch_roles(traits: _Traits, operands: Operands, block: _Block, accumula
 @T.macro
 def _produce(traits, operands, block):
     """Keep the pipeline filled, tile after tile."""
-    _ROLES.begin_producer()
+    traits.roles.begin_producer()
     step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
     tile_row, tile_column = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
     scales = _alloc_producer_scales(traits)
@@ -302,14 +354,14 @@ def _produce(traits, operands, block):
         block.tiles.tile_coord(block.scheduler.tile(wave), tile_row, tile_column)
         row, column = tile_row[0] * traits.config.block_M, tile_column[0] * traits.config.block_N
         _prefetch_first(traits, operands, block, scales, _Coord(row, column))
-        for k in T.serial(traits.k_blocks // traits.unroll):
+        for k in T.serial(T.ceildiv(traits.k_blocks, traits.unroll)):
             _load_k_blocks(traits, operands, block, scales, _Coord(row, column), k * traits.unroll, step)
             step = step + traits.unroll
 
 
 def _alloc_producer_scales(traits: _Traits) -> list:
     """Allocate what a thread has loaded of the scales, for each K block of an iteration: of rows of A, then of B."""
-    of_b = 1 if traits.blockwise else traits.producer_columns
+    of_b = traits.scale_sets if traits.blockwise else traits.producer_columns
     return [T.alloc_local((traits.producer_rows + of_b,), "float32") for _ in range(traits.unroll)]
 
 
@@ -333,43 +385,52 @@ def _load_k_block(traits: _Traits, operands: Operands, block: _Block, scales: li
     stage, rows, columns = pipeline.stage(step), slice(tile.row, tile.row + block_M), slice(tile.column, tile.column + block_N)
 
     @T.macro
-    def emit():
-        pipeline.acquire(stage, pipeline.empty_phase(step))
+    def load():
         T.tma_copy(a[rows, k * BLOCK_K : (k + 1) * BLOCK_K], A_s[stage, :, :], barrier=pipeline.full[stage])
         T.tma_copy(b[columns, k * BLOCK_K : (k + 1) * BLOCK_K], B_s[stage, :, :], barrier=pipeline.full[stage])
-        if traits.blockwise:
-            _store_row_scales(traits, block, scales[n], stage)
-        if traits.producer_loads_scales and n == 0:
-            _load_tile_scales(traits, operands, block, scales[0], tile, k)
-        pipeline.commit(stage)
-        _prefetch_scales(traits, operands, block, scales[n], tile, k + traits.unroll)
 
-    emit()
+    @T.macro
+    def load_if_any():
+        if k < traits.k_blocks:
+            load()
+
+    pipeline.acquire(stage, pipeline.empty_phase(step))
+    load_if_any() if traits.has_empty_steps else load()
+    if traits.blockwise:
+        _store_row_scales(traits, block, scales[n], stage)
+    if traits.producer_loads_scales and n == 0:
+        _load_tile_scales(traits, operands, block, scales[0], tile, k)
+    pipeline.commit(stage)
+    _prefetch_scales(traits, operands, block, scales[n], tile, k + traits.unroll)
 
 
 def _prefetch_scales(traits: _Traits, operands: Operands, block: _Block, scales, tile: _Coord, k) -> None:
     """Load the blockwise scales of K block k, one iteration ahead: of the thread's rows of A, then of B's."""
     scale_a, scale_b, last_k, rows = operands.scale_a, operands.scale_b, traits.k_blocks - 1, traits.producer_rows
-    row, column = tile.row + block.thread, tile.column
+    row, first, sets = tile.row + block.thread, tile.column // FP8_BLOCK, traits.scale_sets
+    last = T.ceildiv(traits.N, FP8_BLOCK) - 1
 
     @T.macro
     def emit():
         for r in T.unroll(rows):
             scales[r] = scale_a[T.min(row + r * WARPGROUP, traits.M - 1), T.min(k, last_k)]
-        scales[rows] = scale_b[column // FP8_BLOCK, T.min(k, last_k)]
+        for s in T.unroll(sets):
+            scales[rows + s] = scale_b[first if sets == 1 else T.min(first + s, last), T.min(k, last_k)]
 
     if traits.blockwise:
         emit()
 
 
 def _store_row_scales(traits: _Traits, block: _Block, scales, stage) -> None:
-    """Write the row scales of a stage: a's scale times b's."""
-    scales_s, thread, rows = block.scales_s, block.thread, traits.producer_rows
+    """Write the row scales of a stage: a's scale times each of b's."""
+    scales_s, thread, rows, block_M = block.scales_s, block.thread, traits.producer_rows, traits.config.block_M
 
     @T.macro
     def emit():
         for r in T.unroll(rows):
-            scales_s[stage, r * WARPGROUP + thread] = scales[r] * scales[rows]
+            if block_M % WARPGROUP == 0 or r * WARPGROUP + thread < block_M:
+                for s in T.unroll(traits.scale_sets):
+                    scales_s[stage, s, r * WARPGROUP + thread] = scales[r] * scales[rows + s]
 
     emit()
 
@@ -378,7 +439,7 @@ def _load_tile_scales(traits: _Traits, operands: Operands, block: _Block, scales
     """Load the scales of all of K in a tile's first K block, and write them when `producer_loads_scales` says."""
     problem, rows, columns = traits.problem, traits.producer_rows, traits.producer_columns
     scale_a, scale_b, scales_s, thread = operands.scale_a, operands.scale_b, block.scales_s, block.thread
-    row, column = tile.row + thread, tile.column + thread
+    row, column, block_M, block_N = tile.row + thread, tile.column + thread, traits.config.block_M, traits.config.block_N
 
     @T.macro
     def emit():
@@ -386,10 +447,14 @@ def _load_tile_scales(traits: _Traits, operands: Operands, block: _Block, scales
             for r in T.unroll(rows):
                 scales[r] = scale_a[scale_row(problem.layout_a, T.min(row + r * WARPGROUP, traits.M - 1)), 0]
             for c in T.unroll(columns):
-                scales[rows + c] = scale_b[scale_row(problem.layout_b, T.min(column + c * WARPGROUP, problem.N - 1)), 0]
+                scales[rows + c] = scale_b[scale_row(problem.layout_b, T.min(column + c * WARPGROUP, traits.N - 1)), 0]
         if k == traits.config.num_stages:
-            for n in T.unroll(rows + columns):
-                scales_s[n * WARPGROUP + thread] = scales[n]
+            for r in T.unroll(rows):
+                if block_M % WARPGROUP == 0 or r * WARPGROUP + thread < block_M:
+                    scales_s[r * WARPGROUP + thread] = scales[r]
+            for c in T.unroll(columns):
+                if block_N % WARPGROUP == 0 or c * WARPGROUP + thread < block_N:
+                    scales_s[block_M + c * WARPGROUP + thread] = scales[rows + c]
 
     emit()
 
@@ -404,8 +469,8 @@ def scale_row(layout: BlockScaledLayout, row):
 
 @T.macro
 def _consume(traits, operands, block, accumulators, stores):
-    """Multiply and store the consumer's rows, tile after tile."""
-    _ROLES.begin_consumer()
+    """Multiply and store the consumer's part, tile after tile."""
+    traits.roles.begin_consumer()
     step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
     tile_row, tile_column = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
     consumer = _alloc_consumer(traits, accumulators, stores)
@@ -413,13 +478,13 @@ def _consume(traits, operands, block, accumulators, stores):
         block.tiles.tile_coord(block.scheduler.tile(wave), tile_row, tile_column)
         if traits.promotes:
             _clear(accumulators.of_tiles)
-        for k in T.serial(traits.k_blocks // traits.unroll):
-            _multiply_k_blocks(traits, block, consumer, wave, k, step)
+        for k in T.serial(T.ceildiv(traits.k_blocks, traits.unroll)):
+            _multiply_k_blocks(traits, block, consumer, wave, tile_column[0] * traits.config.block_N, k, step)
             step = step + traits.unroll
         if not traits.promotes:
             T.wait_wgmma(0)
             block.pipeline.release(block.pipeline.stage(step - 1), block.thread % WARP)
-            T.warpgroup_fence_operand(accumulators.of_tiles[0], num_regs=WGMMA_M * traits.config.block_N // WARPGROUP)
+            _fence(traits, accumulators.of_tiles)
         _store_tile(
             traits,
             operands,
@@ -432,9 +497,13 @@ def _consume(traits, operands, block, accumulators, stores):
 
 
 def _alloc_consumer(traits: _Traits, accumulators: _Accumulators, stores: SubtileStores) -> _Consumer:
-    row_scales = [T.alloc_fragment((WGMMA_M,), "float32") for _ in range(traits.mma_tiles)]
-    deferred = alloc_deferred(stores, traits.subtiles, traits.config.deferred, _K_BLOCKS_PER_STORE)
-    return _Consumer(stores.warpgroup * traits.mma_tiles * WGMMA_M, accumulators, row_scales, stores, deferred)
+    sets = traits.scale_sets if traits.blockwise and not traits.config.is_swapped else 1
+    row_scales = [[T.alloc_fragment((WGMMA_M,), "float32") for _ in range(sets)] for _ in range(traits.mma_tiles)]
+    column_scales = T.alloc_fragment((traits.mma_N,), "float32") if traits.blockwise and traits.config.is_swapped else None
+    count = 0 if traits.config.is_swapped else traits.subtiles
+    deferred = alloc_deferred(stores, count, traits.config.deferred, _K_BLOCKS_PER_STORE)
+    row = stores.warpgroup * traits.mma_tiles * WGMMA_M
+    return _Consumer(row, accumulators, row_scales, column_scales, stores, deferred)
 
 
 def _clear(fragments: list) -> None:
@@ -442,78 +511,121 @@ def _clear(fragments: list) -> None:
         T.evaluate(T.clear(fragment))
 
 
-def _multiply_k_blocks(traits: _Traits, block: _Block, consumer: _Consumer, wave, k, step) -> None:
-    """Multiply the K blocks of iteration k."""
+def _fence(traits: _Traits, accumulators: list) -> None:
+    for accumulator in accumulators:
+        T.warpgroup_fence_operand(accumulator, num_regs=WGMMA_M * traits.mma_N // WARPGROUP)
+
+
+def _multiply_k_blocks(traits: _Traits, block: _Block, consumer: _Consumer, wave, column, k, step) -> None:
+    """Multiply the K blocks of iteration k, for the tile that begins at a column."""
     for n in range(traits.unroll):
-        if traits.promotes:
-            _multiply_and_promote(traits, block, consumer, step + n, n)
-        else:
-            _multiply(block, consumer, k, step + n)
+        if not traits.promotes:
+            _multiply(traits, block, consumer, k, step + n)
             consumer.deferred.store_due(k, wave > 0)
+        elif traits.has_empty_steps and n > 0:  # an iteration has one K block at least
+            _multiply_if_any(traits, block, consumer, column, k * traits.unroll + n, step + n, n)
+        else:
+            _multiply_and_promote(traits, block, consumer, column, step + n, n)
 
 
-def _mma(block: _Block, accumulator, stage, row: int, clear, k: slice = slice(0, BLOCK_K)):
-    """Issue the MMA of 64 rows of a stage, from `row` on, with all columns of the tile."""
-    A_k, B_k = block.A_s[stage, row : row + WGMMA_M, k], block.B_s[stage, :, k]
-    return T.wgmma_gemm(A_k, B_k, accumulator, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=clear)
+def _mma(traits: _Traits, block: _Block, accumulator, stage, row: int, clear, k: slice = slice(0, BLOCK_K)):
+    """Issue the MMA of 64 rows of a stage, from `row` on, with all columns of the tile; swapped, of 64 columns with all rows."""
+    rows_s, columns_s = (block.B_s, block.A_s) if traits.config.is_swapped else (block.A_s, block.B_s)
+    rows, columns = rows_s[stage, row : row + WGMMA_M, k], columns_s[stage, :, k]
+    return T.wgmma_gemm(rows, columns, accumulator, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=clear)
 
 
-def _multiply(block: _Block, consumer: _Consumer, k, step) -> None:
-    """Issue the MMA of a K block, which adds to the accumulator; then wait for the one before and release its stage."""
-    pipeline, accumulator, lane = block.pipeline, consumer.accumulators.of_tiles[0], block.thread % WARP
+def _multiply(traits: _Traits, block: _Block, consumer: _Consumer, k, step) -> None:
+    """Issue the MMAs of a K block, which add to the accumulators; then wait for those before and release their stage."""
+    pipeline, accumulators, lane = block.pipeline, consumer.accumulators.of_tiles, block.thread % WARP
     stage = pipeline.stage(step)
 
     @T.macro
-    def emit():
-        pipeline.wait(stage, pipeline.full_phase(step))
-        _mma(block, accumulator, stage, consumer.row, k == 0)
+    def release_previous():
         if k > 0:
-            T.wait_wgmma(1)
+            T.wait_wgmma(traits.mma_tiles)
             pipeline.release(pipeline.stage(step - 1), lane)
 
+    pipeline.wait(stage, pipeline.full_phase(step))
+    for m, accumulator in enumerate(accumulators):
+        T.evaluate(_mma(traits, block, accumulator, stage, consumer.row + m * WGMMA_M, k == 0))
+    release_previous()
+
+
+def _multiply_if_any(traits: _Traits, block: _Block, consumer: _Consumer, column, k, step, n: int) -> None:
+    """The same as `_multiply_and_promote` of K block k, or, past the last one, pass the stage on."""
+    pipeline = block.pipeline
+
+    @T.macro
+    def emit():
+        if k < traits.k_blocks:
+            _multiply_and_promote(traits, block, consumer, column, step, n)
+        else:
+            pipeline.wait(pipeline.stage(step), pipeline.full_phase(step))
+            pipeline.release(pipeline.stage(step), block.thread % WARP)
+
     emit()
 
 
-def _multiply_and_promote(traits: _Traits, block: _Block, consumer: _Consumer, step, n: int) -> None:
+def _multiply_and_promote(traits: _Traits, block: _Block, consumer: _Consumer, column, step, n: int) -> None:
     """Add the MMAs of a K block, the n-th of an iteration, to the accumulators in registers, one MMA tile after the other."""
     pipeline = block.pipeline
-    stage = n if traits.unroll > 1 else pipeline.stage(step)
+    stage = n if traits.unroll == traits.config.num_stages else pipeline.stage(step)
     pipeline.wait(stage, pipeline.full_phase(step))
     if traits.blockwise:
-        for m in range(traits.mma_tiles):
-            _read_row_scales(block, consumer, stage, m)
+        _read_scales(traits, block, consumer, stage)
     for m in range(traits.mma_tiles):
         for k in range(0, BLOCK_K, traits.mma_K):
-            _promote(traits, block, consumer, stage, m, k)
+            _promote(traits, block, consumer, column, stage, m, k)
 
 
-def _read_row_scales(block: _Block, consumer: _Consumer, stage, m: int) -> None:
-    """Load the row scales of MMA tile m."""
-    scales_s, row_scales, row = block.scales_s, consumer.row_scales[m], consumer.row + m * WGMMA_M
+def _read_scales(traits: _Traits, block: _Block, consumer: _Consumer, stage) -> None:
+    """Load the scales of a stage: of the MMAs' rows, or of swapped operands of their columns."""
+    if traits.config.is_swapped:
+        _read(block.scales_s, stage, consumer.row // FP8_BLOCK, 0, consumer.column_scales, traits.mma_N // 4)
+        return
+    for m, of_tile in enumerate(consumer.row_scales):
+        for s, row_scales in enumerate(of_tile):
+            _read(block.scales_s, stage, s, consumer.row + m * WGMMA_M, row_scales, 2)
+
+
+def _read(scales_s, stage, scale_set: int, first: int, scales_f, num_regs: int) -> None:
+    (count,) = map(int, scales_f.shape)
 
     @T.macro
     def emit():
-        for i in T.Parallel(WGMMA_M):
-            row_scales[i] = scales_s[stage, row + i]
+        for i in T.Parallel(count):
+            scales_f[i] = scales_s[stage, scale_set, first + i]
         # The compiler would otherwise load them between the MMAs, which stall then.
-        T.warpgroup_fence_operand(row_scales, num_regs=2)
+        T.warpgroup_fence_operand(scales_f, num_regs=num_regs)
 
     emit()
 
 
-def _promote(traits: _Traits, block: _Block, consumer: _Consumer, stage, m: int, k: int) -> None:
+def _promote(traits: _Traits, block: _Block, consumer: _Consumer, column, stage, m: int, k: int) -> None:
     """Multiply `mma_K` of a K block for MMA tile m, and add the partial accumulator in float32."""
-    row, row_scales, lane = consumer.row + m * WGMMA_M, consumer.row_scales[m], block.thread % WARP
+    row, lane = consumer.row + m * WGMMA_M, block.thread % WARP
     accumulator, partial = consumer.accumulators.of_tiles[m], consumer.accumulators.partial
+    row_scales, column_scales = consumer.row_scales[m], consumer.column_scales
+    boundary = FP8_BLOCK - column % FP8_BLOCK  # the first column of the tile's second block of scale_b
+
+    def scaled(value, i, j):
+        if not traits.blockwise:
+            return value
+        if traits.config.is_swapped:
+            return value * column_scales[j]
+        if traits.scale_sets == 1:
+            return value * row_scales[0][i]
+        return value * T.if_then_else(j // 8 * 8 < boundary, row_scales[0][i], row_scales[1][i])
 
     @T.macro
     def emit():
-        _mma(block, partial, stage, row, True, slice(k, k + traits.mma_K))
+        _mma(traits, block, partial, stage, row, True, slice(k, k + traits.mma_K))
         T.wait_wgmma(0)
         if m == traits.mma_tiles - 1 and k + traits.mma_K == BLOCK_K:
             block.pipeline.release(stage, lane)
-        for i, j in T.Parallel(WGMMA_M, traits.config.block_N):
-            accumulator[i, j] += partial[i, j] * row_scales[i] if traits.blockwise else partial[i, j]
+        for i, j in T.Parallel(WGMMA_M, traits.mma_N):
+            accumulator[i, j] += scaled(partial[i, j], i, j)
 
     emit()
 
@@ -522,13 +634,16 @@ def _promote(traits: _Traits, block: _Block, consumer: _Consumer, stage, m: int,
 
 
 def _store_tile(traits: _Traits, operands: Operands, block: _Block, consumer: _Consumer, tile: _Coord) -> None:
-    """Finish the consumer's rows of a tile; store the first subtiles, and defer the others to the next tile's main loop."""
-    for m in range(traits.mma_tiles):
+    """Finish the consumer's part of a tile; store the first subtiles, and defer the others to the next tile's main loop."""
+    for m, accumulator in enumerate(consumer.accumulators.of_tiles):
         _scale(traits, operands, block, consumer, tile, m)
+        first = consumer.row + m * WGMMA_M
         for n in range(traits.subtiles):
-            accumulator, row = consumer.accumulators.of_tiles[m], tile.row + consumer.row + m * WGMMA_M
-            if n < consumer.deferred.first:
-                consumer.stores.round_and_store(m * traits.subtiles + n, accumulator, n, row, tile.column)
+            number = m * traits.subtiles + n
+            if traits.config.is_swapped:
+                consumer.stores.round_and_store_transposed(number, accumulator, n, tile.row, tile.column + first)
+            elif n < consumer.deferred.first:
+                consumer.stores.round_and_store(number, accumulator, n, tile.row + first, tile.column)
             else:
                 round_subtile(accumulator, n, consumer.deferred.values[n - consumer.deferred.first])
     consumer.deferred.defer(tile.row + consumer.row, tile.column)
@@ -536,44 +651,47 @@ def _store_tile(traits: _Traits, operands: Operands, block: _Block, consumer: _C
 
 def _scale(traits: _Traits, operands: Operands, block: _Block, consumer: _Consumer, tile: _Coord, m: int) -> None:
     """Multiply MMA tile m by the scales that cover all of K, and add the bias."""
-    problem, scale_a, scale_b, bias = traits.problem, operands.scale_a, operands.scale_b, operands.bias
-    accumulator, row_scales, scales_s = consumer.accumulators.of_tiles[m], consumer.row_scales[m], block.scales_s
-    first_row, block_M, block_N = consumer.row + m * WGMMA_M, traits.config.block_M, traits.config.block_N
+    bias, is_swapped = operands.bias, traits.config.is_swapped
+    accumulator, row_scales = consumer.accumulators.of_tiles[m], consumer.row_scales[m][0]
+    first = consumer.row + m * WGMMA_M
 
-    def row_scale_of(i):
-        """Rows past the end are not stored: any scale will do for them."""
-        if traits.producer_loads_scales:
-            return scales_s[first_row + i]
-        return scale_a[scale_row(problem.layout_a, T.min(tile.row + first_row + i, traits.M - 1)), 0]
-
-    def finished(value, row_scale, j):
-        """Columns past the end are not stored: any scale and bias will do for them."""
-        column = T.min(tile.column + j, problem.N - 1) if problem.N % block_N else tile.column + j
-        if traits.producer_loads_scales:
-            value = value * (row_scale * scales_s[block_M + j])
-        elif not traits.blockwise:
-            value = value * (row_scale * scale_b[scale_row(problem.layout_b, column), 0])
-        return value if bias is None else value + T.cast(bias[column], "float32")
+    def finished(value, row_scale, i, j):
+        if not traits.blockwise:
+            value = value * (row_scale * _scale_of(traits, operands, block, tile, j, is_swapped))
+        if bias is None:
+            return value
+        # Columns past the end are not stored: any bias will do for them.
+        return value + T.cast(bias[T.min(tile.column + (first + i if is_swapped else j), traits.N - 1)], "float32")
 
     @T.macro
     def emit():
         if not traits.blockwise:
             for i in T.Parallel(WGMMA_M):
-                row_scales[i] = row_scale_of(i)
+                row_scales[i] = _scale_of(traits, operands, block, tile, first + i, not is_swapped)
         # All elements before the first store: the compiler moves no load across a store.
-        for i, j in T.Parallel(WGMMA_M, block_N):
-            accumulator[i, j] = finished(accumulator[i, j], row_scales[i], j)
+        for i, j in T.Parallel(WGMMA_M, traits.mma_N):
+            accumulator[i, j] = finished(accumulator[i, j], row_scales[i], i, j)
 
     emit()
+
+
+def _scale_of(traits: _Traits, operands: Operands, block: _Block, tile: _Coord, place, is_row: bool):
+    """Return the scale of a row or a column of the tile; past the end of out any scale will do."""
+    problem = traits.problem
+    if traits.producer_loads_scales:
+        return block.scales_s[place if is_row else traits.config.block_M + place]
+    if is_row:
+        return operands.scale_a[scale_row(problem.layout_a, T.min(tile.row + place, traits.M - 1)), 0]
+    return operands.scale_b[scale_row(problem.layout_b, T.min(tile.column + place, traits.N - 1)), 0]
 
 
 # --- host ------------------------------------------------------------------------------------------------------------
 
 
-def scale_type(problem: Problem, layout: BlockScaledLayout, rows, name: str):
+def scale_type(problem: Problem, layout: BlockScaledLayout, rows, name: str, K=None):
     """Return the type of a scale parameter; scales of all of K are contiguous, so that neighbours load as one."""
     if layout.k is not None:
-        return problem.scale(layout, rows, name)
+        return problem.scale(layout, rows, name, K)
     return T.Tensor((1 if layout.rows is None else rows, 1), "float32")
 
 
@@ -584,11 +702,9 @@ def fits_hopper(problem: Problem) -> bool:
     return problem.arch == ARCH and aligned and (whole_k or (problem.layout_a, problem.layout_b) == BLOCKWISE)
 
 
-def takes(problem: Problem) -> bool:
-    """Scales of all of K, or 1x128 beside 128x128, on Hopper; rows of a, b and out of a multiple of 16 bytes."""
-    return fits_hopper(problem)
-
-
-def compile_kernel(problem: Problem, compile: Callable) -> Callable:
-    """Return the compiled kernel; sizes of M that share a tile share a kernel."""
-    return compile(scaled_matmul, replace(problem, max_M=0), pick_config(problem), pass_configs=PASS_CONFIGS)
+def compile_kernel(problem: Problem, config: Config, compile: Callable) -> Callable:
+    """Return the compiled kernel; problems that share a configuration share a kernel, but for those of few K blocks."""
+    general = replace(problem, max_M=0)
+    if -(-problem.K // BLOCK_K) > config.num_stages:
+        general = replace(general, N=0, K=0)
+    return compile(scaled_matmul, general, config, pass_configs=PASS_CONFIGS)

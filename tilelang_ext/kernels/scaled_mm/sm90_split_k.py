@@ -36,7 +36,7 @@ Takes what `sm90_persistent` takes. Floor on an H200: (M + N) K / 4.25e12 s, 7.0
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,9 +75,12 @@ class Config:
     num_stages: int
 
 
-def pick_config(problem: Problem) -> Config | None:
-    """Return the narrowest tile that gives no SM two tiles; None if even the widest does."""
-    block_M, k_blocks = problem.max_M, -(-problem.K // BLOCK_K)
+def configs(problem: Problem) -> Iterator[Config]:
+    """Yield the configurations that give no SM two tiles."""
+    k_blocks = -(-problem.K // BLOCK_K)
+    block_M = max(16, 1 << (problem.max_M - 1).bit_length())
+    if block_M > MAX_M:
+        return
     table = [
         # (block_N, consumers for up to 64 rows, for more): as many as the registers allow
         (32, 4, 2),
@@ -86,17 +89,18 @@ def pick_config(problem: Problem) -> Config | None:
     ]
     for block_N, for_one_mma, for_two in table:
         tiles, num_consumers = -(-problem.N // block_N), for_one_mma if block_M <= WGMMA_M else for_two
-        if tiles <= problem.num_sms and num_consumers is not None:
-            num_splits = 2 if CLUSTERS and 2 * tiles <= problem.num_sms and k_blocks > 1 else 1
+        if tiles > problem.num_sms or num_consumers is None:
+            continue
+        for num_splits in (1, 2) if CLUSTERS and 2 * tiles <= problem.num_sms and k_blocks > 1 else (1,):
             k_blocks_of_block = -(-k_blocks // num_splits)
-            num_consumers = min(num_consumers, 1 << (k_blocks_of_block.bit_length() - 1))
-            config = Config(block_M, block_N, num_splits, num_consumers, 0)
+            consumers = min(num_consumers, 1 << (k_blocks_of_block.bit_length() - 1))
+            config = Config(block_M, block_N, num_splits, consumers, 0)
             fitting = (_SHARED_BYTES - _fixed_bytes(problem, config)) // ((block_M + block_N) * BLOCK_K)
             # Powers of two: k % num_stages is cheap, and a stage has one consumer, or is used once. If two consumers used it in
             # turn, one could take the phase of the other's K block for the phase that it waits for.
             needed = 1 << (k_blocks_of_block - 1).bit_length()
-            return replace(config, num_stages=min(needed, 1 << (fitting.bit_length() - 1), _MAX_STAGES))
-    return None
+            if fitting >= consumers:
+                yield replace(config, num_stages=min(needed, 1 << (fitting.bit_length() - 1), _MAX_STAGES))
 
 
 def _fixed_bytes(problem: Problem, config: Config) -> int:
@@ -397,11 +401,6 @@ def _finished(traits: _Traits, operands: Operands, value, row, column):
 # --- host ------------------------------------------------------------------------------------------------------------
 
 
-def takes(problem: Problem) -> bool:
-    """What `sm90_persistent` takes, where A has the rows of one tile at most and there is an SM for each tile."""
-    return fits_hopper(problem) and problem.max_M <= MAX_M and pick_config(problem) is not None
-
-
-def compile_kernel(problem: Problem, compile: Callable) -> Callable:
+def compile_kernel(problem: Problem, config: Config, compile: Callable) -> Callable:
     """Return the compiled kernel."""
-    return compile(scaled_matmul, problem, pick_config(problem), pass_configs=PASS_CONFIGS)
+    return compile(scaled_matmul, replace(problem, max_M=config.block_M), config, pass_configs=PASS_CONFIGS)

@@ -87,6 +87,27 @@ class SubtileStores:
 
         emit()
 
+    def round_and_store_transposed(self, number: int, accumulator, n: int, row, column) -> None:
+        """Round subtile n of an accumulator whose columns are rows of out, and store it; it begins at (row, column).
+
+        The subtile has as many columns of the accumulator as a shared buffer has rows.
+        """
+        out, out_s = self.out, self.buffers[number % len(self.buffers)]
+        (rows, columns), dtype = map(int, out_s.shape), out_s.dtype
+        in_flight, warpgroup = len(self.buffers) - 1, self.warpgroup
+        row = row + n * rows
+
+        @T.macro
+        def emit():
+            T.tma_store_wait(in_flight)
+            for i, j in T.Parallel(columns, rows, loop_layout=accumulator_layout(columns, rows)):
+                out_s[j, i] = T.cast(accumulator[i, n * rows + j], dtype)
+            T.fence_proxy_async()
+            warpgroup_sync(warpgroup)
+            T.tma_copy(out_s, out[row : row + rows, column : column + columns])
+
+        emit()
+
     def drain(self) -> None:
         """Wait until every store has read its buffer; a block must not end before."""
         T.evaluate(T.tma_store_wait(0))

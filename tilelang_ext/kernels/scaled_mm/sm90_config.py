@@ -1,0 +1,260 @@
+"""Which kernel and which configuration a product has on Hopper: the fastest by a small model of an H200.
+
+    loads  = TMA's rows of a K block;   K block = both(MMAs, loads)
+    busy   = waves * (K blocks of a tile * K block + end of a tile)
+    memory = bytes of a, b and out / rate, and a part more for SMs that have no tile in the last wave
+    time   = launch + both(busy, memory)
+
+where both(x, y) is the greater and a part of the lesser, which does not overlap. The constants were fitted to measured times
+(benchmark/results/scaled_mm_choices_h200.csv by benchmark/fit_scaled_mm.py; docs/log/selection.md). Only their order matters:
+the model chooses, it does not promise.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tilelang_ext import language as T
+from tilelang_ext.formats import FP8_BLOCK
+from tilelang_ext.kernels.scaled_mm import sm90_persistent, sm90_split_k, vecmat
+from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem
+from tilelang_ext.kernels.scaled_mm.sm90_persistent import BLOCK_K, WGMMA_M, fits_hopper, steps_of
+
+_SHARED_BYTES = 226 * 1024  # of a block, beside barriers
+_MAX_STAGES = 8
+_WIDTHS = (32, 64, 96, 128, 160, 192, 224, 256)  # columns of a tile; subtiles of 16 would need another swizzle than TMA's
+_SWAPPED_ROWS = (8, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 240, 256)  # of a tile of swapped operands
+_REGISTERS, _WITHOUT_PROMOTION = 200, 128  # of a consumer's thread that accumulators and blockwise scales may take
+
+
+class Choice(NamedTuple):
+    """A kernel, by its file, and its configuration."""
+
+    kernel: str
+    config: Any
+
+
+@dataclass(frozen=True)
+class Model:
+    """The constants, in microseconds, of one kind of accumulation: in the tensor core, promoted, or by blocks of scales."""
+
+    mma: float  # for 64 x 8 x 128 of one of two consumers
+    mma_start: float  # for an MMA tile and K block
+    alone: float  # factor, of the times above, where there is one consumer only
+    swapped: float  # factor, for swapped operands
+    straddle: float  # factor, where a tile meets two blocks of scale_b at any column
+    end: float  # of a tile, for 64 x 8 of a consumer's result
+    wave: float  # of a tile, beside that
+    row: float  # of TMA, for a row of 128 bytes
+    overlap_loads: float  # part of the lesser of MMAs and loads that does not overlap
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The constants that kernels share, in microseconds and bytes per microsecond."""
+
+    launch: float
+    overlap: float  # part of the lesser of memory and work that does not overlap
+    memory: float
+    sm_memory: float  # of one SM
+    empty_row: float  # of TMA, for a row of A past the end, in the only tile
+    last_wave: float  # part of its missing tiles by which the last wave of several is shorter
+    wide: float  # part more of memory, where swapped operands have 256 columns
+    idle: tuple[float, float]  # part more of memory for SMs without a tile in the last wave: of one wave, of several
+    split_k_launch: float
+    split_k_exchange: float
+    split_k_mma: float  # for a K block of a consumer and 64 rows
+    split_k_overlap: float
+    split_k_memory: float
+    vecmat_memory: tuple[float, ...]  # by rows from 1 on
+
+
+MODELS = {
+    "fast": Model(0.01378, 0.0319, 1.106, 1.031, 1.0, 0.0192, 0.303, 0.00083, 0.598),
+    "rows": Model(0.01654, 0.0587, 1.359, 1.080, 1.0, 0.0, 0.843, 0.00115, 0.423),  # but for `swapped`, not fitted: as below
+    "blocks": Model(0.01654, 0.0587, 1.359, 1.130, 1.035, 0.0, 0.843, 0.00115, 0.423),
+}
+SHARED = Shared(
+    *(2.78, 0.132, 4.28e6, 9.0e4, 0.0026, 0.282, 0.040, (0.116, 0.270)),
+    *(4.68, 1.19, 0.0685, 0.767, 4.7e6),
+    vecmat_memory=(4.5e6, 3.2e6, 2.7e6, 2.1e6),
+)
+_MOST_IDLE = 1.5
+
+
+def takes(problem: Problem) -> bool:
+    """Whether this file chooses: on Hopper, what TMA can load."""
+    return fits_hopper(problem)
+
+
+def compile_choice(problem: Problem, choice: Choice, compile: Callable) -> Callable:
+    """Return the compiled kernel of one choice."""
+    if choice.kernel == "vecmat":
+        return vecmat.compile_kernel(problem, compile)
+    return {"sm90_split_k": sm90_split_k, "sm90_persistent": sm90_persistent}[choice.kernel].compile_kernel(
+        problem, choice.config, compile
+    )
+
+
+def rounded(M: int) -> int:
+    """Return the number of rows whose choice M has: no kernel saves much time on fewer rows between two of them."""
+    return M if M <= VECMAT_MAX_M else _ceildiv(M, _step(M)) * _step(M)
+
+
+def next_rounded(M: int) -> int:
+    """Return the rounded number of rows after a rounded one."""
+    return rounded(M + 1)
+
+
+def previous_rounded(M: int) -> int:
+    """Return the rounded number of rows before a rounded one; VECMAT_MAX_M is before all that are more."""
+    return max(M - _step(M), VECMAT_MAX_M)
+
+
+def _step(M: int) -> int:
+    return 8 if M <= 16 else 16 if M <= 256 else 64 if M <= 1024 else 128
+
+
+@functools.lru_cache(maxsize=4096)
+def pick(problem: Problem) -> Choice:
+    """Return the choice with the least predicted time for a problem of a rounded number of rows."""
+    return min(choices(problem), key=lambda choice: predicted_us(choice, problem))
+
+
+# --- choices ---------------------------------------------------------------------------------------------------------
+
+
+def choices(problem: Problem) -> Iterator[Choice]:
+    """Yield every kernel and configuration for a problem of a rounded number of rows."""
+    if problem.max_M <= VECMAT_MAX_M:
+        yield Choice("vecmat", vecmat.pick_config(problem))
+    for config in sm90_split_k.configs(problem):
+        yield Choice("sm90_split_k", config)
+    for block_M, block_N, num_consumers, is_swapped in _tiles(problem):
+        config = _persistent(problem, block_M, block_N, num_consumers, is_swapped)
+        if config is not None:
+            yield Choice("sm90_persistent", config)
+
+
+def _tiles(problem: Problem) -> Iterator[tuple[int, int, int, bool]]:
+    """Yield rows, columns, consumers and whether operands are swapped, of tiles that fit in registers."""
+    kind = kind_of(problem)
+    for block_M in (128,) if kind == "fast" else (128, 256):
+        for block_N in _WIDTHS:
+            straddles = kind == "blocks" and block_N > FP8_BLOCK + math.gcd(block_N, FP8_BLOCK)
+            if _registers(kind, block_M // 128, block_N, 4) <= _limit(kind) and not straddles:
+                yield block_M, block_N, 2, False
+    if problem.out_dtype == "float32":  # a transposed subtile would have rows of 256 bytes
+        return
+    most = _ceildiv(problem.max_M, 16) * 16
+    for block_N, num_consumers in ((64, 1), (128, 2), (256, 2)):
+        for block_M in _SWAPPED_ROWS:
+            mma_tiles = block_N // (WGMMA_M * num_consumers)
+            if block_M <= most and _registers(kind, mma_tiles, block_M, block_M // 4) <= _limit(kind):
+                yield block_M, block_N, num_consumers, True
+
+
+def kind_of(problem: Problem) -> str:
+    """Return the key of `MODELS`."""
+    if problem.layout_a.k is not None:
+        return "blocks"
+    return "fast" if problem.fast_accum else "rows"
+
+
+def _registers(kind: str, mma_tiles: int, mma_N: int, scales: int) -> int:
+    accumulators = (mma_tiles + (kind != "fast")) * mma_N // 2
+    return accumulators + (scales if kind == "blocks" else 0)
+
+
+def _limit(kind: str) -> int:
+    return _WITHOUT_PROMOTION if kind == "fast" else _REGISTERS
+
+
+def _persistent(
+    problem: Problem, block_M: int, block_N: int, num_consumers: int, is_swapped: bool
+) -> sm90_persistent.Config | None:
+    """Return the configuration of a tile, None if shared memory holds too few stages."""
+    kind, k_blocks = kind_of(problem), _ceildiv(problem.K, BLOCK_K)
+    bits = T.dtype(problem.out_dtype).bits
+    if is_swapped:
+        subtile = max(rows for rows in range(8, 65, 8) if block_M % rows == 0)
+        subtile_bytes, deferred = subtile * WGMMA_M * bits // 8, 0
+    else:
+        row_bytes = 128 if kind == "fast" else 64
+        subtile = math.gcd(block_N, row_bytes * 8 // bits)
+        subtile_bytes = WGMMA_M * subtile * bits // 8
+        # Registers hold few deferred subtiles beside the accumulators; the next tile must have the K blocks to store them in.
+        count = 3 if block_N == 256 else 2 if block_N == 128 or subtile * bits <= 512 else 1
+        deferred = min(count, block_N // subtile, k_blocks // 2) if kind == "fast" else 0
+    sets = 2 if kind == "blocks" and (block_N == 256 or FP8_BLOCK % min(block_N, FP8_BLOCK)) else 1
+    scales = 4 * block_M * sets if kind == "blocks" else 0  # of a stage
+    fixed = 2 * num_consumers * subtile_bytes + (0 if kind == "blocks" else 4 * (block_M + block_N)) + 256
+    fitting = (_SHARED_BYTES - fixed) // ((block_M + block_N) * BLOCK_K + scales)
+    if fitting < 3:
+        return None
+    num_stages = min(fitting, _MAX_STAGES)
+    if kind != "fast" and num_stages not in (3, _MAX_STAGES):
+        num_stages = 4
+    num_stages = min(num_stages, max(k_blocks - 1, 1))  # then N and K are no constants of the kernel
+    is_whole = kind == "fast" or k_blocks % steps_of(num_stages) == 0
+    return sm90_persistent.Config(
+        block_M, block_N, num_stages, subtile, problem.num_sms, deferred, num_consumers, is_swapped, is_whole
+    )
+
+
+# --- times -----------------------------------------------------------------------------------------------------------
+
+
+def predicted_us(choice: Choice, problem: Problem) -> float:
+    """Return the time that the model predicts for a problem of `max_M` rows."""
+    predict = {"vecmat": _vecmat_us, "sm90_split_k": _split_k_us, "sm90_persistent": _persistent_us}
+    return predict[choice.kernel](choice.config, problem)
+
+
+def _persistent_us(config: sm90_persistent.Config, problem: Problem) -> float:
+    model, M, k_blocks = MODELS[kind_of(problem)], problem.max_M, _ceildiv(problem.K, BLOCK_K)
+    rows, mma_N = (config.block_N, config.block_M) if config.is_swapped else (config.block_M, config.block_N)
+    mma_tiles = rows // (WGMMA_M * config.num_consumers)
+    mma = mma_tiles * (model.mma * mma_N / 8 * config.num_consumers / 2 + model.mma_start)
+    mma *= model.alone if config.num_consumers == 1 else 1.0
+    mma *= model.swapped if config.is_swapped else model.straddle if FP8_BLOCK % config.block_N else 1.0
+    loads = model.row * (config.block_M + config.block_N) + SHARED.empty_row * max(config.block_M - M, 0)
+    tiles = _ceildiv(M, config.block_M) * _ceildiv(problem.N, config.block_N)
+    waves = _ceildiv(tiles, problem.num_sms)
+    end = model.wave + model.end * mma_tiles * mma_N / 8
+    missing = waves - tiles / problem.num_sms if waves > 1 else 0.0
+    busy = (waves - SHARED.last_wave * missing) * (k_blocks * _both(mma, loads, model.overlap_loads) + end)
+    memory = _bytes_of(problem) / min(SHARED.memory, min(tiles, problem.num_sms) * SHARED.sm_memory)
+    memory *= 1 + SHARED.wide if config.is_swapped and config.block_N == 256 else 1.0
+    memory *= 1 + SHARED.idle[waves > 1] * min(waves * problem.num_sms / tiles - 1, _MOST_IDLE)
+    return SHARED.launch + _both(busy, memory, SHARED.overlap)
+
+
+def _split_k_us(config: sm90_split_k.Config, problem: Problem) -> float:
+    blocks = _ceildiv(problem.N, config.block_N) * config.num_splits
+    k_blocks = _ceildiv(_ceildiv(problem.K, BLOCK_K), config.num_splits * config.num_consumers)
+    busy = k_blocks * max(1.0, config.block_M / WGMMA_M) * SHARED.split_k_mma
+    memory = _bytes_of(problem) / min(SHARED.split_k_memory, blocks * SHARED.sm_memory)
+    exchange = SHARED.split_k_exchange if config.num_splits > 1 else 0.0
+    return SHARED.split_k_launch + exchange + _both(busy, memory, SHARED.split_k_overlap)
+
+
+def _vecmat_us(config: vecmat.Config, problem: Problem) -> float:
+    return SHARED.launch + _bytes_of(problem) / SHARED.vecmat_memory[problem.max_M - 1]
+
+
+def _bytes_of(problem: Problem) -> int:
+    M, N, K = problem.max_M, problem.N, problem.K
+    return M * K + N * K + T.dtype(problem.out_dtype).bits // 8 * M * N
+
+
+def _both(one: float, other: float, part: float) -> float:
+    return max(one, other) + part * min(one, other)
+
+
+def _ceildiv(value: int, divisor: int) -> int:
+    return -(-value // divisor)
