@@ -4,11 +4,11 @@
     python benchmark/bench_grid.py --op scaled_mm --sizes 8x27648x5120 384x10240x8192
     python benchmark/bench_grid.py --op scaled_mm --seed 7 --count 60 --list         # the sizes alone; needs no GPU
 
-M is drawn log-uniformly from 1 to 8192, N and K uniformly from the multiples of 128 in 1024 to 32768; each size has row scales and
-block scales. Speed is the time of the best peer over ours: with row scales torch with and without fast accumulation, beside ours
-with it (`ours_fast`) and against torch without it ours without (`ours`, its own column); with block scales torch and DeepGEMM.
-A peer that cannot do a case is named with its reason. Kernels are compiled by parallel processes first. Some rows of every
-result are compared with float64 before anything is timed, and all elements must be finite.
+M is drawn log-uniformly from 1 to 8192, N and K uniformly from the multiples of 128 in 1024 to 32768; each size has row scales
+and block scales. Speed is the time of the best peer over ours: with row scales torch with and without fast accumulation, beside
+ours with it (`ours_fast`), and in a column of its own torch without beside ours without (`ours`); with block scales torch and
+DeepGEMM. A peer that cannot do a case is named with its reason. Kernels are compiled by parallel processes first. Some rows of
+every result are compared with float64 before anything is timed, and all elements must be finite.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def measure(case: Case, names: list[str], seed: int) -> list[dict]:
         largest = ((outputs[0][rows_checked].double() - expected).abs() / level).nan_to_num(torch.inf).max().item()
         limit = (FAST_ERROR * max(1.0, case.K / 8192) if fast else TENSOR_CORE_ERROR) + BFLOAT16_ROUNDING
         if largest > limit or not bool(torch.isfinite(outputs[0]).all()):
-            raise SystemExit(f"{case.name}: {provider.name} must be within {limit:.1e} of float64; got {largest:.1e}; report it")
+            rule = f"{provider.name} must be within {limit:.1e} of float64"
+            raise SystemExit(f"{case.name}: {rule}; got {largest:.1e}; report it")
         chains.append([partial(run, one, out) for one, out in zip(inputs, outputs, strict=True)])
         rows.append({**row, "max_error": largest})
     timed = [row for row in rows if "left_out" not in row]
@@ -208,7 +209,8 @@ def main(command_line: list[str] | None = None) -> list[dict]:
         print(verdict("all", speeds))
     exact = [s["exact_speed"] for s in summaries if s["exact_speed"] is not None]
     if exact:
-        print(f"row scales without fast accumulation, of torch's without: {statistics.geometric_mean(exact):.3f}, worst {min(exact):.3f}")
+        mean = statistics.geometric_mean(exact)
+        print(f"row scales without fast accumulation, of torch's without: {mean:.3f}, worst {min(exact):.3f}")
     return rows
 
 

@@ -26,6 +26,7 @@ from harness import (  # noqa: E402
     SIMULATOR_SECONDS,
     TIMES,
     Column,
+    Provider,
     cache_bytes,
     choose,
     describe,

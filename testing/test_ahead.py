@@ -1,5 +1,6 @@
 """Kernels compiled ahead: which a model needs, that another process makes the same, the progress line, the command."""
 
+import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,7 @@ import pytest
 
 from tilelang_ext import ahead
 from tilelang_ext.kernels.mxfp4_moe.launch import tokens_of_kernels
+from tilelang_ext.kernels.scaled_mm import selection
 from tilelang_ext_cli import main
 
 TARGET = ahead.target_for("sm_90a")
@@ -26,10 +28,16 @@ def test_every_number_of_tokens_has_its_kernels():
         assert ranges[-1][1] >= ahead.MAX_ROWS
 
 
-def test_every_bucket_of_rows_has_its_kernels():
+def test_every_number_of_rows_has_its_kernel():
+    matmuls = ahead.MODELS["llama-3.1-8b-fp8"].matmuls
     calls = ahead.calls_of([ahead.MODELS["llama-3.1-8b-fp8"]], ["scaled_mm"], TARGET)
-    assert sorted({call.problem.max_M for call in calls}) == [1, 2, 3, 4, *(1 << i for i in range(4, 14))]
-    assert {(call.problem.N, call.problem.K) for call in calls} == {*ahead.MODELS["llama-3.1-8b-fp8"].matmuls}
+    for N, K in matmuls:
+        of_matmul = {call.problem.max_M: call.problem for call in calls if (call.problem.N, call.problem.K) == (N, K)}
+        ranges = [selection.sizes_served(problem) for _, problem in sorted(of_matmul.items())]
+        assert ranges[0][0] == 1
+        assert all(first <= before + 1 <= last for (_, before), (first, last) in itertools.pairwise(ranges))
+        assert ranges[-1][1] >= ahead.MAX_ROWS
+    assert {(call.problem.N, call.problem.K) for call in calls} == {*matmuls}
 
 
 def test_another_process_makes_the_same_kernels(jobs):

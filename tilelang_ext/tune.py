@@ -54,7 +54,7 @@ def tune(
     tuning = importlib.import_module(f"tilelang_ext.kernels.{operator}.tuning")
     device = torch.device("cuda", torch.cuda.current_device())
     cases = tuning.cases(sizes, matmuls, tuple(kinds or tuning.KINDS), target_of(operator, device))
-    identity = tables.identity(operator, torch.cuda.get_device_name(device))
+    identity = tables.identity(operator, torch.cuda.get_device_name(device), tuning.KERNELS)
     path = path or tables.folder() / tables.file_of(operator, identity["device"])
     with Journal(path.with_suffix(".jsonl"), identity) as journal:
         wanted = [
@@ -98,7 +98,7 @@ class Journal:
         found = []
         with contextlib.suppress(OSError, ValueError):
             for line in self.path.read_text().splitlines():
-                found.append(json.loads(line))  # noqa: PERF401 -- those before the one that fails are kept
+                found.append(json.loads(line))
         return found
 
     @property
@@ -130,9 +130,10 @@ def write(path: Path, identity: dict, measurements: Iterable[dict]) -> None:
         if right:
             best = min(right, key=lambda row: row["us"])
             rows.append({"key": key, "choice": best["choice"], "us": best["us"], "measured": measured})
-    table = {**identity, "commit": _commit(), "torch": torch.__version__, "rows": rows}
+    head = json.dumps({**identity, "commit": _commit(), "torch": torch.__version__}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(json.dumps(row) for row in rows)
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    temporary.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
     os.replace(temporary, path)
 
 

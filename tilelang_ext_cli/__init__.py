@@ -27,10 +27,18 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--hub", action="store_true", help="the layout of kernels of the Hugging Face Hub too")
     _add_target(export)
     export.set_defaults(run=_export)
+    tune = commands.add_parser("tune", help="measure which kernels are fastest on this GPU, for sizes or a model's matmuls")
+    tune.add_argument("operator", choices=("scaled_mm",))
+    tune.add_argument("sizes", nargs="+", metavar="SIZE|MODEL", help="as 16x4096x7168, M, N and K; or a model, as for warm")
+    tune.add_argument("--kinds", nargs="+", choices=("row_fast", "row", "block"), help="of scales and accumulation; all")
+    tune.add_argument("--candidates", type=int, default=12, help="choices per size, the fastest by the model")
+    tune.add_argument("--processes", type=int, help="that compile at the same time; one for each core, unless given")
+    tune.add_argument("--out", type=Path, metavar="FILE", help="the table, in place of the one in the cache's folder")
+    tune.set_defaults(run=_tune)
     chosen = parser.parse_args(arguments)
     try:
         return chosen.run(chosen)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if chosen.command == "doctor":
             raise
         print(error, file=sys.stderr)
@@ -74,6 +82,17 @@ def _export(chosen: argparse.Namespace) -> int:
         print(export.wheel(package, chosen.out))
     if chosen.hub:
         print(export.hub(package, chosen.out))
+    return 0
+
+
+def _tune(chosen: argparse.Namespace) -> int:
+    from tilelang_ext.ahead import MODELS
+    from tilelang_ext.tune import tune
+
+    models = [MODELS[name] for name in chosen.sizes if name in MODELS]
+    sizes = [name for name in chosen.sizes if name not in MODELS]
+    options = {"kinds": chosen.kinds, "candidates": chosen.candidates, "processes": chosen.processes, "path": chosen.out}
+    print(tune(chosen.operator, sizes, [matmul for model in models for matmul in model.matmuls], **options))
     return 0
 
 

@@ -13,6 +13,7 @@ sys.path[:0] = [str(ROOT / "benchmark")]
 
 import bench_scaled_matmul as bench  # noqa: E402
 import harness  # noqa: E402
+import scaled_mm_peers  # noqa: E402
 from bench_scaled_matmul import Case  # noqa: E402
 
 
@@ -118,7 +119,7 @@ def test_providers_agree(monkeypatch, recipe):
 
 def test_optional_providers(monkeypatch):
     by_name = {provider.name: provider for provider in bench.PROVIDERS}
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(scaled_mm_peers, "find_spec", lambda name: None)
     monkeypatch.delattr(torch.ops._C, "cutlass_scaled_mm", raising=False)
     assert [name for name, provider in by_name.items() if not bench.installed(provider)] == ["vllm", "deep_gemm"]
     monkeypatch.setattr(torch.ops._C, "cutlass_scaled_mm", fake_cutlass_scaled_mm, raising=False)

@@ -18,7 +18,6 @@ from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.routing import count_slots, moe_sort
 from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import TILE_FORMATS
 from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
-from tilelang_ext.kernels.scaled_mm import sm90_persistent, sm90_split_k, vecmat
 from tilelang_ext.kernels.scaled_mm.operator import KERNELS
 
 ACTIVATION, EPILOGUES = Activation(), ("reduce", "atomic")
@@ -82,15 +81,15 @@ def moe_on_hopper() -> Iterator[Case]:
 
 def scaled_matmuls() -> Iterator[Case]:
     """The kernels of `scaled_mm` for few, for up to 128, and for many rows of a."""
+    sizes = [(2, 4096, 512), (16, 27648, 5120), (128, 4096, 7168), (4096, 2112, 512)]
     for recipes in ((ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK), (MX, MX)):
-        for (M, N, K), fast_accum in itertools.product([(2, 4096, 512), (128, 4096, 7168), (4096, 2112, 512)], (False, True)):
+        for (M, N, K), fast_accum in itertools.product(sizes, (False, True)):
             of_shape = problem(M, N, K, recipes, kind="cuda", arch=ARCH, fast_accum=fast_accum)
-            module = next(module for module in KERNELS if module.takes(of_shape))
-            make = module.vecmat if module is vecmat else module.scaled_matmul
-            is_hopper = module in (sm90_persistent, sm90_split_k)
+            listed = Listed()
+            next(module for module in KERNELS if module.takes(of_shape)).compile_kernel(of_shape, listed.compile)
+            [(make, arguments, configs)] = listed.kernels
             name = f"scaled_mm {recipes[0].name} {M}x{N}x{K}{' fast' if fast_accum else ''}"
-            configs = sm90_persistent.PASS_CONFIGS if is_hopper else {}
-            yield Case(name, make, (of_shape, module.pick_config(of_shape)), configs, False)
+            yield Case(name, make, arguments, configs, False)
 
 
 class Listed:

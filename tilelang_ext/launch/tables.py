@@ -1,8 +1,8 @@
 """Tables of measured choices: what `tilelang-ext tune` wrote, which operators ask before their models.
 
-A table is a JSON file of one operator and one device. It counts only where it was measured: on this device, with these versions,
-and with these sources of the operator; another is ignored, with one warning. The tables of the user, in the cache's folder, come
-before those that the package has.
+A table is a JSON file of one operator and one device. It counts only where it was measured: on this device, with these
+versions, and with these sources of the kernels; another is ignored, with one warning. The tables of the user, in the cache's
+folder, come before those that the package has.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tilelang_ext.launch import cache
 PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = PACKAGE / "tables"
 _RULES = {
-    "device": "the device that it was measured on",
-    "versions": "the versions that it was measured with",
-    "sources": "the sources of the operator that it was measured with",
+    "device": "this device",
+    "versions": "these versions",
+    "sources": "this commit, by the digest of the kernels' sources",
 }
 
 
@@ -40,22 +40,23 @@ def file_of(operator: str, device: str) -> str:
     return f"{operator}-{re.sub('[^a-z0-9]+', '_', device.lower())}.json"
 
 
-def identity(operator: str, device: str) -> dict:
-    """Return what a table must agree with: device, versions, digest of the operator's sources."""
+def identity(operator: str, device: str, kernels: tuple[str, ...]) -> dict:
+    """Return what a table must agree with: device, versions, digest of the sources of the operator's kernels."""
     versions = {"tilelang": tilelang.__version__, "tilelang_ext": tilelang_ext.__version__}
-    return {"operator": operator, "device": device, "versions": versions, "sources": digest_of(operator)}
+    return {"operator": operator, "device": device, "versions": versions, "sources": digest_of(operator, kernels)}
 
 
 @functools.cache
-def digest_of(operator: str) -> str:
-    """Return the digest of what decides how fast an operator's kernels are: its code, without docstrings and comments.
+def digest_of(operator: str, kernels: tuple[str, ...]) -> str:
+    """Return the digest of what decides how fast kernels are: the code of these files below `kernels`, without docstrings and
+    comments.
 
-    An installed package has no commit; this stands for the commit in its place.
+    An installed package has no commit; this stands in its place.
     """
-    digest = hashlib.sha256()
-    for name in (operator, "sm90"):
-        for path in sorted((PACKAGE / "kernels" / name).glob("*.py")):
-            digest.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
+    digest = hashlib.sha256(operator.encode())
+    for name in kernels:
+        tree = ast.parse((PACKAGE / "kernels" / f"{name}.py").read_text())
+        digest.update(ast.dump(_without_docstrings(tree)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -68,26 +69,26 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
 
 
 @cache.until_reload
-def choices_of(operator: str) -> dict[str, dict]:
+def choices_of(operator: str, kernels: tuple[str, ...]) -> dict[str, dict]:
     """Return the choices that tables have for this process's device, by the key of a problem; none without a GPU."""
     if not torch.cuda.is_available():
         return {}
     device = torch.cuda.get_device_name()
     found: dict[str, dict] = {}
     for place in (SHIPPED, folder()):  # the user's replace the package's
-        found |= read(place / file_of(operator, device), identity(operator, device))
+        found |= read(place / file_of(operator, device), identity(operator, device, kernels))
     return found
 
 
 def read(path: Path, wanted: dict) -> dict[str, dict]:
-    """Return the choices of a table by key; none, with one warning, where the table cannot be used, or quietly where none is."""
+    """Return the choices of a table by key; none where there is no table, or, with one warning, where it cannot be used."""
     try:
         table = json.loads(path.read_text())
         differing = [name for name in wanted if table[name] != wanted[name]]
         if not differing:
             return {row["key"]: row["choice"] for row in table["rows"]}
         name = differing[0]
-        reason = f"must have {_RULES.get(name, name)}; got {table[name]}, here {wanted[name]}"
+        reason = f"must be of {_RULES.get(name, name)}; got {table[name]}, here {wanted[name]}"
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:

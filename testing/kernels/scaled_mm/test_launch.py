@@ -41,7 +41,7 @@ def test_fnuz_off_the_cpu(kernels, name):
     ("M", "sizes"), [(1, (1, 1)), (4, (4, 4)), (5, (5, 16)), (16, (5, 16)), (17, (17, 32)), (99, (65, 128))]
 )
 def test_batches_that_share_a_kernel(M, sizes):
-    assert launches.sizes_of_bucket(M) == sizes
+    assert launches.sizes_of_bucket(problem(M, 64, 128, (ROW, ROW))) == sizes
     assert {bucket_of(size) for size in range(sizes[0], sizes[1] + 1)} == {bucket_of(M)}
     assert bucket_of(sizes[0] - 1) != bucket_of(M) != bucket_of(sizes[1] + 1)
 

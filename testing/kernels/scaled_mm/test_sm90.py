@@ -1,6 +1,7 @@
 """The kernels for Hopper: values by running their CUDA text on the CPU, the machine code, which one a problem gets."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from tilelang import tvm
 from tilelang.engine.lower import lower
 from tvm.target import Target
 
-from tilelang_ext.kernels.scaled_mm import operator, sm90_persistent, sm90_split_k, tiled
-from tilelang_ext.kernels.scaled_mm.sm90_persistent import ARCH, BLOCK_K, PASS_CONFIGS
+from tilelang_ext.kernels.scaled_mm import operator, selection, sm90_config, sm90_persistent, sm90_split_k, tiled
+from tilelang_ext.kernels.scaled_mm.sm90_persistent import ARCH, BLOCK_K, PASS_CONFIGS, WGMMA_M
 
 TENSORS, ROWS, BLOCKS = (TENSOR, TENSOR), (ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK)
 Config, SplitK = sm90_persistent.Config, sm90_split_k.Config
@@ -29,7 +30,7 @@ def text_of(module, kernel_problem, config, name="scaled_matmul"):
 
 
 def hopper_problem(M, N, K, recipes, **options):
-    return problem(M, N, K, recipes, kind="cuda", arch=ARCH, **options)
+    return replace(problem(M, N, K, recipes, kind="cuda", arch=ARCH, **options), max_M=M)
 
 
 def run(
@@ -47,18 +48,20 @@ def run(
     out="float32",
     fast_accum=False,
     formats=(E4M3, E4M3),
+    dynamic=False,
 ):
-    """Check one launch against float64; every other byte of memory is a NaN."""
+    """Check one launch against float64, of a kernel with N and K as constants or `dynamic`; other bytes of memory are NaN."""
     (a, scale_a, b, scale_b), expected = operands(M, N, K, recipes, *formats)
     kernel_problem = hopper_problem(
         M, N, K, recipes, a=formats[0], b=formats[1], bias="float32" if bias else None, out=out, fast_accum=fast_accum
     )
+    kernel_problem = replace(kernel_problem, N=0, K=0) if dynamic else kernel_problem
     tensors = {"a": a, "scale_a": scale_a, "b": b, "scale_b": scale_b}
     tensors["out"] = torch.full((M, N), torch.nan, dtype=getattr(torch, out))
     if bias:
         tensors["bias"] = torch.randn(N, generator=torch.Generator().manual_seed(3))
         expected = expected + tensors["bias"].double()
-    scalars = {"M": M}
+    scalars = {"M": M, "K_in_16": K // 16, "N_in_8": N // 8, "N_in_4": N // 4}
     for name, scale in (("scale_a", scale_a), ("scale_b", scale_b)):
         scalars |= {f"{name}_stride_{i}": stride for i, stride in enumerate(scale.stride())}
     text = text_of(module, kernel_problem, config)
@@ -94,11 +97,39 @@ def test_tiles(recipes, config, K, fast, out):
     boxes = {
         "a": Box(config.block_M, columns),
         "b": Box(config.block_N, columns),
-        "out": Box(sm90_persistent.WGMMA_M, config.subtile_N),
+        "out": Box(WGMMA_M, config.subtile),
     }
     run(
         sm90_persistent, config, M, N, K, recipes,
         grid=(config.num_blocks, 1), boxes=boxes, bias=True, out=out, fast_accum=fast,
+    )  # fmt: skip
+
+
+SWAPPED = {"num_blocks": 2, "is_swapped": True}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("M", "recipes", "config", "K", "fast", "dynamic"),
+    [
+        # Two rows of tiles; a K block is left over; scales come by the producer; subtiles of 40 rows, stored transposed
+        (100, ROWS, Config(80, 128, 3, 40, **SWAPPED), 656, True, True),
+        # Two sets of scales, of 128 columns each; the last iteration has an empty step
+        (7, BLOCKS, Config(8, 256, 4, 8, is_whole=False, **SWAPPED), 896, False, True),
+        (20, BLOCKS, Config(16, 64, 8, 16, num_consumers=1, is_whole=False, **SWAPPED), 1280, False, True),
+        (40, ROWS, Config(48, 64, 4, 48, num_consumers=1, **SWAPPED), 512, False, False),  # consumers load scales
+        # A tile meets two blocks of scale_b, and the second tile at another column
+        (140, BLOCKS, Config(128, 160, 4, 32, 2, is_whole=False), 656, False, False),
+    ],
+)
+def test_swapped_and_straddling_tiles(M, recipes, config, K, fast, dynamic):
+    """Three columns of tiles for two blocks, the last one cut; bfloat16, with a bias."""
+    N = 2 * config.block_N + 24
+    boxes = {"a": Box(config.block_M, BLOCK_K), "b": Box(config.block_N, BLOCK_K)}
+    boxes["out"] = Box(config.subtile, WGMMA_M) if config.is_swapped else Box(WGMMA_M, config.subtile)
+    run(
+        sm90_persistent, config, M, N, K, recipes, grid=(config.num_blocks, 1), boxes=boxes, bias=True, out="bfloat16",
+        fast_accum=fast, dynamic=dynamic,
     )  # fmt: skip
 
 
@@ -140,16 +171,25 @@ def test_mixed_operands():
 def test_instructions():
     """WGMMAs that are not serialized, fed by TMA; no register spilled."""
     cases = {
-        "fast": (sm90_persistent, 4096, ROWS, True),
-        "rows": (sm90_persistent, 4096, ROWS, False),
-        "blocks": (sm90_persistent, 4096, BLOCKS, False),
-        "few_rows": (sm90_split_k, 16, ROWS, False),
-        "few_blocks": (sm90_split_k, 128, BLOCKS, False),
+        "fast": (4096, 4096, ROWS, True),
+        "rows": (4096, 4096, ROWS, False),
+        "blocks": (4096, 4096, BLOCKS, False),
+        "few_rows": (16, 4096, ROWS, False),
+        "few_blocks": (128, 4096, BLOCKS, False),
+        "swapped": (8, 27648, BLOCKS, False),
+        "straddling": (200, 10240, BLOCKS, False),
     }
     texts = {}
-    for name, (module, M, recipes, fast) in cases.items():
-        kernel_problem = hopper_problem(M, 4096, 7168, recipes, out="bfloat16", bias="bfloat16", fast_accum=fast)
-        texts[name] = text_of(module, kernel_problem, module.pick_config(kernel_problem), name)
+
+    def listed(make, *arguments, pass_configs=None):
+        kernels.append((make, arguments))
+
+    for name, (M, N, recipes, fast) in cases.items():
+        kernels = []
+        selection.compile_kernel(hopper_problem(M, N, 7168, recipes, out="bfloat16", fast_accum=fast), listed)
+        [(make, (kernel_problem, config))] = kernels
+        modules = {module.scaled_matmul: module for module in (sm90_persistent, sm90_split_k)}
+        texts[name] = text_of(modules[make], kernel_problem, config, name)
     for name, kernel in compile_texts(texts, ARCH).items():
         assert kernel.count("QGMMA"), name
         assert kernel.count("UTMALDG"), name
@@ -166,59 +206,65 @@ def test_instructions():
         (4096, 4096, 7168, ROWS, True, Config(128, 256, 4, 64, 132, 3)),
         (4096, 4096, 7168, ROWS, False, Config(256, 128, 4, 32, 132)),
         (4096, 4096, 7168, BLOCKS, True, Config(256, 128, 4, 32, 132)),  # blockwise scales are always promoted
-        (
-            512,
-            4096,
-            7168,
-            ROWS,
-            False,
-            Config(128, 128, 4, 32, 132),
-        ),  # too few tiles of 256; 4 stages divide 56 K blocks, 5 do not
-        (256, 64, 384, ROWS, True, Config(128, 128, 3, 64, 132, 1)),  # three K blocks: time for one deferred subtile
+        (384, 10240, 8192, BLOCKS, True, Config(128, 128, 4, 32, 132)),  # 240 tiles in two waves, not 160 of twice the size
+        (200, 10240, 8192, BLOCKS, True, Config(128, 160, 4, 32, 132)),  # 128 tiles in one wave
+        (8, 27648, 5120, ROWS, True, Config(8, 128, 8, 8, 132, is_swapped=True)),
+        (16, 4096, 7168, BLOCKS, False, SplitK(16, 32, 1, 4, 32)),
+        pytest.param(64, 2112, 7168, BLOCKS, False, SplitK(64, 32, 2, 4, 8), marks=needs_clusters),  # 66 tiles: two blocks each
+        (128, 4096, 7168, BLOCKS, False, SplitK(128, 32, 1, 2, 8)),
+        (2, 20224, 17280, BLOCKS, False, Config(8, 64, 8, 8, 132, 0, 1, True, False)),  # 135 K blocks: no multiple of 4
     ],
 )
-def test_pick_config(M, N, K, recipes, fast, config):
-    kernel_problem = hopper_problem(M, N, K, recipes, out="bfloat16", fast_accum=fast)
-    assert sm90_persistent.pick_config(kernel_problem) == config
+def test_choice(M, N, K, recipes, fast, config):
+    assert selection.pick(hopper_problem(M, N, K, recipes, out="bfloat16", fast_accum=fast)).config == config
 
 
-@pytest.mark.parametrize(
-    ("M", "N", "K", "config"),
-    [
-        (16, 4096, 7168, SplitK(16, 32, 1, 4, 32)),
-        pytest.param(64, 2112, 7168, SplitK(64, 32, 2, 4, 8), marks=needs_clusters),  # 66 tiles: two blocks each
-        (128, 4096, 7168, SplitK(128, 32, 1, 2, 8)),
-        (128, 7168, 2048, SplitK(128, 64, 1, 2, 4)),
-        (16, 4096, 384, SplitK(16, 32, 1, 2, 4)),  # three K blocks: a stage that two consumers use would race
-        pytest.param(16, 64, 256, SplitK(16, 32, 2, 1, 1), marks=needs_clusters),
-    ],
-)
-def test_pick_split_k_config(M, N, K, config):
-    assert sm90_split_k.pick_config(hopper_problem(M, N, K, ROWS)) == config
+MATRICES = ((8, 16), (64, 256), (64, 384), (2112, 2880), (32768, 32768))  # N and K
+SIZES = [(M, N, K) for M in (1, 4, 5, 17, 64, 129, 300, 4096) for N, K in MATRICES]
 
 
-@pytest.mark.parametrize("recipes", [ROWS, BLOCKS], ids=["rows", "blocks"])
-def test_split_k_configs_fit(recipes):
-    """A stage has one consumer or is used once, and a block has enough shared memory."""
-    for M in (16, 32, 64, 128):
-        for N in (8, 64, 2112, 4096, 7168, 16896):
-            for K in (16, 128, 256, 384, 1536, 2880, 7168, 16384):
-                kernel_problem = hopper_problem(M, N, K, recipes)
-                config = sm90_split_k.pick_config(kernel_problem)
-                if config is None:
-                    continue
+@pytest.mark.parametrize(("recipes", "out"), [(ROWS, "bfloat16"), (BLOCKS, "bfloat16"), (ROWS, "float32")], ids=str)
+def test_choices_fit(recipes, out):
+    """Every choice of every size has the shared memory and the registers of a block, and there is one."""
+    for (M, N, K), fast in [(size, fast) for size in SIZES for fast in (False, True)]:
+        kernel_problem = hopper_problem(sm90_config.rounded(M), N, K, recipes, out=out, fast_accum=fast)
+        choices = list(sm90_config.choices(kernel_problem))
+        assert selection.pick(kernel_problem) in choices
+        for kernel, config in choices:
+            if kernel == "sm90_split_k":
                 k_blocks = -(-K // (BLOCK_K * config.num_splits))
                 assert config.num_stages % config.num_consumers == 0 or config.num_stages >= k_blocks, (M, N, K)
                 stages = config.num_stages * (config.block_M + config.block_N) * BLOCK_K
                 assert stages + sm90_split_k._fixed_bytes(kernel_problem, config) <= 225 * 1024, (M, N, K)
+            elif kernel == "sm90_persistent":
+                rows, columns = (config.subtile, WGMMA_M) if config.is_swapped else (WGMMA_M, config.subtile)
+                bytes_of_row = columns * (4 if out == "float32" else 2)
+                assert bytes_of_row in (64, 128), "the swizzles that TMA has"
+                stages = config.num_stages * (config.block_M + config.block_N) * BLOCK_K
+                sets = sm90_persistent.scale_sets_of(config.block_N, config.is_swapped)
+                blockwise = config.num_stages * sets * config.block_M
+                scales = 4 * (blockwise if recipes is BLOCKS else config.block_M + config.block_N)
+                stores = 2 * config.num_consumers * rows * bytes_of_row
+                assert stages + stores + scales <= 227 * 1024 - 512, (M, N, K, config)
+                assert config.deferred <= -(-K // BLOCK_K) // 2
+                assert config.num_stages >= min(2, -(-K // BLOCK_K)), "one is released when the next has arrived"
+
+
+def test_sizes_that_share_a_choice():
+    """Neighbours have it, and no others."""
+    kernel_problem = hopper_problem(200, 10240, 8192, BLOCKS, out="bfloat16")
+    first, last = selection.sizes_served(kernel_problem)
+    assert first <= 200 <= last
+    choices = [selection.pick(replace(kernel_problem, max_M=M)) for M in (first - 1, first, last, last + 1)]
+    assert choices[1] == choices[2] == selection.pick(kernel_problem)
+    assert choices[0] != choices[1]
+    assert choices[3] != choices[2]
 
 
 def test_first_kernel_that_takes_a_problem():
     def kernel_of(M, N=4096, K=4096, recipes=ROWS, **options):
         return next(file for file in operator.KERNELS if file.takes(hopper_problem(M, N, K, recipes, **options)))
 
-    assert kernel_of(5) is kernel_of(128) is sm90_split_k
-    assert kernel_of(129) is kernel_of(4096, recipes=BLOCKS) is sm90_persistent
-    assert kernel_of(128, N=32768) is sm90_persistent  # more tiles than SMs
+    assert kernel_of(5) is kernel_of(4096, recipes=BLOCKS) is selection
     for problem_of_others in ({"recipes": (MX, MX)}, {"recipes": (ROW_BLOCK, ROW_BLOCK)}, {"K": 72}, {"N": 33}):
         assert kernel_of(4096, **problem_of_others) is tiled

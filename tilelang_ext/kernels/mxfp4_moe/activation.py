@@ -44,10 +44,9 @@ class Activation:
 
             activation = Activation.custom(relu_squared)
 
-        The macro is traced into the epilogue of the first GEMM, once per element. Kernels are kept by what it computes: its traced
-        program is part of the name, and with it of the key of plans and of the cache. `reference` is the same function of torch
-        tensors, float64 gate and up; tensors on the CPU need it. Raises TypeError for a macro that cannot be traced or returns
-        nothing.
+        The macro is traced into the epilogue of the first GEMM, once per element. Its program is part of the name, and so
+        of the key of plans and of the cache. `reference` is the same function of torch tensors, float64 gate and up; tensors
+        on the CPU need it. What a macro raises when it is traced, it raises here.
         """
         name = f"{_PREFIX}{getattr(macro, '__name__', 'macro')} {_digest(macro)}"
         _custom[name] = _Custom(macro, reference or (_custom[name].reference if name in _custom else None))

@@ -11,6 +11,7 @@ quantise numbers that are not finite; the kernels give such a row, or group of 3
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -1,7 +1,8 @@
 """The plan of `scaled_mm` on NVIDIA GPUs (`signature`) with its variants, and what a variant demands of the caller's tensors.
 
-A variant is compiled for the sizes N and K, the dtypes, the recipes and the forms of the scales, and serves the batches whose
-kernel and configuration it has: on Hopper those of one choice (`selection`), elsewhere those of one bucket (`problem.bucket_of`).
+A variant is compiled for the sizes N and K, the dtypes, the recipes and the forms of the scales, and serves the batches that
+have its kernel and configuration: on Hopper those of one choice (`selection`), elsewhere those of one bucket
+(`problem.bucket_of`).
 """
 
 from __future__ import annotations

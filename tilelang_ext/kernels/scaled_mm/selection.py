@@ -11,6 +11,11 @@ from tilelang_ext.kernels.scaled_mm.sm90_config import Choice, kind_of, next_rou
 from tilelang_ext.launch import tables
 from tilelang_ext.launch.cache import until_reload
 
+# The files that decide how fast a choice is: tables count for these alone.
+KERNELS = (
+    *("scaled_mm/vecmat", "scaled_mm/sm90_persistent", "scaled_mm/sm90_split_k"),
+    *("sm90/epilogue", "sm90/pipeline", "sm90/roles", "sm90/scheduler"),
+)
 _NEIGHBOURS = 16  # numbers of rows that are tried on each side
 
 
@@ -44,7 +49,7 @@ def pick(problem: Problem) -> Choice:
 
 @until_reload
 def _pick(problem: Problem) -> Choice:
-    measured = tables.choices_of("scaled_mm").get(key_of(problem))
+    measured = tables.choices_of("scaled_mm", KERNELS).get(key_of(problem))
     if measured is not None:
         for choice in sm90_config.choices(problem):
             if as_data(choice) == measured:

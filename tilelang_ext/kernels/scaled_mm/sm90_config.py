@@ -22,7 +22,7 @@ from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm import sm90_persistent, sm90_split_k, vecmat
 from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem
-from tilelang_ext.kernels.scaled_mm.sm90_persistent import BLOCK_K, WGMMA_M, fits_hopper, steps_of
+from tilelang_ext.kernels.scaled_mm.sm90_persistent import BLOCK_K, WGMMA_M, fits_hopper, scale_sets_of, steps_of
 
 _SHARED_BYTES = 226 * 1024  # of a block, beside barriers
 _MAX_STAGES = 8
@@ -68,6 +68,7 @@ class Shared:
     split_k_launch: float
     split_k_exchange: float
     split_k_mma: float  # for a K block of a consumer and 64 rows
+    split_k_end: float  # for an element of a consumer's accumulator
     split_k_overlap: float
     split_k_memory: float
     vecmat_memory: tuple[float, ...]  # by rows from 1 on
@@ -75,12 +76,13 @@ class Shared:
 
 MODELS = {
     "fast": Model(0.01378, 0.0319, 1.106, 1.031, 1.0, 0.0192, 0.303, 0.00083, 0.598),
-    "rows": Model(0.01654, 0.0587, 1.359, 1.080, 1.0, 0.0, 0.843, 0.00115, 0.423),  # but for `swapped`, not fitted: as below
-    "blocks": Model(0.01654, 0.0587, 1.359, 1.130, 1.035, 0.0, 0.843, 0.00115, 0.423),
+    # Promoted: fitted for dynamic N and K, but the least of `mma`, by 0.9 after that of constant ones (docs/log/selection.md).
+    "rows": Model(0.0149, 0.0528, 1.359, 1.200, 1.1, 0.0, 0.843, 0.00115, 0.423),  # but for `swapped`, not fitted: as below
+    "blocks": Model(0.0149, 0.0528, 1.359, 1.256, 1.150, 0.0, 0.843, 0.00115, 0.423),
 }
 SHARED = Shared(
-    *(2.78, 0.132, 4.28e6, 9.0e4, 0.0026, 0.282, 0.040, (0.116, 0.270)),
-    *(4.68, 1.19, 0.0685, 0.767, 4.7e6),
+    *(2.78, 0.132, 4.28e6, 9.0e4, 0.0026, 0.282, 0.040, (0.116, 0.10)),
+    *(3.48, 0.2, 0.0843, 2.1e-4, 0.542, 4.7e6),
     vecmat_memory=(4.5e6, 3.2e6, 2.7e6, 2.1e6),
 )
 _MOST_IDLE = 1.5
@@ -154,6 +156,8 @@ def _tiles(problem: Problem) -> Iterator[tuple[int, int, int, bool]]:
     for block_N, num_consumers in ((64, 1), (128, 2), (256, 2)):
         for block_M in _SWAPPED_ROWS:
             mma_tiles = block_N // (WGMMA_M * num_consumers)
+            if num_consumers == 1 and block_M < min(problem.max_M, WGMMA_M):
+                continue  # weights would be loaded again and again for a few rows each
             if block_M <= most and _registers(kind, mma_tiles, block_M, block_M // 4) <= _limit(kind):
                 yield block_M, block_N, num_consumers, True
 
@@ -190,8 +194,7 @@ def _persistent(
         # Registers hold few deferred subtiles beside the accumulators; the next tile must have the K blocks to store them in.
         count = 3 if block_N == 256 else 2 if block_N == 128 or subtile * bits <= 512 else 1
         deferred = min(count, block_N // subtile, k_blocks // 2) if kind == "fast" else 0
-    sets = 2 if kind == "blocks" and (block_N == 256 or FP8_BLOCK % min(block_N, FP8_BLOCK)) else 1
-    scales = 4 * block_M * sets if kind == "blocks" else 0  # of a stage
+    scales = 4 * block_M * scale_sets_of(block_N, is_swapped) if kind == "blocks" else 0  # of a stage
     fixed = 2 * num_consumers * subtile_bytes + (0 if kind == "blocks" else 4 * (block_M + block_N)) + 256
     fitting = (_SHARED_BYTES - fixed) // ((block_M + block_N) * BLOCK_K + scales)
     if fitting < 3:
@@ -199,7 +202,9 @@ def _persistent(
     num_stages = min(fitting, _MAX_STAGES)
     if kind != "fast" and num_stages not in (3, _MAX_STAGES):
         num_stages = 4
-    num_stages = min(num_stages, max(k_blocks - 1, 1))  # then N and K are no constants of the kernel
+    # With fewer stages than K blocks, N and K need not be constants of the kernel. A stage is released a K block later where
+    # accumulators stay in the tensor core, so that one stage would be waited for forever.
+    num_stages = min(num_stages, k_blocks - 1 if k_blocks > 2 else k_blocks)
     is_whole = kind == "fast" or k_blocks % steps_of(num_stages) == 0
     return sm90_persistent.Config(
         block_M, block_N, num_stages, subtile, problem.num_sms, deferred, num_consumers, is_swapped, is_whole
@@ -240,7 +245,8 @@ def _split_k_us(config: sm90_split_k.Config, problem: Problem) -> float:
     busy = k_blocks * max(1.0, config.block_M / WGMMA_M) * SHARED.split_k_mma
     memory = _bytes_of(problem) / min(SHARED.split_k_memory, blocks * SHARED.sm_memory)
     exchange = SHARED.split_k_exchange if config.num_splits > 1 else 0.0
-    return SHARED.split_k_launch + exchange + _both(busy, memory, SHARED.split_k_overlap)
+    end = SHARED.split_k_end * config.num_consumers * config.block_M * config.block_N
+    return SHARED.split_k_launch + exchange + end + _both(busy, memory, SHARED.split_k_overlap)
 
 
 def _vecmat_us(config: vecmat.Config, problem: Problem) -> float:

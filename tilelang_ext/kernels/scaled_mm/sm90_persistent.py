@@ -13,7 +13,7 @@ Pipelines, producer role -> consumer role:
 
 | pipeline | carries | full | empty |
 | --- | --- | --- | --- |
-| producer -> all consumers | A and B of a K block of 128, and their scales if blockwise | 128 threads, the bytes | 4 warps of each consumer |
+| producer -> consumers | A and B of a K block of 128, their scales if blockwise | 128 threads, the bytes | 4 warps of each |
 | consumer -> its TMA stores | subtiles of the result, two buffers per consumer | a named barrier of 128 threads | one thread |
 
 Steady state:
@@ -29,8 +29,9 @@ accumulator in registers, while the other consumer's MMA runs. Errors of the ten
 An MMA has 64 rows and any multiple of 8 columns. With `is_swapped`, columns of out are its rows and rows of out its columns, so
 that few rows, or such as fill no multiple of 64, take no more time than they need; subtiles are then stored transposed.
 
-N and K are no constants of the kernel where K has more blocks than the pipeline has stages: such sizes share kernels. Then
-`is_whole` promises that the iterations of the main loop have all their K blocks; without it, the last one passes on empty stages.
+N and K may be arguments of the kernel, which sizes share then, where K has more blocks than the pipeline has stages
+(`compile_kernel` says where). `is_whole` promises that the iterations of the main loop have all their K blocks; without it, the
+last one passes on empty stages.
 
 Takes scales that cover all of K, or 1x128 beside 128x128. Floor on an H200: 2 M N K / 1.98e15 s, and the bytes of a, b and out
 at 4.25e12 bytes/s (docs/design/performance.md). `sm90_config` picks the configuration.
@@ -89,6 +90,13 @@ def steps_of(num_stages: int) -> int:
     return num_stages if num_stages <= _MAX_STEPS else _STEPS
 
 
+def scale_sets_of(block_N: int, is_swapped: bool) -> int:
+    """Return how many blocks of scale_b a tile of so many columns meets; swapped operands have tiles of 64, 128 or 256."""
+    if is_swapped:
+        return -(-block_N // FP8_BLOCK)
+    return 1 if FP8_BLOCK % block_N == 0 else 2
+
+
 def _promotes(problem: Problem) -> bool:
     """Whether partial accumulators are added in float32 registers, K block by K block."""
     return not problem.fast_accum or _is_blockwise(problem)
@@ -113,8 +121,8 @@ class _Traits:
 
     @property
     def roles(self) -> Roles:
-        """The producer keeps blockwise scales of some K blocks in registers."""
-        if not self.blockwise:
+        """The producer keeps blockwise scales of some K blocks in registers, and of dynamic sizes their addresses."""
+        if not self.blockwise or self.has_constant_K:
             return Roles(self.config.num_consumers)
         taken = (self.mma_tiles + 1) * self.mma_N // 2 + (self.mma_N // 4 if self.config.is_swapped else 4)
         return Roles(self.config.num_consumers, *(_REGISTERS_OF_LARGE if taken > _LARGE else _REGISTERS))
@@ -177,10 +185,7 @@ class _Traits:
     @property
     def scale_sets(self) -> int:
         """Blocks of scale_b that a tile meets: scales of rows are stored times each of them."""
-        block_N = self.config.block_N
-        if self.config.is_swapped:
-            return -(-block_N // FP8_BLOCK)
-        return 1 if FP8_BLOCK % block_N == 0 else 2
+        return scale_sets_of(self.config.block_N, self.config.is_swapped)
 
     @property
     def shared_scales(self) -> tuple:
@@ -529,7 +534,7 @@ def _multiply_k_blocks(traits: _Traits, block: _Block, consumer: _Consumer, wave
 
 
 def _mma(traits: _Traits, block: _Block, accumulator, stage, row: int, clear, k: slice = slice(0, BLOCK_K)):
-    """Issue the MMA of 64 rows of a stage, from `row` on, with all columns of the tile; swapped, of 64 columns with all rows."""
+    """Issue the MMA of 64 rows of a stage, from `row` on, with all columns of the tile; the other way about if swapped."""
     rows_s, columns_s = (block.B_s, block.A_s) if traits.config.is_swapped else (block.A_s, block.B_s)
     rows, columns = rows_s[stage, row : row + WGMMA_M, k], columns_s[stage, :, k]
     return T.wgmma_gemm(rows, columns, accumulator, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=clear)
@@ -703,8 +708,12 @@ def fits_hopper(problem: Problem) -> bool:
 
 
 def compile_kernel(problem: Problem, config: Config, compile: Callable) -> Callable:
-    """Return the compiled kernel; problems that share a configuration share a kernel, but for those of few K blocks."""
+    """Return the compiled kernel; N and K are its constants where it has few K blocks, or promotes at the speed of its MMAs.
+
+    Its producer then needs fewer registers, and the consumers get them.
+    """
     general = replace(problem, max_M=0)
-    if -(-problem.K // BLOCK_K) > config.num_stages:
+    is_bound_by_loads = config.is_swapped and config.block_M <= WGMMA_M
+    if config.num_stages < -(-problem.K // BLOCK_K) and (not _promotes(problem) or is_bound_by_loads):
         general = replace(general, N=0, K=0)
     return compile(scaled_matmul, general, config, pass_configs=PASS_CONFIGS)

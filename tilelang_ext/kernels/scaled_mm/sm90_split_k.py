@@ -50,7 +50,6 @@ from tilelang_ext.kernels.scaled_mm.sm90_persistent import (
     PASS_CONFIGS,
     WGMMA_M,
     Operands,
-    fits_hopper,
     scale_row,
     scale_type,
 )

@@ -1,4 +1,4 @@
-"""What `tilelang-ext tune scaled_mm` measures: sizes, the choices worth a try, inputs, and the float64 values they must have."""
+"""What `tilelang-ext tune scaled_mm` measures: sizes, the choices worth a try, inputs, and the values they must have."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from tilelang_ext.kernels.scaled_mm.arguments import LAYOUTS, ROW, ROW_BLOCK, SQ
 from tilelang_ext.kernels.scaled_mm.launch import RECIPE, add_variant
 from tilelang_ext.kernels.scaled_mm.operator import problem_for
 from tilelang_ext.kernels.scaled_mm.problem import Problem
-from tilelang_ext.kernels.scaled_mm.selection import as_data, key_of
+from tilelang_ext.kernels.scaled_mm.selection import KERNELS, as_data, key_of
 from tilelang_ext.kernels.scaled_mm.signature import MEMBERS, to_plan
 from tilelang_ext.launch.device import Target
 from tilelang_ext.launch.plan import launcher
+
+__all__ = ["CAPS", "KERNELS", "KINDS", "Case", "cases"]  # what `tune` uses
 
 CAPS = {"M": 65536, "N": 262144, "K": 262144}
 KINDS = {"row_fast": ("row", True), "row": ("row", False), "block": ("block", False)}  # recipe, use_fast_accum
