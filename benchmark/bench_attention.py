@@ -206,8 +206,8 @@ def check(inputs: Inputs, result: torch.Tensor) -> float:
     return worst
 
 
-def measure(case: Case, providers: list[Provider], seed: int) -> list[dict]:
-    """Check, then time, all on the same inputs in turn."""
+def measure(case: Case, providers: list[Provider], seed: int, notes: list[str] | None = None) -> list[dict]:
+    """Check, then time, all on the same inputs in turn; add to `notes` why a provider was left out, once for each reason."""
     torch.manual_seed(seed)
     first = Inputs(case)
     inputs = [first, *(Inputs(case) for _ in range(rotation(first.nbytes, cache_bytes("cuda")) - 1))]
@@ -217,8 +217,11 @@ def measure(case: Case, providers: list[Provider], seed: int) -> list[dict]:
             calls = [provider.make(each) for each in inputs]
             result = calls[0]()
             torch.cuda.synchronize()
-        except (RuntimeError, NotImplementedError):
-            continue  # not for this case
+        except (RuntimeError, NotImplementedError) as error:
+            note = f"{provider.name}: left out of some cases: {str(error).partition(chr(10))[0][:100]}"
+            if notes is not None and note not in notes:
+                notes.append(note)
+            continue
         cosine = check(first, result)
         rows.append({"case": case.name, "provider": provider.name, "cosine": cosine, "flops": case.flops})
         chains.append(calls)
@@ -247,7 +250,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     cases = random_cases(arguments.random, arguments.seed) if arguments.random else default_cases(arguments.head_dim)
     rows = []
     for case in progress(cases, "attention"):
-        rows += measure(case, providers, arguments.seed)
+        rows += measure(case, providers, arguments.seed, notes)
         if arguments.csv:
             write_csv(arguments.csv, rows)
     show(f"Attention, bfloat16, {describe(device)}", rows, TIMES, [METHOD["cuda"], *notes])
