@@ -15,7 +15,7 @@ import torch
 from language.table import elementwise, page, refused, statements, tested, threads
 from language.table.rows import TARGETS, Recorder, exists, lower, public_names
 
-from tilelang_ext import simulate
+from tilelang_ext import language, simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {
@@ -124,6 +124,23 @@ def test_values(family):
             if names := wrong_rows(family, target, rows, given, outputs):
                 wrong[target] = wrong.get(target, []) + names
     assert wrong == {}, "these names compute something else"
+
+
+def test_make_tensor():
+    """A tensor at a pointer that is a parameter of the kernel."""
+
+    @language.prim_func
+    def func(X: language.handle, C: language.Tensor((8, 32), "float32")):
+        with language.Kernel(1, threads=32):
+            A = language.make_tensor(X, (8, 32), "float16")
+            for i, j in language.Parallel(8, 32):
+                C[i, j] = language.cast(A[i, j], "float32")
+
+    A = torch.arange(256.0).half().reshape(8, 32)
+    for target in ("metal", "gfx942", "c"):
+        C = torch.full((8, 32), torch.nan)
+        run(func, target, [A, C])
+        assert torch.equal(C, A.float()), target
 
 
 def refuses(func, target, pattern, name):

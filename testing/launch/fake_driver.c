@@ -18,6 +18,8 @@ static size_t length, capacity;
 static char failing[64];
 static int failure, capability = 90;
 static void* capturing;
+static _Thread_local int capture_mode;  // of this thread: 0 is global, 2 relaxed, which alone allows a module to be loaded
+int fake_capture_mode(void) { return capture_mode; }
 
 static void note(const char* format, ...) {
   char line[8192];
@@ -91,6 +93,7 @@ int fake_current(void) { return current_context == NULL ? -1 : (int)(uintptr_t)c
 
 int cuModuleLoadData(void** module, const void* image) {
   note("load cuda:%d", (int)(uintptr_t)current_context - 0x1000);
+  if (capturing && capture_mode != 2) return 900;  // CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
   return *module = (void*)image, result("cuModuleLoadData");
 }
 /* A cubin of fakes.py has a note for each kernel, "parameters NAME SIZE SIZE ...\n"; of others fake_kernel has told. */
@@ -121,7 +124,12 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   note("attribute %s %d %d", ((Kernel*)function)->name, attribute, value);
   return 0;
 }
-int cuThreadExchangeStreamCaptureMode(int* mode) { return *mode = 0, 0; }
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int before = capture_mode;
+  capture_mode = *mode;
+  *mode = before;
+  return 0;
+}
 int cuStreamIsCapturing(void* stream, int* status) { return *status = capturing == stream, 0; }
 int cuMemsetD8Async(uint64_t address, unsigned char value, size_t bytes, void* stream) {
   note("fill %llx %d %zu stream %llx", (unsigned long long)address, value, bytes,

@@ -407,6 +407,16 @@ def test_captured_calls_have_memory_of_their_own(cuda):
     assert [done.parameters[1] for done in cuda.launches()[6::2]] == [eager, eager]
 
 
+def test_a_module_is_loaded_while_a_stream_is_captured(cuda):
+    """Its thread may do what a capture forbids only while it loads."""
+    assert cuda.driver.fake_capture_mode() == 0
+    cuda.driver.fake_capture(0x50)
+    with_workspace(cuda)(torch.randn(640))
+    assert cuda.launches()
+    assert cuda.driver.fake_capture_mode() == 0
+    cuda.driver.fake_capture(None)
+
+
 def test_memory_that_torch_has_not(cuda):
     plan = with_workspace(cuda)
     cuda.driver.fake_fail(b"allocate", 1)

@@ -12,7 +12,7 @@ from tilelang.cpu.op.gemm import GEMM_INST_SCALAR, GemmScalar
 from tilelang.cpu.pipeline import CPUPassPipelineBody
 from tilelang.jit.adapter import wrapper
 from tilelang.tileop.gemm.registry import register_gemm_impl
-from tvm import IRModule
+from tvm import IRModule, tirx
 from tvm.ir.transform import PassContext
 from tvm.target import Target
 
@@ -29,10 +29,12 @@ from tilelang_ext.passes.foreign_calls import naming_unknown, refuse_foreign
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
+from tilelang_ext.passes.rewrite import rewritten
 from tilelang_ext.passes.vector_lanes import SelectLanes
 from tilelang_ext.registration import has_key
 
 _BUILD = "target.build.tilelang_c"
+_IMPORT = "pragma_import_c"  # annotation of a block: text for the head of the generated source
 
 
 def register() -> None:
@@ -71,12 +73,29 @@ def normalize_target(target: TargetLike) -> Target | None:
 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
+    mod = _end_imported_lines(mod)
     mod = RefuseThreadIndices(refuse_unlike_regions(refuse_foreign(mod, "c")))
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
     mod = GuardEmptyLoops(KeepFloatArithmetic(SpellBooleans(SelectLanes(spell_operators(mod, RULES)))))
     with _without_vectors() if needs_scalars(mod) else contextlib.nullcontext():
         return CPUPassPipelineBody(mod, registration.without_key(target))
+
+
+def _end_imported_lines(mod: IRModule) -> IRModule:
+    """End the text of `T.import_source` with its line: upstream's generator would write on in that line."""
+
+    def end_line(block: tirx.SBlock) -> tirx.SBlock | None:
+        text = block.annotations.get(_IMPORT)
+        if text is None or str(text).endswith("\n"):
+            return None
+        return tirx.SBlock(
+            block.iter_vars, block.reads, block.writes, block.name_hint, block.body, block.init, block.alloc_buffers,
+            block.match_buffers, {**block.annotations, _IMPORT: f"{text}\n"},
+        )  # fmt: skip
+
+    functions = {name: func.with_body(rewritten(func.body, end_line, ["tirx.SBlock"])) for name, func in mod.functions_items()}
+    return IRModule(functions, attrs=mod.attrs)
 
 
 def _without_vectors() -> PassContext:

@@ -74,7 +74,7 @@ def needs_scalars(mod: IRModule) -> bool:
 
     def visit(node):
         if isinstance(node, tirx.Call) and isinstance(node.op, Op):
-            found.append(node.op.name in _FUNCTIONS)
+            found.append(node.op.name in _FUNCTIONS or _converts_half(node))
         elif isinstance(node, tirx.BufferLoad | tirx.BufferStore):
             found.append(str(node.buffer.dtype) == "bool")
         elif isinstance(node, tirx.Cast):
@@ -85,6 +85,14 @@ def needs_scalars(mod: IRModule) -> bool:
     for func in mod.functions.values():
         tirx.stmt_functor.post_order_visit(func.body, visit)
     return any(found)
+
+
+def _converts_half(call: tirx.Call) -> bool:
+    """Whether a copy converts from or to half."""
+    if call.op.name != "tl.tileop.copy":
+        return False
+    source, destination = (str(region.args[0].buffer.dtype) for region in call.args[:2])
+    return source != destination and "float16" in (source, destination)
 
 
 def _check_thread_indices(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:

@@ -117,12 +117,26 @@ _TABLE = (
         "finalize_reducer finalize_reducer_v2 reducer_init reducer_update", "target c has no reducers",
         "use T.reduce_sum, or add in a T.serial loop", "c",
     ),
+    _Foreign(
+        "device_assert device_assert_with_msg", "nothing is checked while a kernel runs here",
+        "check the tensors before the call", "c",
+    ),
+    _Foreign(
+        "address_of tvm_access_ptr", "target c takes the operand of an atomic by its element", "use T.access_ptr",
+        "atomics of c",
+    ),
+    _Foreign(
+        "tvm_thread_allreduce", "upstream's text of it for HIP meets at a barrier of a wave inside of a branch",
+        "use T.reduce_sum and its like, or T.warp_reduce_sum", "hip",
+    ),
+    _Foreign("tvm_thread_allreduce", "a block has one thread here", "use T.reduce_sum and its like", "c"),
     _Foreign("match_all_sync match_any_sync", "HIP has no match across lanes", "compare with T.shfl_sync in a loop", "hip"),
 )  # fmt: skip
 _BY_OPERATOR = {operator: foreign for foreign in _TABLE if not foreign.only for operator in foreign.operators.split()}
 _BY_TARGET = {(foreign.only, operator): foreign for foreign in _TABLE if foreign.only for operator in foreign.operators.split()}
 # Operators whose names in the language differ: all of those that a user may have written.
 _WRITTEN = {
+    "device_assert_with_msg": "device_assert",
     "ptx_arrive_barrier": "mbarrier_arrive, T.barrier_arrive or T.ptx_arrive_barrier",
     "ptx_arrive_barrier_expect_tx": "mbarrier_arrive_expect_tx or T.ptx_arrive_barrier_expect_tx",
     "mbarrier_wait_parity": "mbarrier_wait_parity or T.barrier_wait",
@@ -153,6 +167,12 @@ _SCOPES = {
         _BY_OPERATOR["tcgen05_gemm"],
     ),
 }
+# Functions that a target's run time does not have, by the names that calls of them have in TIR.
+_PRINT = _Foreign("", "a kernel cannot print here", "write the value to a tensor")
+_FUNCTIONS = {
+    ("c", "DP4A"): ("dp4a", _Foreign("", "an instruction of GPUs", "add the four products in a T.serial loop")),
+    **{("c", f"debug_print_{what}"): ("print", _PRINT) for what in ("var", "msg", "buffer_value")},
+}
 # Copies that ask for more than a copy, by annotations: what they would do otherwise is another thing.
 _COPIES = {
     "dst_block": ("copy_cluster", _BY_OPERATOR["cluster_sync"]),
@@ -180,6 +200,12 @@ def _refuse(func: tirx.PrimFunc, target: str) -> None:
             foreign = _BY_OPERATOR.get(operator) or _BY_TARGET.get((target, operator))
             if foreign:
                 found.append((_WRITTEN.get(operator, operator), foreign))
+            elif operator in ("call_extern", "call_pure_extern"):
+                found.extend(_function(node, target))
+            elif operator.startswith("atomic_") and node.args and isinstance(node.args[0], tirx.Call):
+                pointer = node.args[0].op.name.rsplit(".", 1)[-1] if isinstance(node.args[0].op, Op) else ""
+                if foreign := _BY_TARGET.get((f"atomics of {target}", pointer)):
+                    found.append((pointer, foreign))
             elif operator in ("copy", "async_copy"):
                 found.extend(copy for annotation, copy in _COPIES.items() if annotation in node.annotations)
         elif isinstance(node, tirx.SBlock):
@@ -188,6 +214,11 @@ def _refuse(func: tirx.PrimFunc, target: str) -> None:
     post_order_visit(func.body, visit)
     for name, foreign in [*found, *allocated][:1]:
         raise NotImplementedError(f"T.{name}: {foreign.what}; got it on target {target}; {foreign.instead}")
+
+
+def _function(call: tirx.Call, target: str) -> list[tuple[str, _Foreign]]:
+    name = getattr(call.args[0], "value", "")
+    return [_FUNCTIONS[target, name]] if (target, name) in _FUNCTIONS else []
 
 
 def naming_unknown(build: Callable, target: str) -> Callable:

@@ -3,6 +3,9 @@
 Each function takes the language, or what else differs and returns such a function.
 """
 
+from tvm import tirx
+from tvm.ir import Op
+
 SIZE = 32  # rows and columns of a tile
 _PIXELS = SIZE * SIZE
 
@@ -448,5 +451,150 @@ def ldg(T):
     def run(A, B, C, k):
         for i, j in T.Parallel(SIZE, SIZE):
             C[k, i, j] = T.cast(getattr(T, "__ldg")(A[i, j]), "float32")
+
+    return run
+
+
+def pointer(name):
+    """C holds B, and takes A by an atomic on a pointer that the function of that name gives."""
+
+    def build(T):
+        function = getattr(T, name)
+        arguments = {
+            "access_ptr": lambda C, k, i, j: (C[k, i, j], "rw"),
+            "address_of": lambda C, k, i, j: (C[k, i, j],),
+            "tvm_access_ptr": lambda C, k, i, j: (
+                T.type_annotation("float32"), C.data, (k * SIZE + i) * SIZE + j, 1, 3
+            ),
+        }[name]  # fmt: skip
+
+        @T.macro
+        def run(A, B, C, k):
+            for i, j in T.Parallel(SIZE, SIZE):
+                tirx.call_intrin(
+                    "handle", Op.get("tl.atomic_add_elem_op"), function(*arguments(C, k, i, j)), T.cast(A[i, j], "float32")
+                )
+
+        return run
+
+    return build
+
+
+def at_address(T):
+    @T.macro
+    def run(A, B, C, k):
+        line = T.make_tensor_from_addr(T.address_of(A[0, 0]), (_PIXELS,), "float16")
+        for i, j in T.Parallel(SIZE, SIZE):
+            C[k, i, j] = T.cast(line[i * SIZE + j], "float32")
+
+    return run
+
+
+def past_address(T):
+    """C is A from its second row on, and in its last row the first of B."""
+
+    @T.macro
+    def run(A, B, C, k):
+        line = T.make_tensor_from_addr(T.handle_add_byte_offset(A.data, 2 * SIZE), (_PIXELS - SIZE,), "float16")
+        for i, j in T.Parallel(SIZE, SIZE):
+            if i < SIZE - 1:
+                C[k, i, j] = T.cast(line[i * SIZE + j], "float32")
+            else:
+                C[k, i, j] = T.cast(B[0, j], "float32")
+
+    return run
+
+
+def printed(T):
+    @T.macro
+    def run(A, B, C, k):
+        if T.get_thread_binding() == 0:
+            T.print(A[0, 0], msg="the first element")
+        for i, j in T.Parallel(SIZE, SIZE):
+            C[k, i, j] = T.cast(A[i, j], "float32")
+
+    return run
+
+
+def dot_of_four(T):
+    """Each element of C is the product of the first four elements of the first rows."""
+
+    @T.macro
+    def run(A, B, C, k):
+        a = T.alloc_local((4,), "int8")
+        b = T.alloc_local((4,), "int8")
+        total = T.alloc_local((1,), "int32")
+        total[0] = 0
+        for v in T.serial(4):
+            a[v] = T.cast(A[0, v], "int8")
+            b[v] = T.cast(B[0, v], "int8")
+        T.dp4a(a[0], b[0], total[0])
+        for i, j in T.Parallel(SIZE, SIZE):
+            C[k, i, j] = T.cast(total[0], "float32")
+
+    return run
+
+
+def asynchronous(T):
+    @T.macro
+    def run(A, B, C, k):
+        tile = T.alloc_shared((SIZE, SIZE), "float16")
+        for i, j in T.Parallel(SIZE, SIZE // 8):
+            T.ptx_cp_async(T.access_ptr(tile[i, j * 8], "w", 8), T.access_ptr(A[i, j * 8], "r", 8), 8)
+        T.ptx_commit_group()
+        T.ptx_wait_group(0)
+        T.copy(tile, C[k, :, :])
+
+    return run
+
+
+def all_reduced(T):
+    """Each element of C is the sum of a value of each of 64 threads: the first row of A, twice."""
+
+    @T.macro
+    def run(A, B, C, k):
+        total = T.alloc_local((1,), "float32")
+        value = T.cast(A[0, T.get_thread_binding() % SIZE], "float32")
+        with T.attr(T.comm_reducer(lambda x, y: x + y, [T.float32(0)]), "reduce_scope", T.reinterpret(T.uint64(0), "handle")):
+            T.tvm_thread_allreduce(T.uint32(1), value, True, total[0], T.get_thread_binding())
+        for i, j in T.Parallel(SIZE, SIZE):
+            C[k, i, j] = total[0]
+
+    return run
+
+
+def blockscaled(T):
+    """C = A B, each row times 1/2, 1 or 2: one group of 32 along K, with scales in E8M0."""
+
+    @T.macro
+    def run(A, B, C, k):
+        left = T.alloc_shared((SIZE, SIZE), "float8_e4m3fn")
+        right = T.alloc_shared((SIZE, SIZE), "float8_e4m3fn")
+        left_scale = T.alloc_shared((SIZE, 1), "uint8")
+        right_scale = T.alloc_shared((SIZE, 1), "uint8")
+        total = T.alloc_fragment((SIZE, SIZE), "float32")
+        T.copy(A, left)
+        T.copy(B, right)
+        for i in T.Parallel(SIZE):
+            left_scale[i, 0] = T.cast(126 + i % 3, "uint8")
+            right_scale[i, 0] = T.uint8(127)
+        T.clear(total)
+        T.mma_gemm_blockscaled(
+            left, right, total, left_scale, right_scale, k_start=0, sf_a_granularity_k=SIZE, sf_b_granularity_k=SIZE
+        )
+        T.copy(total, C[k, :, :])
+
+    return run
+
+
+def early_return(T):
+    """Each of 32 threads copies a column of A; the others have ended."""
+
+    @T.macro
+    def run(A, B, C, k):
+        if T.get_thread_binding() >= SIZE:
+            T.thread_return()
+        for i in T.serial(SIZE):
+            C[k, i, T.get_thread_binding()] = T.cast(A[i, T.get_thread_binding()], "float32")
 
     return run

@@ -45,15 +45,13 @@ def exists(name: str) -> bool:
 class Row:
     """A name, `emit` that uses it in a kernel, `want` that computes the same from the inputs, and the errors of targets.
 
-    `refused` maps a target, or a group of them, to what the error's message must match. Where a row is `pending`, it is not
-    executed yet, and no claim is made.
+    `refused` maps a target, or a group of them, to what the error's message must match.
     """
 
     name: str
     emit: Callable
     want: Callable | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
-    pending: tuple[str, ...] = ()
 
     def error(self, target: str) -> str | None:
         """Return what the error on `target` must match; None where the row is executed."""
@@ -62,13 +60,9 @@ class Row:
                 return pattern
         return None
 
-    def is_pending(self, target: str) -> bool:
-        """Whether nothing is claimed on `target`."""
-        return any(target == name or target in GROUPS.get(name, ()) for name in self.pending)
-
     def is_executed(self, target: str) -> bool:
         """Whether the row's kernel runs on `target` and gives what `want` says."""
-        return self.error(target) is None and not self.is_pending(target)
+        return self.error(target) is None
 
 
 class Recorder:

@@ -29,6 +29,10 @@ def _assume(hint, A):
     language.evaluate(hint(A[0, 0] < language.float16(100)))
 
 
+def _assume_true(hint, A):
+    hint(A[0, 0] < language.float16(100))
+
+
 def _barrier(hint, A):
     language.evaluate(hint("shared"))
 
@@ -94,6 +98,20 @@ ROWS = [
     _row("alloc_global", macros.scratch, lambda A, B: A),
     _row("__ldg", macros.ldg, lambda A, B: A),
     _row("assume", macros.hint("assume", _assume), lambda A, B: A),
+    _row("access_ptr", macros.pointer("access_ptr"), _sum),
+    _row("address_of", macros.pointer("address_of"), _sum, refused=_not_on_c("address_of")),
+    _row("tvm_access_ptr", macros.pointer("tvm_access_ptr"), _sum, refused=_not_on_c("tvm_access_ptr")),
+    _row("make_tensor_from_addr", macros.at_address, lambda A, B: A),
+    _row("handle_add_byte_offset", macros.past_address, lambda A, B: np.concatenate([A[1:], B[:1]])),
+    _row("device_assert", macros.hint("device_assert", _assume_true), lambda A, B: A, refused=_not_on_c("device_assert")),
+    _row("print", macros.printed, lambda A, B: A, refused=_not_on_c("print")),
+    _row("import_source", macros.hint("import_source", lambda hint, A: hint("// imported")), lambda A, B: A),
+    _row("dp4a", macros.dot_of_four, lambda A, B: (A[0, :4] * B[0, :4]).sum() + np.zeros_like(A), refused=_not_on_c("dp4a")),
+    _row("ptx_cp_async", macros.asynchronous, lambda A, B: A,
+         refused={name: rf"T\.ptx_cp_async: must be an operator that target {target} has; got a call of it; .+"
+                  for name, target in (("apple", "metal"), ("c", "c"))}),
+    _row("tvm_thread_allreduce", macros.all_reduced, lambda A, B: np.full_like(A, 2 * A[0].sum()),
+         refused={"hip": r"T\.tvm_thread_allreduce: .+; got it on target hip; .+", **_not_on_c("tvm_thread_allreduce")}),
     _row("any_of", macros.test("any_of"), refused=_not_on_c("any_of"), want=_ones),
     _row("all_of", macros.test("all_of"), refused=_not_on_c("all_of"), want=_twos),
     *(_row(name, macros.hint(name, lambda hint, A: hint()), lambda A, B: A)
@@ -116,28 +134,14 @@ ROWS = [
     _row("get_thread_extents", macros.extent("get_thread_extents"), lambda A, B: np.full_like(A, THREADS)),
 ]  # fmt: skip
 
-# Nothing is claimed of these yet.
-UNTESTED = [
-    Row(name, None, pending=("all",))
-    for name in [
-        "access_ptr",
-        "address_of",
-        "device_assert",
-        "dp4a",
-        "handle_add_byte_offset",
-        "import_source",
-        "make_tensor",
-        "make_tensor_from_addr",
-        "mma_gemm_blockscaled",
-        "print",
-        "ptx_cp_async",
-        "thread_return",
-        "tvm_access_ptr",
-        "tvm_thread_allreduce",
-    ]
-]
-# Multiplied by each chip's own instructions: a kernel apart.
-GEMMS = [_row(name, macros.gemm, lambda A, B: A @ B) for name in ("clear", "gemm")]
+# Multiplied by each chip's own instructions: a kernel apart. Threads end in the last row.
+GEMMS = [
+    *(_row(name, macros.gemm, lambda A, B: A @ B) for name in ("clear", "gemm")),
+    _row("mma_gemm_blockscaled", macros.blockscaled, lambda A, B: A @ B * np.exp2(np.arange(SIZE) % 3 - 1)[:, None]),
+    _row("thread_return", macros.early_return, lambda A, B: A,
+         refused={"apple": r"T\.thread_return: must be an operator that target metal has; got a call of it; .+",
+                  "c": r"target c: blocks have one thread; got thread index \w+ in T\.Kernel's body .+"}),
+]  # fmt: skip
 
 
 def kernel(rows, T=None):

@@ -11,6 +11,7 @@ _INTRINSICS = {
     "mxfp4_scaled_matmul": "testing/language/test_mxfp4_scaled_matmul.py",
     "silu_mul": "testing/language/test_moe_tiles.py",
     "swiglu": "testing/language/test_moe_tiles.py",
+    "make_tensor": "testing/language/test_table.py",
     "Kernel": "testing/language/table/statements.py",
 }
 
