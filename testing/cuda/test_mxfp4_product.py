@@ -89,10 +89,11 @@ def test_values(kind, tile, K, fitting_rows):
     [
         (partial(scaled_matmul, chained=True), Tile(16, 32, 128), 13, 1280),
         (by_tiles.dequant_matmul, Tile(8, 16, 128), 1, 640),
+        (scaled_matmul, Tile(8, 16, 128), 5, 8 * 128 + 96),  # K ends inside a block, and rows of scales anywhere
     ],
 )
 def test_values_of_few_rows(make, tile, M, K):
-    """Scales that fit one factor, and rows that need two; the last block of K is one warp's alone."""
+    """Scales that fit one factor, and rows that need two; the last block of K is one warp's alone, or is cut."""
     N = tile.block_N + 8
     (A, _, x), (W, SW) = activations("bfloat16", M, K), weights(N, K)
     SW[3], SW[tile.block_N :] = torch.randint(0, 255, (K // 32,), dtype=torch.uint8), 0

@@ -19,11 +19,15 @@ from tilelang_ext.cuda.mxfp4_form import Product, device_call, first_of, rows_of
 from tilelang_ext.cuda.statements import bound_values, is_call, nodes_of, parallel, sequence, shared, store
 from tilelang_ext.cuda.warp_roles import WARP, OtherForm
 
-MAX_TOKENS = 16
-
+_MAX_TOKENS = 16
 _BAND = 16  # rows of weights of a product of a warp
 _MMA_TOKENS = 8  # of a product of a warp
 _MANY_THREADS = 512  # two blocks of which have 64 registers a thread
+
+
+def takes(product: Product) -> bool:
+    """Return whether a product is one for the matrix instructions of warps."""
+    return product.M <= _MAX_TOKENS and str(product.A.buffer.dtype) == "bfloat16"
 
 
 def _with_values(product: Product, values: dict) -> Product:

@@ -12,7 +12,6 @@ from tilelang_ext.cuda.warp_roles import OtherForm
 from tilelang_ext.formats import MX_GROUP
 
 _NAMESPACE = "tilelang_ext"
-_BLOCK_K = 128  # K is a multiple
 _ALIGNMENT = 16  # bytes
 
 
@@ -46,15 +45,15 @@ class Product(NamedTuple):
         return sequence(statement, parallel(C.shape, lambda i, j: store(C, C[i, j] + self.total[i, j], i, j)))
 
 
-def checked(product: Product) -> Product:
-    """Return a product whose operands the functions can read; raises OtherForm."""
+def checked(product: Product, groups: int) -> Product:
+    """Return a product whose operands the functions can read, which take `groups` of 32 of K at once; raises OtherForm."""
     _, A, W, scale, K, _ = product
     for region in (A, W, scale):
         if not is_global(region.buffer):
             raise OtherForm(f"{region.buffer.name} is in scope {region.buffer.scope()}")
-    if not is_multiple(K, _BLOCK_K):
-        raise OtherForm(f"K is {K}, which may be no multiple of {_BLOCK_K}")
-    for region, alignment in ((A, _ALIGNMENT), (W, _ALIGNMENT), (scale, _BLOCK_K // MX_GROUP)):
+    if not is_multiple(K, groups * MX_GROUP):
+        raise OtherForm(f"K is {K}, which may be no multiple of {groups * MX_GROUP}")
+    for region, alignment in ((A, _ALIGNMENT), (W, _ALIGNMENT), (scale, groups)):
         size = region.buffer.dtype.bits // 8
         strides = strides_of(region.buffer)
         first = region.region[-1].min

@@ -35,7 +35,7 @@ __device__ __forceinline__ void decode_eight(unsigned word, unsigned power, unsi
 
 // Warps split K, and rows where there are many; weights and tokens come straight from global memory. Part s of the sums
 // lies in sums[s][token][row]. With lane = 4 g + t: a lane has rows g and g + 8 of 16, and of each 128 of K the 32 codes
-// of group t, four words of eight, and as many elements of tokens.
+// of group t, four words of eight, and as many elements of tokens; zeros where K ends before.
 template <int kTokens, int kRows, int kThreads>
 struct Mxfp4Mma {
   static constexpr int kWarps = kThreads / 32;
@@ -46,12 +46,13 @@ struct Mxfp4Mma {
   static constexpr int kAhead = kColumns == 1 && kThreads <= 256 ? 4 : 2;
 
   const Mxfp4Operands& p;
-  int first_row, split, blocks, g, t;
+  int first_row, split, blocks, groups, g, t;  // `groups` of 32 of K that there are from the lane's first on
   float sums[kBands][kColumns][4] = {};
 
   __device__ __forceinline__ explicit Mxfp4Mma(const Mxfp4Operands& operands) : p(operands) {
     const int warp = threadIdx.x / 32;
-    g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, blocks = p.K / 128;
+    g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, blocks = (p.K + 127) / 128;
+    groups = p.K / 32 - t;
     first_row = warp % kWarpsOfRows * kBands * 16, split = warp / kWarpsOfRows;
   }
 
@@ -63,7 +64,7 @@ struct Mxfp4Mma {
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
         tokens[column][part] = make_uint4(0, 0, 0, 0);
-        if (column * 8 + g < min(kTokens, p.a_rows) && block < blocks)
+        if (column * 8 + g < min(kTokens, p.a_rows) && block * 4 < groups)
           tokens[column][part] =
               *reinterpret_cast<const uint4*>(p.a + (column * 8 + g) * p.a_stride + block * 256 +
                                               t * 64 + part * 16);
@@ -77,7 +78,7 @@ struct Mxfp4Mma {
       for (int row = 0; row < 2; ++row) {
         const int at = row_of(band, row);
         scales[band][row] = 0;
-        if (at < p.w_rows && block < blocks)
+        if (at < p.w_rows && block * 4 < groups)
           scales[band][row] = static_cast<unsigned char>(p.scale[at * p.scale_stride + block * 4 + t]);
       }
   }
@@ -89,7 +90,7 @@ struct Mxfp4Mma {
       for (int row = 0; row < 2; ++row) {
         const int at = row_of(band, row);
         uint4 four = make_uint4(0, 0, 0, 0);
-        if (at < p.w_rows && block < blocks) four = load_once(p.w + at * p.w_stride + block * 64 + t * 16);
+        if (at < p.w_rows && block * 4 < groups) four = load_once(p.w + at * p.w_stride + block * 64 + t * 16);
         codes[band][row][0] = four.x, codes[band][row][1] = four.y;
         codes[band][row][2] = four.z, codes[band][row][3] = four.w;
       }

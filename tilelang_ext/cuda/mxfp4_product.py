@@ -59,9 +59,11 @@ def _lower_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
     if not whole and not marked:
         return func
     try:
-        products = [(loop, checked(products[loop])) for loop in whole] + [(loop, _recognised(loop)) for loop in marked]
+        products = [(loop, products[loop]) for loop in whole] + [(loop, _recognised(loop)) for loop in marked]
+        few = all(mxfp4_few.takes(product) for _, product in products)
+        products = [(loop, checked(product, 1 if few else mxfp4_roles.GROUPS)) for loop, product in products]
         _check_threads(block, [loop for loop, _ in products], thread)
-        if all(product.M <= mxfp4_few.MAX_TOKENS and str(product.A.buffer.dtype) == "bfloat16" for _, product in products):
+        if few:
             return _with_mma(func, block, products, threads)
         return _with_roles(func, block, products, thread, threads)
     except OtherForm as reason:
@@ -76,7 +78,7 @@ def _recognised(loop: tirx.For) -> Product:
         raise OtherForm(f"W is {W.buffer.dtype}")
     if scale_a is not None:
         raise OtherForm("A has scales along K")
-    return checked(Product(total.buffer, A, W, scale, K))
+    return Product(total.buffer, A, W, scale, K)
 
 
 def _check_threads(block: tirx.SBlock, loops: list, thread: tirx.Var) -> None:

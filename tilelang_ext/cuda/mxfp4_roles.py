@@ -32,6 +32,7 @@ from tilelang_ext.cuda.warp_roles import WARP, WARPGROUP, OtherForm, in_place_of
 _TYPES = {"bfloat16": "kBFloat16", "float8_e4m3fn": "kFloat8_e4m3", "float8_e5m2": "kFloat8_e5m2"}  # of A, for the matrix unit
 _TOKEN_BYTES = 128  # in a stage
 _BAND = 64  # rows of weights of a product of a warpgroup
+GROUPS = 4  # of scales, a word, that are copied at once
 _MAX_ROWS = 256  # of a box that TMA copies, and of tokens in a product
 _SUM_REGISTERS = {1: 128, 2: 128, 3: 64, 4: 32}  # of a thread, by warpgroups
 _PRODUCER_REGISTERS = 40  # of a thread
