@@ -54,3 +54,17 @@ def test_views_of_a_tile_and_functions(dtype):
     assert torch.allclose(functions.double(), expected, rtol=1e-6 if dtype == "float32" else 2**-8, atol=0)
     assert torch.equal(inverse, ~mask)
     assert torch.allclose(rows.double(), wide.sum(1, keepdim=True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("source", "destination"), [("float16", "float32"), ("float32", "float16")])
+def test_a_copy_converts_half(source, destination):
+    @T.prim_func
+    def kernel(A: T.Tensor((8, 32), source), C: T.Tensor((8, 32), destination)):
+        with T.Kernel(1):
+            T.import_source("// text without the end of its line")
+            T.copy(A, C)
+
+    A = torch.randn(8, 32).to(getattr(torch, source))
+    C = torch.full((8, 32), torch.nan, dtype=getattr(torch, destination))
+    tilelang.compile(kernel, target="c")(A, C)
+    assert torch.equal(C, A.to(C.dtype))

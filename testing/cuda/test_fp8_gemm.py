@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tilelang
 from cuda.kernels import E4M3, E5M2, lower, matmul
 from tilelang.backend.target import determine_target
 from tvm.target import Target
@@ -43,6 +44,16 @@ def test_native_products_are_not_refused(arch, trans_B):
     assert (
         "tl::wgmma_ss<" if arch == "sm_90a" else "tl::mma_sync<"
     ) + "tl::DataType::kFloat8_e4m3, tl::DataType::kFloat8_e5m2" in text
+
+
+@pytest.mark.parametrize("transposed", [{"trans_A": True}, {"trans_B": False}], ids=["A", "B"])
+def test_the_copy_of_a_transposed_operand_has_its_size(transposed):
+    """Shared memory holds A, B and the copy, each of 64x96 codes."""
+    target = Target({"kind": "cuda", "arch": "sm_90a"})
+    with target:
+        lowered = tilelang.lower(matmul(64, 64, 96, **transposed), target=target, enable_device_compile=False)
+    (func,) = lowered.device_mod.functions.values()
+    assert func.attrs["dyn_shared_memory_buf"] == 3 * 64 * 96
 
 
 @pytest.mark.parametrize("trans_B", [True, False])
