@@ -8,7 +8,9 @@ from kernels.attention import operands as attention_operands
 from kernels.matmul import operands as matmul_operands
 from kernels.scaled_mm.operands import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, problem
 
+from tilelang_ext.kernels.attention import decode_launch
 from tilelang_ext.kernels.attention.launch import KERNELS as ATTENTION_KERNELS
+from tilelang_ext.kernels.attention.problem import DecodeProblem
 from tilelang_ext.kernels.gated_delta import decode, replay
 from tilelang_ext.kernels.gated_delta.problem import Problem as GatedDelta
 from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS, pick_config
@@ -145,6 +147,18 @@ def attentions() -> Iterator[Case]:
         next(file for file in ATTENTION_KERNELS if file.takes(of)).compile_kernel(of, listed)
         for make, arguments, pass_configs in listed.kernels:
             yield Case(f"attention {name}", make, arguments, pass_configs, not of.arch)
+    for name, arch, options in (
+        ("hopper", ARCH, {"page_size": 16, "window": 128}),
+        ("wide", ARCH, {"head_dim": 512}),
+        ("codes", ARCH, {"cache_dtype": "float8_e4m3fn", "scales": "head"}),
+        ("metal", "", {"page_size": 24, "cache_dtype": "float8_e4m3fn", "scales": "page"}),
+    ):
+        sizes = {"head_dim": 128, "dtype": "bfloat16", "cache_dtype": "bfloat16", "scale": 0.1}
+        of = DecodeProblem("cuda" if arch else "metal", arch, NUM_SMS, **{**sizes, **options})
+        listed = Listed()
+        decode_launch.compile_kernels(of, None, listed)
+        for make, arguments, pass_configs in listed.kernels:
+            yield Case(f"attention_decode {name} {make.__name__}", make, arguments, pass_configs, not arch)
 
 
 FAMILIES = (tiled_moe, around_moe, moe_on_hopper, scaled_matmuls, matmuls, gated_delta, attentions)

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from cuda.execute import needs_compiler
+from cuda.toolkit import compile_texts, needs_nvcc
 from kernels.attention.operands import FUNCTIONS, check, expected, operands, problem, text_of
 from kernels.hopper import Box, execute
 
 from tilelang_ext.kernels.attention import sm90_forward, sm90_wide
-from tilelang_ext.kernels.attention.sm90_forward import Config
+from tilelang_ext.kernels.attention.sm90_forward import ARCH, Config
+
+FORWARD = problem(64, num_sms=3, causal=True, has_sinks=True, has_lengths=True), Config(2, 32, 2, 1)
+WIDE = problem(264, num_sms=2, causal=True, has_sinks=True, has_lengths=True)
 
 
 def run(of, config, sizes, cu_q=None, cu_k=None):
@@ -42,8 +46,7 @@ def run(of, config, sizes, cu_q=None, cu_k=None):
     [
         # Several tiles of a block; sequences without keys, without queries, with queries that see none, and ahead of NaNs
         (
-            problem(64, num_sms=3, causal=True, has_sinks=True, has_lengths=True),
-            Config(2, 32, 2, 1),
+            *FORWARD,
             (1, 200, 230, 2, 1),
             ([0, 70, 70, 75, 195], [0, 99, 130, 130, 210]),
         ),
@@ -51,7 +54,7 @@ def run(of, config, sizes, cu_q=None, cu_k=None):
         (problem(72, num_sms=2, window=50), Config(3, 48, 4, 2, False), (2, 40, 130, 2, 2), ()),
         # Wider heads, by the two blocks of a cluster: two key blocks, none and one; queries past a block's tile
         (
-            problem(264, num_sms=2, causal=True, has_sinks=True, has_lengths=True),
+            WIDE,
             None,
             (1, 130, 300, 1, 1),
             ([0, 70, 75, 125], [0, 190, 190, 280]),
@@ -60,3 +63,18 @@ def run(of, config, sizes, cu_q=None, cu_k=None):
 )
 def test_values(of, config, sizes, lengths):
     run(of, config, sizes, *lengths)
+
+
+@needs_nvcc
+def test_machine_code():
+    """No MMA waits for the one before (`compile_texts` sees to that), nothing spills, and turns are given by named barriers."""
+    texts = {
+        "forward": text_of(sm90_forward.attention, *FORWARD, name="forward"),
+        "wide": text_of(sm90_wide.attention, WIDE, name="wide"),
+    }
+    compiled = compile_texts(texts, ARCH)
+    assert compiled["forward"].spilled == 0
+    assert compiled["wide"].spilled <= 128  # of addresses, ahead of the loop
+    # Of each consumer: 4 of q k^T and 2 of P v for a block, in the first block's, the loop's and the last block's part
+    assert compiled["forward"].count("HGMMA") == 2 * (2 * 4 + 2 * 2)
+    assert compiled["forward"].count("BAR") >= 4

@@ -12,6 +12,8 @@ from tilelang_ext.kernels.attention.problem import LOG2_E, Operands, Problem
 from tilelang_ext.kernels.attention.tiles import Tile
 
 SOURCE = """
+#ifndef TILELANG_EXT_EXP2
+#define TILELANG_EXT_EXP2
 __device__ __forceinline__ float tilelang_ext_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -22,6 +24,7 @@ __device__ __forceinline__ float tilelang_ext_log2(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+#endif
 """  # of a kernel that calls the functions below
 _NOTHING = -T.infinity("float32")
 
