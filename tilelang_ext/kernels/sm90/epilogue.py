@@ -94,7 +94,7 @@ class SubtileStores:
         """
         out, out_s = self.out, self.buffers[number % len(self.buffers)]
         (rows, columns), dtype = map(int, out_s.shape), out_s.dtype
-        in_flight, warpgroup = len(self.buffers) - 1, self.warpgroup
+        in_flight, warpgroup = len(self.buffers) - 1 if number else 0, self.warpgroup  # as in `store`
         row = row + n * rows
 
         @T.macro
