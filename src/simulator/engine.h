@@ -100,6 +100,8 @@ void count_instruction(int& slot, const char* name);
 enum Memory : unsigned { kNone = 0, kDevice = 1, kThreadgroup = 2 };
 void threadgroup_barrier(unsigned memory, const Site* site);
 void simdgroup_barrier(unsigned memory, const Site* site);
+// Where lanes run in lockstep: what they access before all of them meet comes before what they access after it.
+void order_lanes(const Meeting& m);
 
 // The threadgroup's array number `slot` (assigned on first use); the same address for each of its threads.
 void* threadgroup_array(int& slot, const char* name, unsigned long size, unsigned long align);

@@ -197,6 +197,11 @@ void simdgroup_barrier(unsigned memory, const Site* site) {
       &frame, site, kLiveLanes);
 }
 
+void order_lanes(const Meeting& m) {
+  const Simdgroup* s = current->simdgroup;
+  if (__builtin_popcountl(m.mask) == s->alive) order_simdgroup(s->index, kDevice | kThreadgroup);
+}
+
 // What a fiber runs: the kernel, once for each threadgroup that it is started for.
 inline void fiber_main() {
   sim_kernel();

@@ -30,7 +30,9 @@ from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.rewrite import rewritten
+from tilelang_ext.passes.shifted_indices import HideShiftedTileIndices
 from tilelang_ext.passes.vector_lanes import SelectLanes
+from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
 from tilelang_ext.registration import has_key
 
 _BUILD = "target.build.tilelang_c"
@@ -77,7 +79,8 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = RefuseThreadIndices(refuse_unlike_regions(refuse_foreign(mod, "c")))
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
-    mod = GuardEmptyLoops(KeepFloatArithmetic(SpellBooleans(SelectLanes(spell_operators(mod, RULES)))))
+    mod = KeepWrappingCasts(KeepFloatArithmetic(SpellBooleans(SelectLanes(spell_operators(mod, RULES)))))
+    mod = GuardEmptyLoops(HideShiftedTileIndices(mod))
     with _without_vectors() if needs_scalars(mod) else contextlib.nullcontext():
         return CPUPassPipelineBody(mod, registration.without_key(target))
 

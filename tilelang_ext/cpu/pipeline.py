@@ -20,8 +20,10 @@ from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.layouts import infer_layouts
 from tilelang_ext.passes.operators import spell_operators
+from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.vector_lanes import SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
+from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
 
 
 def _materialize_kernel_launch():
@@ -41,7 +43,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = spell_operators(mod, RULES)
     mod = SelectLanes(mod)
     mod = SpellBooleans(mod)
-    mod = KeepFloatArithmetic(mod)
+    mod = KeepWrappingCasts(KeepFloatArithmetic(mod))
     mod = GuardEmptyLoops(mod)
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
@@ -75,7 +77,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.Simplify()(mod)
     mod = tirx.transform.NarrowDataType(32)(mod)
     mod = WidenIndices(mod)
-    mod = transform.FlattenBuffer()(mod)
+    mod = ReleaseShiftedIndices(transform.FlattenBuffer()(HideShiftedIndices(mod)))
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)
     mod = transform.VectorizeLoop(enable_vectorize=False)(mod)  # the C++ compiler vectorises

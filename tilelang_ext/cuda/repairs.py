@@ -16,6 +16,8 @@ from tilelang_ext.passes.joined_guards import JoinGuardsOfCasts
 from tilelang_ext.passes.region_shapes import is_region, refuse_unlike_regions
 from tilelang_ext.passes.rewrite import rewritten
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
+from tilelang_ext.passes.shifted_indices import HideShiftedTileIndices
+from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
 
 _NARROW = ("int8", "uint8", "int16", "uint16")
 _LEFT, _RIGHT = "tirx.shift_left", "tirx.shift_right"
@@ -25,7 +27,7 @@ _ATOMICS = ("tl.tileop.atomicadd", "tl.tileop.atomicmax", "tl.tileop.atomicmin")
 def repair(mod: IRModule) -> IRModule:
     """Rewrite what would be wrong; runs on tile programs, before everything else."""
     mod = refuse_unlike_regions(mod)
-    mod = WrapNarrowShifts(JoinGuardsOfCasts(KeepFloatArithmetic(mod)))
+    mod = WrapNarrowShifts(JoinGuardsOfCasts(HideShiftedTileIndices(KeepWrappingCasts(KeepFloatArithmetic(mod)))))
     if not any(_has_scalar_atomic(func) for _, func in mod.functions_items()):
         return mod
     # Which threads there are must be known; upstream's own pass finds nothing left to do.

@@ -41,9 +41,11 @@ from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
+from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
+from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
 
 
 def _materialize_kernel_launch():
@@ -79,7 +81,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = CountLanes(mod, 32, keep_default=True)
     mod = SpellScalarAtomics(mod)
     mod = SpellBooleans(mod)
-    mod = KeepFloatArithmetic(mod)
+    mod = KeepWrappingCasts(KeepFloatArithmetic(mod))
     mod = GuardEmptyLoops(mod)
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
@@ -121,7 +123,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.Simplify()(mod)
     mod = tirx.transform.NarrowDataType(32)(mod)
     mod = WidenIndices(mod)
-    mod = transform.FlattenBuffer()(mod)
+    mod = ReleaseShiftedIndices(transform.FlattenBuffer()(HideShiftedIndices(mod)))
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)
     mod = KeepShufflesScalar(mod)

@@ -18,13 +18,14 @@ from tvm.tirx.transform import prim_func_pass
 
 from tilelang_ext.passes.rewrite import rewritten
 
-_KEEP = "tilelang_ext.keep"  # of the native library
+KEEP = "tilelang_ext.keep"  # of the native library
 _ARITHMETIC = (tirx.Sub, tirx.Mul, tirx.EQ, tirx.NE)
 _COMPARISONS = (tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE)
 
 
-def _keep(expr: tirx.PrimExpr) -> tirx.Call:
-    return tirx.Call(expr.dtype, Op.get(_KEEP), [expr])
+def keep(expr: tirx.PrimExpr) -> tirx.Call:
+    """Return the expression hidden from simplifiers; `ReleaseFloatArithmetic` uncovers it."""
+    return tirx.Call(expr.dtype, Op.get(KEEP), [expr])
 
 
 def is_float(expr: tirx.PrimExpr) -> bool:
@@ -41,27 +42,27 @@ def _keep_all(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
 
     post_order_visit(func.body, bind)
 
-    def keep(node):
+    def kept(node):
         if isinstance(node, tirx.Not):
-            return tirx.Not(_keep(node.a)) if isinstance(node.a, _COMPARISONS) and is_float(node.a.a) else None
+            return tirx.Not(keep(node.a)) if isinstance(node.a, _COMPARISONS) and is_float(node.a.a) else None
         if not is_float(node.a):
             return None
-        kept = type(node)(node.a, _keep(node.b))
-        return None if _is_as_written(type(node), substitute(node.a, bound), substitute(node.b, bound)) else kept
+        is_as_written = _is_as_written(type(node), substitute(node.a, bound), substitute(node.b, bound))
+        return None if is_as_written else type(node)(node.a, keep(node.b))
 
-    return func.with_body(rewritten(func.body, keep, ["tirx.Not", *(f"tirx.{kind.__name__}" for kind in _ARITHMETIC)]))
+    return func.with_body(rewritten(func.body, kept, ["tirx.Not", *(f"tirx.{kind.__name__}" for kind in _ARITHMETIC)]))
 
 
 def _is_as_written(operator, a: tirx.PrimExpr, b: tirx.PrimExpr) -> bool:
     """Whether the simplifier leaves `a operator b` alone, apart from what it does to a and b by themselves."""
     simplify = arith.Analyzer().simplify
-    alone = simplify(operator(simplify(a), _keep(simplify(b))))
+    alone = simplify(operator(simplify(a), keep(simplify(b))))
     return ir.structural_equal(simplify(operator(a, b)), _release(tirx.Evaluate(alone)).value)
 
 
 def _release(stmt: tirx.Stmt) -> tirx.Stmt:
     def release(node):
-        return node.args[0] if isinstance(node.op, Op) and node.op.name == _KEEP else None
+        return node.args[0] if isinstance(node.op, Op) and node.op.name == KEEP else None
 
     return rewritten(stmt, release, ["tirx.Call"])
 

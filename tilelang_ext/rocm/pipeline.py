@@ -35,9 +35,11 @@ from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
+from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
+from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
 from tilelang_ext.rocm.all_reduce import count_from, with_participants
 from tilelang_ext.rocm.async_copy import CopyWords
 from tilelang_ext.rocm.block_scaled import lower_block_scaled, lower_block_scaled_gemm
@@ -46,6 +48,7 @@ from tilelang_ext.rocm.fp8_casts import ConvertByFormat
 from tilelang_ext.rocm.half_sums import SumHalvesInFloat
 from tilelang_ext.rocm.operators import rules_of
 from tilelang_ext.rocm.pair_atomics import SpellPairAtomics
+from tilelang_ext.rocm.scans import spell_scans
 from tilelang_ext.rocm.spelling import SpellEightBits
 
 
@@ -79,7 +82,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = CountLanes(mod, int(target.attrs["thread_warp_size"]), keep_default=False)
     mod = SpellScalarAtomics(mod)
     mod = SpellBooleans(mod)
-    mod = KeepFloatArithmetic(mod)
+    mod = KeepWrappingCasts(KeepFloatArithmetic(mod))
     mod = GuardEmptyLoops(mod)
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
@@ -119,7 +122,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.Simplify()(mod)
     mod = tirx.transform.NarrowDataType(32)(mod)
     mod = WidenIndices(mod)
-    mod = transform.FlattenBuffer()(mod)
+    mod = ReleaseShiftedIndices(transform.FlattenBuffer()(HideShiftedIndices(mod)))
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)
     mod = KeepShufflesScalar(mod)
@@ -149,6 +152,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = CountFromFirstThread(mod, count_from)
     mod = PlaceMissingBarriers(mod)
     mod = PartDivergentBarriers(mod, with_participants)
+    mod = spell_scans(mod, target)
     mod = define_functions(mod)
     mod = transform.MergeIfStmt()(mod)
     mod = transform.MakePackedAPI()(mod)

@@ -15,6 +15,7 @@ inline T shuffle(T value, int source, const Site* site) {
   } frame{value, T(), source, site};
   meet_with(frame, site, kAnyLanes, [](const Meeting& m) {
     ++counts.shuffles;
+    order_lanes(m);  // of AMD they run in lockstep
     each_lane<Frame>(m, [&](Frame& f, int lane) {
       if (f.source >= 0 && f.source < kLanes && m.mask >> f.source & 1)
         f.out = static_cast<Frame*>(m.frames[f.source])->in;
