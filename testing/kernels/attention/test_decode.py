@@ -125,7 +125,8 @@ def test_on_hopper(of, lengths, sizes):
     (batch, tokens, heads, _), (pages, keys, kv_heads, _) = case.q.shape, case.cache_k.shape
     scalars = {
         "batch": batch, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "pages": pages, "keys": keys,
-        "splits": results, "num_seqlens": batch, "table_pages": case.page_table.shape[1], "table_rows": len(case.page_table),
+        "splits": results, "num_seqlens": batch, "num_sinks": heads,
+        "table_pages": case.page_table.shape[1], "table_rows": len(case.page_table),
     }  # fmt: skip
     box = Box(min(config.block_N, of.page_size or config.block_N), 64)
     text = text_of(file.split_kv, of, config, name="split_kv", pass_configs=file.pass_configs(of))

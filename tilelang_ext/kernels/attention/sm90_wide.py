@@ -508,6 +508,7 @@ def _compute_values(traits, operands, block, half):
         block.result.wait(0, block.result.full_phase(results))
         for r in T.unroll(2):
             factor[r] = block.inverse_s[values.row + 8 * r]
+        warpgroup_sync(half)  # one lane releases what all have read
         block.result.release(0, values.thread % WARP)
         results = results + 1
         _store(traits, operands, block, values, tile)
