@@ -30,12 +30,14 @@ def gemv(N, K, block_N=8, block_K=256, threads=128):
             W_f = T.alloc_fragment((block_N, block_K), "float32")
             products_f = T.alloc_fragment((block_N, block_K), "float32")
             y_f = T.alloc_fragment((block_N,), "float32")
+            x_s = T.alloc_shared((block_K,), "bfloat16")  # once for all rows of the block
             T.clear(products_f)
             for k in T.serial(K // block_K):
+                T.copy(x[k * block_K], x_s)
                 codes = W[rows, k * (block_K // 2) : (k + 1) * (block_K // 2)]
                 T.mxfp4_dequant(codes, scale[rows, k * (block_K // 32) : (k + 1) * (block_K // 32)], W_f)
                 for j, i in T.Parallel(block_N, block_K):
-                    products_f[j, i] += W_f[j, i] * T.cast(x[k * block_K + i], "float32")
+                    products_f[j, i] += W_f[j, i] * T.cast(x_s[i], "float32")
             T.reduce_sum(products_f, y_f, dim=1)
             T.copy(y_f, y[block * block_N])
 
