@@ -189,3 +189,9 @@ def test_sizes_that_are_refused(size, message):
 def test_command_without_a_gpu(capsys):
     assert main(["tune", "scaled_mm", "llama-3.1-8b-fp8"]) == 2
     assert "tune: must run on an NVIDIA GPU; got none" in capsys.readouterr().err
+
+
+def test_the_code_of_a_source_is_the_same_text_on_every_python():
+    """Comments, docstrings and empty lines are gone, and a # in a string stays."""
+    source = '"""Doc\nof two lines."""\n\nX = "#1"  # one\n\n\ndef f(a):\n    """Doc."""\n    # why\n    return f"{a} #"\n'
+    assert tables.code_of(source) == 'X = "#1"\ndef f(a):\n    return f"{a} #"'

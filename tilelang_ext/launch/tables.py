@@ -10,8 +10,10 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import io
 import json
 import re
+import tokenize
 import warnings
 from pathlib import Path
 
@@ -55,17 +57,22 @@ def digest_of(operator: str, kernels: tuple[str, ...]) -> str:
     """
     digest = hashlib.sha256(operator.encode())
     for name in kernels:
-        tree = ast.parse((PACKAGE / "kernels" / f"{name}.py").read_text())
-        digest.update(ast.dump(_without_docstrings(tree)).encode())
+        digest.update(code_of((PACKAGE / "kernels" / f"{name}.py").read_text()).encode())
     return digest.hexdigest()[:16]
 
 
-def _without_docstrings(tree: ast.AST) -> ast.AST:
-    for node in ast.walk(tree):
+def code_of(source: str) -> str:
+    """Return a source without docstrings, comments and empty lines: the same text on every version of Python."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            node.body = body[1:]
-    return tree
+            lines[body[0].lineno - 1 : body[0].end_lineno] = [""] * (body[0].end_lineno - body[0].lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 @cache.until_reload
