@@ -114,3 +114,22 @@ def test_constants_of_e5m2(value, code):
     (spelled,) = SpellEightBits(IRModule({"main": func})).functions.values()
     assert spelled.body.value.op.name == "tirx.reinterpret"
     assert spelled.body.value.args[0].value == code
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
+def test_repeated_values_of_operators(dtype):
+    """What operators make of narrow integers is an int in C; a row of it has the type's bits alone."""
+
+    @T.prim_func
+    def kernel(x: T.Tensor((THREADS,), dtype), y: T.Tensor((THREADS, 16), dtype)):
+        with T.Kernel(1, threads=THREADS) as _:
+            for i, j in T.Parallel(THREADS, 16):
+                y[i, j] = T.max(x[i] >> 1, x[i] ^ 5) - x[i] * 3
+
+    x = torch.arange(-20, THREADS - 20).to(getattr(torch, dtype))
+    y = torch.zeros(THREADS, 16, dtype=x.dtype)
+    report = simulate(kernel, x, y, target="hip -mcpu=gfx942")
+    assert not report.findings, str(report)
+    wide = x.int()
+    expected = (torch.maximum(wide >> 1, wide ^ 5) - wide * 3).to(x.dtype)
+    assert torch.equal(y, expected[:, None].expand(THREADS, 16))

@@ -35,6 +35,8 @@ _FUNCTIONS = {
     *_EXACT,
 }  # fmt: skip
 
+_COMPUTED = ("float32", "float64", "int32", "int64", "uint32", "uint64")  # types whose vectors upstream adds and multiplies
+
 
 def _name(node) -> str:
     """Return the operator's name of a call, "" for any other node."""
@@ -69,30 +71,54 @@ def needs_one_thread_blocks(func: tirx.PrimFunc) -> bool:
 
 
 def needs_scalars(mod: IRModule) -> bool:
-    """Whether upstream's generator cannot print vectors of `mod`: it copies half, computes with none, and has no functions."""
+    """Whether upstream's generator cannot print vectors of `mod`: its vectors have + - * / and copies of one type, no more."""
     found = []
 
     def visit(node):
         if isinstance(node, tirx.Call) and isinstance(node.op, Op):
-            found.append(node.op.name in _FUNCTIONS or _converts_half(node))
+            found.append(node.op.name in _FUNCTIONS or _converts(node))
         elif isinstance(node, tirx.BufferLoad | tirx.BufferStore):
             found.append(str(node.buffer.dtype) == "bool")
-        elif isinstance(node, tirx.Cast):
-            found.append(str(node.dtype) == "bool" or "float16" in (str(node.dtype), str(node.value.dtype)))
-        elif isinstance(node, tirx.Add | tirx.Sub | tirx.Mul | tirx.Div | tirx.Max | tirx.Min):
-            found.append(str(node.dtype) == "float16")
+        elif isinstance(node, tirx.For) and node.kind in (tirx.ForKind.PARALLEL, tirx.ForKind.VECTORIZED):
+            found.append(_stores_what_has_no_vector(node))
 
     for func in mod.functions.values():
         tirx.stmt_functor.post_order_visit(func.body, visit)
     return any(found)
 
 
-def _converts_half(call: tirx.Call) -> bool:
-    """Whether a copy converts from or to half."""
+def _converts(call: tirx.Call) -> bool:
+    """Whether a copy converts."""
     if call.op.name != "tl.tileop.copy":
         return False
     source, destination = (str(region.args[0].buffer.dtype) for region in call.args[:2])
-    return source != destination and "float16" in (source, destination)
+    return source != destination
+
+
+def _stores_what_has_no_vector(loop: tirx.For) -> bool:
+    variables, stores = set(), []
+
+    def visit(node):
+        if isinstance(node, tirx.For):
+            variables.add(node.loop_var)
+        elif isinstance(node, tirx.BufferStore):
+            stores.append(node)
+
+    tirx.stmt_functor.post_order_visit(loop, visit)
+    return not all(_has_vector(store.value, str(store.buffer.dtype), variables) for store in stores)
+
+
+def _has_vector(value: tirx.PrimExpr, dtype: str, variables: set) -> bool:
+    """Whether upstream prints a vector of such values, where `variables` are those of the loop."""
+    if str(value.dtype) != dtype:
+        return False
+    if isinstance(value, tirx.BufferLoad):
+        return not any(isinstance(index, tirx.BufferLoad) for index in value.indices)
+    if isinstance(value, tirx.Add | tirx.Sub | tirx.Mul | tirx.Div):
+        return dtype in _COMPUTED and all(_has_vector(operand, dtype, variables) for operand in (value.a, value.b))
+    if isinstance(value, tirx.Var):
+        return value not in variables
+    return isinstance(value, tirx.IntImm | tirx.FloatImm)
 
 
 def _check_thread_indices(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:

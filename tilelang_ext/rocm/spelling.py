@@ -31,6 +31,9 @@ _LANES = {
     **dict.fromkeys(_E5M2, (2, 4, 8, 16)),
 }
 _WORD_LANES = 4  # 8-bit values per word
+_OPERATORS = (
+    tirx.Call, tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max, tirx.Select,
+)  # fmt: skip
 
 
 def _code(value: tirx.PrimExpr) -> tirx.PrimExpr:
@@ -38,6 +41,16 @@ def _code(value: tirx.PrimExpr) -> tirx.PrimExpr:
     if isinstance(value, tirx.FloatImm):
         return tirx.IntImm("uint8", format_of(str(value.dtype)).encode(value.value))
     return value if str(value.dtype) == "uint8" else tirx.reinterpret("uint8", value)
+
+
+def _word_of(value: tirx.PrimExpr, word: str) -> tirx.PrimExpr:
+    """Return the bits of a value of 8 or 16 bits as a word. What operators make of integers so narrow is an int in C."""
+    dtype = str(value.dtype)
+    if isinstance(value, _OPERATORS) and dtype in ("int8", "int16", "uint8", "uint16"):
+        return tirx.bitwise_and(tirx.Cast(word, value), tirx.const(0xFF if dtype.endswith("8") else 0xFFFF, word))
+    if dtype.endswith("int16"):
+        return tirx.Cast(word, value if dtype == "uint16" else tirx.reinterpret("uint16", value))
+    return tirx.Cast(word, _code(value))
 
 
 def _spell(node: tirx.PrimExpr) -> tirx.PrimExpr | None:
@@ -50,10 +63,10 @@ def _spell(node: tirx.PrimExpr) -> tirx.PrimExpr | None:
     if lanes not in _LANES.get(str(node.value.dtype), ()):
         return None
     if node.value.dtype in ("int16", "uint16"):
-        pair = tirx.Cast("uint32", tirx.reinterpret("uint16", node.value) if node.value.dtype == "int16" else node.value)
-        return tirx.reinterpret(node.dtype, tirx.Broadcast(pair * tirx.const(0x00010001, "uint32"), lanes // 2))
+        pair = _word_of(node.value, "uint32") * tirx.const(0x00010001, "uint32")
+        return tirx.reinterpret(node.dtype, tirx.Broadcast(pair, lanes // 2))
     word = "uint16" if lanes < _WORD_LANES else "uint32"
-    repeated = tirx.Cast(word, _code(node.value)) * tirx.const(0x0101 if word == "uint16" else 0x01010101, word)
+    repeated = _word_of(node.value, word) * tirx.const(0x0101 if word == "uint16" else 0x01010101, word)
     words = lanes // _WORD_LANES
     return tirx.reinterpret(node.dtype, tirx.Broadcast(repeated, words) if words > 1 else repeated)
 
