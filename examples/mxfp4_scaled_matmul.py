@@ -27,7 +27,7 @@ FEW, SOME, MANY = Tile(8, 16, 512), Tile(16, 32, 512), Tile(256, 128, 256)  # up
 
 # [kernel]
 def scaled_matmul(M, N, K, tile, dtype="bfloat16", chained=False):
-    """C = A @ W^T; A (M, K) bfloat16 or fp8 with a scale a row, W (N, K) MXFP4, C (M, N) bfloat16.
+    """C = A @ W^T; A (M, K) bfloat16 or fp8 with one scale per row, W (N, K) MXFP4, C (M, N) bfloat16.
 
     A `chained` kernel, on CUDA, begins while the one before it on the stream still runs, and waits for what that one writes.
     """

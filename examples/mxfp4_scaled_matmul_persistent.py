@@ -27,7 +27,7 @@ WIDE = Tile(256, 128, 256)  # weights are decoded once for 256 rows of A
 
 # [kernel]
 def scaled_matmul(M, N, K, tile, num_blocks, dtype="bfloat16"):
-    """C = A @ W^T; A (M, K) bfloat16 or fp8 with a scale a row, W (N, K) MXFP4, C (M, N) bfloat16; one block per SM."""
+    """C = A @ W^T; A (M, K) bfloat16 or fp8 with one scale per row, W (N, K) MXFP4, C (M, N) bfloat16; one block per SM."""
     block_M, block_N, threads = tile
     tiles = [T.ceildiv(N, block_N), T.ceildiv(M, block_M)]
     wide = dtype in ("bfloat16", "float16")
