@@ -20,7 +20,7 @@ from tilelang import language as T
 from tilelang.tileop.base import GemmWarpPolicy
 from tilelang.utils.language import is_full_region
 from tvm import arith, tirx
-from tvm.ir import Range
+from tvm.ir import Op, Range
 
 from tilelang_ext.codes import decode, power_of_two
 from tilelang_ext.formats import (
@@ -34,6 +34,7 @@ from tilelang_ext.formats import (
     FloatFormat,
     format_of,
 )
+from tilelang_ext.marks import GEMM_BLOCKSCALED
 
 NAME = "T.gemm_blockscaled"
 FP8 = tuple(format.dtype for format in FP8_OPERANDS)
@@ -48,7 +49,10 @@ _HINTS = {
     **dict.fromkeys((E2M1.dtype, E8M0.dtype), "pass the codes as uint8"),
     **{fnuz.dtype: "convert codes and scales with tilelang_ext.quantization.fnuz_to_ocp" for fnuz in OCP_OF_FNUZ},
 }
+_GEMM = "tl.tileop.gemm"
 _SLOTS = {"SFA": 13, "SFB": 14}  # of the call
+_BARRIER = 16  # of tilelang 0.1.14's gemm; that of products in tensor memory waits for one
+_SLOTS_0_1_14 = (*range(10), *range(16, 22))  # of the same in a call of tilelang 0.1.14
 _SCOPES = {"shared.dyn": "shared", "local.fragment": "fragment", "": "global"}
 
 
@@ -176,6 +180,21 @@ class BlockScaledGemm:
         """How many neighbours along K, counted from the tile's first, provably have the same scales."""
         start = arith.Analyzer().modular_set(tirx.convert(self.scale_a.k_start))
         return math.gcd(self.K, self.scale_a.granularity, self.scale_b.granularity, int(start.coeff), int(start.base))
+
+
+def product_of(call) -> tirx.Call | None:
+    """Return a call of a block-scaled product that needs no tensor memory, None for anything else.
+
+    tilelang 0.1.14 has no operator for it: there `T.mma_gemm_blockscaled` is its `gemm`, with the scales behind all other
+    arguments. Returned is the call with its arguments in the slots of the newer operator.
+    """
+    if not isinstance(call, tirx.Call) or not isinstance(call.op, Op):
+        return None
+    if call.op.name == GEMM_BLOCKSCALED:
+        return call
+    if call.op.name == _GEMM and "sf_a_granularity_k" in call.annotations and isinstance(call.args[_BARRIER], tirx.IntImm):
+        return tirx.Call(call.dtype, call.op, [call.args[slot] for slot in _SLOTS_0_1_14], annotations=call.annotations)
+    return None
 
 
 def read(call: tirx.Call, without: tuple[str, ...] = ()) -> BlockScaledGemm:

@@ -22,11 +22,10 @@ from dataclasses import replace
 
 from tilelang import language as T
 from tvm import IRModule, tirx
-from tvm.ir import Op
 from tvm.tirx.stmt_functor import post_order_visit
 
-from tilelang_ext.marks import GEMM_BLOCKSCALED, READ_ONCE
-from tilelang_ext.passes.block_scaled_gemm import FP8, NAME, BlockScaledGemm, Operand, Scales, read, scope_of
+from tilelang_ext.marks import READ_ONCE
+from tilelang_ext.passes.block_scaled_gemm import FP8, NAME, BlockScaledGemm, Operand, Scales, product_of, read, scope_of
 from tilelang_ext.passes.rewrite import rewritten
 
 _DECODED = "bfloat16"
@@ -58,8 +57,8 @@ def _expand(body: tirx.Stmt, native: Callable, is_upstreams: Callable, without: 
     scratch = _Scratch(body)
 
     def replace_call(node: tirx.Evaluate):
-        call = node.value
-        if not _is_product(node) or is_upstreams(call):
+        call = product_of(node.value)
+        if call is None or is_upstreams(call):
             return None
         gemm, copies = _in_shared_memory(read(call, without), scratch.of(node))
         product = (native(gemm) or _product(gemm, scratch.of(node))).body
@@ -96,7 +95,7 @@ class _Scratch:
 
         def visit(node):
             if isinstance(node, tirx.SeqStmt):
-                self._sequences.update((stmt, node) for stmt in node.seq if _is_product(stmt))
+                self._sequences.update((stmt, node) for stmt in node.seq if _has_product(stmt))
 
         post_order_visit(body, visit)
 
@@ -113,9 +112,8 @@ class _Scratch:
         return buffer
 
 
-def _is_product(node) -> bool:
-    call = node.value if isinstance(node, tirx.Evaluate) else None
-    return isinstance(call, tirx.Call) and isinstance(call.op, Op) and call.op.name == GEMM_BLOCKSCALED
+def _has_product(stmt: tirx.Stmt) -> bool:
+    return isinstance(stmt, tirx.Evaluate) and product_of(stmt.value) is not None
 
 
 def _flat(stmt: tirx.Stmt) -> list[tirx.Stmt]:

@@ -17,6 +17,8 @@ from tvm.ir import Op
 from tvm.target import Target
 from tvm.tirx.stmt_functor import post_order_visit
 
+from tilelang_ext.passes.block_scaled_gemm import product_of
+
 # What upstream's generators say of operators and types that they lack.
 _UNTYPED = re.compile(r"(?:Cannot convert type|Unsupported FP8 type in HIP codegen:) (\S+)")
 _UNCONVERTED = {
@@ -206,6 +208,8 @@ def _refuse(func: tirx.PrimFunc, target: str) -> None:
                 pointer = node.args[0].op.name.rsplit(".", 1)[-1] if isinstance(node.args[0].op, Op) else ""
                 if foreign := _BY_TARGET.get((f"atomics of {target}", pointer)):
                     found.append((pointer, foreign))
+            elif operator == "gemm" and "sf_a_granularity_k" in node.annotations and product_of(node) is None:  # of 0.1.14
+                found.append((_WRITTEN["tcgen05_gemm_blockscaled"], _BY_OPERATOR["tcgen05_gemm_blockscaled"]))
             elif operator in ("copy", "async_copy"):
                 found.extend(copy for annotation, copy in _COPIES.items() if annotation in node.annotations)
         elif isinstance(node, tirx.SBlock):

@@ -62,6 +62,12 @@ ROWS = [
     *_of("lds32 lds64 lds128", lambda f, o: f(o.S[0, 0])),
     *_of("wgmma_gemm wgmma_mma", lambda f, o: f(o.S, o.S, o.F)),
     *_of("tcgen05_gemm tcgen05_mma", lambda f, o: f(o.S, o.S, o.F, mbar=o.barrier)),
+    *_of(
+        "tcgen05_gemm_blockscaled tcgen05_mma_blockscaled",
+        lambda f, o: f(
+            o.S, o.S, o.F, o.S, o.S, mbar=o.barrier, k_start=0, sf_a_granularity_k=32, sf_b_granularity_k=32
+        ),
+    ),
     *_of("tma_copy", lambda f, o: f(o.A, o.S, barrier=o.barrier)),
     *_of("copy_cluster", lambda f, o: f(o.A, o.S, cluster_mask=3)),
     *_of("im2col c2d_im2col", lambda f, o: f(o.image, o.S, 0, 0, 3, 1, 1, 1)),
@@ -80,8 +86,7 @@ ROWS = [
     ),
     *_required("tvm_struct_get", lambda o, i: "float32"),
     *_required(
-        "tcgen05_cp_warpx4 tcgen05_gemm_blockscaled tcgen05_mma_blockscaled "
-        "tcgen05_sf_warp_transpose warpgroup_fence_operand", lambda o, i: o.S
+        "tcgen05_cp_warpx4 tcgen05_sf_warp_transpose warpgroup_fence_operand", lambda o, i: o.S
     ),
     *_required(
         "increase_descriptor_offset initialize_wgmma_descriptor stg32 stg64 stg128 stg256 sts32 sts64 sts128",
