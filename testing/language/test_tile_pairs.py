@@ -78,6 +78,8 @@ def test_in_upstreams_language(target):
     """What upstream lets pass when it traces; the last was taken, and added to elements beside the tile."""
     for name, use, got in [
         ("copy", lambda T, A, C, D, S, s: T.copy(s, D[0, :, :]), r"s \(64\) for D \(1, 4, 64\)"),
+        ("copy", lambda T, A, C, D, S, s: T.copy(A[0:8, :], S), r"A \(8, 64\) for S \(4, 64\)"),
+        ("copy", lambda T, A, C, D, S, s: T.copy(S, A[0:2, 0:64]), r"S \(4, 64\) for A \(2, 64\)"),
         ("atomic_add", lambda T, A, C, D, S, s: T.atomic_add(D[0, :, :], s), r"s \(64\) for D \(1, 4, 64\)"),
         ("atomic_max", lambda T, A, C, D, S, s: T.atomic_max(A[0:8, 0:8], S), r"S \(4, 64\) for A \(8, 8\)"),
     ]:

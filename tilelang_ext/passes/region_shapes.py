@@ -3,7 +3,8 @@
     atomicadd(region(s (64,)), region(D (4, 64)))    "Check failed: loop_vars.size() <= op.src_range.size()"
 
 Axes of extent 1 apart, both tiles need equally many axes: elements of the one are those of the other in order. An atomic takes
-each element of its value once, so its extents must be equal too; a copy may fill a part, and upstream says when it may not.
+each element of its value once, so its extents must be equal too. A copy reads as much as its destination has, so its source
+may be said to be smaller, but not larger.
 Runs on tile programs. What is refused while a program is traced is in `language/tile_pairs.py`.
 """
 
@@ -47,8 +48,9 @@ def _check(name: str, source, destination) -> None:
     wanted, got = (_axes(region) for region in (destination, source))
     analyzer = arith.Analyzer()
     unlike = len(wanted) != len(got)
-    if not unlike and name != "copy":
-        unlike = any(analyzer.can_prove(tirx.NE(a, b)) for a, b in zip(wanted, got, strict=True))
+    if not unlike:
+        differ = tirx.LT if name == "copy" else tirx.NE
+        unlike = any(analyzer.can_prove(differ(a, b)) for a, b in zip(wanted, got, strict=True))
     if unlike:
         raise ValueError(
             f"T.{name}: both tiles must have the same extents, but for axes of 1; got {_text(source)} for "
