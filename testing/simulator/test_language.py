@@ -237,11 +237,27 @@ def test_entries_by_host_name_and_template_arguments():
         "template <typename T, int n> [[kernel]] void scale(device T* y [[buffer(0)]], uint i [[thread_position_in_grid]])"
         " { y[i] *= n; }\n"
         'template [[host_name("scale_half")]] [[kernel]] decltype(scale<half, 3>) scale<half, 3>;\n'
+        'template [[host_name("scale_" "float" "_7")]] [[kernel]] void scale<float, 7>(device float* y [[buffer(0)]],'
+        " uint i [[thread_position_in_grid]]);\n"
     )
-    for entry, dtype, factor in (("scale_half", np.float16, 3), ("scale<float, 5>", np.float32, 5)):
+    for entry, dtype, factor in (
+        ("scale_half", np.float16, 3), ("scale<float, 5>", np.float32, 5), ("scale_float_7", np.float32, 7)
+    ):  # fmt: skip
         y = np.ones(32, dtype)
         execute_msl(source, entry, [y], grid=(1, 1, 1), threads=(32, 1, 1))
         assert (y == factor).all()
+
+
+def test_array_parameters_constants_and_traits():
+    source = kernels.HEADER + (
+        "template <class T> constexpr constant bool is_word = _disjunction<is_same<T, int>, is_same<T, float>>::value;\n"
+        "kernel void f(device float* y, constant const float factors[3], constant float& last,"
+        " uint i [[thread_position_in_grid]]) {"
+        " y[i] = factors[i % 3] * M_LN10_F + last * (is_word<float> && !is_word<half>) + float(M_SQRT1_2_H); }"
+    )
+    y, factors = np.zeros(6, np.float32), np.array([1, 2, 4], np.float32)
+    execute_msl(source, "f", [y, factors, np.array([8], np.float32)], grid=(1, 1, 1), threads=(6, 1, 1))
+    np.testing.assert_allclose(y, np.tile(factors, 2) * np.log(10) + 8 + np.float32(np.float16(0.5**0.5)), rtol=1e-6)
 
 
 def test_positions():

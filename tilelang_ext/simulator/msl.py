@@ -31,6 +31,9 @@ from .tokens import (
 _SWIZZLE = re.compile(r"[xyzw]{2,4}|[rgba]{2,4}")
 _COMPONENT = {c: i for i, c in enumerate("xyzw")} | {c: i for i, c in enumerate("rgba")}
 _UNSUFFIXED = re.compile(r"(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+|0[xX][\da-fA-F]*\.?[\da-fA-F]*[pP][+-]?\d+")
+_INSTANTIATION = re.compile(
+    r'host_name\((?P<name>(?:\s*"[^"]*")+)\s*\)[^;{]*?(?:decltype\((?P<f>[^;]*?)\)\s*(?P=f)\s*;|\bvoid\s+(?P<g>\w+\s*<[^;{(]*>)\s*\()'
+)
 _ASSIGNMENTS = {"=", "+=", "-=", "*=", "/="}
 _SPACES = {"device", "thread", "threadgroup", "constant"}
 
@@ -93,10 +96,16 @@ def _blank_attributes(tokens: list[Token]) -> None:
 
 
 def _resolve_host_name(tokens: list[Token], entry: str) -> str:
-    """`template [[host_name("x")]] [[kernel]] decltype(f<half>) f<half>;` makes x a name of f<half>."""
+    """Return the kernel that an explicit instantiation names `entry`, if there is one.
+
+    template [[host_name("x")]] [[kernel]] decltype(f<half>) f<half>;
+    template [[host_name("x" "_half")]] [[kernel]] void f<half>(device half* y [[buffer(0)]]);
+    """
     text = "".join(t.text if t.kind != "newline" else " " for t in tokens) if "<" not in entry else ""
-    found = re.search(r'host_name\(\s*"' + re.escape(entry) + r'"\s*\)[^;{]*?decltype\((?P<f>[^;]*?)\)\s*(?P=f)\s*;', text)
-    return found["f"].strip() if found else entry
+    for found in _INSTANTIATION.finditer(text):
+        if "".join(re.findall(r'"([^"]*)"', found["name"])) == entry:
+            return (found["f"] or found["g"]).strip()
+    return entry
 
 
 def _remove_explicit_instantiations(tokens: list[Token]) -> None:
@@ -157,6 +166,9 @@ def _number_buffers(parameters: list[Parameter]) -> list[Parameter]:
 def _parameter(piece: list[Token]) -> Parameter:
     opening = next((i for i in range(len(piece)) if is_attribute(piece, i)), len(piece))
     declaration = [t.text for t in piece[:opening]]
+    if declaration[-1] == "]":  # `constant T name[3]` is a pointer
+        bracket = declaration.index("[")
+        declaration = [*declaration[: bracket - 1], "*", declaration[bracket - 1]]
     attributes = "".join(t.text for t in piece[opening:]).replace("[[", " ").replace("]]", " ")
     attribute = re.match(r"\s*(\w+)(?:\((\d+)\))?", attributes)
     pointer = next((t for t in reversed(declaration[:-1]) if t in "*&"), "")

@@ -174,6 +174,12 @@ template <class T, class U>
 struct is_same : bool_constant<__is_same(T, U)> {};
 template <class T, class U>
 constexpr bool is_same_v = __is_same(T, U);
+template <class... B>
+struct conjunction : bool_constant<(B::value && ...)> {};
+template <class... B>
+struct disjunction : bool_constant<(B::value || ...)> {};
+template <class... B>
+using _disjunction = disjunction<B...>;  // the name that Apple's own headers use
 template <class T, class U>
 struct is_convertible : bool_constant<__is_convertible_to(T, U)> {};
 template <class T, class U>
