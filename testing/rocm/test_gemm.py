@@ -210,6 +210,18 @@ def test_accumulator_layout_splits_the_tile_over_waves(arch, places):
             NotImplementedError,
             "int8 operands need an instruction with K = 32, .*; got gfx90a, which has K = 16 alone; convert",
         ),
+        *(
+            (lambda sizes=sizes: gemm("float16", "float16", **sizes), arch, error, message)
+            for arch in ("gfx942", "gfx1100")
+            for sizes, error, message in (
+                ({"M": 40}, ValueError, "M must be a multiple of 16; got M = 40"),
+                ({"N": 104}, ValueError, "N must be a multiple of 16; got N = 104"),
+                ({"M": 16, "N": 48, "threads": 256}, ValueError, "must split into 16x16 blocks over all waves"),
+                ({"K": 24}, NotImplementedError, f"what instructions of {arch} multiply; .* K = 24 .*a multiple of 16"),
+                ({"K": 8, "A_scope": "fragment"}, NotImplementedError, f"instructions of {arch} multiply; .* K = 8 into"),
+            )
+        ),
+        (lambda: gemm("int8", "int8", accum="int32"), "gfx1100", NotImplementedError, "got int8 and int8 with K = 128"),
     ],
 )
 def test_errors(kernel, arch, error, message):

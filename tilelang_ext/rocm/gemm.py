@@ -11,6 +11,7 @@ Here the table of `instructions.py` decides; every other GEMM is tilelang's own,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +29,7 @@ from tilelang_ext.rocm.device_text import decoder_name, decoder_text, product_na
 from tilelang_ext.rocm.instructions import FP8_DTYPES, MFMA, TILE, Product, select_product
 from tilelang_ext.rocm.layout import Partition, accumulator_layout, operand_layout
 
+_UPSTREAM_K = {8: 32, 16: 16, 32: 4}  # of the instructions that tilelang takes, by bits of an element
 _LOAD_BYTES = 16  # the widest LDS access
 
 
@@ -56,7 +58,8 @@ class MatrixUnitGemm:
     def infer_layout(self, target, thread_nums) -> dict:
         plan = self._plan(target, int(thread_nums))
         if plan is None:
-            return self.upstream(self.gemm_node).infer_layout(target, thread_nums)
+            self._check_split(target, int(thread_nums))
+            return self._upstreams(target, lambda gemm: gemm.infer_layout(target, thread_nums))
         layouts = {self.C: accumulator_layout(self.C.shape, plan.partition, plan.product.instruction)}
         for operand, buffer, k_is_first in (("A", self.A, self.trans_A), ("B", self.B, not self.trans_B)):
             if is_fragment(buffer):
@@ -70,7 +73,8 @@ class MatrixUnitGemm:
     def lower(self, layout_map, target, thread_bounds, thread_index, mbar_phase_expr=None):
         plan = self._plan(target, int(thread_bounds.extent))
         if plan is None:
-            return self.upstream(self.gemm_node).lower(layout_map, target, thread_bounds, thread_index, mbar_phase_expr)
+            arguments = layout_map, target, thread_bounds, thread_index, mbar_phase_expr
+            return self._upstreams(target, lambda gemm: gemm.lower(*arguments))
         product, partition, run, pack = plan.product, plan.partition, plan.run, plan.pack
         instruction, register = product.instruction, product.register
         groups, wave_size = instruction.groups, instruction.accumulator.wave
@@ -173,6 +177,20 @@ class MatrixUnitGemm:
 
         return _Simplify(gemm_native, inline_let=True)
 
+    def _upstreams(self, target, use: Callable):
+        """Return use(upstream's GEMM); what it asserts of types, and divides by of K, is an error that says the rule."""
+        k = _UPSTREAM_K.get(T.dtype(self.A.dtype).bits, 1)
+        try:
+            if self.K % k == 0:
+                return use(self.upstream(self.gemm_node))
+        except AssertionError:
+            pass
+        operands = f"{self.A.dtype} and {self.B.dtype} with K = {self.K} into {self.C.dtype}"
+        raise NotImplementedError(
+            f"T.gemm: the operands must be what instructions of {target_get_mcpu(target)} multiply; got {operands}; cast the "
+            f"tiles to float16 or bfloat16, and take K a multiple of {k}"
+        )
+
     def _plan(self, target, threads: int) -> _Plan | None:
         a_dtype, b_dtype = str(self.A.dtype), str(self.B.dtype)
         arch = target_get_mcpu(target) or ""
@@ -187,6 +205,7 @@ class MatrixUnitGemm:
         if a_dtype not in FP8_DTYPES and not self._fits():
             return None
         self._check()
+        self._check_tile()
         instruction = product.instruction
         partition = self._partition(target, threads, instruction.accumulator.wave)
         if is_fragment(self.A) or is_fragment(self.B):
@@ -239,6 +258,13 @@ class MatrixUnitGemm:
                     f"T.gemm: {name} must be a shared or fragment buffer; got {buffer.name} in scope {buffer.scope()!r}; "
                     "copy the tile with T.copy first"
                 )
+
+    def _check_split(self, target, threads: int) -> None:
+        """Raise ValueError unless the tile splits into whole instructions over all waves."""
+        self._check_tile()
+        self._partition(target, threads, int(target.attrs["thread_warp_size"]))
+
+    def _check_tile(self) -> None:
         for name, extent in (("M", self.M), ("N", self.N)):
             if extent % TILE:
                 raise ValueError(
