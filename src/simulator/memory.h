@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -288,13 +289,18 @@ struct PendingWrite {
   Unordered write;
   Thread* thread;
   unsigned group[3];
-  char before[16];
+  char* before;  // what stood there
+  size_t capacity;
 };
 inline PendingWrite pending;
 inline bool is_pending;
 
 inline void report_race(const Unordered& a, const char* wrong) {
-  if (wrong == kPlainWrite && a.access == kWrite && a.size <= sizeof pending.before) {
+  if (wrong == kPlainWrite && a.access == kWrite) {
+    if (a.size > pending.capacity) {  // of a fill or a copy of many elements
+      pending.before = (char*)realloc(pending.before, a.size);
+      pending.capacity = a.size;
+    }
     pending.write = a;
     pending.thread = current;
     memcpy(pending.group, group_position, sizeof group_position);

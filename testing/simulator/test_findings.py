@@ -248,6 +248,20 @@ def test_threads_that_store_one_value(value, kind):
         assert "notes: 1" in str(report)
 
 
+@pytest.mark.parametrize(("value", "kind"), [("3", "same value"), ("0x3030303 + 0x1010101 * (int(i) / 31)", "race")])
+def test_threads_that_fill_with_one_value(value, kind):
+    """The compiler makes one access of these stores, as long as the fill."""
+    source = kernels.HEADER + (
+        "kernel void f(device uchar* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {\n"
+        f"  for (int j = 0; j < 300; ++j) y[j] = uchar({value});\n}}"
+    )
+    y = torch.full((300,), 3, dtype=torch.uint8)
+    report = execute_msl(source, "f", [y], grid=(1, 1, 1), threads=(32, 1, 1))
+    found = report.findings if kind == "race" else report.notes
+    assert [(f.kind, f.line) for f in found] == [(kind, line_of(source, "y[j] ="))]
+    assert kind == "race" or report.findings == ()
+
+
 def test_index_past_a_private_array_names_it():
     source = kernels.HEADER + (
         "kernel void f(device int* y [[buffer(0)]], uint i [[thread_position_in_grid]]) {\n"
