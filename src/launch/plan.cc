@@ -159,7 +159,10 @@ Array<int64_t> Plan::KeyOf(int64_t tuple) const {
 void Plan::Call(void* const* objects, size_t count) {
   Argument arguments[kMaxArguments];
   shared_->torch.Read(objects, count, names_, name_, arguments, nullptr);
-  if (LaunchRead(arguments)) return;
+  if (!LaunchRead(arguments)) RaiseMissing(arguments);
+}
+
+void Plan::RaiseMissing(const Argument* arguments) const {
   Key key;
   const int64_t size = ReadKey(arguments, &key);
   Raise error("LookupError");
@@ -245,9 +248,7 @@ std::shared_ptr<Callable> Plan::Bind(int64_t tuple) {
   std::vector<ManagedTensor> kept;
   ReadTuple(tuple, arguments, &kept);
   Variant* variant = Find(arguments);
-  if (variant == nullptr) {
-    Raise("ValueError") << name_ << ": bind needs a variant for these sizes; got none compiled; call the plan first";
-  }
+  if (variant == nullptr) RaiseMissing(arguments);
   auto prepared = std::make_unique<Prepared>(shared_.get(), variant, arguments, name_);
   return std::make_shared<Bound>(shared_from_this(), shared_, name_, std::move(kept), std::move(prepared));
 }

@@ -104,6 +104,7 @@ class Plan : public Callable, public std::enable_shared_from_this<Plan> {
 
   void ReadTuple(int64_t tuple, Argument* arguments, std::vector<ManagedTensor>* kept) const;
   int64_t ReadKey(const Argument* arguments, Key* key) const;  // returns the size
+  void RaiseMissing(const Argument* arguments) const;          // says that no variant has their key
   uint64_t HashOf(const Key& key) const;
   bool IsEqual(const Key& one, const Key& other) const { return std::equal(&one[0], &one[0] + key_.size(), &other[0]); }
   Variant* Find(const Argument* arguments) const;

@@ -109,6 +109,7 @@ def find_library() -> Path:
 
 @functools.cache
 def _library() -> tvm_ffi.Module:
+    tvm_ffi.register_error("LookupError", LookupError)  # else tvm_ffi raises RuntimeError in its place
     return tvm_ffi.load_module(str(find_library()))
 
 
@@ -235,7 +236,7 @@ class Plan:
         return key, size
 
     def bind(self, *arguments) -> Callable[[], None]:
-        """Return a function that launches with these arguments, and keeps their tensors."""
+        """Return a function that launches with these arguments, and keeps their tensors. Raises what a call raises."""
         bound = _types()[1]()
         self._bind(id(arguments), id(bound))
         return bound

@@ -184,3 +184,32 @@ def test_out_without_the_dispatcher(cuda, monkeypatch, a_format):
     with pytest.raises(TypeError, match="w13 must be MXFP4Weights or HopperWeights; got tuple"):
         operator.mxfp4_moe(*given, tuple(pair[0]), pair[1], activation=SWIGLU, a_dtype=a_dtype, out=out)
     assert len(cuda.launches()) == 2 * len(wanted)
+
+
+def test_prepared_and_bound(cuda, monkeypatch):
+    """`bind` compiles what is missing, and launches nothing; then each call is what the operator launches."""
+    pair, plan = weights(), cuda.launcher.plan(launches.RECIPE)
+    operands, problem, arguments = call(2, pair, "bfloat16")
+    monkeypatch.setattr(launches, "plan", lambda: plan)
+    monkeypatch.setattr(launches, "problem_of", lambda *given: problem)
+    prepared = operator.mxfp4_moe.prepare(*pair, activation=SWIGLU)
+    bound = prepared.bind(*operands[:3], out=arguments[-1])
+    assert cuda.launches() == []
+    bound()
+    operator._launch_plan(plan, problem, operands, arguments)
+    done = cuda.launches()
+    half = len(done) // 2
+    assert half
+    assert done[:half] == done[half:]
+    with pytest.raises(ValueError, match="mxfp4_moe: x must"):
+        prepared.bind(operands.x[:, :64], *operands[1:3], out=arguments[-1])
+
+
+def test_prepared_on_the_cpu():
+    pair = weights()
+    x, ids, row_weights = torch.randn(3, H).bfloat16(), torch.tensor([[0, 3], [2, 1], [1, 3]]), torch.rand(3, TOP_K)
+    prepared, out = operator.mxfp4_moe.prepare(*pair, activation=SWIGLU), torch.full((3, H), torch.nan).bfloat16()
+    prepared.bind(x, ids, row_weights, out=out)()
+    wanted = operator.mxfp4_moe(x, ids, row_weights, *pair, activation=SWIGLU)
+    assert torch.equal(out, wanted)
+    assert torch.equal(prepared(x, ids, row_weights), wanted)

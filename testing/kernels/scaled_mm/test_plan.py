@@ -194,3 +194,33 @@ def test_out_without_the_dispatcher(cuda, monkeypatch):
     with pytest.raises(TypeError, match=r"output_dtype must be float32, float16 or bfloat16; got torch.int8"):
         operator.scaled_mm(a, b, scale_a, ROW, scale_b, ROW, output_dtype=torch.int8, out=out)
     assert len(cuda.launches()) == 2
+
+
+@pytest.mark.parametrize("recipes", [(ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK)], ids=["rows", "blocks"])
+def test_prepared_and_bound(cuda, recipes):
+    """`bind` compiles what is missing, and launches nothing; then each call is the launch that the operator makes."""
+    given = arguments(16, recipes)
+    a, b, scale_a, scale_b, bias, _, out = given
+    prepared = operator.scaled_mm.prepare(b, scale_b, *recipes, bias=bias)
+    bound = prepared.bind(a, scale_a, out=out)
+    assert cuda.launches() == []
+    bound()
+    operator._scaled_mm_out(*given)
+    first, second = cuda.launches()
+    assert first == second
+    assert len(cuda.lines("load")) == 1
+    with pytest.raises(ValueError, match=r"scaled_mm: mat_a .*contiguous|scaled_mm: mat_a must"):
+        prepared.bind(a.repeat(1, 2)[:, :K], scale_a, out=out)
+    with pytest.raises(ValueError, match=r"scaled_mm: out must be contiguous of shape \(16, 256\)"):
+        prepared.bind(a, scale_a, out=out[:3])
+
+
+def test_prepared_on_the_cpu():
+    (a, scale_a, b, scale_b), _ = operands(3, N, K, (ROW, ROW))
+    scale_a, scale_b = as_torch(scale_a, ROW, "a"), as_torch(scale_b, ROW, "b")
+    prepared = operator.scaled_mm.prepare(b.t(), scale_b, ROW, ROW, output_dtype=torch.float32)
+    wanted = operator.scaled_mm(a, b.t(), scale_a, ROW, scale_b, ROW, output_dtype=torch.float32)
+    out = torch.full((3, N), torch.nan)
+    prepared.bind(a, scale_a, out=out)()
+    assert torch.equal(out, wanted)
+    assert torch.equal(prepared(a, scale_a), wanted)

@@ -29,6 +29,7 @@ from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights, 
 from tilelang_ext.launch.device import current, target_of
 from tilelang_ext.launch.gradient import without_gradient
 from tilelang_ext.launch.plan import Plan
+from tilelang_ext.launch.prepared import Prepared
 
 
 def mxfp4_moe(
@@ -78,6 +79,16 @@ def mxfp4_moe(
         options = *options_of(activation, a_dtype, x), epilogue, expert_mask
         if launches.directly.value(x, topk_ids, topk_weights, *w13, *w2, *options, out):
             return out
+    arguments = _arguments_of(x, topk_ids, topk_weights, w13, w2, activation, a_dtype, epilogue, expert_mask)
+    if out is None:
+        out = torch.ops.tilelang_ext.mxfp4_moe(*arguments)
+    else:
+        torch.ops.tilelang_ext.mxfp4_moe_out(*arguments, out)
+    return without_gradient("mxfp4_moe", out, x, topk_weights)
+
+
+def _arguments_of(x, topk_ids, topk_weights, w13, w2, activation, a_dtype, epilogue, expert_mask) -> tuple:
+    """Return the arguments of the torch operator, but the result, from those of the function."""
     if a_dtype not in (None, x.dtype, *A_FORMATS):
         raise TypeError(
             f"mxfp4_moe: a_dtype must be {x.dtype}, torch.float8_e4m3fn, 'mxfp8' or 'mxfp4'; got {a_dtype}; leave it out"
@@ -98,15 +109,51 @@ def mxfp4_moe(
             "'separated' to prepare_mxfp4_weights for w13 alone"
         )
     a_format = A_FORMATS.get(a_dtype, str(x.dtype).removeprefix("torch."))
-    arguments = (
+    return (
         *(x, topk_ids, topk_weights, *to_arguments(w13), *to_arguments(w2)),
         *(activation.name, activation.alpha, activation.limit, a_format, epilogue, expert_mask),
     )
-    if out is None:
-        out = torch.ops.tilelang_ext.mxfp4_moe(*arguments)
-    else:
-        torch.ops.tilelang_ext.mxfp4_moe_out(*arguments, out)
-    return without_gradient("mxfp4_moe", out, x, topk_weights)
+
+
+def prepare(
+    w13: MXFP4Weights | HopperWeights,
+    w2: MXFP4Weights | HopperWeights,
+    *,
+    activation: Activation,
+    a_dtype: torch.dtype | str | None = None,
+    epilogue: str = "reduce",
+    expert_mask: Tensor | None = None,
+) -> Prepared:
+    """Return `mxfp4_moe` with its weights and options fixed, which are described there; it is `mxfp4_moe.prepare`.
+
+    moe = mxfp4_moe.prepare(w13, w2, activation=Activation.swiglu())
+    y = moe(x, topk_ids, topk_weights)                      or out=y: checks the tensors, launches
+    step = moe.bind(x, topk_ids, topk_weights, out=y)       the tensors fixed too
+    step()
+    """
+    options = {"activation": activation, "a_dtype": a_dtype, "epilogue": epilogue, "expert_mask": expert_mask}
+
+    def bind(x, topk_ids, topk_weights, out):
+        return _bind(_arguments_of(x, topk_ids, topk_weights, w13, w2, **options), out)
+
+    return Prepared(functools.partial(mxfp4_moe, w13=w13, w2=w2, **options), bind)
+
+
+mxfp4_moe.prepare = prepare  # type: ignore[attr-defined]
+
+
+def _bind(arguments: tuple, out: Tensor) -> Callable[[], None] | None:
+    """Return the launch of the torch operator's arguments, None where no plan launches them."""
+    operands, *options = _checked(*arguments, out)
+    problem = launches.problem_of(operands, *options)
+    if not operands.topk_ids.numel() or not launches.has_plan(problem):
+        return None
+    plan, arguments = launches.plan(), (*arguments[:-1], readable(operands).expert_mask, out)
+    try:
+        return plan.bind(*to_plan(arguments))
+    except LookupError:
+        launches.add_variant(plan, arguments, problem, target_of("mxfp4_moe", out.device).arch)
+        return plan.bind(*to_plan(arguments))
 
 
 # --- operators -------------------------------------------------------------------------------------------------------

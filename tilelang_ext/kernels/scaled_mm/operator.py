@@ -36,6 +36,7 @@ from tilelang_ext.launch.compile import compiled
 from tilelang_ext.launch.device import Target, current, target_of
 from tilelang_ext.launch.gradient import without_gradient
 from tilelang_ext.launch.plan import Plan
+from tilelang_ext.launch.prepared import Prepared
 
 KERNELS = (selection, vecmat, tiled)  # the first that takes a problem compiles it
 _CONTRACTIONS = ((), (1, 0), (-1, -2), (-1, 0), (1, -2))
@@ -97,6 +98,56 @@ def scaled_mm(
     return without_gradient("scaled_mm", out, mat_a, mat_b, scale_a, scale_b, bias)
 
 
+def prepare(
+    mat_b: Tensor,
+    scale_b: Tensor,
+    scale_recipe_a: ScalingType,
+    scale_recipe_b: ScalingType,
+    *,
+    bias: Tensor | None = None,
+    output_dtype: torch.dtype = torch.bfloat16,
+    use_fast_accum: bool = False,
+) -> Prepared:
+    """Return `scaled_mm` with its weight and options fixed, which are described there; it is `scaled_mm.prepare`.
+
+    linear = scaled_mm.prepare(weight.t(), scale_b, ScalingType.RowWise, ScalingType.RowWise)
+    y = linear(mat_a, scale_a)                      or out=y: checks the tensors, launches
+    step = linear.bind(mat_a, scale_a, out=y)       the tensors fixed too
+    step()
+    """
+    options = options_of(scale_recipe_a, None, scale_recipe_b, None, use_fast_accum)
+
+    def call(mat_a, scale_a, out=None):
+        recipes = scale_recipe_a, scale_b, scale_recipe_b
+        return scaled_mm(
+            mat_a, mat_b, scale_a, *recipes, bias=bias, output_dtype=output_dtype, use_fast_accum=use_fast_accum, out=out
+        )
+
+    def bind(mat_a, scale_a, out):
+        return _bind(mat_a, mat_b, only_scale("scale_a", scale_a), only_scale("scale_b", scale_b), bias, options, out)
+
+    return Prepared(call, bind)
+
+
+scaled_mm.prepare = prepare  # type: ignore[attr-defined]
+
+
+def _bind(*arguments) -> Callable[[], None] | None:
+    """Return the launch of the torch operator's arguments, None where no plan launches them."""
+    mat_a, mat_b, *_, packed, out = arguments
+    check(*arguments[:5], unpack(packed), out)
+    if not (out.numel() and mat_a.numel()) or not mat_a.is_cuda or not launch.takes_plans():
+        return None
+    _check_memory(mat_a, mat_b.t())
+    plan, given = launch.plan(), to_plan(arguments)
+    try:
+        return plan.bind(*given)
+    except LookupError:
+        problem = _problem_of(_key_of(*arguments, mat_a.shape[0]), unpack(packed).use_fast_accum)
+        launch.add_variant(plan, arguments, problem, implementation_of(problem))
+        return plan.bind(*given)
+
+
 # --- operators -------------------------------------------------------------------------------------------------------
 # Defined by their schema: torch.library.custom_op would cost ten times as much per call.
 
@@ -119,7 +170,6 @@ def _scaled_mm_out(*arguments) -> None:
 
 def _check_and_launch(mat_a, mat_b, scale_a, scale_b, bias, packed, out) -> None:
     arguments, options = (mat_a, mat_b, scale_a, scale_b, bias, packed, out), unpack(packed)
-    recipe_a, _, recipe_b, _, use_fast_accum = options
     scale_a, scale_b = check(mat_a, mat_b, scale_a, scale_b, bias, options, out)
     (M, K), N = mat_a.shape, mat_b.shape[1]
     if M == 0 or N == 0:
@@ -127,18 +177,18 @@ def _check_and_launch(mat_a, mat_b, scale_a, scale_b, bias, packed, out) -> None
     if K == 0:
         out.zero_()
     elif mat_a.device.type == "cpu":
-        product = reference.scaled_matmul(mat_a, scale_a, mat_b.t(), scale_b, LAYOUTS[recipe_a], LAYOUTS[recipe_b])
+        product = reference.scaled_matmul(
+            mat_a, scale_a, mat_b.t(), scale_b, LAYOUTS[options.recipe_a], LAYOUTS[options.recipe_b]
+        )
         out.copy_(product if bias is None else product + bias.double())
     else:
-        bias_dtype = None if bias is None else bias.dtype
         is_cuda = target_of("scaled_mm", mat_a.device).kind == "cuda"
-        max_M = M if is_cuda else bucket_of(M)
-        key = (mat_a.device, max_M, N, K, mat_a.dtype, mat_b.dtype, recipe_a, recipe_b, bias_dtype, out.dtype)
+        key = _key_of(*arguments, M if is_cuda else bucket_of(M))
         if is_cuda:
             _check_memory(mat_a.contiguous(), mat_b.t())
             _launch_plan(launch.plan(), key, with_memory_of_kernels(arguments, (scale_a, scale_b)))
         else:
-            run = _launchers.get((key, use_fast_accum)) or _compile(key, use_fast_accum)
+            run = _launchers.get((key, options.use_fast_accum)) or _compile(key, options.use_fast_accum)
             _launch(run, mat_a, scale_a, mat_b.t(), scale_b, bias, out)
 
 
@@ -177,8 +227,15 @@ _scaled_mm_op, _scaled_mm_out_op = torch.ops.tilelang_ext.scaled_mm.default, tor
 _launchers: dict[tuple, Callable] = {}
 
 
+def _key_of(mat_a, mat_b, scale_a, scale_b, bias, packed, out, max_M: int) -> tuple:
+    """Return device, max_M, N, K, dtypes, recipes and dtypes of bias and result."""
+    options, bias_dtype = unpack(packed), None if bias is None else bias.dtype
+    sizes = max_M, mat_b.shape[1], mat_b.shape[0]
+    return mat_a.device, *sizes, mat_a.dtype, mat_b.dtype, options.recipe_a, options.recipe_b, bias_dtype, out.dtype
+
+
 def _problem_of(key: tuple, use_fast_accum: bool) -> Problem:
-    """Return the problem of device, max_M, N, K, dtypes, recipes and dtypes of bias and result."""
+    """Return the problem of a key."""
     target = target_of("scaled_mm", key[0])
     for name, dtype in (("mat_a", key[4]), ("mat_b", key[5])):
         if dtype in FNUZ and target.kind != "hip":
