@@ -31,6 +31,7 @@ from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.foreign_calls import refuse_foreign
+from tilelang_ext.passes.fp8_names import name_e4m3
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.layouts import infer_layouts
@@ -69,7 +70,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
 def _lower(mod: IRModule, target: Target) -> IRModule:
     transform = tilelang.transform
     config = transform.get_pass_context()
-    mod = expand_block_scaled_gemms(mod)
+    mod = expand_block_scaled_gemms(name_e4m3(mod))
     mod = refuse_unlike_regions(refuse_foreign(mod, "metal"))
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)

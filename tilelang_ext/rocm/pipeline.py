@@ -24,6 +24,7 @@ from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
 from tilelang_ext.passes.float_constants import SpellFloatConstants, by_bits
 from tilelang_ext.passes.foreign_calls import refuse_foreign
+from tilelang_ext.passes.fp8_names import name_e4m3
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.layouts import infer_layouts
@@ -69,7 +70,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     transform = tilelang.transform
     config = transform.get_pass_context()
     mod = expand_block_scaled_gemms(
-        mod, native=lambda gemm: lower_block_scaled_gemm(gemm, target), without=(E2M1.dtype, E8M0.dtype)
+        name_e4m3(mod), native=lambda gemm: lower_block_scaled_gemm(gemm, target), without=(E2M1.dtype, E8M0.dtype)
     )
     mod = lower_block_scaled(mod, target)
     mod = refuse_unlike_regions(refuse_foreign(mod, "hip"))
