@@ -1,6 +1,7 @@
 """Functions of a warp, of a block, of bits and of whole buffers, which mean what they mean on CUDA; hints that mean nothing."""
 
 import pytest
+import tilelang
 import torch
 
 from tilelang_ext import language as T
@@ -160,6 +161,47 @@ def test_atomics_of_pairs(dtype, given):
     assert {finding.kind for finding in report.findings} <= {"race"}, "each block writes the same S"
     assert torch.equal(c.float(), torch.arange(64) + 3 * x.float())
     assert torch.equal(s.float(), x.float())
+
+
+def adds_several(dtype, count):
+    @T.prim_func
+    def kernel(X: T.Tensor((64,), dtype), C: T.Tensor((64,), dtype), S: T.Tensor((64,), dtype)):
+        with T.Kernel(3, threads=64 // count) as block:
+            tile = T.alloc_shared((64,), dtype)
+            T.clear(tile)
+            for i in T.Parallel(64 // count):
+                if count == 2:
+                    T.atomic_addx2(C[i * 2], X[i * 2])
+                    T.atomic_addx2(tile[i * 2], X[i * 2])
+                else:
+                    T.atomic_addx4(C[i * 4], X[i * 4])
+                    T.atomic_addx4(tile[i * 4], X[i * 4])
+            if block == 0:
+                T.copy(tile, S)
+
+    return kernel
+
+
+@pytest.mark.parametrize("target", ["metal", "hip -mcpu=gfx942", "hip -mcpu=gfx1100"])
+@pytest.mark.parametrize(("dtype", "count"), [("float16", 2), ("bfloat16", 2), ("float16", 4), ("bfloat16", 4), ("float32", 4)])
+def test_atomics_of_several(dtype, count, target):
+    x = torch.randint(-8, 8, (64,)).to(getattr(torch, dtype))
+    c, s = torch.arange(64).to(getattr(torch, dtype)), torch.zeros(64, dtype=getattr(torch, dtype))
+    assert simulate(adds_several(dtype, count), x, c, s, target=target).findings == ()
+    assert torch.equal(c.float(), torch.arange(64) + 3 * x.float())
+    assert torch.equal(s.float(), x.float())
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("metal", "float32"), ("c", "float32"), ("hip -mcpu=gfx942", "bfloat16")])
+def test_previous_values_of_several_are_refused(target, dtype):
+    @T.prim_func
+    def kernel(X: T.Tensor((64,), dtype), C: T.Tensor((64,), dtype), S: T.Tensor((64,), dtype)):
+        with T.Kernel(1, threads=32):
+            for i in T.Parallel(32):
+                S[i * 2 : i * 2 + 2] = T.atomic_addx2(C[i * 2], X[i * 2], return_prev=True)
+
+    with pytest.raises(NotImplementedError, match=r"T.atomic_addx2: return_prev .*; got it on target \w+; call T.atomic_add 2"):
+        tilelang.compile(kernel, target="c") if target == "c" else simulate(kernel, *[torch.zeros(64)] * 3, target=target)
 
 
 def elected(size, hint):

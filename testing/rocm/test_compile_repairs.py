@@ -5,13 +5,27 @@ from passes import meeting_kernels, operator_kernels
 from rocm.fp8_kernels import CODES, FOREIGN, conversions
 from rocm.kernels import lower
 
+from tilelang_ext import language as T
 from tilelang_ext.rocm import compile_hip
+
+
+def quad_sums():
+    @T.prim_func
+    def sums(X: T.Tensor((256,), "float16"), C: T.Tensor((256,), "float16")):
+        with T.Kernel(1, threads=64):
+            for i in T.Parallel(64):
+                T.atomic_addx4(C[i * 4], X[i * 4])
+                T.atomic_addx2(C[i * 4], X[i * 4])
+
+    return sums
+
 
 KERNELS = {
     "reduction from any thread": lambda: meeting_kernels.normalized_row(48),
     "float64": lambda: operator_kernels.floats("float64"),
     "booleans": operator_kernels.booleans,
     "narrow integers": operator_kernels.narrow_integers,
+    "atomic sums of four halves": quad_sums,
     "fp8": lambda: conversions([format.dtype for format in FOREIGN["gfx942"]], CODES),
 }
 

@@ -22,6 +22,7 @@ from tilelang_ext.metal.one_instruction import OneInstruction
 from tilelang_ext.metal.operand_layouts import DropOperandLayouts
 from tilelang_ext.metal.operators import RULES
 from tilelang_ext.metal.parameter_order import order_parameters
+from tilelang_ext.metal.quad_atomics import SplitQuadAtomics
 from tilelang_ext.metal.reduced_fragments import LayOutReducedFragments
 from tilelang_ext.metal.staged_reads import StageReads
 from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
@@ -80,7 +81,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = spell_operators(mod, RULES)
     mod = SelectLanes(mod)
     mod = CountLanes(mod, 32, keep_default=True)
-    mod = SpellScalarAtomics(mod)
+    mod = SplitQuadAtomics(SpellScalarAtomics(mod))
     mod = SpellBooleans(mod)
     mod = KeepWrappingCasts(KeepFloatArithmetic(mod))
     mod = GuardEmptyLoops(mod)

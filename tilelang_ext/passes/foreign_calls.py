@@ -183,6 +183,16 @@ _COPIES = {
     "gather4_rows": ("tma_gather4", _BY_OPERATOR["tma_copy"]),
 }
 
+# Vector atomics that return what was there: all on metal and c, and of 16-bit floats on hip.
+_PREVIOUS = {
+    f"atomic_addx{count}_ret_elem_op": (
+        f"atomic_addx{count}",
+        _Foreign("", "return_prev needs an atomic on all elements at once", f"call T.atomic_add {count} times"),
+    )
+    for count in (2, 4)
+}
+_HALVES = ("float16", "bfloat16")
+
 
 def refuse_foreign(mod: IRModule, target: str) -> IRModule:
     """Return `mod`; NotImplementedError for the first instruction in it that `target` does not have."""
@@ -204,6 +214,9 @@ def _refuse(func: tirx.PrimFunc, target: str) -> None:
                 found.append((_WRITTEN.get(operator, operator), foreign))
             elif operator in ("call_extern", "call_pure_extern"):
                 found.extend(_function(node, target))
+            elif previous := _PREVIOUS.get(operator):
+                if target != "hip" or _element(node.dtype) in _HALVES:
+                    found.append(previous)
             elif operator.startswith("atomic_") and node.args and isinstance(node.args[0], tirx.Call):
                 pointer = node.args[0].op.name.rsplit(".", 1)[-1] if isinstance(node.args[0].op, Op) else ""
                 if foreign := _BY_TARGET.get((f"atomics of {target}", pointer)):
@@ -218,6 +231,10 @@ def _refuse(func: tirx.PrimFunc, target: str) -> None:
     post_order_visit(func.body, visit)
     for name, foreign in [*found, *allocated][:1]:
         raise NotImplementedError(f"T.{name}: {foreign.what}; got it on target {target}; {foreign.instead}")
+
+
+def _element(dtype) -> str:
+    return str(dtype).split("x")[0]
 
 
 def _function(call: tirx.Call, target: str) -> list[tuple[str, _Foreign]]:

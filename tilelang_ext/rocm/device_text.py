@@ -275,17 +275,20 @@ __device__ __forceinline__ void device_assert(bool condition, const char* messag
 """
 
 
-def add_pair_text() -> str:
-    """Return the definition of add_pair(pointer, value), an atomic sum of two 16-bit floats in their 32-bit word."""
+def add_pairs_text() -> str:
+    """Return add_2 and add_4, atomic sums of so many 16-bit floats by pairs, in their 32-bit words.
+
+    The value is the words, or a pointer to the floats.
+    """
     return _guarded(
-        "add_pair",
+        "add_pairs",
         """\
 template <typename T>
-__device__ __forceinline__ void add_pair(T* pair, uint1 value) {
+__device__ __forceinline__ void add_2(T* pair, uint1 value) {
   unsigned* word = reinterpret_cast<unsigned*>(pair);
   T added[2], sum[2];
   __builtin_memcpy(added, &value, 4);
-  unsigned seen = *word, old;
+  unsigned seen = __atomic_load_n(word, __ATOMIC_RELAXED), old;
   do {
     old = seen;
     __builtin_memcpy(sum, &old, 4);
@@ -294,6 +297,22 @@ __device__ __forceinline__ void add_pair(T* pair, uint1 value) {
     __builtin_memcpy(&next, sum, 4);
     seen = atomicCAS(word, old, next);
   } while (seen != old);
+}
+template <typename T>
+__device__ __forceinline__ void add_2(T* pair, const T* from) {
+  uint1 value;
+  __builtin_memcpy(&value, from, 4);
+  add_2(pair, value);
+}
+template <typename T>
+__device__ __forceinline__ void add_4(T* four, uint2 value) {
+  add_2(four, make_uint1(value.x));
+  add_2(four + 2, make_uint1(value.y));
+}
+template <typename T>
+__device__ __forceinline__ void add_4(T* four, const T* from) {
+  add_2(four, from);
+  add_2(four + 2, from + 2);
 }
 """,
     )
