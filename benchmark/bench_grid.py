@@ -1,14 +1,21 @@
-"""Sizes that nobody tuned for: `scaled_mm` of this package beside the best of its peers, over sizes drawn at random.
+"""Sizes that nobody tuned for: an operator of this package beside the best of its peers, over sizes drawn at random.
 
     python benchmark/bench_grid.py --op scaled_mm --seed 7 --count 60 --csv grid.csv
     python benchmark/bench_grid.py --op scaled_mm --sizes 8x27648x5120 384x10240x8192
     python benchmark/bench_grid.py --op scaled_mm --seed 7 --count 60 --list         # the sizes alone; needs no GPU
+    python benchmark/bench_grid.py --op mxfp4_moe --seed 7 --count 40 --path site --csv grid_moe.csv
+    python benchmark/bench_grid.py --op mxfp4_moe --sizes 7168/2048/384/8x1024:fp8 4096/2048/256/6x8192:bf16:zipf
 
-M is drawn log-uniformly from 1 to 8192, N and K uniformly from the multiples of 128 in 1024 to 32768; each size has row scales
-and block scales. Speed is the time of the best peer over ours: with row scales torch with and without fast accumulation, beside
-ours with it (`ours_fast`), and in a column of its own torch without beside ours without (`ours`); with block scales torch and
-DeepGEMM. A peer that cannot do a case is named with its reason. Kernels are compiled by parallel processes first. Some rows of
-every result are compared with float64 before anything is timed, and all elements must be finite.
+scaled_mm: M is drawn log-uniformly from 1 to 8192, N and K uniformly from the multiples of 128 in 1024 to 32768; each size has
+row scales and block scales. Speed is the time of the best peer over ours: with row scales torch with and without fast
+accumulation, beside ours with it (`ours_fast`), and in a column of its own torch without beside ours without (`ours`); with
+block scales torch and DeepGEMM. A peer that cannot do a case is named with its reason. Kernels are compiled by parallel
+processes first. Some rows of every result are compared with float64 before anything is timed, and all elements must be finite.
+
+mxfp4_moe: hidden and intermediate size (H, I) are drawn uniformly from the multiples of 32 in 512 to 7168, experts (E)
+log-uniform from 8 to 896, top_k from 1 to 16, tokens log-uniform from 1 to 8192, activations from bfloat16 and FP8, and the
+router either finds all experts equally likely or the one of rank r as often as 1 / r (Zipf). Layers of more than 6 GiB of
+weights are drawn again. Peers are triton_kernels (bfloat16) and humming, also from the folders of --path.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "testing")]
 
+import mxfp4_moe_grid  # noqa: E402
 from harness import (  # noqa: E402
     METHOD,
     Column,
@@ -38,6 +46,7 @@ from harness import (  # noqa: E402
     progress,
     rotation,
     show,
+    time_cuda,
     time_cuda_in_turn,
     write_csv,
 )
@@ -51,6 +60,7 @@ RECIPES = ("row", "block")
 CHECKED_ROWS = 64
 BFLOAT16_ROUNDING = 2.0**-8
 PROVIDERS_OF_GRID = ("ours", "ours_fast", "torch", "torch_fast", "deep_gemm", "vllm")
+PROVIDERS_OF_MOE = ("ours", "triton_kernels", "humming")
 REPLAYS = 10
 COLUMNS = (
     Column("case", "M x N x K"),
@@ -168,24 +178,65 @@ def _run_once(case: Case, names: list[str]) -> None:
 def main(command_line: list[str] | None = None) -> list[dict]:
     """Run the benchmark and return its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=("scaled_mm",), required=True)
+    parser.add_argument("--op", choices=("scaled_mm", "mxfp4_moe"), required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=60, help="sizes to draw")
-    parser.add_argument("--sizes", nargs="+", type=size_of, metavar="MxNxK", help="these in place of drawn ones")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS_OF_GRID, default=list(PROVIDERS_OF_GRID))
+    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="MxNxK or H/I/E/top_kxTOKENS:FORMAT, in place of drawn ones")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="of scaled_mm")
+    parser.add_argument(
+        "--providers", nargs="+", choices=(*PROVIDERS_OF_GRID, *PROVIDERS_OF_MOE), help="default: all there are"
+    )
+    parser.add_argument("--path", nargs="+", default=[], metavar="FOLDER", help="folders to import peers of mxfp4_moe from")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at the same time")
     parser.add_argument("--list", action="store_true", help="print the sizes and stop")
     parser.add_argument("--csv", metavar="FILE", help="write every figure, after each case")
     arguments = parser.parse_args(command_line)
 
-    sizes = arguments.sizes or draw(arguments.seed, arguments.count)
+    sys.path[:0] = arguments.path
+    of_moe = arguments.op == "mxfp4_moe"
+    try:
+        sizes = [(mxfp4_moe_grid.case_of if of_moe else size_of)(size) for size in arguments.sizes or ()]
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--sizes: {error}")
+    sizes = sizes or (mxfp4_moe_grid.draw if of_moe else draw)(arguments.seed, arguments.count)
     if arguments.list:
-        print("\n".join("x".join(map(str, size)) for size in sizes))
+        print("\n".join(mxfp4_moe_grid.name_of(size) if of_moe else "x".join(map(str, size)) for size in sizes))
         return []
     _, device, reason = find_device("cuda")
     if device != "cuda":
         raise SystemExit(f"bench_grid: must run on an NVIDIA GPU; got {reason}; --list prints the sizes")
+    if arguments.providers is None:
+        arguments.providers = list(PROVIDERS_OF_MOE if of_moe else PROVIDERS_OF_GRID)
+    return _run_mxfp4_moe(arguments, sizes) if of_moe else _run_scaled_mm(arguments, sizes)
+
+
+def _run_mxfp4_moe(arguments: argparse.Namespace, cases: list) -> list[dict]:
+    here = mxfp4_moe_grid.here(arguments.providers)
+    mxfp4_moe_grid.compile_ahead(cases, here, min(arguments.processes, len(cases)))
+    source = torch.empty(2**28, device="cuda")
+    target = torch.empty_like(source)
+    copy_gbps = 2 * source.nbytes / time_cuda([partial(torch.mul, source, 1.0, out=target)]) / 1e3
+    del source, target
+    rows, summaries = [], []
+    for case in progress(cases, "grid"):
+        rows += (of_case := mxfp4_moe_grid.measure(case, here, arguments.seed))
+        summaries.append(mxfp4_moe_grid.summary_of(of_case, copy_gbps))
+        if arguments.csv:
+            write_csv(arguments.csv, rows)
+    notes = [f"{name}: left out, not installed" for name in arguments.providers if name not in here]
+    notes += [f"{row['case']}: {row['provider']} left out: {row['left_out']}" for row in rows if "left_out" in row]
+    notes.append(f"bytes floor: the time that moving the least bytes takes at the speed of a copy, {copy_gbps:,.0f} GB/s.")
+    drawn = "given sizes" if arguments.sizes else f"seed {arguments.seed}"
+    notes.append(METHOD["cuda"])
+    show(f"mxfp4_moe, {drawn}, {describe('cuda')}", summaries, mxfp4_moe_grid.COLUMNS, notes)
+    for name in (*mxfp4_moe_grid.FORMATS, "zipf", "x"):
+        speeds = [s["speed"] for s in summaries if name in s["case"] and s["speed"] is not None]
+        if speeds:
+            print(verdict("all" if name == "x" else name, speeds))
+    return rows
+
+
+def _run_scaled_mm(arguments: argparse.Namespace, sizes: list[tuple[int, int, int]]) -> list[dict]:
     cases = [Case(*size, recipe, "bfloat16", "cuda", "cuda") for size in sizes for recipe in arguments.recipes]
     here = [provider.name for provider in PROVIDERS if provider.name in arguments.providers and installed(provider)]
     absent = [name for name in arguments.providers if name not in here]

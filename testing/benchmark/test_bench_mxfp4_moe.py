@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT / "benchmark")]
 
 import bench_mxfp4_moe as bench  # noqa: E402
 import harness  # noqa: E402
+import mxfp4_moe_cases as cases  # noqa: E402
 from bench_mxfp4_moe import MODELS, Case  # noqa: E402
 
 from tilelang_ext import quantization, reference  # noqa: E402
@@ -304,7 +305,7 @@ def test_wrong_results_stop_the_benchmark(monkeypatch):
 
 def test_a_provider_that_writes_nothing_stops_the_benchmark(monkeypatch):
     monkeypatch.setattr(bench, "cache_bytes", lambda device: 60_000)
-    idle = bench.Provider("humming", "", ("cuda",), lambda case, layer: lambda inputs, out: lambda: None)
+    idle = harness.Provider("humming", "", ("cuda",), lambda case, layer: lambda inputs, out: lambda: None)
     with pytest.raises(AssertionError, match="humming: cosine of a row -1"):
         bench.measure_time(Case(MODELS["small"], 3, "bf16", "cuda", "cpu"), [bench.PROVIDERS[0], idle], seed=0, copy_speed=None)
 
@@ -341,9 +342,9 @@ def test_plot(tmp_path, monkeypatch):
 
 
 def test_optional_providers(monkeypatch):
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(cases, "find_spec", lambda name: None)
     assert [p.name for p in bench.PROVIDERS if not bench.installed(p)] == ["triton_kernels", "humming"]
-    monkeypatch.setattr(bench, "find_spec", lambda name: name == "humming" or None)
+    monkeypatch.setattr(cases, "find_spec", lambda name: name == "humming" or None)
     assert [p.name for p in bench.PROVIDERS if not bench.installed(p)] == ["triton_kernels"]
 
 

@@ -20,6 +20,7 @@ from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.launch import launch
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_moe.signature import options_of
+from tilelang_ext.kernels.mxfp4_moe.weights import tile_for_hopper
 
 _EXPONENTIAL = r"T\.exp\(|expf"
 
@@ -74,6 +75,28 @@ def test_kernels_in_the_simulator(name, monkeypatch):
     result = mxfp4_moe(*operands, activation=activation)
     assert cosine(result, expected) >= 0.9999
     assert_close(result, expected.double(), dtype="bfloat16")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("copies", [1, 8])  # of each token: few rows per expert, and many
+@pytest.mark.parametrize("a_format", ["general", "bfloat16", "fp8"])
+@pytest.mark.parametrize("name", ["custom", "clamped_silu"])
+def test_on_a_gpu(name, a_format, copies):
+    """The GPU gives what the function of tensors gives, whichever weights the kernels read."""
+    if a_format != "general" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs an NVIDIA Hopper GPU")
+    activation = Activation.custom(macro(), relu_squared) if name == "custom" else Activation(name, limit=0.5)
+    operands, _ = arguments()
+    tokens, weights = [each.repeat(copies, 1) for each in operands[:3]], operands[3:]
+    expected = mxfp4_moe(*tokens, *weights, activation=activation).double()
+    if a_format != "general":
+        weights = [tile_for_hopper(each, a_dtype=a_format) for each in weights]
+    weights = [type(each)(*(part.cuda() for part in each[:3]), *each[3:]) for each in weights]
+    options = {"activation": activation, "a_dtype": "fp8" if a_format == "fp8" else None}
+    result = mxfp4_moe(*(each.cuda() for each in tokens), *weights, **options).cpu()
+    assert cosine(result, expected) >= (0.999 if a_format == "fp8" else 0.9999)
+    if a_format != "fp8":
+        assert_close(result, expected, dtype="bfloat16")
 
 
 def test_reference_of_clamped_silu():
