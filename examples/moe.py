@@ -3,10 +3,12 @@
     python examples/moe.py                       its Metal text in the simulator
     python examples/moe.py "hip -mcpu=gfx942"    its HIP text; "cuda" on a GPU
 
-`mxfp4_moe` is the ready operator; this is where a kernel of your own begins.
+`mxfp4_moe` is the ready operator; this is where a kernel of your own begins. On Hopper each product of a block is one call that
+decodes weights in registers, if its rows of weights are a multiple of 64 for each warpgroup (128 threads).
 """
 
 import sys
+from typing import NamedTuple
 
 import tilelang
 import torch
@@ -18,8 +20,20 @@ MX = T.BlockScaledLayout.e8m0_k32()
 BF16, F32, I32, U8 = "bfloat16", "float32", "int32", "uint8"
 
 
+class Tile(NamedTuple):
+    """What a block computes: rows of tokens by rows of weights, with so many threads."""
+
+    block_M: int = 32
+    block_N: int = 64
+    threads: int = 128
+
+
+SMALL = Tile()
+FEW, MANY = Tile(16, 192, 384), Tile(128, 192, 384)  # for 8 and for 256 tokens per expert on Hopper
+
+
 # [kernel]
-def gate_up(tokens, H, I, experts, blocks, block_M=32, block_N=32, block_K=64):
+def gate_up(tokens, H, I, experts, blocks, block_M=32, block_N=64, threads=128, block_K=64):
     """hidden[row] = swiglu(w13[e] . x[token(row)]); rows of w13 are gate and up in turn, as gpt-oss has them."""
 
     @T.prim_func
@@ -31,12 +45,12 @@ def gate_up(tokens, H, I, experts, blocks, block_M=32, block_N=32, block_K=64):
         scale13: T.Tensor((experts, 2 * I, H // 32), U8),
         hidden: T.Tensor((blocks * block_M, I), BF16),
     ):
-        with T.Kernel(I // block_N, blocks, threads=128) as (bx, by):
-            row, column = by * block_M, bx * 2 * block_N
+        with T.Kernel(2 * I // block_N, blocks, threads=threads) as (bx, by):
+            row, column = by * block_M, bx * block_N
             x_s = T.alloc_shared((block_M, block_K), BF16)
-            sums_f = T.alloc_fragment((block_M, 2 * block_N), F32)
-            hidden_f = T.alloc_fragment((block_M, block_N), BF16)
-            e = T.alloc_var(I32, expert_ids[by])
+            sums_f = T.alloc_fragment((block_M, block_N), F32)
+            hidden_f = T.alloc_fragment((block_M, block_N // 2), BF16)
+            e = expert_ids[by]
             if e >= 0:  # else the block has no rows
                 T.clear(sums_f)
                 for k in T.serial(H // block_K):
@@ -44,17 +58,17 @@ def gate_up(tokens, H, I, experts, blocks, block_M=32, block_N=32, block_K=64):
                     T.mxfp4_scaled_matmul(
                         x_s,
                         None,
-                        w13[e, column : column + 2 * block_N, k * (block_K // 2) : (k + 1) * (block_K // 2)],
-                        scale13[e, column : column + 2 * block_N, k * (block_K // 32) : (k + 1) * (block_K // 32)],
+                        w13[e, column : column + block_N, k * (block_K // 2) : (k + 1) * (block_K // 2)],
+                        scale13[e, column : column + block_N, k * (block_K // 32) : (k + 1) * (block_K // 32)],
                         sums_f,
                     )
                 T.swiglu(sums_f, hidden_f)
-                T.copy(hidden_f, hidden[row, bx * block_N])
+                T.copy(hidden_f, hidden[row, column // 2])
 
     return gate_up
 
 
-def down(tokens, top_k, H, I, experts, blocks, block_M=32, block_N=32):
+def down(tokens, top_k, H, I, experts, blocks, block_M=32, block_N=64, threads=128):
     """y[token(row), slot(row)] = weight[row] * (w2[e] . hidden[row])."""
 
     @T.prim_func
@@ -67,11 +81,11 @@ def down(tokens, top_k, H, I, experts, blocks, block_M=32, block_N=32):
         scale2: T.Tensor((experts, H, I // 32), U8),
         y: T.Tensor((tokens, top_k, H), F32),
     ):
-        with T.Kernel(H // block_N, blocks, threads=128) as (bx, by):
+        with T.Kernel(H // block_N, blocks, threads=threads) as (bx, by):
             row, column = by * block_M, bx * block_N
             rows, columns = slice(row, row + block_M), slice(column, column + block_N)
             sums_f = T.alloc_fragment((block_M, block_N), F32)
-            e = T.alloc_var(I32, expert_ids[by])
+            e = expert_ids[by]
             if e >= 0:
                 W, scale = w2[e, columns, 0 : I // 2], scale2[e, columns, 0 : I // 32]
                 T.mxfp4_scaled_matmul(hidden[rows, 0:I], None, W, scale, sums_f, clear_accum=True)
@@ -83,14 +97,17 @@ def down(tokens, top_k, H, I, experts, blocks, block_M=32, block_N=32):
 # [/kernel]
 
 
-def moe(x, topk_ids, topk_weights, w13, scale13, w2, scale2, run):
-    """Return the mixture for tokens x (tokens, H); `run` is called with a kernel and its arguments."""
+def moe(x, topk_ids, topk_weights, w13, scale13, w2, scale2, run, tile=SMALL):
+    """Return the mixture for tokens x (tokens, H); `run` is called with a kernel and its arguments.
+
+    2 I and H are multiples of tile.block_N, and H of 64.
+    """
     (tokens, H), (experts, I), top_k = x.shape, (w2.shape[0], w2.shape[2] * 2), topk_ids.shape[1]
-    rows = reference.moe_sort(topk_ids, topk_weights, experts, 32)
+    rows = reference.moe_sort(topk_ids, topk_weights, experts, tile.block_M)
     blocks = len(rows.expert_ids)
-    hidden, y = torch.empty(blocks * 32, I, dtype=torch.bfloat16), torch.zeros(tokens, top_k, H)
-    run(gate_up(tokens, H, I, experts, blocks), x, rows.token_ids, rows.expert_ids, w13, scale13, hidden)
-    run(down(tokens, top_k, H, I, experts, blocks), hidden, rows.token_ids, rows.expert_ids, rows.weights, w2, scale2, y)
+    hidden, y = torch.empty(blocks * tile.block_M, I, dtype=torch.bfloat16), torch.zeros(tokens, top_k, H)
+    run(gate_up(tokens, H, I, experts, blocks, *tile), x, rows.token_ids, rows.expert_ids, w13, scale13, hidden)
+    run(down(tokens, top_k, H, I, experts, blocks, *tile), hidden, rows.token_ids, rows.expert_ids, rows.weights, w2, scale2, y)
     return y.sum(1)
 
 

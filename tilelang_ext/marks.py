@@ -20,6 +20,10 @@ SCALED_PRODUCT = "scaled_product"
 # CUDA looks for a product of them (`cuda/mxfp4_loop.py`).
 MXFP4_DEQUANT = "mxfp4_dequant"
 
+# On the loop of T.moe_gather: a list of regions, of the rows of all tokens, of the ids and of the tile that is written. CUDA
+# looks for a product of such a tile (`cuda/mxfp4_loop.py`).
+MOE_GATHER = "moe_gather"
+
 # On the loops that only add the total of the BLOCK_SCALED loop before them to a float32 fragment: a list of its region.
 ADDS_TOTAL = "adds_total"
 

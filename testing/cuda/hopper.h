@@ -167,7 +167,7 @@ inline void tma_load(const CUtensorMap& map, Barrier& barrier, void* to, int col
   for_box(map, to, column, row, [](uint8_t& shared, const uint8_t* global) { shared = global ? *global : 0; });
   barrier.complete(map.box_rows * map.box_bytes);
 }
-inline void tma_load(CUtensorMap map, Barrier& barrier, void* to, int column, int row, int outer, int outermost) {
+inline void tma_load(CUtensorMap map, Barrier& barrier, void* to, int column, int row, int outer, int outermost = 0) {
   map.data += outer * map.outer_strides[0] + outermost * map.outer_strides[1];
   tma_load(map, barrier, to, column, row);
 }

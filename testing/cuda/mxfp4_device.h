@@ -56,6 +56,12 @@ inline unsigned select_bytes(unsigned low, unsigned high, unsigned selectors) {
 inline void copy_4(void* shared, const void* global, bool inside) {
   inside ? void(std::memcpy(shared, global, 4)) : void(std::memset(shared, 0, 4));
 }
+inline void copy_16(void* shared, const void* global, bool inside) {
+  inside ? void(std::memcpy(shared, global, 16)) : void(std::memset(shared, 0, 16));
+}
+inline void close_copies() {}
+template <int>
+inline void wait_for_copies() {}
 inline void arrive_behind_copies(Barrier* barrier) { barrier->arrive(); }
 inline void keep_order_of_memory() {}
 inline uint4 load_once(const char* from) { return *reinterpret_cast<const uint4*>(from); }

@@ -18,8 +18,10 @@ from tvm.target import Target
 
 from tilelang_ext import language as T
 from tilelang_ext import reference
+from tilelang_ext.formats import E2M1, BlockScaledLayout
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import moe
 import mxfp4_scaled_matmul as by_tiles
 import mxfp4_scaled_matmul_persistent as persistent
 from mxfp4_scaled_matmul import FEW, MANY, SOME, Tile, scaled_matmul
@@ -101,6 +103,40 @@ def test_values_of_few_rows(make, tile, M, K):
     assert_close(C, reference.mxfp4_matmul(x, W, SW), dtype="bfloat16")
 
 
+@needs_compiler
+def test_values_of_gathered_rows():
+    """The kernels of the example: gathered tokens, rows of scales anywhere, K of two steps and a half, and of one and a half."""
+    tile, H, I, columns, tokens, experts, top_k = moe.Tile(24, 64, 128), 160, 96, 192, 11, 3, 2
+    x, (topk_weights, topk_ids) = torch.randn(tokens, H).bfloat16(), torch.rand(tokens, experts).topk(top_k)
+    (w13, _), (w2, _) = weights(experts * 2 * I, H), weights(experts * columns, I)
+    s13, s2 = (torch.randint(119, 125, (len(w), w.shape[1] // 16), dtype=torch.uint8) for w in (w13, w2))
+    rows = reference.moe_sort(topk_ids, topk_weights, experts, tile.block_M)
+    blocks = len(rows.expert_ids)
+    matrices = {"w13": w13, "scale13": s13, "w2": w2, "scale2": s2}
+    tensors = {name: matrix.view(experts, -1, matrix.shape[1]) for name, matrix in matrices.items()}
+    tensors |= {"x": x, "token_ids": rows.token_ids, "expert_ids": rows.expert_ids, "weights": rows.weights}
+    hidden = torch.full((blocks * 24, I), torch.nan).bfloat16()
+    tensors |= {"hidden": hidden, "y": torch.full((tokens, top_k, columns), torch.nan)}
+    boxes = {"w13": Box(64, 32), "w2": Box(64, 32), "hidden": Box(24, 64)}
+    first = moe.gate_up(tokens, H, I, experts, blocks, *tile, block_K=32)
+    second = moe.down(tokens, top_k, columns, I, experts, blocks, *tile)
+    for kernel, gathers in ((first, "true"), (second, "false")):
+        text = text_of(kernel)
+        consume, fetch = (call.partition("kBFloat16, ")[2] for call in calls(text))
+        assert (consume, fetch) == ("24, 64, 1, 8>", f"24, 64, 8, 96, 1, {gathers}>")
+        execute(text, (2 * I // 64 if kernel is first else columns // 64, blocks), tensors, boxes, {}, functions=FUNCTIONS)
+    mx = BlockScaledLayout.e8m0_k32()
+    d13, d2 = (reference.dequantize(tensors[w], tensors[s], E2M1, mx) for w, s in (("w13", "scale13"), ("w2", "scale2")))
+    token, slot = rows.token_ids & 0xFFFFFF, rows.token_ids >> 24
+    for row in (token < tokens).nonzero().flatten().tolist():
+        expert = rows.expert_ids[row // 24]
+        want = reference.swiglu((d13[expert] @ x[token[row]].double())[None])[0]
+        assert_close(hidden[row], want, dtype="bfloat16")
+        want = d2[expert] @ hidden[row].double() * rows.weights[row].double()
+        assert_close(tensors["y"][token[row], slot[row]], want, dtype="float32")
+    assert not tensors["y"].isnan().any()
+
+
 # --- which kernels ---------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +177,7 @@ def test_a_producer_copies():
     ("kernel", "arch", "reason"),
     [
         (scaled_matmul(300, 512, 1024, Tile(128, 128, 256)), "sm_80", None),
-        (scaled_matmul(300, 512, 288, Tile(128, 128, 256)), ARCH, "no multiple of 128"),
+        (scaled_matmul(300, 512, 288, Tile(128, 128, 256), "float8_e4m3fn"), ARCH, "no multiple of 128"),
         (scaled_matmul(300, 512, 1024, Tile(128, 96, 256)), ARCH, "128 x 96 is not divided among 256 threads"),
         (scaled_matmul(300, 512, 1024, Tile(256, 256, 256)), ARCH, "sums of a tile of 256 x 256 do not fit"),
         (scaled_matmul(300, 512, 1024, MANY, "float16"), ARCH, "A is float16"),

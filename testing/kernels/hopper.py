@@ -53,6 +53,10 @@ def execute(
             if tensors[matrix].dim() == 4:  # (batch, rows, heads, columns)
                 (_, rows, _, columns), strides = tensors[matrix].shape, [stride * size for stride in tensors[matrix].stride()]
                 outer = f", {strides[1]}, {{{strides[2]}, {strides[0]}}}"
+            elif tensors[matrix].dim() == 3:  # (batch, rows, columns)
+                batch_stride, row_stride, _ = (stride * size for stride in tensors[matrix].stride())
+                _, rows, columns = tensors[matrix].shape
+                outer = f", {row_stride}, {{{batch_stride}, 0}}"
             else:
                 rows, columns = tensors[matrix].shape
             extents = f"{rows}, {columns * size}, {box.rows}, {box.columns * size}, {size}"

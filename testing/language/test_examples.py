@@ -1,5 +1,6 @@
 """Kernels of one's own that docs/guide/own_kernel.md shows: they run, and the guide shows what runs."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def test_moe_for_cuda():
     moe.moe(*moe.problem()[0], lower)
     assert texts.keys() == {(name, arch) for name in ("gate_up", "down") for arch in ("sm_80", "sm_90a")}
     assert all("kBFloat16, tl::DataType::kBFloat16" in texts[name, "sm_80"] for name in ("gate_up", "down"))
+    called = {name: re.findall(r"tilelang_ext::(mxfp4_\w+)<", texts[name, "sm_90a"]) for name in ("gate_up", "down")}
+    assert called == {"gate_up": ["mxfp4_consume", "mxfp4_fetch"], "down": ["mxfp4_consume", "mxfp4_fetch"]}
 
 
 def test_mxfp4_gemv():

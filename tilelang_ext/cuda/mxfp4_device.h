@@ -30,6 +30,21 @@ __device__ __forceinline__ void copy_4(void* shared, const void* global, bool in
                "r"(inside ? 4 : 0));
 }
 
+// The same of 16 bytes, past L1.
+__device__ __forceinline__ void copy_16(void* shared, const void* global, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address_in_shared(shared)), "l"(global),
+               "r"(inside ? 16 : 0));
+}
+
+// Closes a group of copies; waits until all but the last kGroups are done, and shows them to the matrix unit.
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Arrives when the copies of this thread are done.
 __device__ __forceinline__ void arrive_behind_copies(Barrier* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address_in_shared(barrier)) : "memory");

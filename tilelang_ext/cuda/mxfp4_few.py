@@ -27,7 +27,7 @@ _MANY_THREADS = 512  # two blocks of which have 64 registers a thread
 
 def takes(product: Product) -> bool:
     """Return whether a product is one for the matrix instructions of warps."""
-    return product.M <= _MAX_TOKENS and str(product.A.buffer.dtype) == "bfloat16"
+    return product.M <= _MAX_TOKENS and str(product.A.buffer.dtype) == "bfloat16" and product.ids is None
 
 
 def _with_values(product: Product, values: dict) -> Product:

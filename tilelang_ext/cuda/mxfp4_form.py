@@ -24,6 +24,7 @@ class Product(NamedTuple):
     scale: tirx.BufferRegion
     K: tirx.PrimExpr
     added_to: tirx.Buffer | None = None  # what a loop adds to; `total` is then a buffer of our own
+    ids: tirx.BufferRegion | None = None  # A[i] is then the row of A whose number is in the lower bits of ids[i], or zeros
 
     @property
     def M(self) -> int:
@@ -47,19 +48,23 @@ class Product(NamedTuple):
 
 def checked(product: Product, groups: int) -> Product:
     """Return a product whose operands the functions can read, which take `groups` of 32 of K at once; raises OtherForm."""
-    _, A, W, scale, K, _ = product
-    for region in (A, W, scale):
+    A, W, scale, K = product.A, product.W, product.scale, product.K
+    for region in (A, W, scale, *([] if product.ids is None else [product.ids])):
         if not is_global(region.buffer):
             raise OtherForm(f"{region.buffer.name} is in scope {region.buffer.scope()}")
     if not is_multiple(K, groups * MX_GROUP):
         raise OtherForm(f"K is {K}, which may be no multiple of {groups * MX_GROUP}")
     for region, alignment in ((A, _ALIGNMENT), (W, _ALIGNMENT), (scale, groups)):
-        size = region.buffer.dtype.bits // 8
-        strides = strides_of(region.buffer)
-        first = region.region[-1].min
-        if not equal(strides[-1], 1) or not all(is_multiple(stride * size, alignment) for stride in (*strides[:-1], first)):
+        if not begins_at(region, alignment):
             raise OtherForm(f"rows of {region.buffer.name} do not begin at multiples of {alignment} bytes")
     return product
+
+
+def begins_at(region: tirx.BufferRegion, alignment: int) -> bool:
+    """Whether the rows of a region lie side by side in multiples of some bytes, from which the buffer begins."""
+    size, strides = region.buffer.dtype.bits // 8, strides_of(region.buffer)
+    places = (*strides[:-1], region.region[-1].min)
+    return equal(strides[-1], 1) and all(is_multiple(place * size, alignment) for place in places)
 
 
 def is_multiple(value, of: int) -> bool:

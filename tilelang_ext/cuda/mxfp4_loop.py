@@ -6,7 +6,8 @@
                 gemm(A_s, W_d, C, transpose_B=True)
 
 or, in the place of the last two, what `T.mxfp4_scaled_matmul` on A_s, W_s and scale is made of: clear(total), a loop that is
-BLOCK_SCALED, and one that ADDS_TOTAL to C.
+BLOCK_SCALED, and one that ADDS_TOTAL to C. In the place of the first copy T.moe_gather may stand, MOE_GATHER [A, ids, A_s];
+then the loop may be serial too.
 
 Invariant: tiles of consecutive steps lie side by side along K, nothing else is in the loop, and no tile is used outside it.
 """
@@ -20,16 +21,16 @@ from tvm.tirx.stmt_functor import substitute
 from tilelang_ext.cuda.mxfp4_form import Product
 from tilelang_ext.cuda.statements import COPY, flat, fragment, is_call, is_whole, is_zero, nodes_of, region_of
 from tilelang_ext.formats import CODES_PER_BYTE, MX_GROUP
-from tilelang_ext.marks import ADDS_TOTAL, BLOCK_SCALED, MXFP4_DEQUANT
+from tilelang_ext.marks import ADDS_TOTAL, BLOCK_SCALED, MOE_GATHER, MXFP4_DEQUANT
 
 _FILL, _GEMM = "tl.tileop.fill", "tl.tileop.gemm"
 
 
 def product_of(loop: tirx.For, block: tirx.SBlock) -> Product | None:
     """Return what a loop of a block computes; None if it has another form."""
-    if "num_stages" not in (loop.annotations or {}) or not isinstance(loop.extent, tirx.IntImm) or not is_zero(loop.min):
+    if not isinstance(loop.extent, tirx.IntImm) or not is_zero(loop.min) or loop.kind != tirx.ForKind.SERIAL:
         return None
-    copies, statements, values = {}, [], {}
+    copies, statements, values, gathered = {}, [], {}, {}
     for stmt in flat(loop.body):
         node = stmt.value if isinstance(stmt, tirx.Evaluate) else stmt
         if isinstance(node, tirx.Bind):
@@ -39,10 +40,15 @@ def product_of(loop: tirx.For, block: tirx.SBlock) -> Product | None:
             if statements or not is_whole(target):  # a copy behind the product is for the next step
                 return None
             copies[target.buffer.data] = source
+        elif _is_marked(node, MOE_GATHER):
+            source, ids, target = node.annotations[MOE_GATHER]
+            if statements or not is_whole(target):
+                return None
+            copies[target.buffer.data], gathered[target.buffer.data] = source, ids
         else:
             statements.append(node)
     parts = _decoded_product(statements) or _scaled_product(statements)
-    if parts is None:
+    if parts is None or not (gathered or "num_stages" in (loop.annotations or {})):
         return None
     left, packed, scales, result, private = parts
     if str(left.buffer.dtype) != "bfloat16" or str(result.buffer.dtype) != "float32":
@@ -51,7 +57,9 @@ def product_of(loop: tirx.For, block: tirx.SBlock) -> Product | None:
         return None
     if any(_uses(block.body, data) != _uses(loop, data) for data in (*copies, private)):
         return None
-    step = int(left.region[-1].extent)
+    step, ids = int(left.region[-1].extent), gathered.pop(left.buffer.data, None)
+    if gathered or (ids is not None and not _is_same_in_each_step(ids, loop, values)):
+        return None
     operands = []
     for region, codes in ((left, 1), (packed, CODES_PER_BYTE), (scales, MX_GROUP)):
         staged = region.buffer.data in copies
@@ -65,7 +73,12 @@ def product_of(loop: tirx.For, block: tirx.SBlock) -> Product | None:
     if copies:
         return None
     total = fragment(tuple(result.buffer.shape), "total")
-    return Product(total, *operands, int(loop.extent) * step, added_to=result.buffer)
+    return Product(total, *operands, int(loop.extent) * step, added_to=result.buffer, ids=ids)
+
+
+def _is_same_in_each_step(region: tirx.BufferRegion, loop: tirx.For, values: dict) -> bool:
+    own = {loop.loop_var, *values}
+    return not any(nodes_of(axis.min, lambda node: isinstance(node, tirx.Var) and node in own) for axis in region.region)
 
 
 def _decoded_product(statements: list) -> tuple | None:

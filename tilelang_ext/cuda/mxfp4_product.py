@@ -61,7 +61,7 @@ def _lower_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
     try:
         products = [(loop, products[loop]) for loop in whole] + [(loop, _recognised(loop)) for loop in marked]
         few = all(mxfp4_few.takes(product) for _, product in products)
-        products = [(loop, checked(product, 1 if few else mxfp4_roles.GROUPS)) for loop, product in products]
+        products = [(loop, checked(product, 1 if few else mxfp4_roles.groups_of(product))) for loop, product in products]
         _check_threads(block, [loop for loop, _ in products], thread)
         if few:
             return _with_mma(func, block, products, threads)
@@ -114,7 +114,7 @@ def _with_roles(func: tirx.PrimFunc, block: tirx.SBlock, products: list, thread,
         raise OtherForm("warp specialization or TMA are turned off")
     loops, own = [loop for loop, _ in products], [product for _, product in products]
     tile = mxfp4_roles.tile_of(own, threads)
-    sources = [region for product in own for region in (product.A, product.W, product.scale)]
+    sources = [region for product in own for region in (product.A, product.W, product.scale, product.ids) if region is not None]
     check_beside(block, loops, [], read_by_producer(block, loops, sources, []))
     new = mxfp4_roles.specialize(block, thread, threads, tile, products, _shared_bytes(block, loops))
     new = _finished(with_body(new, new.body, [*new.alloc_buffers, *_totals(products)], dict(new.annotations)))

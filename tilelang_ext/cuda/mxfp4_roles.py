@@ -12,7 +12,9 @@
                                                      for tile in ...: mxfp4_fetch_scales(scale, stages)
 
 A stage holds 128 bytes of each token, as much of K of the codes of each row, and a word of four scales of it. All products of a
-kernel have the same tile and go through the same stages. The functions are in mxfp4_wgmma.h.
+kernel have the same tile and go through the same stages. Where rows of A are gathered, or scales do not begin at multiples of
+four bytes, or K ends inside a stage, the three warps run `mxfp4_fetch`, which copies gathered tokens too; what lies past K is
+zeros. The functions are in mxfp4_wgmma.h.
 """
 
 from __future__ import annotations
@@ -25,17 +27,18 @@ from tilelang.layout import make_swizzled_layout
 from tvm import tirx
 from tvm.ir import Range
 
-from tilelang_ext.cuda.mxfp4_form import Product, device_call
-from tilelang_ext.cuda.statements import barriers, call, local, loop, sequence, shared, store, with_body
+from tilelang_ext.cuda.mxfp4_form import Product, begins_at, device_call, first_of, is_multiple, rows_of, stride_of
+from tilelang_ext.cuda.statements import barriers, call, equal, local, loop, sequence, shared, store, with_body
 from tilelang_ext.cuda.warp_roles import WARP, WARPGROUP, OtherForm, in_place_of, registers_of_consumer, way_to, with_roles
+from tilelang_ext.formats import MX_GROUP
 
 _TYPES = {"bfloat16": "kBFloat16", "float8_e4m3fn": "kFloat8_e4m3", "float8_e5m2": "kFloat8_e5m2"}  # of A, for the matrix unit
 _TOKEN_BYTES = 128  # in a stage
 _BAND = 64  # rows of weights of a product of a warpgroup
-GROUPS = 4  # of scales, a word, that are copied at once
+_GROUPS = 4  # of scales, a word, that are copied at once
 _MAX_ROWS = 256  # of a box that TMA copies, and of tokens in a product
 _SUM_REGISTERS = {1: 128, 2: 128, 3: 64, 4: 32}  # of a thread, by warpgroups
-_PRODUCER_REGISTERS = 40  # of a thread
+_PRODUCER_REGISTERS, _GATHERING_REGISTERS = 40, 72  # of a thread of the producer; of one that holds numbers of rows
 _FETCHERS = WARPGROUP - WARP  # threads that copy scales
 _MIN_STAGES, _MAX_STAGES = 3, 8
 _SLACK = 2048  # bytes, to align stages and for barriers
@@ -74,6 +77,20 @@ class Tile(NamedTuple):
         return thread, j // _BAND % self.bands * (self.tokens // 2) + i // 8 * 4 + i % 2 * 2 + row % 2
 
 
+def groups_of(product: Product) -> int:
+    """Return of how many groups of scales K and the scales' rows must be multiples: FP8 looks at all scales of a row first."""
+    return 1 if str(product.A.buffer.dtype) == "bfloat16" else _GROUPS
+
+
+def _check_end(product: Product, step: int) -> None:
+    """Check that what TMA reads past K, where K ends inside a stage, is past the tensors too, and so zeros."""
+    regions = [product.W] if product.ids is not None else [product.A, product.W]
+    for region in regions:
+        last = region.region[-1]
+        if not is_multiple(product.K, step) and not equal(last.min + last.extent, region.buffer.shape[-1]):
+            raise OtherForm(f"K is {product.K}, no multiple of {step}, and {region.buffer.name} goes on behind it")
+
+
 def tile_of(products: list[Product], threads: int) -> Tile:
     """Return the tile of a kernel's products; raises OtherForm if they differ or threads cannot divide it."""
     warpgroups = threads // WARPGROUP
@@ -86,6 +103,8 @@ def tile_of(products: list[Product], threads: int) -> Tile:
     M, N = tile.tokens, tile.rows
     if warpgroups not in _SUM_REGISTERS or N % (_BAND * warpgroups) or N > _MAX_ROWS or M % 8 or M > _MAX_ROWS:
         raise OtherForm(f"a tile of {M} x {N} is not divided among {threads} threads")
+    for product in products:
+        _check_end(product, tile.step)
     if tile.bands * M // 2 > _SUM_REGISTERS[warpgroups]:
         raise OtherForm(f"sums of a tile of {M} x {N} do not fit in the registers of {threads} threads")
     return tile
@@ -110,7 +129,9 @@ def specialize(block: tirx.SBlock, thread, threads: int, tile: Tile, products: l
         loads, fetches = role("loaded", way_to, body, ring.load), role("fetched", way_to, body, ring.fetch)
         return tirx.IfThenElse(thread < threads + WARP, loads, fetches)
 
-    registers = _PRODUCER_REGISTERS, registers_of_consumer(threads, _PRODUCER_REGISTERS)
+    gathers = any(product.ids is not None for _, product in products)
+    of_producer = _GATHERING_REGISTERS if gathers else _PRODUCER_REGISTERS
+    registers = of_producer, registers_of_consumer(threads, of_producer)
     new = with_roles(
         block, lambda body: role("consumed", in_place_of, body, ring.consume), producer, thread, threads, registers
     )
@@ -149,15 +170,26 @@ class _Ring:
         return product.completed(device_call(function, *arguments))
 
     def fetch(self, product: Product, state: tirx.Buffer) -> tirx.Stmt:
-        function = f"mxfp4_fetch_scales<{self.tile.type}, {self.tile.rows}, {self.stages}, {_FETCHERS}>"
-        scales = T.access_ptr(self.scales, "w")
-        return device_call(function, scales, *self._barriers(), _pointer(state), *product.scales(), product.K)
+        tile, scales = self.tile, T.access_ptr(self.scales, "w")
+        of_scales = *self._barriers(), _pointer(state), *product.scales(), product.K
+        if product.ids is None and is_multiple(product.K, _GROUPS * MX_GROUP) and begins_at(product.scale, _GROUPS):
+            function = f"mxfp4_fetch_scales<{tile.type}, {tile.rows}, {self.stages}, {_FETCHERS}>"
+            return device_call(function, scales, *of_scales)
+        aligned = next(size for size in (4, 2, 1) if begins_at(product.scale, size))  # to what loads of scales are
+        function = f"mxfp4_fetch<{tile.type}, {tile.tokens}, {tile.rows}, {self.stages}, {_FETCHERS}, {aligned}"
+        if product.ids is None:
+            return device_call(f"{function}, false>", scales, *of_scales, T.access_ptr(self.tokens, "w"), *[0] * 4)
+        of_tokens = first_of(product.ids), first_of(product.A), stride_of(product.A), rows_of(product.A)
+        return device_call(f"{function}, true>", scales, *of_scales, T.access_ptr(self.tokens, "w"), *of_tokens)
 
     def load(self, product: Product, state: tirx.Buffer) -> tirx.Stmt:
         step, k = self.tile.step, tirx.Var("k", "int32")
         stage, parity = state[0] % self.stages, state[0] // self.stages % 2
         body = [call(T.barrier_wait(self.empty[stage], parity ^ 1))]
-        for region, columns, tiles in ((product.A, step, self.tokens), (product.W, step // 2, self.codes)):
+        copied = [(product.W, step // 2, self.codes)]
+        if product.ids is None:
+            copied.insert(0, (product.A, step, self.tokens))
+        for region, columns, tiles in copied:
             *rows, last = region.region
             box = [*rows, Range.from_min_extent(last.min + k * columns, columns)]
             target = tiles[stage, 0 : tiles.shape[1], 0:columns]
@@ -165,7 +197,7 @@ class _Ring:
         body += [call(T.barrier_arrive(self.full[stage])), store(state, state[0] + 1, 0)]
         # The compiler would unroll the loop, and the producer's few registers would overflow.
         annotations = {"pragma_unroll_factor": tirx.IntImm("int32", 1)}
-        return loop(k, product.K // step, sequence(*body), tirx.ForKind.UNROLLED, annotations)
+        return loop(k, (product.K + step - 1) // step, sequence(*body), tirx.ForKind.UNROLLED, annotations)
 
     def _barriers(self) -> tuple:
         return T.address_of(self.full[0]), T.address_of(self.empty[0])

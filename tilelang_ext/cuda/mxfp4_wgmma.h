@@ -184,7 +184,7 @@ struct Mxfp4Consumer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int step = first + half;
-        if (kFp8 && half && step >= steps) break;
+        if (half && step >= steps) break;
 #pragma unroll
         for (int band = 0; band < kBands; ++band) tl::warpgroup_fence_operand(sums[band], kSums);
         begin_turn();
@@ -349,7 +349,7 @@ __device__ __forceinline__ void mxfp4_consume(float* C, const void* tokens, cons
   using Ring = Mxfp4Ring<kType, kTokens, kRows, kStages>;
   const Ring ring(tokens, codes, scales, full, empty, state);
   const Mxfp4Scales all{static_cast<const unsigned char*>(first_scale), scale_stride, rows};
-  Mxfp4Consumer<kType, kTokens, kRows, kWarpgroups, kStages>(ring).product(all, K / Ring::kStep, C);
+  Mxfp4Consumer<kType, kTokens, kRows, kWarpgroups, kStages>(ring).product(all, (K + Ring::kStep - 1) / Ring::kStep, C);
 }
 
 // What the kThreads last threads of the producer do for a tile: they copy the scales of each stage.
@@ -372,6 +372,101 @@ __device__ __forceinline__ void mxfp4_fetch_scales(void* scales, Barrier* full, 
     }
     arrive_behind_copies(&full[*ring.stage]);
     ring.advance();
+  }
+}
+
+// The four scales from a group on, of which those past the last are zeros; loads are of kAligned bytes.
+template <int kAligned>
+__device__ __forceinline__ unsigned load_scales(const unsigned char* row, int group, int groups) {
+  unsigned word = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i += kAligned) {
+    const unsigned char* from = row + group + i;
+    unsigned part = 0;
+    if (group + i < groups) {
+      if constexpr (kAligned == 4) part = *reinterpret_cast<const unsigned*>(from);
+      if constexpr (kAligned == 2) part = *reinterpret_cast<const unsigned short*>(from);
+      if constexpr (kAligned == 1) part = *from;
+    }
+    word |= part << (8 * i);
+  }
+  return group + 4 <= groups ? word : word & ((1u << (8 * (groups - group))) - 1);
+}
+
+// What the same threads do where they gather tokens, or scales begin anywhere, or K ends inside a stage: they load the
+// scales of a stage ahead, and copy the rows of tokens whose numbers are the lower 24 bits of ids. What is copied is
+// shown to the matrix unit before a stage is full.
+template <tl::DataType kType, int kTokens, int kRows, int kStages, int kThreads, int kAligned, bool kGathers>
+__device__ __forceinline__ void mxfp4_fetch(void* scales, Barrier* full, Barrier* empty, int* state,
+                                            const void* first_scale, long long scale_stride, int rows, int K,
+                                            void* tokens, const int* ids, const void* first_token,
+                                            long long token_stride, int token_rows) {
+  using Ring = Mxfp4Ring<kType, kTokens, kRows, kStages>;
+  constexpr int kWords = (kRows + kThreads - 1) / kThreads;  // of scales of a thread
+  constexpr int kPieces = 8;                                 // of 16 bytes of a token in a stage
+  constexpr int kCopies = kGathers ? (kTokens * kPieces + kThreads - 1) / kThreads : 0;  // of a thread
+  constexpr int kAhead = kStages > 3 ? 3 : kStages - 1;                                  // stages under way
+  const Ring ring(tokens, nullptr, scales, full, empty, state);
+  const int thread = threadIdx.x % 128 - (128 - kThreads), piece = thread % kPieces;
+  const int groups = K / 32, steps = (K + Ring::kStep - 1) / Ring::kStep, bytes = K * (Ring::kFp8 ? 1 : 2);
+  const unsigned char* from = static_cast<const unsigned char*>(first_scale) + thread * scale_stride;
+  const unsigned char* piece_of_first = static_cast<const unsigned char*>(first_token) + piece * 16;
+
+  int token[kCopies + 1];
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) {
+    const int row = (i * kThreads + thread) / kPieces;
+    token[i] = row < kTokens ? ids[row] & 0xffffff : token_rows;
+  }
+  const auto load = [&](int step, unsigned (&words)[kWords]) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const bool inside = i * kThreads + thread < (rows < kRows ? rows : kRows);
+      const int group = step * Ring::kStep / 128 * 4;
+      words[i] = inside ? load_scales<kAligned>(from + i * kThreads * scale_stride, group, groups) : 0;
+    }
+  };
+  const auto arrive = [&](int stage) { full[stage].arrive(); };
+
+  unsigned words[kWords];
+  load(0, words);
+  int behind = *ring.stage;  // the stage that is full next
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    const int stage = *ring.stage;
+    empty[stage].wait(*ring.parity ^ 1);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      if (i * kThreads + thread < kRows) ring.scales[stage * kRows + i * kThreads + thread] = words[i];
+    if (step + 1 < steps) load(step + 1, words);
+    if constexpr (kGathers) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int row = (i * kThreads + thread) / kPieces, at = step * 128 + piece * 16;
+        const bool exists = token[i] < token_rows;
+        if (row < kTokens)
+          copy_16(static_cast<unsigned char*>(tokens) + stage * Ring::kTokenBytes + row * 128 + (piece ^ row % 8) * 16,
+                  piece_of_first + (exists ? token[i] : 0) * token_stride + (at < bytes ? step * 128 : 0),
+                  exists && at < bytes);
+      }
+      close_copies();
+      if (step >= kAhead) {
+        wait_for_copies<kAhead>();
+        arrive(behind);
+        if (++behind == kStages) behind = 0;
+      }
+    } else {
+      arrive(stage);
+    }
+    ring.advance();
+  }
+  if constexpr (kGathers) {
+    wait_for_copies<0>();
+#pragma unroll 1
+    for (int left = steps < kAhead ? steps : kAhead; left > 0; --left) {
+      arrive(behind);
+      if (++behind == kStages) behind = 0;
+    }
   }
 }
 

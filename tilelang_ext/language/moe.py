@@ -7,8 +7,10 @@ A row of a block belongs to the token `id & 0xFFFFFF` and its slot `id >> 24`, w
 from __future__ import annotations
 
 import tilelang.language as T
+from tilelang.utils.language import to_buffer_region
 
 from tilelang_ext.language.tile import tile
+from tilelang_ext.marks import MOE_GATHER
 
 TOKEN_BITS = 24  # of a sorted token id; the slot lies above
 _TOKEN_MASK = (1 << TOKEN_BITS) - 1
@@ -34,10 +36,11 @@ def moe_gather(X, sorted_token_ids, out) -> None:
     ids.check_shape(o.shape[0], hint="slice the ids as the rows of out")
     block_M, block_K = o.shape
     tokens, columns = x.shape[0], x.buffer.shape[-1]
+    mark = {MOE_GATHER: [to_buffer_region(operand) for operand in (X, sorted_token_ids, out)]}
 
     @T.macro
     def gather():
-        for i, j in T.Parallel(block_M, block_K):
+        for i, j in T.Parallel(block_M, block_K, annotations=mark):
             token = ids[i,] & _TOKEN_MASK
             inside = T.And(token < tokens, x.begin[1] + j < columns)
             o.buffer[o.index(i, j)] = T.if_then_else(inside, x[token, j], T.cast(0, x.dtype))
