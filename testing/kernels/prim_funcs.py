@@ -68,7 +68,7 @@ def moe_on_hopper() -> Iterator[Case]:
     kernels = [("bfloat16", sm90_mma, sm90_mma.Config(8, 4, 2, 4), ())]
     for a_format, configs in {
         "bfloat16": [(24, 4, 9), (128, 2, 7)],
-        "fp8": [(8, 2, 11), (48, 2, 8), (256, 1, 4)],
+        "fp8": [(8, 2, 11), (32, 4, 5), (256, 1, 4, (192,))],
     }.items():
         tile_format = (TILE_FORMATS[a_format],)
         kernels += [(a_format, sm90_wgmma, sm90_wgmma.Config(*sizes), tile_format) for sizes in configs]

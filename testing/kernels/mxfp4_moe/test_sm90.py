@@ -113,7 +113,8 @@ def run(module, config, a_format, H, I):
         "hidden": torch.full((capacity, I), torch.nan).bfloat16(),
         "y": torch.full((TOKENS, TOP_K, H), torch.nan).bfloat16(),
     }  # fmt: skip
-    boxes = {name: Box(config.block_M, tile_format.K) for name in ("x", "hidden")}
+    box_M = config.box_M if module is sm90_wgmma else config.block_M
+    boxes = {name: Box(box_M, tile_format.K) for name in ("x", "hidden")}
 
     def execute_one(pass_configs, prim_func, grid, sizes, **changed):
         scalars = {
@@ -174,10 +175,16 @@ def run(module, config, a_format, H, I):
     ("module", "config", "a_format", "sizes"),
     [
         (sm90_mma, sm90_mma.Config(16, 4, 2, 1), "bfloat16", (H, I)),
-        (sm90_wgmma, sm90_wgmma.Config(16, 4, 2), "bfloat16", (H, I)),
+        (
+            sm90_wgmma,
+            sm90_wgmma.Config(32, 4, 2, (16,)),
+            "bfloat16",
+            (H, I),
+        ),  # two groups of tiles; the second block is narrower
         (sm90_wgmma, sm90_wgmma.Config(8, 1, 3), "fp8", LONG),
         # Config(32, 2, 3): test_launch
-        (sm90_wgmma, sm90_wgmma.Config(96, 1, 2), "fp8", (H, I)),  # two subtiles of tokens per tile, 24 tokens ready at a time
+        # Two subtiles of tokens per tile, 24 tokens ready at a time; the second block has one, in boxes of 24.
+        (sm90_wgmma, sm90_wgmma.Config(96, 1, 2, (24, 48)), "fp8", (H, I)),
     ],
     ids=str,
 )
@@ -291,12 +298,19 @@ def test_launch(module, config, a_format, epilogue, monkeypatch):
         ("fp8", (16, 4, 5), 7168, 64, (16, 4, 5)),  # 7 waves of 512 rows, 14 of 256
         ("fp8", (16, 4, 5), 2880, 32, (16, 2, 11)),  # 2 waves of 512 rows, the second half empty; 3 of 256
         ("bfloat16", (24, 4, 9), 2880, 32, (24, 2, 17)),
-        ("fp8", (256, 1, 4), 2880, 32, (256, 1, 4)),  # has no other
+        ("fp8", (256, 1, 4, (128,)), 2880, 32, (256, 1, 4, (128,))),  # has no other
     ],
 )
 def test_fitted(a_format, config, rows, num_experts, expected):
-    case = problem(64, 4, num_experts, a_format=a_format)
+    case = problem(640, 4, num_experts, a_format=a_format)
     assert sm90_wgmma.fitted(sm90_wgmma.Config(*config), case, rows) == sm90_wgmma.Config(*expected)
+
+
+def test_few_experts_have_narrow_tiles():
+    """7 slots are 7 experts at most: 147 tiles of 256 rows are two waves, 294 of 128 three; 56 leave SMs without work."""
+    case = problem(1, 7, 585, a_format="fp8")
+    assert [sm90_wgmma.fitted(sm90_wgmma.Config(8, 2, 11), case, rows).rows for rows in (1920, 5280)] == [128, 128]
+    assert sm90_wgmma.fitted(sm90_wgmma.Config(8, 2, 11), problem(640, 7, 585, a_format="fp8"), 1920).rows == 256
 
 
 @pytest.mark.parametrize(
@@ -306,9 +320,13 @@ def test_fitted(a_format, config, rows, num_experts, expected):
         (sm90_mma, "bfloat16", 17, (8, 8, 1, 4)),
         (sm90_wgmma, "bfloat16", 96, (16, 4, 10)),  # 12 rows per expert
         (sm90_wgmma, "bfloat16", 97, (24, 4, 9)),
-        (sm90_wgmma, "bfloat16", 3201, (256, 1, 5)),
+        (sm90_wgmma, "bfloat16", 176, (32, 4, 9)),  # 22 rows per expert
+        (sm90_wgmma, "bfloat16", 8192, (256, 1, 5, (128,))),  # 1024 +- 32 rows: four tiles, and a fifth of few tokens for half
         (sm90_wgmma, "fp8", 48, (8, 2, 11)),
-        (sm90_wgmma, "fp8", 3200, (144, 1, 7)),
+        (sm90_wgmma, "fp8", 1360, (192, 1, 6, (64,))),  # 170 +- 13
+        (sm90_wgmma, "fp8", 1536, (256, 1, 4, (192,))),  # 192 +- 14: one tile, of which half have 192 tokens
+        (sm90_wgmma, "fp8", 800, (128, 2, 6)),  # 100 +- 10
+        (sm90_wgmma, "fp8", 2048, (144, 1, 7, (72,))),  # 256 +- 16: two tiles
     ],
 )
 def test_pick_config(module, a_format, tokens, expected):
@@ -323,7 +341,7 @@ def test_instructions():
         "mma": (sm90_mma, sm90_mma.Config(8, 8, 1, 4), "bfloat16", "HMMA"),
         "wgmma": (sm90_wgmma, sm90_wgmma.Config(256, 1, 5), "bfloat16", "HGMMA"),
         "e4m3_small": (sm90_wgmma, sm90_wgmma.Config(8, 2, 11), "fp8", "QGMMA"),
-        "e4m3_large": (sm90_wgmma, sm90_wgmma.Config(256, 1, 4), "fp8", "QGMMA"),
+        "e4m3_large": (sm90_wgmma, sm90_wgmma.Config(256, 1, 4, (192,)), "fp8", "QGMMA"),
     }
     texts = {}
     for name, (module, config, a_format, _) in cases.items():

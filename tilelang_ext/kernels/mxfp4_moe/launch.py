@@ -268,18 +268,25 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, arch: str) -> No
 
 
 def tokens_of_kernels(problem: Problem) -> tuple[int, int]:
-    """Return the fewest and the most tokens that have the kernels and tiles of this problem."""
+    """Return the fewest and the most tokens that get the kernels and tiles of this problem."""
 
     def kernels(tokens: int) -> tuple:
         of_tokens = replace(problem, tokens=tokens)
         implementation = _implementation_of(of_tokens)
-        return implementation, implementation.pick_config(of_tokens), of_tokens.slots > CHUNK
+        return implementation, implementation.pick_configs(of_tokens), of_tokens.slots > CHUNK
 
-    wanted = kernels(problem.tokens)
-    # All that is chosen is chosen by bounds on the tokens, so numbers of tokens that have the same kernels lie together.
-    bounds = []
-    for outside in (0, 1 << TOKEN_BITS):
-        inside = problem.tokens
+    # Numbers of tokens that have the same kernels lie together, but for single ones at which a last wave of tiles is full or
+    # not. So each side is walked in steps of a twentieth, to the first number that has others: the bound is in the last step.
+    wanted, bounds = kernels(problem.tokens), []
+    for end in (0, 1 << TOKEN_BITS):
+        inside, outside = problem.tokens, end
+        while inside != end:
+            step = inside // 20 + 1
+            beyond = max(inside - step, end) if end < inside else min(inside + step, end)
+            if beyond == end or kernels(beyond) != wanted:
+                outside = beyond
+                break
+            inside = beyond
         while abs(outside - inside) > 1:
             middle = (inside + outside) // 2
             inside, outside = (middle, outside) if kernels(middle) == wanted else (inside, middle)

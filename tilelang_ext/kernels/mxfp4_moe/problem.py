@@ -4,6 +4,7 @@ An implementation is a file with these names. `launch.IMPLEMENTATIONS` lists the
 
     takes(problem) -> bool
     pick_config(problem)      the tile; the sort pads the rows of each expert to a multiple of its block_M
+    pick_configs(problem)     everything by which the kernels of a problem differ from those for another number of tokens
     compile_kernels(problem, device) -> run(x, routing, w13, w2, y)
     PARTIAL_DTYPE             dtype of y where every slot has a row of its own
     USES_PDL                  whether its kernels start before the kernel launched before them has ended

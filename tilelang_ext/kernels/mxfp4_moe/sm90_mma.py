@@ -100,6 +100,11 @@ def pick_config(problem: Problem) -> Config:
     return next(config for most, config in _TABLE if most is None or problem.slots <= most)
 
 
+def pick_configs(problem: Problem) -> tuple[Config]:
+    """Return the one configuration of both GEMMs."""
+    return (pick_config(problem),)
+
+
 # --- what a kernel is made of ----------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,9 @@ what was measured.
 """
 
 import functools
+import itertools
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +80,9 @@ _MAX_SUBTILE_M = 72  # tokens that a consumer stores at a time
 _MAX_READY_GROUPS = 4  # groups of eight tokens, see `Config.ready_groups`
 _PAD = 8  # elements of a row of shared memory, against bank conflicts
 _TILE_REGISTERS = 16  # of the left operand, for one tile of weights
+# Of accumulators and the left operand, see `Config.group_tiles`: by tiles of weights per consumer, and with several widths.
+_GROUP_REGISTERS, _GROUP_REGISTERS_OF_WIDTHS = {1: 192, 2: 192, 4: 180}, 216
+_LOADS_UNROLLED = 4  # at most, or the producer's few registers overflow
 _MMAS_PER_STEP = 4  # of one tile, 32 bytes of K each
 _ROW_BYTES = 128  # of a token in a stage: one swizzled row of shared memory
 _FEATURES = TILE // 2  # of a tile of w13, which has a gate row and an up row for each
@@ -87,11 +93,25 @@ _DESCRIPTOR_UNIT = 16  # bytes
 
 @dataclass(frozen=True)
 class Config:
-    """Tokens of a tile, tiles of 64 rows of weights per consumer, and stages of the pipeline."""
+    """Most tokens of a tile, tiles of 64 rows of weights per consumer, stages of the pipeline, and numbers of tokens.
+
+    A tile whose expert has fewer tokens left is loaded and multiplied as the least of `widths` that holds them.
+    """
 
     block_M: int
     consumer_tiles: int
     num_stages: int
+    narrower: tuple[int, ...] = ()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of tokens that tiles have, each of which has a main loop of its own."""
+        return (*self.narrower, self.block_M)
+
+    @property
+    def box_M(self) -> int:
+        """Tokens of one TMA load."""
+        return math.gcd(*self.widths)
 
     @property
     def block_tiles(self) -> int:
@@ -102,6 +122,18 @@ class Config:
     def rows(self) -> int:
         """Rows of weights of a block."""
         return self.block_tiles * TILE
+
+    @property
+    def group_tiles(self) -> int:
+        """Tiles of weights of a consumer that are decoded together: all of a step if the registers suffice.
+
+        MMAs of different tiles do not wait for each other's accumulators, which counts where they have few tokens.
+        """
+        # The compiler gives the main loop of each width accumulators of its own.
+        accumulators = sum(self.consumer_tiles * width // 2 for width in self.widths)
+        most = _GROUP_REGISTERS_OF_WIDTHS if self.narrower else _GROUP_REGISTERS[self.consumer_tiles]
+        fits = (tiles for tiles in (4, 2, 1) if accumulators + 2 * tiles * _TILE_REGISTERS <= most)
+        return next((tiles for tiles in fits if self.consumer_tiles % tiles == 0), 1)
 
     @property
     def subtile_M(self) -> int:
@@ -119,53 +151,110 @@ class Config:
         return next(groups for groups in range(_MAX_READY_GROUPS, 0, -1) if self.subtile_M // 8 % groups == 0)
 
 
-# By the rows that an expert has when all experts are equally busy; each is the fastest of some on an H200, see
-# docs/log/mxfp4_moe.md. The bounds between them were not searched.
-_TABLES = {
+# Where loading weights takes most of the time: tiles for so many rows per expert, when all experts are equally busy, with fewer
+# and fewer rows of weights. Each first one is the fastest of some on an H200, see docs/log/mxfp4_moe.md.
+_FEW_TOKENS = {
     "bfloat16": (
-        # (rows per expert up to, config)
-        (12, Config(16, 4, 10)),  # tokens are read for 512 rows of weights
-        (18, Config(24, 4, 9)),
-        (40, Config(48, 2, 13)),
-        (80, Config(80, 2, 9)),
-        (400, Config(128, 2, 7)),
-        (None, Config(256, 1, 5)),
+        # (rows per expert up to, configs)
+        (12, (Config(16, 4, 10), Config(16, 2, 18), Config(16, 1, 24))),  # tokens are read for 512 rows of weights
+        (18, (Config(24, 4, 9), Config(24, 2, 17), Config(24, 1, 22))),
+        (27, (Config(32, 4, 9), Config(32, 2, 14), Config(32, 1, 20))),
+        (40, (Config(48, 2, 13), Config(48, 1, 18))),
+        (80, (Config(80, 2, 9), Config(80, 1, 12))),
     ),
     "fp8": (
-        (6, Config(8, 2, 11)),
-        (12, Config(16, 4, 5)),
-        (18, Config(32, 2, 9)),
-        (40, Config(48, 2, 8)),
-        (80, Config(80, 2, 7)),
-        (400, Config(144, 1, 7)),  # two tiles for 256 +- 16 rows
-        (None, Config(256, 1, 4)),  # a tile of weights is decoded for twice the tokens
+        (6, (Config(8, 2, 11), Config(8, 1, 16))),
+        (12, (Config(16, 4, 5), Config(16, 2, 11), Config(16, 1, 16))),
+        (27, (Config(32, 4, 5), Config(32, 2, 9), Config(32, 1, 14))),
+        (40, (Config(48, 2, 8), Config(48, 1, 11))),
+        (80, (Config(80, 2, 7), Config(80, 1, 9))),
     ),
 }
-# Instead of tiles of 512 rows of weights, where those leave more SMs without work in the last wave.
-_OF_256_ROWS = {
-    "bfloat16": {Config(16, 4, 10): Config(16, 2, 18), Config(24, 4, 9): Config(24, 2, 17)},
-    "fp8": {Config(16, 4, 5): Config(16, 2, 11)},
+# Where MMAs do: those of which one takes the least time by `_time`.
+_MANY_TOKENS = {
+    "bfloat16": (
+        Config(96, 2, 8),
+        Config(128, 2, 7),
+        Config(192, 1, 7, (64,)),
+        Config(256, 1, 5, (192,)),
+        Config(256, 1, 5, (128,)),
+    ),
+    "fp8": (
+        Config(96, 2, 7),
+        Config(128, 2, 6),
+        Config(144, 1, 7, (72,)),
+        Config(192, 1, 6, (64,)),
+        Config(256, 1, 4, (192,)),
+        Config(256, 1, 4, (128,)),
+    ),
 }
+# Of a step, beside its tokens, in tokens: by tiles of weights per consumer, and divided by the stages. Fitted to a few layers.
+_TILE_COST, _STAGE_COST = {1: 40, 2: 32}, 64
+_LESS_ROWS = 0.9  # of the time, from which fewer rows per tile are worth reading tokens more often
+_QUANTILES = 16
 
 
 def pick_config(problem: Problem) -> Config:
     """Return the tile for a problem, by the rows that an expert has when all experts are equally busy."""
-    table = _TABLES[problem.a_format]
-    return next(config for most, config in table if most is None or problem.rows_per_expert <= most)
+    for most, configs in _FEW_TOKENS[problem.a_format]:
+        if problem.rows_per_expert <= most:
+            return configs[0]
+    return min(_MANY_TOKENS[problem.a_format], key=lambda config: _time(config, problem))
 
 
 def fitted(config: Config, problem: Problem, rows: int) -> Config:
-    """Return `config` for weights of `rows` per expert, or one of half the rows per tile if that takes a tenth less time.
+    """Return `config` for weights of `rows` per expert, or one of fewer rows per tile if that takes a tenth less time.
 
     Time is taken to be the number of rows that an SM computes in all waves.
     """
-    smaller = _OF_256_ROWS[problem.a_format].get(config, config)
+    alternatives = next((configs for _, configs in _FEW_TOKENS[problem.a_format] if config in configs), (config,))
 
     def rows_of_sm(one: Config) -> int:
-        tiles = problem.num_local_experts * -(-rows // one.rows)
+        tiles = math.ceil(_busy_experts(problem) * -(-rows // one.rows))
         return -(-tiles // problem.num_sms) * one.rows
 
-    return smaller if rows_of_sm(smaller) < 0.9 * rows_of_sm(config) else config
+    best = config
+    for one in alternatives[alternatives.index(config) + 1 :]:
+        best = one if rows_of_sm(one) < _LESS_ROWS * rows_of_sm(best) else best
+    return best
+
+
+def pick_configs(problem: Problem) -> tuple[Config, Config]:
+    """Return the configurations of the first and of the second GEMM."""
+    config = pick_config(problem)
+    return fitted(config, problem, 2 * problem.intermediate_size), fitted(config, problem, problem.hidden_size)
+
+
+def _busy_experts(problem: Problem) -> float:
+    """Return how many of the experts here are expected to have rows, when all are equally likely.
+
+    Tokens count as the next power of two, so that neighbours have the same kernels.
+    """
+    slots = problem.top_k << (problem.tokens - 1).bit_length()
+    return problem.num_local_experts * (1 - (1 - 1 / problem.num_experts) ** slots)
+
+
+def _time(config: Config, problem: Problem) -> float:
+    """Return the time of both GEMMs, in tokens that an SM multiplies 128 rows of weights by, times K.
+
+    The rows of an expert are taken to be distributed as the normal distribution, with the variance of independent choices.
+    """
+    tiles = cost = 0.0
+    beside = _TILE_COST[config.consumer_tiles] + _STAGE_COST / config.num_stages
+    for i in range(_QUANTILES):
+        rows = _NORMAL.inv_cdf((i + 0.5) / _QUANTILES) * problem.rows_per_expert**0.5 + problem.rows_per_expert
+        whole, rest = divmod(math.ceil(rows), config.block_M)
+        widths = [config.block_M] * whole + ([next(n for n in config.widths if n >= rest)] if rest else [])
+        tiles += len(widths) / _QUANTILES
+        cost += sum(width + beside for width in widths) / _QUANTILES
+    time = 0.0
+    for rows, K in ((2 * problem.intermediate_size, problem.hidden_size), (problem.hidden_size, problem.intermediate_size)):
+        all_tiles = problem.num_local_experts * tiles * -(-rows // config.rows)
+        time += math.ceil(all_tiles / problem.num_sms) * cost / tiles * config.consumer_tiles * K
+    return time
+
+
+_NORMAL = statistics.NormalDist()
 
 
 # --- what a kernel is made of ----------------------------------------------------------------------------------------
@@ -201,6 +290,7 @@ class _Operands:
 
     activations: Any  # (blocks * block_M, K), in sorted order
     tiles: Any  # uint32 (experts, row_tiles, steps, words)
+    token_ids: Any  # (blocks * block_M,)
     expert_ids: Any  # (blocks,)
     num_valid: Any  # (1,)
     row_tiles: Any  # tiles of weights of one expert
@@ -269,7 +359,7 @@ class _Consumer:
     tokens 8 n + 2 t and 8 n + 2 t + 1, then row g + 8 of the same tokens.
     """
 
-    A_r: Any  # decoded weights of two steps: one is multiplied while the next is decoded
+    A_r: Any  # decoded weights, two buffers of a group of tiles: one is multiplied while the other is written
     accumulators: Any
     codes: Any  # of one tile, before they are decoded; allocated outside all loops, or the compiler's passes take long
     scales: Any
@@ -295,16 +385,17 @@ class _Tile:
     token: Any  # the first, in sorted order
     row_tile: Any  # the first tile of weights
     buffer: Any  # of the vectors that the epilogue reads
+    used: Any  # its number of tokens: block_M, or a narrower width
 
 
 def gate_up(config: Config, num_blocks: int, activation, tile_format: TileFormat = BFLOAT16):
-    """Return the prim_func of the first GEMM: (x, scale_x, expert_ids, num_valid, w13, scale13, bias13, hidden).
+    """Return the prim_func of the first GEMM: (x, scale_x, token_ids, expert_ids, num_valid, w13, scale13, bias13, hidden).
 
     | parameter | shape | dtype |
     | --- | --- | --- |
     | x | (blocks * block_M, H), rows of tokens in sorted order | bfloat16 or E4M3 |
     | scale_x | (blocks * block_M,); for bfloat16 empty | float32 |
-    | expert_ids, num_valid | as `moe_sort` with block_M writes them | int32 |
+    | token_ids, expert_ids, num_valid | as `moe_sort` with block_M writes them | int32 |
     | w13 | (E, row tiles, steps, words), tiles of `HopperWeights` | uint32 |
     | scale13 | (E, row tiles * 64), its row_scale; for bfloat16 (0, 0) | float32 |
     | bias13 | (E, row tiles * 64), its bias | float32 |
@@ -321,6 +412,7 @@ def gate_up(config: Config, num_blocks: int, activation, tile_format: TileFormat
     def gate_up(
         x: T.Tensor((blocks * block_M, H), tile_format.dtype),
         scale_x: T.Tensor((scaled_tokens,), "float32"),
+        token_ids: T.Tensor((blocks * block_M,), "int32"),
         expert_ids: T.Tensor((blocks,), "int32"),
         num_valid: T.Tensor((1,), "int32"),
         w13: T.Tensor((experts, row_tiles, steps, tile_format.tile_words), "uint32"),
@@ -330,7 +422,7 @@ def gate_up(config: Config, num_blocks: int, activation, tile_format: TileFormat
     ):
         with T.Kernel(num_blocks, threads=_ROLES.threads) as block:
             args = _alloc_epilogue(traits, columns, _EpilogueTensors(bias13, scale13, scale_x, hidden, I))
-            operands = _Operands(x, w13, expert_ids, num_valid, row_tiles, steps, T.ceildiv(2 * I, config.rows))
+            operands = _Operands(x, w13, token_ids, expert_ids, num_valid, row_tiles, steps, T.ceildiv(2 * I, config.rows))
             _gemm(traits, operands, args, store, block)
 
     return gate_up
@@ -374,7 +466,7 @@ def down(config: Config, num_blocks: int, epilogue: str, tile_format: TileFormat
         with T.Kernel(num_blocks, threads=_ROLES.threads) as block:
             tensors = _EpilogueTensors(bias2, scale2, scale_hidden, y, H, tokens, token_ids, weights)
             args = _alloc_epilogue(traits, TILE, tensors)
-            operands = _Operands(hidden, w2, expert_ids, num_valid, row_tiles, steps, T.ceildiv(H, config.rows))
+            operands = _Operands(hidden, w2, token_ids, expert_ids, num_valid, row_tiles, steps, T.ceildiv(H, config.rows))
             _gemm(traits, operands, args, store, block)
 
     return down
@@ -439,6 +531,27 @@ def _dispatch_roles(traits: _Traits, operands: _Operands, args: _EpilogueArgs, s
 # --- producer --------------------------------------------------------------------------------------------------------
 
 
+def _used_tokens(traits: _Traits, operands: _Operands, by):
+    """Return how many tokens of a tile are computed: the least width that holds those which the block of tokens has."""
+    config, token_ids = traits.config, operands.token_ids
+    first, widths = by * config.block_M, config.widths
+    # Padding is last and has one id, and other ids differ. All ids are loaded together.
+    padding = token_ids[first + config.block_M - 1]
+    used = sum(
+        (
+            T.cast(token_ids[first + narrow] != padding, "int32") * (wide - narrow)
+            for narrow, wide in itertools.pairwise(widths)
+        ),
+        T.int32(widths[0]),
+    )
+
+    @T.macro
+    def emit():
+        return T.alloc_var("int32", used)
+
+    return emit() if config.narrower else config.block_M
+
+
 @T.macro
 def _produce(traits, operands, args, block):
     """Keep the pipeline filled, tile after tile."""
@@ -450,10 +563,11 @@ def _produce(traits, operands, args, block):
         by = T.alloc_var("int32", block.tile_row(wave))
         row_tile = T.alloc_var("int32", block.tile_column(wave, by) * traits.config.block_tiles)
         expert = T.alloc_var("int32", operands.expert_ids[by])
+        used = _used_tokens(traits, operands, by)
         for step in T.serial(operands.steps):
             stage = state.stage
             block.pipeline.acquire(stage, state.phase)
-            _load_activations(traits, operands, block, stage, by, step)
+            _load_activations(traits, operands, block, stage, by, step, used)
             _load_weights(traits, operands, block, stage, expert, row_tile, step)
             if step == 0:
                 block.aux.acquire(block.aux.stage(wave), block.aux.empty_phase(wave))
@@ -464,16 +578,30 @@ def _produce(traits, operands, args, block):
             state.advance()
 
 
-def _load_activations(traits: _Traits, operands: _Operands, block: _Block, stage, by, step) -> None:
-    """Issue the load of one step of the tile's tokens."""
-    x, X_s, block_M, K = operands.activations, block.X_s, traits.config.block_M, traits.tile_format.K
-    rows, columns = slice(by * block_M, (by + 1) * block_M), slice(step * K, (step + 1) * K)
+def _load_activations(traits: _Traits, operands: _Operands, block: _Block, stage, by, step, used) -> None:
+    """Issue the loads of one step of the tokens of a tile that are used."""
+    x, X_s, block_M, K, box_M = (
+        operands.activations,
+        block.X_s,
+        traits.config.block_M,
+        traits.tile_format.K,
+        traits.config.box_M,
+    )
 
     @T.macro
-    def emit():
-        T.tma_copy(x[rows, columns], X_s[stage, :, :], barrier=block.pipeline.full[stage])
+    def load(first):
+        T.tma_copy(
+            x[by * block_M + first : by * block_M + first + box_M, step * K : (step + 1) * K],
+            X_s[stage, first : first + box_M, :],
+            barrier=block.pipeline.full[stage],
+        )
 
-    emit()
+    @T.macro
+    def load_all():
+        for box in T.unroll(T.truncdiv(used, box_M), unroll_factor=1):
+            load(box * box_M)
+
+    load_all() if traits.config.narrower else load(0)
 
 
 @T.macro
@@ -485,7 +613,7 @@ def _load_weights(traits, operands, block, stage, expert, row_tile, step):
     """
     if T.shuffle_elect(WARPGROUP):
         T.mbarrier_expect_tx(block.pipeline.full[stage], traits.config.block_tiles * traits.tile_format.tile_words * 4)
-        for i in T.unroll(traits.config.block_tiles):
+        for i in T.unroll(traits.config.block_tiles, unroll_factor=_LOADS_UNROLLED):
             tile = T.min(row_tile + i, operands.row_tiles - 1)
             T.tma_load(
                 T.address_of(block.W_s[stage, i, 0]), T.address_of(operands.tiles[expert, tile, step, 0]),
@@ -535,29 +663,22 @@ def _consume(traits, operands, args, store, block):
         by = T.alloc_var("int32", block.tile_row(wave))
         first_tile = consumer.warpgroup * traits.config.consumer_tiles  # of the block's
         row_tile = T.alloc_var("int32", block.tile_column(wave, by) * traits.config.block_tiles + first_tile)
-        for i in T.unroll(traits.config.consumer_tiles * traits.tile_accumulators):
-            consumer.accumulators[i] = T.float32(0)
+        used = _used_tokens(traits, operands, by)
         block.pipeline.wait(consumer.state.stage, consumer.state.phase)
-        _decode_step(traits, block, consumer, 0)
-        # Two steps per iteration, since the registers that a step is decoded to must be constants.
-        for pair in T.serial(T.ceildiv(operands.steps, 2)):
-            _multiply_and_decode(traits, operands, block, consumer, 2 * pair, 0)
-            if 2 * pair + 1 < operands.steps:
-                _multiply_and_decode(traits, operands, block, consumer, 2 * pair + 1, 1)
-        T.wait_wgmma(0)
+        _multiply(traits, operands, block, consumer, used)
         block.pipeline.release(consumer.state.stage, consumer.lane)
         consumer.state.advance()
-        store(traits, args, consumer, _Tile(by * traits.config.block_M, row_tile, block.aux.stage(wave)))
+        store(traits, args, consumer, _Tile(by * traits.config.block_M, row_tile, block.aux.stage(wave), used))
         block.aux.release(block.aux.stage(wave), consumer.lane)
 
 
 def _alloc_consumer(traits: _Traits, block: _Block) -> _Consumer:
-    tiles, X_s = traits.config.consumer_tiles, block.X_s
+    config, X_s = traits.config, block.X_s
 
     @T.macro
     def alloc():
-        A_r = T.alloc_local((2 * tiles * _TILE_REGISTERS,), "uint32")
-        acc = T.alloc_local((tiles * traits.tile_accumulators,), "float32")
+        A_r = T.alloc_local((2 * config.group_tiles * _TILE_REGISTERS,), "uint32")
+        acc = T.alloc_local((config.consumer_tiles * traits.tile_accumulators,), "float32")
         codes = T.alloc_local((traits.tile_format.lane_words,), "uint32")
         scales = T.alloc_local((traits.lane_scale_words,), "uint32")
         descriptor = T.alloc_wgmma_desc()
@@ -570,31 +691,110 @@ def _alloc_consumer(traits: _Traits, block: _Block) -> _Consumer:
     return _Consumer(*registers, state, warpgroup=block.thread // WARPGROUP, thread=block.thread % WARPGROUP)
 
 
-def _multiply_and_decode(traits: _Traits, operands: _Operands, block: _Block, consumer: _Consumer, step, half: int) -> None:
-    """Issue the MMAs of a step, whose weights are decoded in one half of A_r; decode the next step to the other half."""
-    state, pipeline = consumer.state, block.pipeline
+def _multiply(traits: _Traits, operands: _Operands, block: _Block, consumer: _Consumer, used) -> None:
+    """Multiply all steps of a tile, in the loop for its number of tokens."""
+    *narrower, widest = (functools.partial(_multiply_width, traits, operands, block, consumer, n) for n in traits.config.widths)
+
+    def among(loops: list, widths: list) -> None:
+        if not loops:
+            widest()
+            return
+        first, width = loops[0], widths[0]
+
+        @T.macro
+        def emit():
+            if used == width:
+                first()
+            else:
+                among(loops[1:], widths[1:])
+
+        emit()
+
+    among(narrower, list(traits.config.narrower))
+
+
+def _multiply_width(traits: _Traits, operands: _Operands, block: _Block, consumer: _Consumer, width: int) -> None:
+    """The main loop of a tile of `width` tokens: a group of tiles of weights is multiplied while the next one is decoded."""
+    config = traits.config
+    groups = config.consumer_tiles // config.group_tiles
+
+    def of_step(step) -> None:
+        for group in range(groups):
+            _multiply_and_decode(traits, operands, block, consumer, width, step, group, group % 2)
 
     @T.macro
-    def emit():
+    def begin():
+        for i in T.unroll(config.consumer_tiles * traits.tile_accumulators):
+            consumer.accumulators[i] = T.float32(0)
+        _decode_group(traits, block, consumer, 0, 0)
+
+    @T.macro
+    def of_several_groups():
+        for step in T.serial(operands.steps):
+            of_step(step)
+
+    @T.macro
+    def of_one_group():
+        # Two steps per iteration, since the registers that a step is decoded to must be constants.
+        for pair in T.serial(T.ceildiv(operands.steps, 2)):
+            _multiply_and_decode(traits, operands, block, consumer, width, 2 * pair, 0, 0)
+            if 2 * pair + 1 < operands.steps:
+                _multiply_and_decode(traits, operands, block, consumer, width, 2 * pair + 1, 0, 1)
+
+    begin()
+    if groups == 1:
+        of_one_group()
+    else:
+        of_several_groups()
+    T.evaluate(T.wait_wgmma(0))  # here, since the compiler moves no registers of MMAs in flight to where loops meet
+
+
+def _multiply_and_decode(
+    traits: _Traits, operands: _Operands, block: _Block, consumer: _Consumer, width: int, step, group: int, half: int
+) -> None:
+    """Issue the MMAs of a group of a step, which is decoded in one half of A_r; decode the next group to the other half."""
+    state, pipeline, config = consumer.state, block.pipeline, traits.config
+    is_last = group == config.consumer_tiles // config.group_tiles - 1
+
+    @T.macro
+    def multiply():
         T.warpgroup_arrive()
-        _issue_mmas(traits, consumer, half)
+        _issue_mmas(traits, consumer, width, group, half)
         T.warpgroup_commit_batch()
+
+    @T.macro
+    def wait_for_previous():
+        T.wait_wgmma(1)
+
+    @T.macro
+    def wait_and_release():
         if step > 0:
             T.wait_wgmma(1)
             pipeline.release(state.previous_stage, consumer.lane)
+
+    @T.macro
+    def decode_next_step():
         if step + 1 < operands.steps:
             state.advance()
             pipeline.wait(state.stage, state.phase)
-            _decode_step(traits, block, consumer, 1 - half)
+            _decode_group(traits, block, consumer, 0, 1 - half)
 
-    emit()
+    multiply()
+    if group == 0:
+        wait_and_release()
+    else:
+        wait_for_previous()
+    if is_last:
+        decode_next_step()
+    else:
+        _decode_group(traits, block, consumer, group + 1, 1 - half)
 
 
-def _issue_mmas(traits: _Traits, consumer: _Consumer, half: int) -> None:
-    """Issue the MMAs of one step: all tiles of weights of the consumer by all tokens of the tile."""
-    tile_format, tiles, block_M = traits.tile_format, traits.config.consumer_tiles, traits.config.block_M
+def _issue_mmas(traits: _Traits, consumer: _Consumer, width: int, group: int, half: int) -> None:
+    """Issue the MMAs of a group of tiles of weights of a step by `width` tokens."""
+    tile_format, tiles, block_M = traits.tile_format, traits.config.group_tiles, traits.config.block_M
     A_r, accumulators, descriptor = consumer.A_r, consumer.accumulators, consumer.descriptor
-    shape = f"m64n{block_M}k{tile_format.K // _MMAS_PER_STEP}"
+    shape = f"m64n{width}k{tile_format.K // _MMAS_PER_STEP}"
 
     @T.macro
     def emit():
@@ -606,16 +806,17 @@ def _issue_mmas(traits: _Traits, consumer: _Consumer, half: int) -> None:
                     "float32", shape, True, tile_format.ptx, tile_format.ptx, "fp32",
                     A_r.data, (half * tiles + m) * _TILE_REGISTERS + 4 * k,
                     descriptor.data, (stage * block_M * _ROW_BYTES + k * 32) // _DESCRIPTOR_UNIT,
-                    accumulators.data, m * traits.tile_accumulators, T.bool(True), 1, 1,
+                    accumulators.data, (group * tiles + m) * traits.tile_accumulators, T.bool(True), 1, 1,
                 )  # fmt: skip
 
     emit()
 
 
-def _decode_step(traits: _Traits, block: _Block, consumer: _Consumer, half: int) -> None:
-    """Decode the weights of the consumer's stage to one half of A_r."""
-    for m in range(traits.config.consumer_tiles):
-        _decode_tile(traits, block, consumer, m, (half * traits.config.consumer_tiles + m) * _TILE_REGISTERS)
+def _decode_group(traits: _Traits, block: _Block, consumer: _Consumer, group: int, half: int) -> None:
+    """Decode a group of tiles of the consumer's stage to one half of A_r."""
+    tiles = traits.config.group_tiles
+    for m in range(tiles):
+        _decode_tile(traits, block, consumer, group * tiles + m, (half * tiles + m) * _TILE_REGISTERS)
 
 
 def _decode_tile(traits: _Traits, block: _Block, consumer: _Consumer, m: int, begin: int) -> None:
@@ -717,11 +918,29 @@ def _store_subtile(traits: _Traits, consumer: _Consumer, columns: int, token, ro
 def _store_hidden(activation, traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile) -> None:
     """The epilogue of `gate_up`: activate the consumer's tiles and store hidden rows, one subtile after the other."""
     config = traits.config
+
+    def of_subtile(first: int, token: int) -> None:
+        for m in range(first, first + config.subtile_tiles):
+            _activate(activation, traits, args, consumer, tile, m, token)
+        _store_hidden_subtile(traits, args, consumer, tile, first, token)
+
     for first in range(0, config.consumer_tiles, config.subtile_tiles):
         for token in range(0, config.block_M, config.subtile_M):
-            for m in range(first, first + config.subtile_tiles):
-                _activate(activation, traits, args, consumer, tile, m, token)
-            _store_hidden_subtile(traits, args, consumer, tile, first, token)
+            _where_used(traits, tile, token, functools.partial(of_subtile, first, token))
+
+
+def _where_used(traits: _Traits, tile: _Tile, token: int, emit: Callable) -> None:
+    """Emit what is done for the subtile from `token` of the tile on, if the tile has so many tokens."""
+
+    @T.macro
+    def guarded():
+        if tile.used > token:
+            emit()
+
+    if token < traits.config.widths[0]:
+        emit()
+    else:
+        guarded()
 
 
 def _activate(activation, traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile, m: int, token: int) -> None:
@@ -771,11 +990,15 @@ def _store_hidden_subtile(
 def _store_slots(epilogue: str, traits: _Traits, args: _EpilogueArgs, consumer: _Consumer, tile: _Tile) -> None:
     """The epilogue of `down`: weight the results and store or add them, one subtile after the other."""
     config = traits.config
+
+    def of_subtile(m: int, token: int) -> None:
+        _weight(epilogue, traits, args, consumer, tile, m, token)
+        if epilogue == "reduce":
+            _store_slots_subtile(traits, args, consumer, tile, m, token)
+
     for m in range(config.consumer_tiles):
         for token in range(0, config.block_M, config.subtile_M):
-            _weight(epilogue, traits, args, consumer, tile, m, token)
-            if epilogue == "reduce":
-                _store_slots_subtile(traits, args, consumer, tile, m, token)
+            _where_used(traits, tile, token, functools.partial(of_subtile, m, token))
     if epilogue == "atomic":
         _consumer_sync(consumer.warpgroup)  # as _store_subtile does last: then the buffer of the epilogue is released
 
@@ -848,10 +1071,9 @@ def takes(problem: Problem) -> bool:
 
 def compile_kernels(problem: Problem, device) -> Callable:
     """Return run(x, routing, w13, w2, y), see `problem`."""
-    config, tile_format, num_blocks = pick_config(problem), TILE_FORMATS[problem.a_format], problem.num_sms
-    H, I = problem.hidden_size, problem.intermediate_size
+    tile_format, num_blocks, I = TILE_FORMATS[problem.a_format], problem.num_sms, problem.intermediate_size
     scatter = sm90_scatter.compile_scatter(problem, device)
-    config13, config2 = fitted(config, problem, 2 * I), fitted(config, problem, H)
+    config13, config2 = pick_configs(problem)
     first = device.compile(gate_up, config13, num_blocks, problem.activation, tile_format, pass_configs=PASS_CONFIGS)
     requantize = sm90_scatter.compile_requantize(problem, device)
     second = device.compile(down, config2, num_blocks, problem.epilogue, tile_format, pass_configs=PASS_CONFIGS)
@@ -859,7 +1081,7 @@ def compile_kernels(problem: Problem, device) -> Callable:
     def run(x, routing, w13, w2, y) -> None:
         token_ids, weights, expert_ids, num_valid, _ = routing
         hidden = device.empty(token_ids.shape[0], I, dtype="bfloat16")
-        first(*scatter(x, routing), expert_ids, num_valid, w13.tiles, w13.row_scale, w13.bias, hidden)
+        first(*scatter(x, routing), token_ids, expert_ids, num_valid, w13.tiles, w13.row_scale, w13.bias, hidden)
         second(*requantize(hidden, routing), token_ids, weights, expert_ids, num_valid, w2.tiles, w2.row_scale, w2.bias, y)
 
     return run

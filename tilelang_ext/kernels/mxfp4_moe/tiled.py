@@ -63,6 +63,11 @@ def pick_config(problem: Problem) -> Config:
     return next(config for most, config in table if most is None or problem.rows_per_expert <= most)
 
 
+def pick_configs(problem: Problem) -> tuple[Config]:
+    """Return the one configuration of both GEMMs."""
+    return (pick_config(problem),)
+
+
 def _gemms(problem: Problem) -> tuple[Gemm, Gemm]:
     """Return what the model for Metal is told of the two GEMMs."""
     a_bytes = 2 if problem.a_format in SIXTEEN_BITS else 0.5 if problem.a_format == "mxfp4" else 1
