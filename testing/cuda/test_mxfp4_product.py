@@ -105,7 +105,7 @@ def test_values_of_few_rows(make, tile, M, K):
 
 @needs_compiler
 def test_values_of_gathered_rows():
-    """The kernels of the example: gathered tokens, rows of scales anywhere, K of two steps and a half, and of one and a half."""
+    """The example's kernels: gathered tokens, rows of scales anywhere, K of two steps and a half, and of one and a half."""
     tile, H, I, columns, tokens, experts, top_k = moe.Tile(24, 64, 128), 160, 96, 192, 11, 3, 2
     x, (topk_weights, topk_ids) = torch.randn(tokens, H).bfloat16(), torch.rand(tokens, experts).topk(top_k)
     (w13, _), (w2, _) = weights(experts * 2 * I, H), weights(experts * columns, I)
