@@ -79,16 +79,20 @@ def test_values(of, config, splits):
     run(of, config, splits)
 
 
-@pytest.mark.parametrize("deferred", [0, 1])
-def test_a_store_has_read_its_buffer_before_the_next_is_written(deferred):
-    """Also across tiles, whose subtiles are three here, so that the first and the last have the same buffer."""
-    of = problem(168, 96, 264)
-    text = text_of(sm90_persistent.matmul, of.without_sizes("M", "N", "K"), Config(64, 96, 1, 2, 32, deferred, False, 2, 64))
+@pytest.mark.parametrize(("columns", "subtile", "deferred"), [(96, 32, 0), (96, 32, 1), (80, 16, 0)])
+def test_a_store_has_read_its_buffer_before_the_next_is_written(columns, subtile, deferred):
+    """Also across tiles, of an odd number of subtiles, so that the first and the last have the same buffer; and all threads
+    wait for the one that has waited, which upstream sees to where a thread writes a subtile by several matrix stores."""
+    of = problem(168, columns, 264)
+    config = Config(64, columns, 1, 2, subtile, deferred, False, 2, 64)
+    text = text_of(sm90_persistent.matmul, of.without_sizes("M", "N", "K"), config)
+    after = re.findall(r"tma_store_wait<\d, true>\(\);\n\s*(.*)", text)
+    assert sum("__sync_thread_partial" in statement for statement in after) == text.count("tl::tma_store(")
     found = re.findall(r"tma_store_wait<(\d), true>\(\);|tma_store\(out_desc, \(&\(\(\(bfloat16_t\*\)(\w+)\)", text)
     waits, buffers = ([value for value in values if value] for values in zip(*found, strict=True))
     stores = list(zip(buffers, map(int, waits), strict=False))
     of_tile = stores[: len(stores) - deferred]  # what was deferred is stored once more, after the last tile
-    assert len(of_tile) == 3
+    assert len(of_tile) == columns // subtile
     in_flight: list[str] = []
     for buffer, at_most in of_tile * 3:
         in_flight = in_flight[len(in_flight) - at_most :] if at_most else []

@@ -87,7 +87,7 @@ def run(
         (ROWS, Config(128, 256, 2, 64, 1, 3), 768, True, "bfloat16"),  # stmatrix; the producer loads scales
         (ROWS, Config(128, 256, 2, 32, 5, 1), 256, True, "float32"),  # as many stages as K blocks: consumers load scales
         (ROWS, Config(128, 128, 2, 16, 2), 384, False, "float32"),  # stages that do not divide the K blocks
-        (ROWS, Config(128, 128, 2, 64, 2), 512, False, "bfloat16"),  # constant stages; the producer loads scales
+        (ROWS, Config(128, 112, 2, 16, 2), 512, False, "bfloat16"),  # constant stages; one matrix store writes a subtile
         (BLOCKS, Config(256, 128, 4, 32, 2), 512, False, "bfloat16"),  # two MMA tiles per consumer, constant stages
         (BLOCKS, Config(128, 128, 1, 16, 3), 128, False, "float32"),  # one K block, in two MMAs
     ],
