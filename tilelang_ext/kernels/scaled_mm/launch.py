@@ -55,7 +55,9 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: 
     )
     biases = [] if bias is None else [recorder.argument("bias", problem.bias_dtype, (N,))]
     out = recorder.argument("out", problem.out_dtype, (M, N))
-    implementation.compile_kernel(problem, recorder.compile)(a, scales[0], b, scales[1], *biases, out)
+    memory_of = getattr(implementation, "memory_of", lambda problem: ())
+    memory = [recorder.empty(*shape, dtype=dtype) for shape, dtype in memory_of(problem)]
+    implementation.compile_kernel(problem, recorder.compile)(a, scales[0], b, scales[1], *biases, *memory, out)
     key, _ = plan.key(*to_plan(arguments))
     sizes_of = getattr(implementation, "sizes_served", sizes_of_bucket)
     plan.add(recorder.variant(key, sizes_of(problem)), recorder.cubins)

@@ -14,7 +14,7 @@ from tilelang_ext.launch.cache import until_reload
 # The files that decide how fast a choice is: tables count for these alone.
 KERNELS = (
     *("scaled_mm/vecmat", "scaled_mm/sm90_persistent", "scaled_mm/sm90_split_k"),
-    *("sm90/epilogue", "sm90/pipeline", "sm90/roles", "sm90/scheduler"),
+    *("sm90/epilogue", "sm90/pipeline", "sm90/roles", "sm90/scheduler", "sm90/split_tiles"),
 )
 _NEIGHBOURS = 16  # numbers of rows that are tried on each side
 
@@ -27,6 +27,11 @@ def takes(problem: Problem) -> bool:
 def compile_kernel(problem: Problem, compile: Callable) -> Callable:
     """Return the compiled kernel."""
     return sm90_config.compile_choice(problem, pick(problem), compile)
+
+
+def memory_of(problem: Problem) -> tuple:
+    """Return shapes and dtypes of the memory that the kernel has beside its tensors, before `out`."""
+    return sm90_config.memory_of(pick(problem))
 
 
 def sizes_served(problem: Problem) -> tuple[int, int]:

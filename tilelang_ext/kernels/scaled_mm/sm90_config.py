@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tilelang_ext import language as T
@@ -26,8 +26,9 @@ from tilelang_ext.kernels.scaled_mm.sm90_persistent import BLOCK_K, WGMMA_M, fit
 
 _SHARED_BYTES = 226 * 1024  # of a block, beside barriers
 _MAX_STAGES = 8
-_WIDTHS = (32, 64, 96, 128, 160, 192, 224, 256)  # columns of a tile; subtiles of 16 would need another swizzle than TMA's
+_WIDTHS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)  # columns of a tile
 _SWAPPED_ROWS = (8, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 240, 256)  # of a tile of swapped operands
+_MOST_WAVES, _FEWEST_K_BLOCKS = 6, 16  # of products whose last tiles may be divided along K
 _REGISTERS, _WITHOUT_PROMOTION = 200, 128  # of a consumer's thread that accumulators and blockwise scales may take
 
 
@@ -51,6 +52,8 @@ class Model:
     wave: float  # of a tile, beside that
     row: float  # of TMA, for a row of 128 bytes
     overlap_loads: float  # part of the lesser of MMAs and loads that does not overlap
+    latency: float  # of a load, over the stages of the pipeline
+    uneven: float  # factor, where iterations of 5 or 6 K blocks do not divide them
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Shared:
     overlap: float  # part of the lesser of memory and work that does not overlap
     memory: float
     sm_memory: float  # of one SM
-    empty_row: float  # of TMA, for a row of A past the end, in the only tile
+    empty_row: float  # of TMA, for a row past the end
     last_wave: float  # part of its missing tiles by which the last wave of several is shorter
     wide: float  # part more of memory, where swapped operands have 256 columns
     idle: tuple[float, float]  # part more of memory for SMs without a tile in the last wave: of one wave, of several
@@ -72,20 +75,37 @@ class Shared:
     split_k_overlap: float
     split_k_memory: float
     vecmat_memory: tuple[float, ...]  # by rows from 1 on
+    split: float  # of giving accumulators to another block and waiting for them
+    split_element: float  # for an element of a tile, given or taken
 
 
 MODELS = {
-    "fast": Model(0.01378, 0.0319, 1.106, 1.031, 1.0, 0.0192, 0.303, 0.00083, 0.598),
-    # Promoted: fitted for dynamic N and K, but the least of `mma`, by 0.9 after that of constant ones (docs/log/selection.md).
-    "rows": Model(0.0149, 0.0528, 1.359, 1.200, 1.1, 0.0, 0.843, 0.00115, 0.423),  # but for `swapped`, not fitted: as below
-    "blocks": Model(0.0149, 0.0528, 1.359, 1.256, 1.150, 0.0, 0.843, 0.00115, 0.423),
+    "fast": Model(0.01593, 0.02691, 1.009, 1.026, 1.0, 0.00965, 0.5695, 0.000784, 0.3458, 0.1948, 1.0),
+    # Those of blocks: rows without fast accumulation were not fitted.
+    "rows": Model(0.02077, 0.03938, 1.11, 1.196, 1.088, 0.0, 0.7474, 0.001133, 0.0, 0.4646, 1.101),
+    "blocks": Model(0.02077, 0.03938, 1.11, 1.196, 1.088, 0.0, 0.7474, 0.001133, 0.0, 0.4646, 1.101),
 }
 SHARED = Shared(
-    *(2.78, 0.132, 4.28e6, 9.0e4, 0.0026, 0.282, 0.040, (0.116, 0.10)),
-    *(3.48, 0.2, 0.0843, 2.1e-4, 0.542, 4.7e6),
-    vecmat_memory=(4.5e6, 3.2e6, 2.7e6, 2.1e6),
+    launch=2.446,
+    overlap=0.1662,
+    memory=4263000.0,
+    sm_memory=128300.0,
+    empty_row=0.0004886,
+    last_wave=0.04201,
+    wide=0.03912,
+    idle=(0.173, 0.182),
+    split_k_launch=2.894,
+    split_k_exchange=0.0,
+    split_k_mma=0.05295,
+    split_k_end=0.0003541,
+    split_k_overlap=0.6698,
+    split_k_memory=4534000.0,
+    vecmat_memory=(4244000.0, 3216000.0, 2207000.0, 2261000.0),
+    split=1.436,
+    split_element=0.00018,
 )
 _MOST_IDLE = 1.5
+_DOUBT = 1.02  # of divided tiles, which must be the faster by more than the model errs
 
 
 def takes(problem: Problem) -> bool:
@@ -100,6 +120,11 @@ def compile_choice(problem: Problem, choice: Choice, compile: Callable) -> Calla
     return {"sm90_split_k": sm90_split_k, "sm90_persistent": sm90_persistent}[choice.kernel].compile_kernel(
         problem, choice.config, compile
     )
+
+
+def memory_of(choice: Choice) -> tuple:
+    """Return shapes and dtypes of the memory that the kernel of a choice has beside its tensors, before `out`."""
+    return sm90_persistent.memory_of(choice.config) if choice.kernel == "sm90_persistent" else ()
 
 
 def rounded(M: int) -> int:
@@ -136,10 +161,11 @@ def choices(problem: Problem) -> Iterator[Choice]:
         yield Choice("vecmat", vecmat.pick_config(problem))
     for config in sm90_split_k.configs(problem):
         yield Choice("sm90_split_k", config)
-    for block_M, block_N, num_consumers, is_swapped in _tiles(problem):
-        config = _persistent(problem, block_M, block_N, num_consumers, is_swapped)
-        if config is not None:
+    for tile in _tiles(problem):
+        for config in _persistent(problem, *tile):
             yield Choice("sm90_persistent", config)
+            if _can_divide(config, problem):
+                yield Choice("sm90_persistent", replace(config, divides_k=True, deferred=0))
 
 
 def _tiles(problem: Problem) -> Iterator[tuple[int, int, int, bool]]:
@@ -180,8 +206,8 @@ def _limit(kind: str) -> int:
 
 def _persistent(
     problem: Problem, block_M: int, block_N: int, num_consumers: int, is_swapped: bool
-) -> sm90_persistent.Config | None:
-    """Return the configuration of a tile, None if shared memory holds too few stages."""
+) -> Iterator[sm90_persistent.Config]:
+    """Yield the configurations of a tile, none if shared memory holds too few stages."""
     kind, k_blocks = kind_of(problem), _ceildiv(problem.K, BLOCK_K)
     bits = T.dtype(problem.out_dtype).bits
     if is_swapped:
@@ -197,18 +223,24 @@ def _persistent(
     scales = 4 * block_M * scale_sets_of(block_N, is_swapped) if kind == "blocks" else 0  # of a stage
     fixed = 2 * num_consumers * subtile_bytes + (0 if kind == "blocks" else 4 * (block_M + block_N)) + 256
     fitting = (_SHARED_BYTES - fixed) // ((block_M + block_N) * BLOCK_K + scales)
-    if fitting < 3:
-        return None
-    num_stages = min(fitting, _MAX_STAGES)
-    if kind != "fast" and num_stages not in (3, _MAX_STAGES):
-        num_stages = 4
     # With fewer stages than K blocks, N and K need not be constants of the kernel. A stage is released a K block later where
     # accumulators stay in the tensor core, so that one stage would be waited for forever.
-    num_stages = min(num_stages, k_blocks - 1 if k_blocks > 2 else k_blocks)
-    is_whole = kind == "fast" or k_blocks % steps_of(num_stages) == 0
-    return sm90_persistent.Config(
-        block_M, block_N, num_stages, subtile, problem.num_sms, deferred, num_consumers, is_swapped, is_whole
-    )
+    most = min(fitting, _MAX_STAGES, k_blocks - 1 if k_blocks > 2 else k_blocks)
+    if fitting < 3:
+        return
+    # Promoted: iterations of 4 K blocks, which divide most K, and of all stages where there are 5 or 6.
+    for num_stages in (most,) if kind == "fast" or most in (1, 2, 3, _MAX_STAGES) else sorted({4, min(most, 6)}):
+        is_whole = kind == "fast" or k_blocks % steps_of(num_stages) == 0
+        yield sm90_persistent.Config(
+            block_M, block_N, num_stages, subtile, problem.num_sms, deferred, num_consumers, is_swapped, is_whole
+        )
+
+
+def _can_divide(config: sm90_persistent.Config, problem: Problem) -> bool:
+    """Whether a last wave of few tiles costs much, so that blocks may share its tiles."""
+    tiles = _ceildiv(problem.max_M, config.block_M) * _ceildiv(problem.N, config.block_N)
+    k_blocks = _ceildiv(problem.K, BLOCK_K)
+    return tiles % problem.num_sms != 0 and tiles < _MOST_WAVES * problem.num_sms and k_blocks >= _FEWEST_K_BLOCKS
 
 
 # --- times -----------------------------------------------------------------------------------------------------------
@@ -227,16 +259,32 @@ def _persistent_us(config: sm90_persistent.Config, problem: Problem) -> float:
     mma = mma_tiles * (model.mma * mma_N / 8 * config.num_consumers / 2 + model.mma_start)
     mma *= model.alone if config.num_consumers == 1 else 1.0
     mma *= model.swapped if config.is_swapped else model.straddle if FP8_BLOCK % config.block_N else 1.0
-    loads = model.row * (config.block_M + config.block_N) + SHARED.empty_row * max(config.block_M - M, 0)
-    tiles = _ceildiv(M, config.block_M) * _ceildiv(problem.N, config.block_N)
-    waves = _ceildiv(tiles, problem.num_sms)
+    mma *= model.uneven if steps_of(config.num_stages) > 4 and not config.is_whole else 1.0
+    tile_rows, num_sms = _ceildiv(M, config.block_M), problem.num_sms
+    tiles = tile_rows * _ceildiv(problem.N, config.block_N)
+    waves, all_bytes = _ceildiv(tiles, num_sms), _bytes_of(problem)
+    # Rows past the end are in the last tiles, which set the time of one wave.
+    empty_rows = sum(-extent % block / waves for extent, block in ((M, config.block_M), (problem.N, config.block_N)))
+    loads = model.row * (config.block_M + config.block_N) + SHARED.empty_row * empty_rows + model.latency / config.num_stages
     end = model.wave + model.end * mma_tiles * mma_N / 8
-    missing = waves - tiles / problem.num_sms if waves > 1 else 0.0
-    busy = (waves - SHARED.last_wave * missing) * (k_blocks * _both(mma, loads, model.overlap_loads) + end)
-    memory = _bytes_of(problem) / min(SHARED.memory, min(tiles, problem.num_sms) * SHARED.sm_memory)
+    k_block = _both(mma, loads, model.overlap_loads)
+    if config.divides_k:
+        busy_sms, idle = num_sms, 0.0
+        divided = tiles - max(tiles // num_sms - 1, 0) * num_sms
+        givers = max(1, _ceildiv(num_sms, divided) - 1)  # of a divided tile
+        split = SHARED.split + SHARED.split_element * config.block_M * config.block_N * (1 + givers)
+        busy = tiles / num_sms * k_blocks * k_block + waves * end + split
+        # Blocks that share rows of b load them at different times.
+        all_bytes += (tile_rows - 1) * problem.N * problem.K * divided / tiles
+    else:
+        busy_sms = min(tiles, num_sms)
+        missing = waves - tiles / num_sms if waves > 1 else 0.0
+        busy = (waves - SHARED.last_wave * missing) * (k_blocks * k_block + end)
+        idle = SHARED.idle[waves > 1] * min(waves * num_sms / tiles - 1, _MOST_IDLE)
+    memory = all_bytes / min(SHARED.memory, busy_sms * SHARED.sm_memory)
     memory *= 1 + SHARED.wide if config.is_swapped and config.block_N == 256 else 1.0
-    memory *= 1 + SHARED.idle[waves > 1] * min(waves * problem.num_sms / tiles - 1, _MOST_IDLE)
-    return SHARED.launch + _both(busy, memory, SHARED.overlap)
+    memory *= 1 + idle
+    return (SHARED.launch + _both(busy, memory, SHARED.overlap)) * (_DOUBT if config.divides_k else 1.0)
 
 
 def _split_k_us(config: sm90_split_k.Config, problem: Problem) -> float:

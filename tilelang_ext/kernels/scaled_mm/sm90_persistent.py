@@ -50,7 +50,9 @@ from tilelang_ext.kernels.scaled_mm.problem import Problem
 from tilelang_ext.kernels.sm90.epilogue import DeferredSubtiles, SubtileStores, alloc_deferred, alloc_stores, round_subtile
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch
-from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler
+from tilelang_ext.kernels.sm90 import split_tiles
+from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler, start_stream_k
+from tilelang_ext.kernels.sm90.split_tiles import SplitTiles
 
 ARCH = "sm_90a"
 BLOCK_K = FP8_BLOCK  # bytes of a swizzled row of shared memory, and a float32 block of scales
@@ -83,6 +85,7 @@ class Config:
     num_consumers: int = 2
     is_swapped: bool = False
     is_whole: bool = True  # whether `steps_of` divides the K blocks; anything where accumulators are not promoted
+    divides_k: bool = False  # whether blocks share the last tiles, each some of their K blocks
 
 
 def steps_of(num_stages: int) -> int:
@@ -210,7 +213,14 @@ class _Traits:
         There is one buffer for them. The producer writes it once it has acquired a stage for the second time in a tile: both
         consumers then work on this tile, and their epilogues of the one before, which read the buffer, are over.
         """
-        return not self.blockwise and (not self.has_constant_K or self.k_blocks > self.config.num_stages)
+        is_long = not self.has_constant_K or self.k_blocks > self.config.num_stages
+        return not self.blockwise and is_long and not self.config.divides_k  # part of a tile may have fewer K blocks
+
+    @property
+    def iterations(self):
+        """Iterations of the main loop, all of them for one tile."""
+        unroll = self.unroll
+        return -(-self.k_blocks // unroll) if self.has_constant_K else T.ceildiv(self.k_blocks, unroll)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +233,7 @@ class Operands:
     scale_b: Any  # (N or 1, 1), or (N/128, K/128)
     bias: Any  # (N,) or None
     out: Any  # (M, N)
+    split: SplitTiles | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +278,8 @@ class _Coord:
 
 
 def scaled_matmul(problem: Problem, config: Config):
-    """The prim_func: (a, scale_a, b, scale_b, out), with bias before out where the problem has one.
+    """The prim_func: (a, scale_a, b, scale_b, out), before out bias where the problem has one, then the two tensors of
+    `memory_of` where blocks share tiles.
 
     A problem whose N and K are 0 leaves them to the arguments.
     """
@@ -281,17 +293,52 @@ def scaled_matmul(problem: Problem, config: Config):
     scale_b_type = scale_type(problem, problem.layout_b, N, "scale_b", K)
     out_type = T.Tensor((M, N), problem.out_dtype)
 
-    if problem.bias_dtype is None:
+    bias_type = None if problem.bias_dtype is None else T.Tensor((N,), problem.bias_dtype)
+    split_types = [T.Tensor(shape, dtype) for shape, dtype in memory_of(config)]
+    return _prim_func(traits, a_type, scale_a_type, b_type, scale_b_type, bias_type, split_types, out_type)
+
+
+def _prim_func(traits, a_type, scale_a_type, b_type, scale_b_type, bias_type, split_types, out_type):
+    """Return the prim_func of one of four lists of parameters."""
+    if split_types:
+        partial_type, given_type = split_types
+    if bias_type is None and not split_types:
 
         @T.prim_func
         def scaled_matmul(a: a_type, scale_a: scale_a_type, b: b_type, scale_b: scale_b_type, out: out_type):
             _matmul(traits, Operands(a, scale_a, b, scale_b, None, out))
-    else:
-        bias_type = T.Tensor((N,), problem.bias_dtype)
+    elif not split_types:
 
         @T.prim_func
         def scaled_matmul(a: a_type, scale_a: scale_a_type, b: b_type, scale_b: scale_b_type, bias: bias_type, out: out_type):
             _matmul(traits, Operands(a, scale_a, b, scale_b, bias, out))
+    elif bias_type is None:
+
+        @T.prim_func
+        def scaled_matmul(
+            a: a_type,
+            scale_a: scale_a_type,
+            b: b_type,
+            scale_b: scale_b_type,
+            partial: partial_type,
+            given: given_type,
+            out: out_type,
+        ):
+            _matmul(traits, Operands(a, scale_a, b, scale_b, None, out, SplitTiles(partial, given)))
+    else:
+
+        @T.prim_func
+        def scaled_matmul(
+            a: a_type,
+            scale_a: scale_a_type,
+            b: b_type,
+            scale_b: scale_b_type,
+            bias: bias_type,
+            partial: partial_type,
+            given: given_type,
+            out: out_type,
+        ):
+            _matmul(traits, Operands(a, scale_a, b, scale_b, bias, out, SplitTiles(partial, given)))
 
     return scaled_matmul
 
@@ -302,6 +349,8 @@ def scaled_matmul(problem: Problem, config: Config):
 @T.macro
 def _matmul(traits, operands):
     with T.Kernel(traits.config.num_blocks, threads=traits.roles.threads) as block:
+        if traits.config.divides_k:
+            split_tiles.declare()
         A_s = T.alloc_shared((traits.config.num_stages, traits.config.block_M, BLOCK_K), traits.problem.a_dtype)
         B_s = T.alloc_shared((traits.config.num_stages, traits.config.block_N, BLOCK_K), traits.problem.b_dtype)
         scales_s = T.alloc_shared(traits.shared_scales, "float32")
@@ -345,6 +394,31 @@ def _dispatch_roles(traits: _Traits, operands: Operands, block: _Block, accumula
     dispatch(block.thread, (WARPGROUP, functools.partial(_produce, traits, operands, block)), *consumers)
 
 
+@dataclass(eq=False)
+class _Tiles:
+    """The walk of `PersistentScheduler` by the names of `StreamKScheduler`: whole tiles alone."""
+
+    scheduler: PersistentScheduler
+    last: Any
+    tile: Any = None
+    first: int = 0
+
+    @property
+    def num_segments(self):
+        return self.scheduler.num_waves
+
+    def take(self, wave) -> None:
+        self.tile = self.scheduler.tile(wave)
+
+
+def _start_walk(traits: _Traits, block: _Block):
+    """Return a role's walk over tiles, or parts of them."""
+    if not traits.config.divides_k:
+        return _Tiles(block.scheduler, traits.iterations)
+    scheduler = block.scheduler
+    return start_stream_k(scheduler.num_blocks, scheduler.block, scheduler.num_tiles, traits.iterations)
+
+
 # --- producer --------------------------------------------------------------------------------------------------------
 
 
@@ -355,12 +429,14 @@ def _produce(traits, operands, block):
     step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
     tile_row, tile_column = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
     scales = _alloc_producer_scales(traits)
-    for wave in T.serial(block.scheduler.num_waves):
-        block.tiles.tile_coord(block.scheduler.tile(wave), tile_row, tile_column)
+    walk = _start_walk(traits, block)
+    for wave in T.serial(walk.num_segments):
+        walk.take(wave)
+        block.tiles.tile_coord(walk.tile, tile_row, tile_column)
         row, column = tile_row[0] * traits.config.block_M, tile_column[0] * traits.config.block_N
-        _prefetch_first(traits, operands, block, scales, _Coord(row, column))
-        for k in T.serial(T.ceildiv(traits.k_blocks, traits.unroll)):
-            _load_k_blocks(traits, operands, block, scales, _Coord(row, column), k * traits.unroll, step)
+        _prefetch_first(traits, operands, block, scales, _Coord(row, column), walk.first * traits.unroll)
+        for k in T.serial(walk.last - walk.first):
+            _load_k_blocks(traits, operands, block, scales, _Coord(row, column), (walk.first + k) * traits.unroll, step)
             step = step + traits.unroll
 
 
@@ -370,10 +446,10 @@ def _alloc_producer_scales(traits: _Traits) -> list:
     return [T.alloc_local((traits.producer_rows + of_b,), "float32") for _ in range(traits.unroll)]
 
 
-def _prefetch_first(traits: _Traits, operands: Operands, block: _Block, scales: list, tile: _Coord) -> None:
-    """Load the row scales of a tile's first iteration."""
+def _prefetch_first(traits: _Traits, operands: Operands, block: _Block, scales: list, tile: _Coord, k) -> None:
+    """Load the row scales of a tile's first iteration, from K block k on."""
     for n in range(traits.unroll):
-        _prefetch_scales(traits, operands, block, scales[n], tile, n)
+        _prefetch_scales(traits, operands, block, scales[n], tile, k + n)
 
 
 def _load_k_blocks(traits: _Traits, operands: Operands, block: _Block, scales: list, tile: _Coord, k, step) -> None:
@@ -479,24 +555,21 @@ def _consume(traits, operands, block, accumulators, stores):
     step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
     tile_row, tile_column = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
     consumer = _alloc_consumer(traits, accumulators, stores)
-    for wave in T.serial(block.scheduler.num_waves):
-        block.tiles.tile_coord(block.scheduler.tile(wave), tile_row, tile_column)
+    walk = _start_walk(traits, block)
+    for wave in T.serial(walk.num_segments):
+        walk.take(wave)
+        block.tiles.tile_coord(walk.tile, tile_row, tile_column)
         if traits.promotes:
             _clear(accumulators.of_tiles)
-        for k in T.serial(T.ceildiv(traits.k_blocks, traits.unroll)):
-            _multiply_k_blocks(traits, block, consumer, wave, tile_column[0] * traits.config.block_N, k, step)
+        for k in T.serial(walk.last - walk.first):
+            _multiply_k_blocks(traits, block, consumer, wave, tile_column[0] * traits.config.block_N, k, walk.first, step)
             step = step + traits.unroll
         if not traits.promotes:
             T.wait_wgmma(0)
             block.pipeline.release(block.pipeline.stage(step - 1), block.thread % WARP)
             _fence(traits, accumulators.of_tiles)
-        _store_tile(
-            traits,
-            operands,
-            block,
-            consumer,
-            _Coord(tile_row[0] * traits.config.block_M, tile_column[0] * traits.config.block_N),
-        )
+        coord = _Coord(tile_row[0] * traits.config.block_M, tile_column[0] * traits.config.block_N)
+        _finish(traits, operands, block, consumer, walk, coord)
     consumer.deferred.store_all(block.scheduler.has_tiles)
     stores.drain()
 
@@ -521,14 +594,14 @@ def _fence(traits: _Traits, accumulators: list) -> None:
         T.warpgroup_fence_operand(accumulator, num_regs=WGMMA_M * traits.mma_N // WARPGROUP)
 
 
-def _multiply_k_blocks(traits: _Traits, block: _Block, consumer: _Consumer, wave, column, k, step) -> None:
-    """Multiply the K blocks of iteration k, for the tile that begins at a column."""
+def _multiply_k_blocks(traits: _Traits, block: _Block, consumer: _Consumer, wave, column, k, first, step) -> None:
+    """Multiply the K blocks of iteration `first` + k, for the tile that begins at a column."""
     for n in range(traits.unroll):
         if not traits.promotes:
             _multiply(traits, block, consumer, k, step + n)
             consumer.deferred.store_due(k, wave > 0)
         elif traits.has_empty_steps and n > 0:  # an iteration has one K block at least
-            _multiply_if_any(traits, block, consumer, column, k * traits.unroll + n, step + n, n)
+            _multiply_if_any(traits, block, consumer, column, (first + k) * traits.unroll + n, step + n, n)
         else:
             _multiply_and_promote(traits, block, consumer, column, step + n, n)
 
@@ -638,6 +711,24 @@ def _promote(traits: _Traits, block: _Block, consumer: _Consumer, column, stage,
 # --- epilogue of a consumer ------------------------------------------------------------------------------------------
 
 
+def _finish(traits: _Traits, operands: Operands, block: _Block, consumer: _Consumer, walk, tile: _Coord) -> None:
+    """Store the tile, of whose K blocks other blocks may have multiplied some; or give the accumulators to another block."""
+    split, scheduler = operands.split, block.scheduler
+    place = consumer.stores.warpgroup, consumer.row, consumer.accumulators.of_tiles, block.thread
+
+    @T.macro
+    def emit():
+        if walk.is_given:
+            split.give(scheduler.block, *place)
+        else:
+            if walk.first > 0:
+                for giver in T.serial(walk.first_sharer, scheduler.block):
+                    split.add(giver, *place)
+            _store_tile(traits, operands, block, consumer, tile)
+
+    emit() if traits.config.divides_k else _store_tile(traits, operands, block, consumer, tile)
+
+
 def _store_tile(traits: _Traits, operands: Operands, block: _Block, consumer: _Consumer, tile: _Coord) -> None:
     """Finish the consumer's part of a tile; store the first subtiles, and defer the others to the next tile's main loop."""
     for m, accumulator in enumerate(consumer.accumulators.of_tiles):
@@ -691,6 +782,14 @@ def _scale_of(traits: _Traits, operands: Operands, block: _Block, tile: _Coord, 
 
 
 # --- host ------------------------------------------------------------------------------------------------------------
+
+
+def memory_of(config: Config) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """Return shapes and dtypes of the memory through which blocks give accumulators to others: `SplitTiles`."""
+    if not config.divides_k:
+        return ()
+    elements = config.block_M * config.block_N
+    return ((config.num_blocks, elements), "float32"), ((config.num_blocks, config.num_consumers), "int64")
 
 
 def scale_type(problem: Problem, layout: BlockScaledLayout, rows, name: str, K=None):

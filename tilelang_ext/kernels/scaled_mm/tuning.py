@@ -118,6 +118,9 @@ class _Chosen:
     def compile_kernel(self, problem: Problem, compile: Callable) -> Callable:
         return sm90_config.compile_choice(problem, self.choice, compile)
 
+    def memory_of(self, problem: Problem) -> tuple:
+        return sm90_config.memory_of(self.choice)
+
     def sizes_served(self, problem: Problem) -> tuple[int, int]:
         return 1, problem.max_M
 

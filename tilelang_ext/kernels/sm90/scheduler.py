@@ -76,3 +76,123 @@ class GroupedTiles:
             write(tile)
         else:
             write_by_truncation(tile)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamKScheduler:
+    """The tiles of one block where the last ones are divided along K, so that no SM waits for the others to end.
+
+        for i in T.serial(work.num_segments):
+            work.take(i)                    # K blocks of work.first to work.last of tile work.tile, counted in iterations
+
+    Each block walks over `whole` tiles as by `PersistentScheduler`. The K blocks of the other tiles, fewer than two for each
+    block, lie in one row, tile after tile, of which every block takes an equal part. It walks over its part from the last tile
+    to the first: a block that ends inside a tile takes that first and gives its accumulators to others (`is_given`), and
+    the block that has a tile's last K blocks finishes it (`SplitTiles`), when the others have long been there. It waits for
+    blocks of lower index alone, which the GPU starts first, so that no two wait for each other.
+    """
+
+    num_blocks: int
+    block: Any
+    iterations: Any  # of a tile
+    registers: Any  # int32 (_REGISTERS,)
+
+    @property
+    def whole(self):
+        """Tiles that this block multiplies alone, before the ones that are divided."""
+        return self.registers[0]
+
+    @property
+    def begin(self):
+        """First iteration of this block's part of all iterations of the divided tiles."""
+        return self.registers[1]
+
+    @property
+    def end(self):
+        return self.registers[2]
+
+    @property
+    def total(self):
+        """Iterations of all divided tiles."""
+        return self.registers[3]
+
+    @property
+    def sharers(self):
+        """Blocks that have a part of them."""
+        return self.registers[4]
+
+    @property
+    def tile(self):
+        return self.registers[5]
+
+    @property
+    def first(self):
+        return self.registers[6]
+
+    @property
+    def last(self):
+        return self.registers[7]
+
+    @property
+    def gives(self):
+        """1 if this block's part ends inside a tile, else 0."""
+        return T.if_then_else(T.truncmod(self.end, self.iterations) > 0, 1, 0)
+
+    @property
+    def num_segments(self):
+        owned = T.truncdiv(self.end, self.iterations) - T.truncdiv(self.begin, self.iterations)
+        return self.gives + self.whole + owned
+
+    @property
+    def is_given(self):
+        """Whether another block finishes the tile that was taken."""
+        return self.last < self.iterations
+
+    @property
+    def first_sharer(self):
+        """The block that has the first iteration of the divided tile that was taken."""
+        iteration = (self.tile - self.whole * self.num_blocks) * self.iterations
+        return T.truncdiv((iteration + 1) * self.sharers - 1, self.total)
+
+    def take(self, i) -> None:
+        """Take the i-th segment of this block."""
+        block, num_blocks, iterations, registers = self.block, self.num_blocks, self.iterations, self.registers
+
+        @T.macro
+        def emit(i):
+            number = T.alloc_var("int32", i - self.gives)
+            if (number >= 0) & (number < self.whole):
+                registers[5] = number * num_blocks + block
+                registers[6] = 0
+                registers[7] = iterations
+            else:
+                # Of the divided tiles: the one in which the part ends, if it ends in one, then those before it.
+                number = T.if_then_else(number < 0, 0, number - self.whole + 1)
+                divided = T.alloc_var("int32", T.truncdiv(self.end, iterations) - number)
+                registers[5] = self.whole * num_blocks + divided
+                registers[6] = T.max(self.begin - divided * iterations, 0)
+                registers[7] = T.min(self.end - divided * iterations, iterations)
+
+        emit(i)
+
+
+_REGISTERS = 8
+_FEWEST_ITERATIONS = 2  # of a block's part
+
+
+def start_stream_k(num_blocks: int, block, num_tiles, iterations) -> StreamKScheduler:
+    """Allocate the walk of one role over `num_tiles` tiles of `iterations` each."""
+
+    @T.macro
+    def alloc():
+        registers = T.alloc_local((_REGISTERS,), "int32")
+        waves = T.alloc_var("int32", T.truncdiv(num_tiles, num_blocks))
+        # Where tiles fill their waves, none is divided.
+        registers[0] = T.if_then_else(T.truncmod(num_tiles, num_blocks) == 0, waves, T.max(waves - 1, 0))
+        registers[3] = (num_tiles - registers[0] * num_blocks) * iterations
+        registers[4] = T.min(T.max(T.truncdiv(registers[3], _FEWEST_ITERATIONS), 1), num_blocks)
+        registers[1] = T.truncdiv(T.min(block, registers[4]) * registers[3], registers[4])
+        registers[2] = T.truncdiv(T.min(block + 1, registers[4]) * registers[3], registers[4])
+        return registers
+
+    return StreamKScheduler(num_blocks, block, iterations, alloc())
