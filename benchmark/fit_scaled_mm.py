@@ -30,6 +30,7 @@ TIMES = ROOT / "benchmark" / "results" / "scaled_mm_choices_h200.csv"
 H200 = Target("cuda", "sm_90a", 132)
 KIND = {"fast": "row_fast", "rows": "row", "blocks": "block"}
 POPULATION, SPREAD = 40, 0.3
+LEAST = {"alone": 1.0, "swapped": 0.9, "straddle": 1.0}  # of factors; of all others as good as 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def load(path: Path) -> list[list[Measured]]:
         known = {_text(as_data(choice)): choice for choice in sm90_config.choices(case.problem)}
         named = [(known.get(_text_of_row(row)), float(row["us"])) for row in rows]
         found.append([Measured(case.problem, choice, us) for choice, us in named if choice is not None])
-    return found
+    return [measured for measured in found if measured]
 
 
 def _text(data: dict) -> str:
@@ -63,6 +64,7 @@ def _text(data: dict) -> str:
 
 def _text_of_row(row: dict) -> str:
     other = ("kind", "M", "N", "K", "kernel", "us", "error")
+    row = row | {"divides_k": row["divides_k"] or "False"} if row["kernel"] == "sm90_persistent" else row
     return f"{row['kernel']} {sorted((name, value) for name, value in row.items() if name not in other and value)}"
 
 
@@ -78,13 +80,15 @@ def costs(sizes: list[list[Measured]]) -> list[float]:
 def error(sizes: list[list[Measured]]) -> float:
     """Return what the fit makes small."""
     total = weights = 0.0
+    cost = []
     for measured in sizes:
         best = min(one.us for one in measured)
-        for one in measured:
+        predicted = [sm90_config.predicted_us(one.choice, one.problem) for one in measured]
+        cost.append(measured[predicted.index(min(predicted))].us / best)
+        for one, us in zip(measured, predicted, strict=True):
             weight = math.exp(-2 * (one.us / best - 1)) + 0.03
-            total += weight * math.log(sm90_config.predicted_us(one.choice, one.problem) / one.us) ** 2
+            total += weight * math.log(us / one.us) ** 2
             weights += weight
-    cost = costs(sizes)
     worst = statistics.mean(sorted(cost)[-5:]) - 1
     return math.sqrt(total / weights) + 2 * math.log(statistics.geometric_mean(cost)) + 0.15 * worst
 
@@ -95,6 +99,12 @@ def constants() -> list[float]:
     for value in astuple(sm90_config.SHARED):
         flat += value if isinstance(value, tuple) else [value]
     return flat
+
+
+def least() -> list[float]:
+    """Return the least of each of the constants."""
+    of_model = [LEAST.get(field.name, 1e-9) for field in fields(sm90_config.Model)]
+    return 2 * of_model + [1e-9] * (len(constants()) - 2 * len(of_model))
 
 
 def set_constants(values: list[float]) -> None:
@@ -110,14 +120,18 @@ def set_constants(values: list[float]) -> None:
 
 def evolve(sizes: list[list[Measured]], generations: int, seed: int) -> list[float]:
     """Return better constants."""
-    generator, start = random.Random(seed), constants()
+    generator, start, floor = random.Random(seed), constants(), least()
 
     def error_of(values: list[float]) -> float:
         set_constants(values)
         return error(sizes)
 
+    start = list(map(max, start, floor))
     people = [start]
-    people += [[max(v * generator.uniform(1 - SPREAD, 1 + SPREAD), 0.0) for v in start] for _ in range(POPULATION - 1)]
+    people += [
+        [max(v * generator.uniform(1 - SPREAD, 1 + SPREAD), low) for v, low in zip(start, floor, strict=True)]
+        for _ in range(POPULATION - 1)
+    ]
     errors = [error_of(values) for values in people]
     for _ in range(generations):
         for i in range(POPULATION):
@@ -125,8 +139,8 @@ def evolve(sizes: list[list[Measured]], generations: int, seed: int) -> list[flo
             one, other, base = generator.choice(people), generator.choice(people), generator.choice([best, people[i]])
             scale = generator.uniform(0.4, 0.9)
             mixed = [
-                max(b + scale * (x - y), 0.0) if generator.random() < 0.8 else own
-                for b, x, y, own in zip(base, one, other, people[i], strict=True)
+                max(b + scale * (x - y), low) if generator.random() < 0.8 else own
+                for b, x, y, own, low in zip(base, one, other, people[i], floor, strict=True)
             ]
             if (new := error_of(mixed)) < errors[i]:
                 people[i], errors[i] = mixed, new

@@ -19,6 +19,12 @@ from tilelang_ext.kernels.scaled_mm.sm90_persistent import ARCH, BLOCK_K, PASS_C
 
 TENSORS, ROWS, BLOCKS = (TENSOR, TENSOR), (ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK)
 Config, SplitK = sm90_persistent.Config, sm90_split_k.Config
+# What one block gives another, for blocks that run one after the other; a word that nobody has given is an error.
+GIVEN = 0x7FB5C1D97FA3E2F1
+FUNCTIONS = f"""
+static void tilelang_ext_give(void* word) {{ *(long long*)word = {GIVEN}LL; }}
+static void tilelang_ext_await(void* word) {{ if (*(long long*)word != {GIVEN}LL) std::abort(); *(long long*)word = 0; }}
+"""
 needs_clusters = pytest.mark.skipif(not sm90_split_k.CLUSTERS, reason="tilelang 0.1.14 has no clusters")
 
 
@@ -61,6 +67,9 @@ def run(
     if bias:
         tensors["bias"] = torch.randn(N, generator=torch.Generator().manual_seed(3))
         expected = expected + tensors["bias"].double()
+    memory = sm90_persistent.memory_of(config) if module is sm90_persistent else ()
+    for name, (shape, dtype) in zip(("partial", "given"), memory, strict=False):
+        tensors[name] = torch.full(shape, torch.nan) if dtype == "float32" else torch.full(shape, -1)
     scalars = {"M": M, "K_in_16": K // 16, "N_in_8": N // 8, "N_in_4": N // 4}
     for name, scale in (("scale_a", scale_a), ("scale_b", scale_b)):
         scalars |= {f"{name}_stride_{i}": stride for i, stride in enumerate(scale.stride())}
@@ -71,7 +80,11 @@ def run(
     before_stores = [in_flight for in_flight, statement in waits if "__sync_thread_partial" in statement]
     assert len(before_stores) == text.count("tl::tma_store(")
     assert module is sm90_split_k or "0" in before_stores
-    execute(text, grid, tensors, boxes, scalars, cluster)
+    assert f"0x{GIVEN:x}LL" in text or not memory
+    execute(text, grid, tensors, boxes, scalars, cluster, FUNCTIONS)
+    if memory:
+        assert (tensors["given"] == 0).any(), "a tile was divided"
+        assert not (tensors["given"] == GIVEN).any(), "what was given has been taken"
     bounds = {"max_error": 1e-5, "rms_error": 1e-5} if out == "float32" else {}
     assert_close(tensors["out"], expected, dtype=out, **bounds)
 
@@ -118,8 +131,10 @@ SWAPPED = {"num_blocks": 2, "is_swapped": True}
         (100, ROWS, Config(80, 128, 3, 40, **SWAPPED), 656, True, True),
         # Two sets of scales, of 128 columns each; the last iteration has an empty step
         (7, BLOCKS, Config(8, 256, 4, 8, is_whole=False, **SWAPPED), 896, False, True),
-        (20, BLOCKS, Config(16, 64, 8, 16, num_consumers=1, is_whole=False, **SWAPPED), 1280, False, True),
+        # Three tiles for two blocks, which share them: the second finishes the one in which the part of the first ends
+        (12, BLOCKS, Config(16, 64, 8, 16, num_consumers=1, is_whole=False, divides_k=True, **SWAPPED), 1280, False, True),
         (40, ROWS, Config(48, 64, 4, 48, num_consumers=1, **SWAPPED), 512, False, False),  # consumers load scales
+        (70, ROWS, Config(128, 64, 3, 32, 7, divides_k=True), 1168, True, True),  # two or three blocks for a tile
         # A tile meets two blocks of scale_b, and the second tile at another column
         (140, BLOCKS, Config(128, 160, 4, 32, 2, is_whole=False), 656, False, False),
     ],
@@ -210,11 +225,12 @@ def test_instructions():
         (4096, 4096, 7168, BLOCKS, True, Config(256, 128, 4, 32, 132)),  # blockwise scales are always promoted
         (384, 10240, 8192, BLOCKS, True, Config(128, 128, 4, 32, 132)),  # 240 tiles in two waves, not 160 of twice the size
         (200, 10240, 8192, BLOCKS, True, Config(128, 160, 4, 32, 132)),  # 128 tiles in one wave
-        (8, 27648, 5120, ROWS, True, Config(8, 128, 8, 8, 132, is_swapped=True)),
+        (8, 27648, 5120, ROWS, True, Config(8, 128, 8, 8, 132, is_swapped=True, divides_k=True)),  # 216 tiles: 1.6 waves
         (16, 4096, 7168, BLOCKS, False, SplitK(16, 32, 1, 4, 32)),
         pytest.param(64, 2112, 7168, BLOCKS, False, SplitK(64, 32, 2, 4, 8), marks=needs_clusters),  # 66 tiles: two blocks each
         (128, 4096, 7168, BLOCKS, False, SplitK(128, 32, 1, 2, 8)),
-        (2, 20224, 17280, BLOCKS, False, Config(8, 64, 8, 8, 132, 0, 1, True, False)),  # 135 K blocks: no multiple of 4
+        (2, 20224, 17280, BLOCKS, False, Config(8, 128, 8, 8, 132, 0, 2, True, False, True)),  # 135 K blocks: no multiple of 4
+        (1131, 7808, 23040, BLOCKS, False, Config(128, 192, 4, 32, 132)),  # nine rows of tiles: none is divided
     ],
 )
 def test_choice(M, N, K, recipes, fast, config):
@@ -241,7 +257,7 @@ def test_choices_fit(recipes, out):
             elif kernel == "sm90_persistent":
                 rows, columns = (config.subtile, WGMMA_M) if config.is_swapped else (WGMMA_M, config.subtile)
                 bytes_of_row = columns * (4 if out == "float32" else 2)
-                assert bytes_of_row in (64, 128), "the swizzles that TMA has"
+                assert bytes_of_row in (32, 64, 128), "the swizzles that TMA has"
                 stages = config.num_stages * (config.block_M + config.block_N) * BLOCK_K
                 sets = sm90_persistent.scale_sets_of(config.block_N, config.is_swapped)
                 blockwise = config.num_stages * sets * config.block_M
@@ -249,6 +265,7 @@ def test_choices_fit(recipes, out):
                 stores = 2 * config.num_consumers * rows * bytes_of_row
                 assert stages + stores + scales <= 227 * 1024 - 512, (M, N, K, config)
                 assert config.deferred <= -(-K // BLOCK_K) // 2
+                assert not config.divides_k or (config.deferred == 0 and config.block_M >= kernel_problem.max_M)
                 assert config.num_stages >= min(2, -(-K // BLOCK_K)), "one is released when the next has arrived"
 
 

@@ -4,6 +4,7 @@
     busy   = waves * (K blocks of a tile * K block + end of a tile)
     memory = bytes of a, b and out / rate, and a part more for SMs that have no tile in the last wave
     time   = launch + both(busy, memory)
+    Where blocks share the last tiles: busy = tiles / SMs * K blocks * K block + waves * end + exchange, and all SMs have tiles.
 
 where both(x, y) is the greater and a part of the lesser, which does not overlap. The constants were fitted to measured times
 (benchmark/results/scaled_mm_choices_h200.csv by benchmark/fit_scaled_mm.py; docs/log/selection.md). Only their order matters:
@@ -53,7 +54,7 @@ class Model:
     row: float  # of TMA, for a row of 128 bytes
     overlap_loads: float  # part of the lesser of MMAs and loads that does not overlap
     latency: float  # of a load, over the stages of the pipeline
-    uneven: float  # factor, where iterations of 5 or 6 K blocks do not divide them
+    uneven: float  # part more, where iterations of 4 K blocks do not divide them; twice it for 5, three times for 6
 
 
 @dataclass(frozen=True)
@@ -80,31 +81,32 @@ class Shared:
 
 
 MODELS = {
-    "fast": Model(0.01593, 0.02691, 1.009, 1.026, 1.0, 0.00965, 0.5695, 0.000784, 0.3458, 0.1948, 1.0),
+    "fast": Model(0.01654, 0.02608, 1.0, 1.025, 1.017, 0.01392, 0.2887, 0.0007107, 0.3985, 0.226, 0.0),
     # Those of blocks: rows without fast accumulation were not fitted.
-    "rows": Model(0.02077, 0.03938, 1.11, 1.196, 1.088, 0.0, 0.7474, 0.001133, 0.0, 0.4646, 1.101),
-    "blocks": Model(0.02077, 0.03938, 1.11, 1.196, 1.088, 0.0, 0.7474, 0.001133, 0.0, 0.4646, 1.101),
+    "rows": Model(0.02268, 0.03737, 1.145, 1.115, 1.019, 0.0, 0.7572, 0.001102, 0.0, 0.5381, 0.04133),
+    "blocks": Model(0.02268, 0.03737, 1.145, 1.115, 1.019, 0.0, 0.7572, 0.001102, 0.0, 0.5381, 0.04133),
 }
 SHARED = Shared(
-    launch=2.446,
-    overlap=0.1662,
-    memory=4263000.0,
-    sm_memory=128300.0,
-    empty_row=0.0004886,
-    last_wave=0.04201,
-    wide=0.03912,
-    idle=(0.173, 0.182),
-    split_k_launch=2.894,
+    launch=2.305,
+    overlap=0.1642,
+    memory=4196000.0,
+    sm_memory=129400.0,
+    empty_row=0.0004776,
+    last_wave=0.04352,
+    wide=0.04247,
+    idle=(0.03106, 0.1355),
+    split_k_launch=2.074,
     split_k_exchange=0.0,
-    split_k_mma=0.05295,
-    split_k_end=0.0003541,
-    split_k_overlap=0.6698,
-    split_k_memory=4534000.0,
-    vecmat_memory=(4244000.0, 3216000.0, 2207000.0, 2261000.0),
-    split=1.436,
-    split_element=0.00018,
+    split_k_mma=0.06033,
+    split_k_end=0.0004318,
+    split_k_overlap=0.6431,
+    split_k_memory=4260000.0,
+    vecmat_memory=(4349000.0, 3161000.0, 2299000.0, 2683000.0),
+    split=1.631,
+    split_element=0.0002155,
 )
 _MOST_IDLE = 1.5
+_VECMAT_WAVES = 0.6
 _DOUBT = 1.02  # of divided tiles, which must be the faster by more than the model errs
 
 
@@ -237,10 +239,15 @@ def _persistent(
 
 
 def _can_divide(config: sm90_persistent.Config, problem: Problem) -> bool:
-    """Whether a last wave of few tiles costs much, so that blocks may share its tiles."""
-    tiles = _ceildiv(problem.max_M, config.block_M) * _ceildiv(problem.N, config.block_N)
-    k_blocks = _ceildiv(problem.K, BLOCK_K)
-    return tiles % problem.num_sms != 0 and tiles < _MOST_WAVES * problem.num_sms and k_blocks >= _FEWEST_K_BLOCKS
+    """Whether blocks may share tiles: their last wave is not full, and there is one row of them.
+
+    Tiles below each other have the same rows of b, which blocks that are at different K blocks would load several times.
+    """
+    tiles, k_blocks = _ceildiv(problem.N, config.block_N), _ceildiv(problem.K, BLOCK_K)
+    is_one_row = problem.max_M <= config.block_M
+    return (
+        is_one_row and tiles % problem.num_sms != 0 and tiles < _MOST_WAVES * problem.num_sms and k_blocks >= _FEWEST_K_BLOCKS
+    )
 
 
 # --- times -----------------------------------------------------------------------------------------------------------
@@ -259,10 +266,10 @@ def _persistent_us(config: sm90_persistent.Config, problem: Problem) -> float:
     mma = mma_tiles * (model.mma * mma_N / 8 * config.num_consumers / 2 + model.mma_start)
     mma *= model.alone if config.num_consumers == 1 else 1.0
     mma *= model.swapped if config.is_swapped else model.straddle if FP8_BLOCK % config.block_N else 1.0
-    mma *= model.uneven if steps_of(config.num_stages) > 4 and not config.is_whole else 1.0
+    mma *= 1.0 if config.is_whole else 1 + model.uneven * (steps_of(config.num_stages) - 3)
     tile_rows, num_sms = _ceildiv(M, config.block_M), problem.num_sms
     tiles = tile_rows * _ceildiv(problem.N, config.block_N)
-    waves, all_bytes = _ceildiv(tiles, num_sms), _bytes_of(problem)
+    waves = _ceildiv(tiles, num_sms)
     # Rows past the end are in the last tiles, which set the time of one wave.
     empty_rows = sum(-extent % block / waves for extent, block in ((M, config.block_M), (problem.N, config.block_N)))
     loads = model.row * (config.block_M + config.block_N) + SHARED.empty_row * empty_rows + model.latency / config.num_stages
@@ -274,14 +281,12 @@ def _persistent_us(config: sm90_persistent.Config, problem: Problem) -> float:
         givers = max(1, _ceildiv(num_sms, divided) - 1)  # of a divided tile
         split = SHARED.split + SHARED.split_element * config.block_M * config.block_N * (1 + givers)
         busy = tiles / num_sms * k_blocks * k_block + waves * end + split
-        # Blocks that share rows of b load them at different times.
-        all_bytes += (tile_rows - 1) * problem.N * problem.K * divided / tiles
     else:
         busy_sms = min(tiles, num_sms)
         missing = waves - tiles / num_sms if waves > 1 else 0.0
         busy = (waves - SHARED.last_wave * missing) * (k_blocks * k_block + end)
         idle = SHARED.idle[waves > 1] * min(waves * num_sms / tiles - 1, _MOST_IDLE)
-    memory = all_bytes / min(SHARED.memory, busy_sms * SHARED.sm_memory)
+    memory = _bytes_of(problem) / min(SHARED.memory, busy_sms * SHARED.sm_memory)
     memory *= 1 + SHARED.wide if config.is_swapped and config.block_N == 256 else 1.0
     memory *= 1 + idle
     return (SHARED.launch + _both(busy, memory, SHARED.overlap)) * (_DOUBT if config.divides_k else 1.0)
@@ -298,7 +303,10 @@ def _split_k_us(config: sm90_split_k.Config, problem: Problem) -> float:
 
 
 def _vecmat_us(config: vecmat.Config, problem: Problem) -> float:
-    return SHARED.launch + _bytes_of(problem) / SHARED.vecmat_memory[problem.max_M - 1]
+    # Blocks that load one slab of wide rows of b end together, and only then do the next ones begin.
+    is_slow = config.slabs == 1 and config.rounds > 1 and _ceildiv(problem.N, config.rows) > 8 * problem.num_sms
+    memory = SHARED.vecmat_memory[problem.max_M - 1] * (_VECMAT_WAVES if is_slow else 1.0)
+    return SHARED.launch + _bytes_of(problem) / memory
 
 
 def _bytes_of(problem: Problem) -> int:

@@ -31,7 +31,10 @@ that few rows, or such as fill no multiple of 64, take no more time than they ne
 
 N and K may be arguments of the kernel, which sizes share then, where K has more blocks than the pipeline has stages
 (`compile_kernel` says where). `is_whole` promises that the iterations of the main loop have all their K blocks; without it, the
-last one passes on empty stages.
+last one passes on empty stages: behind the loop if K is constant, else each step asks whether it has a K block.
+
+With `divides_k` all blocks share the last tiles, each an equal number of their iterations (stream-K: `StreamKScheduler`,
+`SplitTiles`): for products whose bytes take longer than their MMAs and whose tiles do not fill the last wave.
 
 Takes scales that cover all of K, or 1x128 beside 128x128. Floor on an H200: 2 M N K / 1.98e15 s, and the bytes of a, b and out
 at 4.25e12 bytes/s (docs/design/performance.md). `sm90_config` picks the configuration.
@@ -47,10 +50,10 @@ from tilelang.layout import make_full_bank_swizzled_layout, make_swizzled_layout
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK, BlockScaledLayout
 from tilelang_ext.kernels.scaled_mm.problem import Problem
+from tilelang_ext.kernels.sm90 import split_tiles
 from tilelang_ext.kernels.sm90.epilogue import DeferredSubtiles, SubtileStores, alloc_deferred, alloc_stores, round_subtile
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch
-from tilelang_ext.kernels.sm90 import split_tiles
 from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler, start_stream_k
 from tilelang_ext.kernels.sm90.split_tiles import SplitTiles
 
@@ -181,6 +184,12 @@ class _Traits:
         return self.unroll > 1 and not self.config.is_whole
 
     @property
+    def tail(self) -> int:
+        """K blocks of an iteration behind the main loop, which then needs no checks; 0 where the loop has the last one too."""
+        is_apart = self.has_empty_steps and self.has_constant_K and not self.config.divides_k
+        return self.k_blocks % self.unroll if is_apart else 0
+
+    @property
     def subtiles(self) -> int:
         """Subtiles of an MMA tile, beside each other."""
         return self.mma_N // self.config.subtile
@@ -220,6 +229,8 @@ class _Traits:
     def iterations(self):
         """Iterations of the main loop, all of them for one tile."""
         unroll = self.unroll
+        if self.tail:
+            return self.k_blocks // unroll
         return -(-self.k_blocks // unroll) if self.has_constant_K else T.ceildiv(self.k_blocks, unroll)
 
 
@@ -438,6 +449,10 @@ def _produce(traits, operands, block):
         for k in T.serial(walk.last - walk.first):
             _load_k_blocks(traits, operands, block, scales, _Coord(row, column), (walk.first + k) * traits.unroll, step)
             step = step + traits.unroll
+        if traits.tail:
+            last = traits.k_blocks - traits.tail
+            _load_k_blocks(traits, operands, block, scales, _Coord(row, column), last, step, traits.tail)
+            step = step + traits.unroll
 
 
 def _alloc_producer_scales(traits: _Traits) -> list:
@@ -452,13 +467,13 @@ def _prefetch_first(traits: _Traits, operands: Operands, block: _Block, scales: 
         _prefetch_scales(traits, operands, block, scales[n], tile, k + n)
 
 
-def _load_k_blocks(traits: _Traits, operands: Operands, block: _Block, scales: list, tile: _Coord, k, step) -> None:
-    """Load the K blocks of one iteration, from K block k on."""
+def _load_k_blocks(traits: _Traits, operands: Operands, block: _Block, scales: list, tile: _Coord, k, step, tail=0) -> None:
+    """Load the K blocks of one iteration, from K block k on: all of them, or of the last one `tail`."""
     for n in range(traits.unroll):
-        _load_k_block(traits, operands, block, scales, tile, k, step, n)
+        _load_k_block(traits, operands, block, scales, tile, k, step, n, tail)
 
 
-def _load_k_block(traits: _Traits, operands: Operands, block: _Block, scales: list, tile: _Coord, k, step, n: int) -> None:
+def _load_k_block(traits: _Traits, operands: Operands, block: _Block, scales: list, tile: _Coord, k, step, n: int, tail: int):
     """Fill the stage of K block k + n."""
     pipeline, a, b, A_s, B_s = block.pipeline, operands.a, operands.b, block.A_s, block.B_s
     block_M, block_N = traits.config.block_M, traits.config.block_N
@@ -476,7 +491,10 @@ def _load_k_block(traits: _Traits, operands: Operands, block: _Block, scales: li
             load()
 
     pipeline.acquire(stage, pipeline.empty_phase(step))
-    load_if_any() if traits.has_empty_steps else load()
+    if traits.has_empty_steps and not traits.tail:
+        load_if_any()
+    elif not tail or n < tail:
+        load()
     if traits.blockwise:
         _store_row_scales(traits, block, scales[n], stage)
     if traits.producer_loads_scales and n == 0:
@@ -564,6 +582,9 @@ def _consume(traits, operands, block, accumulators, stores):
         for k in T.serial(walk.last - walk.first):
             _multiply_k_blocks(traits, block, consumer, wave, tile_column[0] * traits.config.block_N, k, walk.first, step)
             step = step + traits.unroll
+        if traits.tail:
+            _multiply_tail(traits, block, consumer, tile_column[0] * traits.config.block_N, step)
+            step = step + traits.unroll
         if not traits.promotes:
             T.wait_wgmma(0)
             block.pipeline.release(block.pipeline.stage(step - 1), block.thread % WARP)
@@ -600,10 +621,26 @@ def _multiply_k_blocks(traits: _Traits, block: _Block, consumer: _Consumer, wave
         if not traits.promotes:
             _multiply(traits, block, consumer, k, step + n)
             consumer.deferred.store_due(k, wave > 0)
-        elif traits.has_empty_steps and n > 0:  # an iteration has one K block at least
+        elif traits.has_empty_steps and not traits.tail and n > 0:  # an iteration has one K block at least
             _multiply_if_any(traits, block, consumer, column, (first + k) * traits.unroll + n, step + n, n)
         else:
             _multiply_and_promote(traits, block, consumer, column, step + n, n)
+
+
+def _multiply_tail(traits: _Traits, block: _Block, consumer: _Consumer, column, step) -> None:
+    """Multiply the K blocks behind the main loop, and pass the other stages on."""
+    for n in range(traits.unroll):
+        if n < traits.tail:
+            _multiply_and_promote(traits, block, consumer, column, step + n, n)
+        else:
+            _pass_on(traits, block, step + n)
+
+
+def _pass_on(traits: _Traits, block: _Block, step) -> None:
+    """Release a stage into which nothing was loaded."""
+    pipeline = block.pipeline
+    pipeline.wait(pipeline.stage(step), pipeline.full_phase(step))
+    pipeline.release(pipeline.stage(step), block.thread % WARP)
 
 
 def _mma(traits: _Traits, block: _Block, accumulator, stage, row: int, clear, k: slice = slice(0, BLOCK_K)):
@@ -632,15 +669,13 @@ def _multiply(traits: _Traits, block: _Block, consumer: _Consumer, k, step) -> N
 
 def _multiply_if_any(traits: _Traits, block: _Block, consumer: _Consumer, column, k, step, n: int) -> None:
     """The same as `_multiply_and_promote` of K block k, or, past the last one, pass the stage on."""
-    pipeline = block.pipeline
 
     @T.macro
     def emit():
         if k < traits.k_blocks:
             _multiply_and_promote(traits, block, consumer, column, step, n)
         else:
-            pipeline.wait(pipeline.stage(step), pipeline.full_phase(step))
-            pipeline.release(pipeline.stage(step), block.thread % WARP)
+            _pass_on(traits, block, step)
 
     emit()
 

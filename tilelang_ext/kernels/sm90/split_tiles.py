@@ -6,8 +6,8 @@
 | given | (blocks, consumers), int64 | `_GIVEN` from when a consumer has written its rows until they have been read |
 
 The memory comes from a workspace in which anything may have been left. A word that says "given" is therefore no 1 but a
-constant of 64 bits that nothing else writes (as two floats it is two NaNs that no instruction makes), and whoever has waited for
-it clears it: it is never left over from a kernel before.
+constant of 64 bits that nothing else writes (as two floats, two signalling NaNs, which no instruction makes), and whoever has
+waited for it clears it: it is never left over from a kernel before.
 """
 
 from dataclasses import dataclass
