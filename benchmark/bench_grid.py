@@ -102,7 +102,7 @@ def measure(case: Case, names: list[str], seed: int) -> list[dict]:
     inputs = [case.as_torch(one) for one in made]
     outputs = [case.output("cuda") for _ in inputs]
     rows, chains = [], []
-    for provider in (provider for provider in PROVIDERS if provider.name in names and case.recipe in TAKES[provider.name]):
+    for provider in (provider for provider in PROVIDERS if provider.name in names):
         row = {"case": case.name, "M": case.M, "N": case.N, "K": case.K, "recipe": case.recipe, "provider": provider.name}
         outputs[0].fill_(torch.nan)
         try:
@@ -151,15 +151,15 @@ def verdict(name: str, speeds: list[float]) -> str:
     return f"{name}: {len(speeds)} cases, geometric mean {mean:.3f}, worst {min(speeds):.3f} of the best peer"
 
 
-def compile_ahead(cases: list[Case], names: list[str], processes: int) -> None:
-    """Run every provider once in parallel processes: what they compile is found on disk afterwards."""
+def compile_ahead(cases: list[Case], names: dict[str, list[str]], processes: int) -> None:
+    """Run every provider of a case's recipe once in parallel processes: what they compile is found on disk afterwards."""
     if processes < 2:
         return
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(progress(list(pool.map(partial(_run_once, names=names), cases)), "compiling"))
 
 
-def _run_once(case: Case, names: list[str]) -> None:
+def _run_once(case: Case, names: dict[str, list[str]]) -> None:
     codes = [torch.zeros(rows, case.K, dtype=torch.uint8, device="cuda") for rows in (case.M, case.N)]
     scales = [
         torch.ones(layout.scale_shape(rows, case.K), device="cuda")
@@ -167,7 +167,7 @@ def _run_once(case: Case, names: list[str]) -> None:
     ]
     inputs = case.as_torch(Inputs(*(code.view(torch.float8_e4m3fn) for code in codes), *scales))
     out = case.output("cuda")
-    for provider in (provider for provider in PROVIDERS if provider.name in names and case.recipe in TAKES[provider.name]):
+    for provider in (provider for provider in PROVIDERS if provider.name in names[case.recipe]):
         try:
             provider.make(case)(inputs, out)
         except (RuntimeError, ValueError) as error:
@@ -187,6 +187,7 @@ def main(command_line: list[str] | None = None) -> list[dict]:
         "--providers", nargs="+", choices=(*PROVIDERS_OF_GRID, *PROVIDERS_OF_MOE), help="default: all there are"
     )
     parser.add_argument("--path", nargs="+", default=[], metavar="FOLDER", help="folders to import peers of mxfp4_moe from")
+    parser.add_argument("--without-exact", action="store_true", help="scaled_mm without ours of exact rows")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at the same time")
     parser.add_argument("--list", action="store_true", help="print the sizes and stop")
     parser.add_argument("--csv", metavar="FILE", help="write every figure, after each case")
@@ -240,10 +241,13 @@ def _run_scaled_mm(arguments: argparse.Namespace, sizes: list[tuple[int, int, in
     cases = [Case(*size, recipe, "bfloat16", "cuda", "cuda") for size in sizes for recipe in arguments.recipes]
     here = [provider.name for provider in PROVIDERS if provider.name in arguments.providers and installed(provider)]
     absent = [name for name in arguments.providers if name not in here]
-    compile_ahead(cases, here, min(arguments.processes, len(cases)))
+    of_recipe = {recipe: [name for name in here if recipe in TAKES[name]] for recipe in arguments.recipes}
+    if arguments.without_exact and "row" in of_recipe:
+        of_recipe["row"] = [name for name in of_recipe["row"] if name != "ours"]
+    compile_ahead(cases, of_recipe, min(arguments.processes, len(cases)))
     rows, summaries = [], []
     for case in progress(cases, "grid"):
-        rows += (of_case := measure(case, here, arguments.seed))
+        rows += (of_case := measure(case, of_recipe[case.recipe], arguments.seed))
         summaries.append(summary_of(of_case))
         if arguments.csv:
             write_csv(arguments.csv, rows)
