@@ -1,11 +1,14 @@
 """Each fault that can hide behind right numbers is planted in a clean text and found at its line."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from simulator.kernels import line_of, plant, run_gemm
 
 from simulator import kernels
-from tilelang_ext.simulator import execute_msl
+from tilelang_ext.simulator import execute_msl, launch
+from tilelang_ext.simulator.report import Finding
 
 TILES_BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);  // tiles"
 TOP_BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);  // top"
@@ -260,6 +263,31 @@ def test_threads_that_fill_with_one_value(value, kind):
     found = report.findings if kind == "race" else report.notes
     assert [(f.kind, f.line) for f in found] == [(kind, line_of(source, "y[j] ="))]
     assert kind == "race" or report.findings == ()
+
+
+@pytest.mark.parametrize(("value", "kinds"), [("7", set()), ("int(g)", {"race"})])
+def test_threadgroups_that_store_one_value(monkeypatch, value, kinds):
+    """Of two processes one may look before the other's store is there; what it then calls a race, one process judges."""
+    source = kernels.HEADER + (
+        "kernel void f(device int* y [[buffer(0)]], uint g [[threadgroup_position_in_grid]]) {\n"
+        f"  for (int j = 0; j < 8; ++j) y[j] = {value};\n}}"
+    )
+    workers = []
+
+    def as_if_it_looked_too_early(program, arguments, text, given):
+        workers.append(given.workers)
+        report, results = run(program, arguments, text, given)
+        message = "write of 4 bytes at byte 0 of buffer 'y' is not ordered after a write by another thread"
+        early = (Finding("race", message, 3, "", "kernel.metal", (0, 0, 0), (0, 0, 0), 1),)
+        return (replace(report, findings=early) if given.workers > 1 else report), results
+
+    run = launch._run
+    monkeypatch.setattr(launch, "_run", as_if_it_looked_too_early)
+    y = torch.zeros(8, dtype=torch.int32)
+    report = execute_msl(source, "f", [y], grid=(16, 1, 1), threads=(32, 1, 1), workers=2)
+    assert {finding.kind for finding in report.findings} == kinds
+    assert workers == [2, 1]
+    assert value != "7" or y.eq(7).all()
 
 
 def test_index_past_a_private_array_names_it():
