@@ -17,6 +17,7 @@ from tilelang_ext.rocm.backend import lowering_key, normalize_target, register
 from tilelang_ext.rocm.instructions import MFMA, TILE, UNITS, WMMA_GFX11, WMMA_GFX12, select_product
 
 E4M3, E5M2, E4M3_FNUZ, E5M2_FNUZ = FP8
+TF32, FP4 = "custom[tfloat32]", "float4_e2m1fn"
 BUILTIN = re.compile(r"__builtin_amdgcn_((?:mfma|wmma)\w+)\(")
 
 
@@ -220,6 +221,18 @@ def test_accumulator_layout_splits_the_tile_over_waves(arch, places):
                 ({"K": 24}, NotImplementedError, f"what instructions of {arch} multiply; .* K = 24 .*a multiple of 16"),
                 ({"K": 8, "A_scope": "fragment"}, NotImplementedError, f"instructions of {arch} multiply; .* K = 8 into"),
             )
+        ),
+        (
+            lambda: gemm(T.tfloat32, T.tfloat32),
+            "gfx942",
+            NotImplementedError,
+            "instructions of gfx942 multiply; got .*tfloat32",
+        ),
+        (
+            lambda: gemm("float4_e2m1fn", "float4_e2m1fn"),
+            "gfx950",
+            TypeError,
+            "target hip has no type for it; got float4_e2m1fn",
         ),
         (lambda: gemm("int8", "int8", accum="int32"), "gfx1100", NotImplementedError, "got int8 and int8 with K = 128"),
     ],

@@ -31,6 +31,7 @@ from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.rewrite import rewritten
 from tilelang_ext.passes.shifted_indices import HideShiftedTileIndices
+from tilelang_ext.passes.tma_hints import drop_tma_hints
 from tilelang_ext.passes.vector_lanes import SelectLanes
 from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
 from tilelang_ext.registration import has_key
@@ -76,7 +77,7 @@ def normalize_target(target: TargetLike) -> Target | None:
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
     mod = _end_imported_lines(mod)
-    mod = RefuseThreadIndices(refuse_unlike_regions(refuse_foreign(mod, "c")))
+    mod = RefuseThreadIndices(refuse_unlike_regions(refuse_foreign(drop_tma_hints(mod), "c")))
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
     mod = KeepWrappingCasts(KeepFloatArithmetic(SpellBooleans(SelectLanes(spell_operators(mod, RULES)))))

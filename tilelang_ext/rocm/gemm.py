@@ -178,12 +178,12 @@ class MatrixUnitGemm:
         return _Simplify(gemm_native, inline_let=True)
 
     def _upstreams(self, target, use: Callable):
-        """Return use(upstream's GEMM); what it asserts of types, and divides by of K, is an error that says the rule."""
+        """Return use(upstream's GEMM); types that it has no instruction for, and such K, are an error that says the rule."""
         k = _UPSTREAM_K.get(T.dtype(self.A.dtype).bits, 1)
         try:
             if self.K % k == 0:
                 return use(self.upstream(self.gemm_node))
-        except AssertionError:
+        except (AssertionError, KeyError):
             pass
         operands = f"{self.A.dtype} and {self.B.dtype} with K = {self.K} into {self.C.dtype}"
         raise NotImplementedError(

@@ -37,6 +37,7 @@ from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
+from tilelang_ext.passes.tma_hints import drop_tma_hints
 from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
@@ -73,7 +74,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
         name_e4m3(mod), native=lambda gemm: lower_block_scaled_gemm(gemm, target), without=(E2M1.dtype, E8M0.dtype)
     )
     mod = lower_block_scaled(mod, target)
-    mod = refuse_unlike_regions(refuse_foreign(mod, "hip"))
+    mod = refuse_unlike_regions(refuse_foreign(drop_tma_hints(mod), "hip"))
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = SumHalvesInFloat(mod)
