@@ -223,13 +223,13 @@ def test_accumulator_layout_splits_the_tile_over_waves(arch, places):
             )
         ),
         (
-            lambda: gemm(T.tfloat32, T.tfloat32),
+            lambda: gemm(TF32, TF32),
             "gfx942",
             NotImplementedError,
             "instructions of gfx942 multiply; got .*tfloat32",
         ),
         (
-            lambda: gemm("float4_e2m1fn", "float4_e2m1fn"),
+            lambda: gemm(FP4, FP4),
             "gfx950",
             TypeError,
             "target hip has no type for it; got float4_e2m1fn",
