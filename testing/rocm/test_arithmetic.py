@@ -4,6 +4,7 @@ import pytest
 import torch
 from passes import operator_kernels as kernels
 
+from tilelang_ext import language as T
 from tilelang_ext import simulate
 
 
@@ -28,3 +29,27 @@ def test_booleans():
 def test_narrow_integers():
     arguments, outputs, wants = kernels.narrow_case()
     check(kernels.narrow_integers(), arguments, zip(outputs, wants, strict=True), "gfx1201")
+
+
+def counted(dtype):
+    """Consecutive numbers of 8 bits, by vectors: plain, wrapping, and with other operands."""
+
+    @T.prim_func
+    def kernel(X: T.Tensor((64,), dtype), A: T.Tensor((64,), dtype), B: T.Tensor((64,), dtype)):
+        with T.Kernel(1, threads=16):
+            t = T.get_thread_binding()
+            for i in T.vectorized(4):
+                A[t * 4 + i] = T.cast(t * 8 + i * 3, dtype)
+            for i in T.vectorized(4):
+                B[t * 4 + i] = X[t * 4 + i] * T.cast(3, dtype) + T.cast(t + i, dtype)
+
+    return kernel
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_ramps_of_eight_bits(dtype):
+    to, t, i = getattr(torch, dtype), torch.arange(64) // 4, torch.arange(64) % 4
+    x, a, b = torch.randint(0, 100, (64,)).to(to), torch.zeros(64, dtype=to), torch.zeros(64, dtype=to)
+    simulate(counted(dtype), x, a, b, target="hip -mcpu=gfx942")
+    assert torch.equal(a, (t * 8 + i * 3).to(to))
+    assert torch.equal(b, (x.long() * 3 + t + i).to(to))

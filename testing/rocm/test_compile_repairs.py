@@ -20,12 +20,24 @@ def quad_sums():
     return sums
 
 
+def ramps():
+    @T.prim_func
+    def ramps(A: T.Tensor((64,), "int8"), B: T.Tensor((64,), "uint8")):
+        with T.Kernel(1, threads=16):
+            for i in T.vectorized(4):
+                A[T.get_thread_binding() * 4 + i] = T.cast(T.get_thread_binding() + i, "int8")
+                B[T.get_thread_binding() * 4 + i] = T.cast(T.get_thread_binding() + i, "uint8")
+
+    return ramps
+
+
 KERNELS = {
     "reduction from any thread": lambda: meeting_kernels.normalized_row(48),
     "float64": lambda: operator_kernels.floats("float64"),
     "booleans": operator_kernels.booleans,
     "narrow integers": operator_kernels.narrow_integers,
     "atomic sums of four halves": quad_sums,
+    "ramps of eight bits": ramps,
     "fp8": lambda: conversions([format.dtype for format in FOREIGN["gfx942"]], CODES),
 }
 

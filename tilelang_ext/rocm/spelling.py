@@ -1,9 +1,10 @@
-"""Rewrite what tilelang's HIP generator spells wrongly: broadcasts of 8- and 16-bit values, and constants of E5M2.
+"""Rewrite what tilelang's HIP generator spells wrongly: broadcasts of 8- and 16-bit values, ramps of 8, and constants of E5M2.
 
     Before                          After
     Broadcast(x, 16), x uint8       reinterpret("uint8x16", Broadcast(Cast("uint32", x) * 0x01010101, 4))
     Broadcast(x, 16), x of E5M2     the same of x's code
     Broadcast(x, 8), x uint16       reinterpret("uint16x8", Broadcast(Cast("uint32", x) * 0x00010001, 4))
+    Ramp(x, 1, 4), x uint8          Cast("uint8x4", Ramp(Cast("int32", x), 1, 4))
     float8_e5m2(1.0)                reinterpret("float8_e5m2", uint8(0x3c))
 
 For sixteen lanes the generator passes sixteen values to the constructor of a type that packs four of them per word,
@@ -59,6 +60,11 @@ def _spell(node: tirx.PrimExpr) -> tirx.PrimExpr | None:
         # Zero has one code in either flavour of E4M3, which the generator spells.
         is_ours = dtype in _E5M2 or (dtype in _E4M3 and (node.value != 0 or math.copysign(1.0, node.value) < 0))
         return tirx.reinterpret(node.dtype, _code(node)) if is_ours else None
+    if isinstance(node, tirx.Ramp):
+        if node.base.dtype not in ("int8", "uint8"):
+            return None
+        base, stride = (tirx.Cast("int32", value) for value in (node.base, node.stride))
+        return tirx.Cast(node.dtype, tirx.Ramp(base, stride, node.lanes))
     lanes = int(node.lanes)
     if lanes not in _LANES.get(str(node.value.dtype), ()):
         return None
@@ -73,7 +79,7 @@ def _spell(node: tirx.PrimExpr) -> tirx.PrimExpr | None:
 
 def _spell_all(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     # Vectors are visited before their operands, so that a constant inside one is rewritten with it.
-    return func.with_body(ir_transform(func.body, _spell, None, ["tirx.Broadcast", "ir.FloatImm"]))
+    return func.with_body(ir_transform(func.body, _spell, None, ["tirx.Broadcast", "tirx.Ramp", "ir.FloatImm"]))
 
 
 SpellEightBits = prim_func_pass(_spell_all, opt_level=0)
