@@ -109,6 +109,23 @@ def test_equals_torch(M, recipe):
     assert error(ours, torchs) <= 2 * limit
 
 
+@pytest.mark.parametrize(("M", "N", "K"), [(8, 17792, 8192), (40, 20096, 16384), (17, 9088, 16384)])
+@pytest.mark.parametrize("recipes", [(ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK)], **IDS)
+def test_tiles_that_blocks_share(M, N, K, recipes):
+    """Equal bits on two streams at once and after a hundred calls: what was given is taken in each."""
+    arguments, expected = case(M, N, K, recipes)
+    outs = [torch.full((M, N), torch.nan, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in outs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for out, stream in zip(outs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                scaled_mm(*arguments, out=out)
+    torch.cuda.synchronize()
+    assert error(outs[0], expected) <= TENSOR_CORE_ERROR + ROUNDING[torch.bfloat16]
+    assert torch.equal(*outs)
+
+
 def test_fast_accumulation_keeps_fewer_bits():
     arguments, expected = case(128, 256, 7168, (ROW, ROW))
     slow, fast = (scaled_mm(*arguments, output_dtype=torch.float32, use_fast_accum=fast) for fast in (False, True))

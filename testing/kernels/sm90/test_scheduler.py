@@ -9,7 +9,7 @@ from cuda.kernels import lower
 from kernels.hopper import execute
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler
+from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler, start_stream_k
 
 
 def walk(num_blocks: int, group_rows: int, tile_columns: int):
@@ -48,3 +48,52 @@ def test_grouped_tiles(rows, columns, num_blocks, group_rows):
     for tile, (row, column) in enumerate(order):
         expected[row, column] = torch.tensor([tile % num_blocks + 1, tile // num_blocks + 1])
     assert torch.equal(visits, expected)
+
+
+def divide(num_blocks: int):
+    """The prim_func: visits (tiles, iterations), 1 + which block takes an iteration; ends (tiles, 2), 1 + which block finishes
+    a tile, and the first of those that it has accumulators from, or itself.
+    """
+    tiles, iterations = T.dynamic("tiles"), T.dynamic("iterations")
+
+    @T.prim_func
+    def divide(visits: T.Tensor((tiles, iterations), "int32"), ends: T.Tensor((tiles, 2), "int32")):
+        with T.Kernel(num_blocks, threads=32) as block:
+            work = start_stream_k(num_blocks, block, tiles, iterations)
+            for i in T.serial(work.num_segments):
+                work.take(i)
+                if T.get_thread_binding() == 0:
+                    for k in T.serial(work.last - work.first):
+                        visits[work.tile, work.first + k] += block + 1
+                    if not work.is_given:
+                        ends[work.tile, 0] += block + 1
+                        ends[work.tile, 1] = T.if_then_else(work.first > 0, work.first_sharer, block)
+
+    return divide
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("tiles", "iterations", "num_blocks"),
+    # Whole tiles ahead of divided ones; several blocks for a tile, and none for some; parts that end with tiles; full waves
+    [(15, 5, 4), (2, 9, 7), (1, 3, 4), (6, 4, 4), (8, 3, 4)],
+)
+def test_divided_tiles(tiles, iterations, num_blocks):
+    """Every iteration once; a tile's iterations go to neighbouring blocks, the last of which finishes it."""
+    visits, ends = torch.zeros(tiles, iterations, dtype=torch.int32), torch.zeros(tiles, 2, dtype=torch.int32)
+    text = lower(divide(num_blocks), "sm_90a")
+    execute(text, (num_blocks, 1), {"visits": visits, "ends": ends}, {}, {"tiles": tiles, "iterations": iterations})
+    blocks = visits - 1
+    assert (blocks >= 0).all()
+    assert (blocks < num_blocks).all(), "an iteration was taken twice"
+    assert ((blocks[:, 1:] - blocks[:, :-1]).unique().tolist()) in ([0], [0, 1], [1], []), "neighbours, in order"
+    assert torch.equal(ends[:, 0] - 1, blocks[:, -1])
+    assert torch.equal(ends[:, 1], blocks[:, 0])
+    whole = tiles if tiles % num_blocks == 0 else max(tiles // num_blocks - 1, 0) * num_blocks
+    assert torch.equal(blocks[:whole, 0], torch.arange(whole, dtype=torch.int32) % num_blocks)
+    assert (blocks[:whole] == blocks[:whole, :1]).all()
+    parts = torch.bincount(blocks[whole:].flatten())
+    taken = parts[parts > 0]
+    assert not len(taken) or taken.max() - taken.min() <= 1, "equal parts"
+    givers = [block for row in blocks[whole:] for block in row.unique().tolist() if block != row[-1]]
+    assert len(givers) == len(set(givers)), "a block has memory for one tile's accumulators"
