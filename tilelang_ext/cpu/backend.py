@@ -32,6 +32,7 @@ from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.rewrite import rewritten
 from tilelang_ext.passes.shifted_indices import HideShiftedTileIndices
 from tilelang_ext.passes.tma_hints import drop_tma_hints
+from tilelang_ext.passes.upstream_errors import in_our_words
 from tilelang_ext.passes.vector_lanes import SelectLanes
 from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
 from tilelang_ext.registration import has_key
@@ -74,6 +75,7 @@ def normalize_target(target: TargetLike) -> Target | None:
     return registration.with_key(target, lowering_key()) if target.kind.name == "c" else None
 
 
+@in_our_words("c")
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
     mod = _end_imported_lines(mod)

@@ -45,6 +45,7 @@ from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.unit_axes import DropUnitAxes
+from tilelang_ext.passes.upstream_errors import in_our_words
 from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
 from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
@@ -62,6 +63,7 @@ def _materialize_kernel_launch():
     )
 
 
+@in_our_words("metal")
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to host and device TIR with explicit threads."""
     with target:  # upstream's vectoriser asks for the current target

@@ -39,6 +39,7 @@ from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.tma_hints import drop_tma_hints
 from tilelang_ext.passes.unit_axes import DropUnitAxes
+from tilelang_ext.passes.upstream_errors import in_our_words
 from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
 from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
@@ -66,6 +67,7 @@ def _materialize_kernel_launch():
     )
 
 
+@in_our_words("hip")
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
     transform = tilelang.transform

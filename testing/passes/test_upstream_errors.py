@@ -1,0 +1,51 @@
+"""What upstream's passes refuse by an InternalError is one line that says the rule."""
+
+import pytest
+import tilelang
+from tvm.error import InternalError
+
+from tilelang_ext import language as T
+from tilelang_ext.passes.upstream_errors import in_our_words
+from tilelang_ext.rocm import program as rocm
+
+
+@T.prim_func
+def largest(A: T.Tensor((64, 64), "float16"), C: T.Tensor((64,), "float16")):
+    with T.Kernel(1, threads=128):
+        f = T.alloc_fragment((64, 64), "float16")
+        r = T.alloc_fragment((64,), "float16")
+        T.copy(A, f)
+        T.reduce_max(f, r, dim=1, nan_propagate=True)
+        T.copy(r, C)
+
+
+@pytest.mark.parametrize("target", ["hip", "c"])
+def test_nan_of_halves(target):
+    with pytest.raises(NotImplementedError, match=rf"^T.reduce_max: nan_propagate .*; got it on target {target}; leave it out"):
+        tilelang.compile(largest, target="c") if target == "c" else rocm.lower(largest, "hip -mcpu=gfx942")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        (
+            "[ThreadSync] Cannot lower a required shared-memory sync inside the then branch: its participating threads are not "
+            "warp-uniform.\nCondition: 32 <= tx and tx < 96\n  more",
+            ValueError,
+            r"^T.sync_threads: .* whole warps or waves; got the condition 32 <= tx and tx < 96 on target hip; let the branch",
+        ),
+        (
+            "Check failed: finalize_reducer: batch (8) exceeds total output elements (4)",
+            ValueError,
+            r"^T.finalize_reducer: .*; got 8 for 4 on target hip; pass batch=4$",
+        ),
+        ("Check failed: of another kind", InternalError, "of another kind"),
+    ],
+)
+def test_texts(text, kind, message):
+    @in_our_words("hip")
+    def lower():
+        raise InternalError(text)
+
+    with pytest.raises(kind, match=message):
+        lower()
