@@ -75,9 +75,9 @@ def divide(num_blocks: int):
 @needs_compiler
 @pytest.mark.parametrize(
     ("tiles", "iterations", "num_blocks"),
-    # Whole tiles ahead of divided ones; several blocks for a tile; a part that begins with a tile, its begin rounded down; parts that
-    # end with tiles; full waves
-    [(15, 5, 4), (2, 9, 7), (5, 3, 4), (6, 4, 4), (8, 3, 4)],
+    # Whole tiles ahead of divided ones; several blocks for a tile; a tile begins with a part that begins between two
+    # iterations, rounded down; parts that end with tiles; full waves
+    [(15, 5, 4), (2, 9, 7), (3, 5, 7), (6, 4, 4), (8, 3, 4)],
 )
 def test_divided_tiles(tiles, iterations, num_blocks):
     """Every iteration once; a tile's iterations go to neighbouring blocks, the last of which finishes it."""
