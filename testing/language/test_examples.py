@@ -13,6 +13,7 @@ from tilelang_ext import simulate
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import attention
+import gated_delta
 import moe
 import mxfp4_gemv
 
@@ -64,6 +65,15 @@ def test_the_guide_shows_the_kernel_of_the_example(name):
     kernel = source.partition("# [kernel]\n")[2].partition("# [/kernel]")[0].strip("\n")
     assert kernel in (ROOT / "docs" / "guide" / "own_kernel.md").read_text()
     assert len(kernel.splitlines()) <= 80
+
+
+def test_gated_delta():
+    """On the CPU, by the reference; the window of replay is full once."""
+    errors = gated_delta.main(["--batch", "3", "--steps", "10"])
+    assert errors.pop("10 steps, bfloat16 state") < 0.1
+    assert errors["10 steps, float32 state"] < 1e-5
+    assert len(errors) == 4
+    assert max(errors.values()) < 0.03
 
 
 def test_attention():
