@@ -189,7 +189,7 @@ def test_weights_are_prepared_once(monkeypatch):
 
 
 def test_tiles_on_hopper(monkeypatch):
-    """On a GPU of capability 9.0 both weights are tiled, and neither where tiles cannot hold a scale."""
+    """On a GPU of capability 9.0 both weights are tiled, but those of experts whose scales tiles cannot hold."""
     x = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16)
     capability = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
@@ -205,26 +205,63 @@ def test_tiles_on_hopper(monkeypatch):
     given = []
     monkeypatch.setattr(module_of_experts, "_tiles_for", lambda x, a_dtype: a_dtype or "bfloat16")
     monkeypatch.setattr(
-        module_of_experts, "mxfp4_moe", lambda x, ids, weights, w13, w2, **options: given.append((w13, w2)) or x
+        module_of_experts, "mxfp4_moe", lambda x, ids, weights, w13, w2, **options: given.append((w13, w2, options)) or x
     )
     experts = MXFP4Experts.from_checkpoint(checkpoint())
     experts(*inputs())
     experts(*inputs())
     want = tile_for_hopper(experts.w13), tile_for_hopper(experts.w2)
-    for tiled, same in zip(given[0], want, strict=True):
+    for tiled, same in zip(given[0][:2], want, strict=True):
         assert isinstance(tiled, HopperWeights)
         assert torch.equal(tiled.tiles, same.tiles)
         assert torch.equal(tiled.bias, same.bias)
     assert given[1][0] is given[0][0]
     large = checkpoint()
-    large["down_proj_scales"][0, 0, 0] = 130
+    large["down_proj_scales"][1, 0, 0] = 130
     experts.load_state_dict(large)
     experts(*inputs())
-    assert all(isinstance(weights, MXFP4Weights) for weights in given[2])
+    assert all(isinstance(weights, HopperWeights) and weights.num_experts == E - 1 for weights in given[2][:2])
+    assert torch.equal(given[2][0].tiles, want[0].tiles[torch.arange(E) != 1])
+    assert all(isinstance(weights, MXFP4Weights) and weights.num_experts == 1 for weights in given[3][:2])
+    assert torch.equal(given[2][2]["expert_mask"], torch.arange(E) != 1)
+    assert torch.equal(given[3][2]["expert_mask"], torch.arange(E) == 1)
     experts.a_dtype = "fp8"
     experts(*inputs())
-    assert torch.equal(given[3][0].tiles, tile_for_hopper(experts.w13, a_dtype="fp8").tiles)
-    assert given[3][1].row_scale.shape == given[3][1].bias.shape
+    assert torch.equal(given[4][0].tiles, tile_for_hopper(experts.w13, a_dtype="fp8").tiles)
+    assert given[4][1].row_scale.shape == given[4][1].bias.shape
+
+
+def test_scales_that_spread(monkeypatch):
+    """FP8 experts with scales too far apart run in bfloat16, where one is too large for that as they are; results are added."""
+    tensors = checkpoint()
+    tensors["down_proj_blocks"][1:3, 0] = 0x71  # 0.5 and 6 in each group
+    tensors["down_proj_scales"][1:3, 0, :2] = torch.tensor([100, 120], dtype=torch.uint8)
+    tensors["gate_up_proj_scales"][2, 0, 0] = 130
+    experts = MXFP4Experts.from_checkpoint(tensors, a_dtype="fp8")
+    given, moe = [], module_of_experts.mxfp4_moe
+
+    def noted(*arguments, **options):
+        given.append((arguments[3].num_experts, options["a_dtype"]))
+        return moe(*arguments, **options)
+
+    monkeypatch.setattr(module_of_experts, "mxfp4_moe", noted)
+    monkeypatch.setattr(module_of_experts, "_tiles_for", lambda x, a_dtype: "fp8")
+    tile = module_of_experts.tile_for_hopper
+    monkeypatch.setattr(module_of_experts, "tile_for_hopper", lambda w, a_dtype: tile(w, a_dtype=a_dtype) and w)
+    x, router_indices, routing_weights = inputs()
+    remote = torch.tensor([True, False] * 2 + [True] * (E - 2) + [False])  # of experts whose weights are here
+    places = remote.nonzero().flatten()
+    masks = (None, router_indices), (remote, places[router_indices])
+    for mask, indices in masks:
+        given.clear()
+        result = experts(x, indices, routing_weights, expert_mask=mask)
+        assert given == [(E - 2, "fp8"), (1, None), (1, "fp8")]
+        parts = []
+        for keep, a_dtype in ((torch.arange(E) % 3 == 0, "fp8"), (torch.arange(E) == 1, None), (torch.arange(E) == 2, "fp8")):
+            options = {"activation": Activation(), "a_dtype": a_dtype}
+            weights = [torch.where(keep[router_indices], routing_weights, 0)]
+            parts.append(moe(x, router_indices, *weights, experts.w13, experts.w2, **options).double())
+        assert_close(result, sum(parts), dtype="bfloat16")
 
 
 def test_shapes_of_forward():

@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -22,12 +23,29 @@ from tilelang_ext.formats import CODES_PER_BYTE, E2M1, E8M0, MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
 from tilelang_ext.kernels.mxfp4_moe.sm90_packing import ScaleError
-from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights, prepare_mxfp4_weights, tile_for_hopper
+from tilelang_ext.kernels.mxfp4_moe.weights import (
+    HopperWeights,
+    MXFP4Weights,
+    fits_hopper,
+    of_experts,
+    prepare_mxfp4_weights,
+    tile_for_hopper,
+)
 
 _GPT_OSS = Activation()
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 _PARTS = {"blocks": E2M1, "scales": E8M0, "bias": None}  # of a projection, and the format of the bytes of each
-_Pair = tuple[MXFP4Weights, MXFP4Weights] | tuple[HopperWeights, HopperWeights]
+
+
+class _Part(NamedTuple):
+    """Some of the experts, whose weights are stored alike."""
+
+    experts: Tensor | None  # which, bool (E,); None for all
+    w13: MXFP4Weights | HopperWeights
+    w2: MXFP4Weights | HopperWeights
+    a_dtype: torch.dtype | str | None
+
+
 NAMES = tuple(f"{projection}_{part}" for projection in (_GATE_UP, _DOWN) for part in _PARTS)
 
 
@@ -45,8 +63,9 @@ class MXFP4Experts(nn.Module):
     transformers' `from_pretrained`, `from_checkpoint`, which makes a module and loads it. The first call after the buffers
     changed prepares the weights that the kernels read: a second copy of gate_up_proj with its gate rows apart, and on Hopper
     with bfloat16 or fp8 activations a second copy of all, made by `tile_for_hopper`; there, call the module once before
-    `torch.compile`. The buffers of a new module are undefined until they are loaded. `activation`, `a_dtype` and `epilogue` are
-    those of `mxfp4_moe`.
+    `torch.compile`. Experts whose scales tiles cannot hold exactly are computed apart, and the results added: those of FP8 with
+    bfloat16 activations if these tiles hold them, the others by the general kernels. The buffers of a new module are undefined
+    until they are loaded. `activation`, `a_dtype` and `epilogue` are those of `mxfp4_moe`.
 
     Raises ValueError for sizes; load_state_dict raises TypeError for dtypes and RuntimeError for names and shapes.
     """
@@ -72,7 +91,7 @@ class MXFP4Experts(nn.Module):
         self.activation, self.a_dtype, self.epilogue = activation, a_dtype, epilogue
         # The buffers that weights were prepared from, each with its version, and the weights; by the activations that they are
         # tiled for (None: not).
-        self._prepared: dict[str | None, tuple[list[tuple[Tensor, int | None]], _Pair]] = {}
+        self._prepared: dict[str | None, tuple[list[tuple[Tensor, int | None]], list[_Part]]] = {}
         for projection, rows, k in ((_GATE_UP, 2 * intermediate_size, hidden_size), (_DOWN, hidden_size, intermediate_size)):
             groups = k // MX_GROUP
             shapes = {"blocks": (rows, groups, MX_GROUP // CODES_PER_BYTE), "scales": (rows, groups), "bias": (rows,)}
@@ -130,27 +149,24 @@ class MXFP4Experts(nn.Module):
     @property
     def w13(self) -> MXFP4Weights:
         """Gate and up, as `prepare_mxfp4_weights` returns them."""
-        return self._weights(None)[0]
+        return self._parts(None)[0].w13
 
     @property
     def w2(self) -> MXFP4Weights:
         """Down, as `prepare_mxfp4_weights` returns it."""
-        return self._weights(None)[1]
+        return self._parts(None)[0].w2
 
-    def _weights(self, tiled: str | None) -> _Pair:
-        """Return w13 and w2, tiled for these activations on Hopper if `tiled` names any and the scales allow it."""
+    def _parts(self, tiled: str | None) -> list[_Part]:
+        """Return all experts as parts, tiled for these activations on Hopper if `tiled` names any and the scales allow it."""
         buffers = [getattr(self, name) for name in NAMES]
-        prepared_from, weights = self._prepared.get(tiled, (None, None))
+        prepared_from, parts = self._prepared.get(tiled, (None, None))
         # A module that was moved or cast has other tensors; one that was loaded again may have the same, written to.
         if prepared_from is None or not all(map(_is_unchanged, buffers, prepared_from)):
             w13 = prepare_mxfp4_weights(*buffers[:3], source="gpt_oss", gate="interleaved")
             w2 = prepare_mxfp4_weights(*buffers[3:], source="gpt_oss")
-            weights = w13, w2
-            if tiled:
-                with contextlib.suppress(ScaleError):
-                    weights = tile_for_hopper(w13, a_dtype=tiled), tile_for_hopper(w2, a_dtype=tiled)
-            self._prepared[tiled] = [(buffer, _version_of(buffer)) for buffer in buffers], weights
-        return weights
+            parts = _tiled_parts(w13, w2, tiled, self.a_dtype) if tiled else [_Part(None, w13, w2, self.a_dtype)]
+            self._prepared[tiled] = [(buffer, _version_of(buffer)) for buffer in buffers], parts
+        return parts
 
     def forward(
         self,
@@ -166,17 +182,22 @@ class MXFP4Experts(nn.Module):
         routing_weights (..., top_k) float; expert_mask (all experts,) bool, true for the experts of this module.
         """
         top_k = router_indices.shape[-1]
-        y = mxfp4_moe(
-            hidden_states.reshape(-1, self.hidden_size),
-            router_indices.reshape(-1, top_k),
-            routing_weights.reshape(-1, top_k),
-            *self._weights(_tiles_for(hidden_states, self.a_dtype)),
-            activation=self.activation,
-            a_dtype=self.a_dtype,
-            epilogue=self.epilogue,
-            expert_mask=expert_mask,
-        )
-        return y.view(hidden_states.shape)
+        x, parts = hidden_states.reshape(-1, self.hidden_size), self._parts(_tiles_for(hidden_states, self.a_dtype))
+        total = None
+        for part in parts:
+            y = mxfp4_moe(
+                x,
+                router_indices.reshape(-1, top_k),
+                routing_weights.reshape(-1, top_k),
+                part.w13,
+                part.w2,
+                activation=self.activation,
+                a_dtype=part.a_dtype,
+                epilogue=self.epilogue,
+                expert_mask=_mask_of(part.experts, expert_mask),
+            )
+            total = y if total is None else total + y
+        return total.view(hidden_states.shape)
 
     def __getstate__(self) -> dict:
         """Return what a copy or a file keeps: the buffers, not what is prepared from them."""
@@ -185,6 +206,34 @@ class MXFP4Experts(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
         return f"{sizes}, activation={self.activation.name}, a_dtype={self.a_dtype}, epilogue={self.epilogue}"
+
+
+def _tiled_parts(w13: MXFP4Weights, w2: MXFP4Weights, tiled: str, a_dtype: torch.dtype | str | None) -> list[_Part]:
+    """Return the experts in tiles for `tiled`, those which that cannot hold in tiles for bfloat16, and the rest as they are."""
+    with contextlib.suppress(ScaleError):
+        return [_Part(None, *(tile_for_hopper(weights, a_dtype=tiled) for weights in (w13, w2)), a_dtype)]
+    parts, rest = [], torch.ones(w13.num_experts, dtype=torch.bool, device=w13.codes.device)
+    for a_format in dict.fromkeys((tiled, "bfloat16")):
+        held = rest & fits_hopper(w13, a_format) & fits_hopper(w2, a_format)
+        if held.any():
+            everyone = bool(held.all())
+            pair = (w13, w2) if everyone else (of_experts(w13, held), of_experts(w2, held))
+            tiles = (tile_for_hopper(weights, a_dtype=a_format) for weights in pair)
+            parts.append(_Part(None if everyone else held, *tiles, a_dtype if a_format == tiled else None))
+            rest = rest & ~held
+    if rest.any():
+        everyone = bool(rest.all())
+        pair = (w13, w2) if everyone else (of_experts(w13, rest), of_experts(w2, rest))
+        parts.append(_Part(None if everyone else rest, *pair, a_dtype))
+    return parts
+
+
+def _mask_of(experts: Tensor | None, expert_mask: Tensor | None) -> Tensor | None:
+    """Return the mask of a part of the experts, given that of those whose weights are here."""
+    if experts is None or expert_mask is None:
+        return expert_mask if experts is None else experts
+    number = expert_mask.cumsum(0) - 1  # of an expert among those
+    return expert_mask & experts[number.clamp(min=0)]
 
 
 def _tiles_for(x: Tensor, a_dtype: torch.dtype | str | None) -> str | None:

@@ -85,8 +85,15 @@ _MOST = torch.tensor([999, 9, 8, 8, 7, 7, 6, 6])
 _SHIFT_BIAS = 6  # a shift of 0 stands for 2^-6
 
 
-def _shifts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the shift of each group, (rows, K / 32), and the power of two that remains for each row, (rows,)."""
+def fits(a_format: str, codes: Tensor, scale: Tensor) -> Tensor:
+    """Return for which experts tiles for a_format hold the scales exactly, bool (E,)."""
+    if a_format != "fp8":
+        return (scale <= _MAX_SCALE).flatten(1).all(1)
+    return torch.stack([~_range_of_rows(*one)[-1].any() for one in zip(codes, scale, strict=True)])
+
+
+def _range_of_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return magnitudes by group, exponents of the scales, the least power of two for each row, and which rows have none."""
     least, most = (table.to(codes.device, torch.int16) for table in (_LEAST, _MOST))
     groups = codes.unflatten(-1, (-1, MX_GROUP // 2))
     pairs = torch.stack([groups & 7, groups >> 4 & 7], -1).flatten(-2).int()
@@ -95,7 +102,13 @@ def _shifts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     low = (exponent - most[pairs].amin(-1)).amax(-1)
     high = (exponent - least[pairs].amax(-1)).amin(-1)
     low = low.clamp(min=-126)
-    bad = ((low > high) | (scale == 255).any(-1)).nonzero()
+    return pairs, exponent, low, (low > high) | (scale == 255).any(-1)
+
+
+def _shifts(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the shift of each group, (rows, K / 32), and the power of two that remains for each row, (rows,)."""
+    pairs, exponent, low, has_none = _range_of_rows(codes, scale)
+    bad = has_none.nonzero()
     if len(bad):
         got = scale[bad[0, 0]]
         raise ScaleError(

@@ -159,6 +159,28 @@ def prepare_mxfp4_weights(
     return MXFP4Weights(codes.contiguous(), scale.contiguous(), bias.float().contiguous(), rows, k, gate is not None)
 
 
+def _without_padding(weights: MXFP4Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, scale and bias of the rows and the K that count."""
+    codes, scale, bias, rows, k, gated = weights
+    parts = [slice(0, rows)]
+    if gated:
+        half = codes.shape[1] // 2
+        parts = [slice(0, rows // 2), slice(half, half + rows // 2)]
+    codes, scale, bias = (torch.cat([tensor[:, part] for part in parts], 1) for tensor in (codes, scale, bias))
+    return codes[..., : k // CODES_PER_BYTE], scale[..., : k // MX_GROUP], bias
+
+
+def fits_hopper(weights: MXFP4Weights, a_dtype: str) -> Tensor:
+    """Return which experts' scales `tile_for_hopper` holds exactly, bool (E,)."""
+    codes, scale, _ = _without_padding(weights)
+    return sm90_packing.fits(a_dtype, codes, scale)
+
+
+def of_experts(weights: MXFP4Weights, experts: Tensor) -> MXFP4Weights:
+    """Return a copy of the weights of some experts, given as bool (E,)."""
+    return MXFP4Weights(*(tensor[experts] for tensor in weights[:3]), *weights[3:])
+
+
 def tile_for_hopper(weights: MXFP4Weights, *, a_dtype: str = "bfloat16") -> HopperWeights:
     """Return a copy of `weights` in the tiles that the kernels for NVIDIA Hopper read; make it once, when weights are loaded.
 
@@ -174,12 +196,7 @@ def tile_for_hopper(weights: MXFP4Weights, *, a_dtype: str = "bfloat16") -> Hopp
         raise ValueError(
             f"tile_for_hopper: rows of gate, of up and of w2 must be multiples of {MX_GROUP}; got {rows} in all; pad them"
         )
-    parts = [slice(0, rows)]
-    if gated:
-        half = codes.shape[1] // 2
-        parts = [slice(0, rows // 2), slice(half, half + rows // 2)]
-    codes, scale, bias = (torch.cat([tensor[:, part] for part in parts], 1) for tensor in (codes, scale, bias))
-    codes, scale = codes[..., : k // CODES_PER_BYTE], scale[..., : k // MX_GROUP]
+    codes, scale, bias = _without_padding(weights)
     order = sm90_packing.interleave_gate_and_up if gated else sm90_packing.even_rows_first
     codes, scale, bias = (order(tensor) for tensor in (codes, scale, bias))
     if a_dtype == "fp8":
