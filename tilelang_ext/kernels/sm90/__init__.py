@@ -4,7 +4,8 @@
 | --- | --- |
 | roles | producer and consumer warpgroups, their registers, the named barrier of a warpgroup |
 | pipeline | stages of shared memory with a full and an empty barrier each |
-| scheduler | which tile a block takes next, and where that tile lies |
+| scheduler | which tile a block takes next, or which part of it, and where that tile lies |
+| split_tiles | accumulators that one block gives another, through global memory |
 | epilogue | subtiles of the result on their way through shared memory, TMA stores in flight, deferred subtiles |
 | pdl | programmatic dependent launch |
 
