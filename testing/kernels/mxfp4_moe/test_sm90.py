@@ -306,6 +306,18 @@ def test_fitted(a_format, config, rows, num_experts, expected):
     assert sm90_wgmma.fitted(sm90_wgmma.Config(*config), case, rows) == sm90_wgmma.Config(*expected)
 
 
+@pytest.mark.parametrize("a_format", TILE_FORMATS)
+def test_tiles_fit_in_shared_memory(a_format):
+    """Stages, a subtile of each consumer, two buffers of what the epilogue reads, and 2 KB of barriers and alignment."""
+    few, many = sm90_wgmma._FEW_TOKENS[a_format], sm90_wgmma._MANY_TOKENS[a_format]
+    for config in (*(config for _, configs in few for config in configs), *many):
+        stage = config.block_M * 128 + config.block_tiles * TILE_FORMATS[a_format].tile_words * 4
+        subtiles, vectors = 2 * config.subtile_M * (TILE + 8) * 2, 2 * 4 * (2 * config.rows + 3 * config.block_M)
+        assert config.num_stages * stage + subtiles + vectors + 2048 <= 227 * 1024, config
+        assert config.consumer_tiles % config.group_tiles == 0, config
+        assert all(width % 8 == 0 for width in config.widths), config
+
+
 def test_few_experts_have_narrow_tiles():
     """7 slots are 7 experts at most: 147 tiles of 256 rows are two waves, 294 of 128 three; 56 leave SMs without work."""
     case = problem(1, 7, 585, a_format="fp8")
