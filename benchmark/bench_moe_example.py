@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "examples"), str(
 import moe as example  # noqa: E402
 from harness import METHOD, Column, describe, find_device, show, time_cuda_in_turn, write_csv  # noqa: E402
 from mxfp4_moe_cases import MODELS, Case  # noqa: E402
+from mxfp4_moe_grid import compile_ahead  # noqa: E402
 
 from tilelang_ext import Activation, mxfp4_moe, reference, tile_for_hopper  # noqa: E402
 
@@ -61,7 +62,8 @@ def measure(tokens: int, tiles: list[example.Tile], seed: int = 0, sets: int = 2
     ours[0]()
     chains, rows = [ours], []
     for tile in tiles:
-        calls = [_bind(case, tile, inputs[i], interleaved[i]) for i in range(sets)]
+        kernels = _kernels(tokens, tile)
+        calls = [_bind(case, tile, kernels, inputs[i], interleaved[i]) for i in range(sets)]
         difference = ((calls[0]().double() - outputs[0].double()).norm() / outputs[0].double().norm()).item()
         if not difference <= MAX_DIFFERENCE:
             raise SystemExit(f"{tokens} tokens, {tile}: must be within {MAX_DIFFERENCE} of mxfp4_moe; got {difference:.1e}")
@@ -86,13 +88,13 @@ def _compile_ahead(case: tuple[int, example.Tile]) -> None:
     _kernels(*case)
 
 
-def _bind(case: Case, tile: example.Tile, inputs, weights):
+def _bind(case: Case, tile: example.Tile, kernels: list, inputs, weights):
     """Return the call of the example's two kernels and the sum over slots."""
     _, H, I, experts, top_k = case.model
     routed = reference.moe_sort(inputs.topk_ids.cpu(), inputs.topk_weights.cpu(), experts, tile.block_M)
     token_ids, slot_weights, expert_ids = (each.cuda() for each in (routed.token_ids, routed.weights, routed.expert_ids))
     w13, scale13, w2, scale2 = weights
-    first, second = _kernels(case.tokens, tile)
+    first, second = kernels
     hidden = torch.empty(len(token_ids), I, dtype=torch.bfloat16, device="cuda")
     y = torch.full((case.tokens, top_k, H), torch.nan, device="cuda")
     out = torch.empty(case.tokens, H, device="cuda")
@@ -116,12 +118,16 @@ def main(command_line: list[str] | None = None) -> list[dict]:
     if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         raise SystemExit(f"bench_moe_example: must run on an NVIDIA Hopper GPU; got {reason or 'another GPU'}; rent one")
     tilelang.set_log_level("WARNING")
+    processes = os.cpu_count() or 1
+    compile_ahead([Case(MODELS[MODEL], tokens, "bf16", "cuda", "cuda") for tokens in arguments.tokens], ["ours"], processes)
     cases = [(tokens, tile) for tokens in arguments.tokens for tile in arguments.tiles]
-    with ProcessPoolExecutor(min(len(cases), os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(len(cases), processes), mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile_ahead, cases))  # what they compile is found on disk afterwards
-    rows = [row for tokens in arguments.tokens for row in measure(tokens, arguments.tiles)]
-    if arguments.csv:
-        write_csv(arguments.csv, rows)
+    rows = []
+    for tokens in arguments.tokens:
+        rows += measure(tokens, arguments.tiles)
+        if arguments.csv:  # a run that is ended keeps what it has
+            write_csv(arguments.csv, rows)
     show(f"examples/moe.py, sizes of {MODEL}, {describe('cuda')}", rows, COLUMNS, [METHOD["cuda"]])
     return rows
 

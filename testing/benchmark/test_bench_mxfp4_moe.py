@@ -348,6 +348,15 @@ def test_optional_providers(monkeypatch):
     assert [p.name for p in bench.PROVIDERS if not bench.installed(p)] == ["triton_kernels"]
 
 
+def test_the_example_needs_a_gpu(monkeypatch):
+    import bench_moe_example
+
+    assert bench_moe_example.tile_of("128x192x384") == bench_moe_example.example.MANY
+    monkeypatch.setattr(bench_moe_example, "find_device", lambda target: ("cuda", "none", "torch sees no such GPU"))
+    with pytest.raises(SystemExit, match="must run on an NVIDIA Hopper GPU; got torch sees no such GPU"):
+        bench_moe_example.main([])
+
+
 def test_bad_arguments(monkeypatch):
     with pytest.raises(SystemExit, match="humming: left out, exists on cuda"):
         run("--target", "metal", "--providers", "humming")
