@@ -2,9 +2,11 @@
 
 import pytest
 import tilelang  # noqa: F401  its TVM is found once it is imported
+import torch
 from tvm import IRModule, tirx
 from tvm.script import tirx as T
 
+from tilelang_ext import language, simulate
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread, Reduction, reduction_of
 
 
@@ -64,3 +66,38 @@ def test_threads_that_no_groups_hold():
 )
 def test_what_a_name_says(name, reduction):
     assert reduction_of(tirx.call_extern("float32", name, tirx.const(1.0))) == reduction
+
+
+def rows_from(first, rows, width=512, vector=8):
+    """Each row divided by its sum; a row lies in the threads from `first` on."""
+    threads = width // vector
+
+    @language.prim_func
+    def normalised(x: language.Tensor((rows, width), "float32"), y: language.Tensor((rows, width), "float32")):
+        with language.Kernel(1, threads=128):
+            f = language.alloc_fragment((rows, width), "float32")
+            total = language.alloc_fragment((rows,), "float32")
+            language.annotate_layout(
+                {
+                    f: language.Fragment(f.shape, forward_fn=lambda i, j: (first + j // vector, i * vector + j % vector)),
+                    total: language.Fragment(total.shape, forward_fn=lambda i, rep: (first + rep, i), replicate=threads),
+                }
+            )
+            for i, j in language.Parallel(rows, width):
+                f[i, j] = x[i, j]
+            language.reduce_sum(f, total, dim=1)
+            for i, j in language.Parallel(rows, width):
+                y[i, j] = f[i, j] / total[i]
+
+    return normalised
+
+
+@pytest.mark.parametrize(
+    ("target", "first", "rows"),
+    [("metal", 32, 1), ("metal", 32, 2), ("metal", 16, 3), ("metal", 64, 2), ("hip -mcpu=gfx1100", 32, 2)],
+)
+def test_several_rows_from_any_thread(target, first, rows):
+    """The sums of several rows are one call behind the condition; it counted from thread 0."""
+    x, y = torch.rand(rows, 512), torch.full((rows, 512), torch.nan)
+    assert simulate(rows_from(first, rows), x, y, target=target).findings == ()
+    torch.testing.assert_close(y, x / x.sum(1, keepdim=True))

@@ -7,6 +7,9 @@ The threads of a reduction meet in groups of a power of two, which are told apar
 thread on. On targets without named barriers upstream counts from the block's first thread, even where a layout puts a row
 elsewhere. Here it is the first of the threads that come to the call. Threads that no such groups hold are refused.
 
+A call for several values at once stands behind the condition under which their threads added up what they have. It gets the
+same condition where they do not begin with a group.
+
 Runs on flat device functions, with the conditions still around the calls.
 """
 
@@ -68,7 +71,7 @@ class _Counting:
 
     def visit(self, stmt: tirx.Stmt) -> tirx.Stmt:
         if isinstance(stmt, tirx.SeqStmt):
-            return tirx.SeqStmt([self.visit(child) for child in stmt.seq])
+            return tirx.SeqStmt([self.visit(child) for child in self._guarded(stmt.seq)])
         if isinstance(stmt, tirx.AttrStmt):
             if stmt.attr_key == "thread_extent" and stmt.node.thread_tag == "threadIdx.x":
                 self.threads = stmt.node.var, int(stmt.value)
@@ -88,6 +91,31 @@ class _Counting:
                 None if stmt.else_case is None else self._under(tirx.Not(stmt.condition), stmt.else_case),
             )
         return rewritten(stmt, self._count, ["tirx.Call"])
+
+    def _guarded(self, statements) -> list[tirx.Stmt]:
+        """Put each reduction of several values under the condition under which the statements before it wrote the values."""
+        conditions: dict[tirx.Var, tirx.PrimExpr] = {}
+        guarded = []
+        for stmt in statements:
+            call = stmt.value if isinstance(stmt, tirx.Evaluate) else None
+            reduction = reduction_of(call) if isinstance(call, tirx.Call) else None
+            if reduction is not None and reduction.batch is not None:
+                found = [conditions[var] for var in tirx.analysis.undefined_vars(call.args[1]) if var in conditions]
+                if found and self._begins_inside(found[0], reduction):
+                    stmt = tirx.IfThenElse(found[0], stmt, None)
+            is_conditional = isinstance(stmt, tirx.IfThenElse) and stmt.else_case is None
+            for var in _written(stmt):
+                conditions.pop(var, None)
+                if is_conditional:
+                    conditions[var] = stmt.condition
+            guarded.append(stmt)
+        return guarded
+
+    def _begins_inside(self, condition: tirx.PrimExpr, reduction: Reduction) -> bool:
+        self.conditions.append(condition)
+        taking_part = self._taking_part()
+        self.conditions.pop()
+        return bool(taking_part) and (min(taking_part) - reduction.first) % reduction.threads != 0
 
     def _under(self, condition: tirx.PrimExpr, stmt: tirx.Stmt) -> tirx.Stmt:
         self.conditions.append(condition)
@@ -127,6 +155,18 @@ class _Counting:
             if all(analyzer.simplify(substitute(condition, number)) for condition in conditions):
                 held.add(thread)
         return held
+
+
+def _written(stmt: tirx.Stmt) -> set[tirx.Var]:
+    """Return the memory that a statement stores to."""
+    written = set()
+
+    def visit(node):
+        if isinstance(node, tirx.BufferStore):
+            written.add(node.buffer.data)
+
+    post_order_visit(stmt, visit)
+    return written
 
 
 def _conjuncts(condition: tirx.PrimExpr) -> list[tirx.PrimExpr]:
