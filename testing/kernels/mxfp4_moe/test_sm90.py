@@ -333,12 +333,13 @@ def test_few_experts_have_narrow_tiles():
         (sm90_wgmma, "bfloat16", 96, (16, 4, 10)),  # 12 rows per expert
         (sm90_wgmma, "bfloat16", 97, (24, 4, 9)),
         (sm90_wgmma, "bfloat16", 176, (32, 4, 9)),  # 22 rows per expert
-        (sm90_wgmma, "bfloat16", 8192, (256, 1, 5, (128,))),  # 1024 +- 32 rows: four tiles, and a fifth of few tokens for half
+        (sm90_wgmma, "bfloat16", 1360, (192, 1, 7)),
+        (sm90_wgmma, "bfloat16", 8192, (256, 1, 5)),  # 1024 +- 32 rows
         (sm90_wgmma, "fp8", 48, (8, 2, 11)),
-        (sm90_wgmma, "fp8", 1360, (192, 1, 6, (64,))),  # 170 +- 13
+        (sm90_wgmma, "fp8", 1360, (192, 1, 6)),  # 170 +- 13
         (sm90_wgmma, "fp8", 1536, (256, 1, 4, (192,))),  # 192 +- 14: one tile, of which half have 192 tokens
-        (sm90_wgmma, "fp8", 800, (128, 2, 6)),  # 100 +- 10
-        (sm90_wgmma, "fp8", 2048, (144, 1, 7, (72,))),  # 256 +- 16: two tiles
+        (sm90_wgmma, "fp8", 800, (144, 1, 7)),  # 100 +- 10
+        (sm90_wgmma, "fp8", 2048, (144, 1, 7)),  # 256 +- 16: two tiles
     ],
 )
 def test_pick_config(module, a_format, tokens, expected):

@@ -170,26 +170,14 @@ _FEW_TOKENS = {
         (80, (Config(80, 2, 7), Config(80, 1, 9))),
     ),
 }
-# Where MMAs do: those of which one takes the least time by `_time`.
+# Where MMAs do: those of which one takes the least time by `_time`. All have been timed, on an H200.
 _MANY_TOKENS = {
-    "bfloat16": (
-        Config(96, 2, 8),
-        Config(128, 2, 7),
-        Config(192, 1, 7, (64,)),
-        Config(256, 1, 5, (192,)),
-        Config(256, 1, 5, (128,)),
-    ),
-    "fp8": (
-        Config(96, 2, 7),
-        Config(128, 2, 6),
-        Config(144, 1, 7, (72,)),
-        Config(192, 1, 6, (64,)),
-        Config(256, 1, 4, (192,)),
-        Config(256, 1, 4, (128,)),
-    ),
+    "bfloat16": (Config(128, 2, 7), Config(192, 1, 7), Config(256, 1, 5)),
+    "fp8": (Config(144, 1, 7), Config(192, 1, 6), Config(256, 1, 4), Config(256, 1, 4, (192,))),
 }
 # Of a step, beside its tokens, in tokens: by tiles of weights per consumer, and divided by the stages. Fitted to a few layers.
 _TILE_COST, _STAGE_COST = {1: 40, 2: 32}, 64
+_ANOTHER_LOOP = 1.05  # times as long, since the compiler gives each main loop registers of its own
 _LESS_ROWS = 0.9  # of the time, from which fewer rows per tile are worth reading tokens more often
 _QUANTILES = 16
 
@@ -251,7 +239,7 @@ def _time(config: Config, problem: Problem) -> float:
     for rows, K in ((2 * problem.intermediate_size, problem.hidden_size), (problem.hidden_size, problem.intermediate_size)):
         all_tiles = problem.num_local_experts * tiles * -(-rows // config.rows)
         time += math.ceil(all_tiles / problem.num_sms) * cost / tiles * config.consumer_tiles * K
-    return time
+    return time * _ANOTHER_LOOP ** len(config.narrower)
 
 
 _NORMAL = statistics.NormalDist()
