@@ -68,3 +68,24 @@ def test_what_the_loop_changes_is_not_moved():
 
     text = ForwardPipelinedScalars(IRModule({"kernel": kernel}))["kernel"].script()
     assert "K[copied[0] + table[i, 1] + counted[0] + sometimes[0], 0]" in text
+
+
+@T.prim_func
+def index_in_shared_memory(A: T.Tensor((128,), "float16"), B: T.Tensor((128,), "float16")):
+    with T.Kernel(1, threads=32):
+        tile = T.alloc_shared((32,), "float16")
+        index = T.alloc_shared((1,), "int32")
+        for k in T.Pipelined(4, num_stages=2):
+            index[0] = 96 - k * 32
+            start = index[0]
+            T.copy(A[start], tile)
+            for i in T.Parallel(32):
+                B[k * 32 + i] = tile[i] + T.float16(1)
+
+
+@pytest.mark.parametrize("target", ["metal", "hip -mcpu=gfx942"])
+def test_index_in_shared_memory(target):
+    """What the loop writes there in one round, the copy of that round reads: upstream's pipeline has no order for it."""
+    a, b = torch.randn(128).half(), torch.zeros(128).half()
+    assert simulate(index_in_shared_memory, a, b, target=target).findings == ()
+    assert torch.equal(b, a.view(4, 32).flip(0).flatten() + 1)

@@ -40,6 +40,7 @@ from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
 from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
+from tilelang_ext.passes.pipelines import pipelined
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
@@ -99,9 +100,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.VerifyReducerEpoch()(mod)
     mod = transform.VerifyBufferInit()(mod)
     mod = transform.IfStmtBinding()(mod)
-    mod = ForwardPipelinedScalars(mod)
-    mod = transform.PipelinePlanning()(mod)
-    mod = transform.InjectSoftwarePipeline()(mod)
+    mod = pipelined(ForwardPipelinedScalars(mod))
     mod = transform.Simplify()(mod)
     mod = StageReads(mod)
 

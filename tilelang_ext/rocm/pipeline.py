@@ -33,6 +33,7 @@ from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
 from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
+from tilelang_ext.passes.pipelines import pipelined
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
@@ -100,9 +101,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.VerifyReducerEpoch()(mod)
     mod = transform.VerifyBufferInit()(mod)
     mod = transform.IfStmtBinding()(mod)
-    mod = ForwardPipelinedScalars(mod)
-    mod = transform.PipelinePlanning()(mod)
-    mod = transform.InjectSoftwarePipeline()(mod)
+    mod = pipelined(ForwardPipelinedScalars(mod))
     mod = transform.Simplify()(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.rocm.gemm.
