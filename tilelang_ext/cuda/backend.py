@@ -15,6 +15,7 @@ from tilelang_ext import registration
 from tilelang_ext.cuda import pipeline
 from tilelang_ext.cuda.fp8_gemm import Fp8GemmFMA, Fp8GemmMMA, Fp8GemmWGMMA
 from tilelang_ext.passes.float_arithmetic import ReleaseFloatArithmetic
+from tilelang_ext.passes.hidden_conditions import restore_conditions
 
 
 def register() -> None:
@@ -30,7 +31,7 @@ def register() -> None:
     register_target_normalizer("cuda", normalize_target, override=True)
     registration.replace_pass_list("cuda", "cuda", pipeline.lower)
     for name in ("tilelang_cuda", "tilelang_cuda_without_compile"):
-        registration.wrap_builder(f"target.build.{name}", ReleaseFloatArithmetic)
+        registration.wrap_builder(f"target.build.{name}", lambda mod: ReleaseFloatArithmetic(restore_conditions(mod)))
 
 
 def _is_ampere_or_later(target: Target) -> bool:

@@ -17,6 +17,7 @@ from tilelang_ext.cuda.scaled_loop import specialize_scaled_loops
 from tilelang_ext.formats import OCP_OF_FNUZ
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
+from tilelang_ext.passes.hidden_conditions import hide_conditions
 
 _FNUZ = tuple(format.dtype for format in OCP_OF_FNUZ)  # which upstream's generator does not spell
 _WAITS, _LAUNCH = "has_cuda_pdl_sync", "tirx.kernel_launch_params"  # attributes of a function on the device
@@ -27,7 +28,8 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
     mod = expand_block_scaled_gemms(mod, is_upstreams=lambda call: has_instruction(call, target), without=_FNUZ)
     mod = lower_mxfp4_products(repair(GuardEmptyLoops(mod)), target)
-    return with_dependent_launches(CUDAPassPipelineBody(specialize_scaled_loops(mod, target), target))
+    mod = CUDAPassPipelineBody(specialize_scaled_loops(mod, target), target)
+    return hide_conditions(with_dependent_launches(mod))
 
 
 def with_dependent_launches(mod: IRModule) -> IRModule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,13 +20,14 @@ from tilelang_ext.metal import pipeline
 from tilelang_ext.metal.fragment_to_simdgroup import FragmentGemm
 from tilelang_ext.native import library_digest, load_library
 from tilelang_ext.passes.foreign_calls import naming_unknown
+from tilelang_ext.passes.hidden_conditions import restore_conditions
 
 
 def register() -> None:
     """Register the code generator, the GEMM implementations and the pass list for target kind `metal`; idempotent."""
     load_library()
     for name in ("metal", "metal_without_compile"):
-        build = naming_unknown(tvm_ffi.get_global_func(f"tilelang_ext.build_{name}"), "metal")
+        build = _restoring(naming_unknown(tvm_ffi.get_global_func(f"tilelang_ext.build_{name}"), "metal"))
         tvm_ffi.register_global_func(f"target.build.tilelang_{name}", build, override=True)
     for instruction in (GEMM_INST_METAL, GEMM_INST_METAL_COOPERATIVE_TENSOR):
         register_gemm_impl(instruction, instruction, target_is_metal, FragmentGemm)
@@ -33,6 +35,11 @@ def register() -> None:
     registration.keep_device_asserts()
     registration.replace_pass_list("metal", "metal", pipeline.lower)
     _restrict_to_this_machine()
+
+
+def _restoring(build: Callable) -> Callable:
+    """Return `build`, a code generator's entry, for modules with hidden conditions."""
+    return lambda mod, target: build(restore_conditions(mod), target)
 
 
 def lowering_key() -> str:

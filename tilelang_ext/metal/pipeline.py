@@ -34,6 +34,8 @@ from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.foreign_calls import refuse_foreign
 from tilelang_ext.passes.fp8_names import name_e4m3
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
+from tilelang_ext.passes.hidden_conditions import hide_conditions
+from tilelang_ext.passes.hoisting import hoist_guards
 from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.layouts import infer_layouts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
@@ -138,7 +140,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = s_tir.transform.RenormalizeSplitPattern()(mod)
     mod = tirx.transform.Simplify()(mod)
     mod = tirx.transform.RemoveNoOp()(mod)
-    mod = s_tir.transform.HoistIfThenElse()(mod)
+    mod = hoist_guards(mod)
     mod = tirx.transform.VerifyMemory()(mod)
     mod = tirx.transform.AnnotateEntryFunc()(mod)
     mod = s_tir.transform.InferFragment()(mod)
@@ -163,4 +165,4 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.MergeIfStmt()(mod)
     mod = transform.MakePackedAPI()(mod)
     mod = transform.Simplify()(mod)
-    return transform.LowerDeviceKernelLaunch()(mod)
+    return hide_conditions(transform.LowerDeviceKernelLaunch()(mod))

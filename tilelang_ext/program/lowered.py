@@ -18,6 +18,8 @@ from tvm.ir.transform import PassContext
 from tilelang_ext.program.arguments import Parameter
 from tilelang_ext.program.program import Binding, Kernel
 
+_CONDITIONS = "tilelang_ext.conditions"  # an attribute: what `passes/hidden_conditions.py` took out of the body
+
 
 @dataclass(frozen=True)
 class HostCalls:
@@ -228,6 +230,8 @@ def _read_tensors(kernel: tirx.PrimFunc) -> set[tirx.Var]:
             read.add(node.buffer.data)
 
     tirx.stmt_functor.post_order_visit(kernel.body, visit)
+    for condition in kernel.attrs.get(_CONDITIONS, {}).values():
+        tirx.stmt_functor.post_order_visit(condition, visit)
     return read
 
 

@@ -26,6 +26,8 @@ from tilelang_ext.passes.float_constants import SpellFloatConstants, by_bits
 from tilelang_ext.passes.foreign_calls import refuse_foreign
 from tilelang_ext.passes.fp8_names import name_e4m3
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
+from tilelang_ext.passes.hidden_conditions import hide_conditions, restore_conditions
+from tilelang_ext.passes.hoisting import hoist_guards
 from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.layouts import infer_layouts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
@@ -137,7 +139,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = s_tir.transform.RenormalizeSplitPattern()(mod)
     mod = tirx.transform.Simplify()(mod)
     mod = tirx.transform.RemoveNoOp()(mod)
-    mod = s_tir.transform.HoistIfThenElse()(mod)
+    mod = hoist_guards(mod)
     mod = tirx.transform.VerifyMemory()(mod)
     mod = tirx.transform.AnnotateEntryFunc()(mod)
     mod = s_tir.transform.InferFragment()(mod)
@@ -161,12 +163,12 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.MakePackedAPI()(mod)
     mod = transform.Simplify()(mod)
     mod = transform.LowerDeviceKernelLaunch()(mod)
-    return CopyWords(mod)
+    return hide_conditions(CopyWords(mod))
 
 
 def spell(mod: IRModule) -> IRModule:
     """Say in other words what upstream's generator spells wrong, or not at all; nothing simplifies behind it."""
-    mod = ReleaseFloatArithmetic(mod)
+    mod = ReleaseFloatArithmetic(restore_conditions(mod))
     mod = SpellFloatConstants(mod, by_bits)
     mod = ConvertByFormat(mod)
     mod = SpellEightBits(mod)
