@@ -26,26 +26,7 @@ def cast(A: T.Tensor((24, 40), "float16"), C: T.Tensor((24, 40), "float32")):
         T.copy(f, C)
 
 
-def product(threads):
-    @T.prim_func
-    def kernel(A: T.Tensor((16, 16), "float16"), C: T.Tensor((16, 16), "float32")):
-        with T.Kernel(1, threads=threads):
-            A_s = T.alloc_shared((16, 16), "float16")
-            C_f = T.alloc_fragment((16, 16), "float32")
-            T.copy(A, A_s)
-            T.gemm(A_s, A_s, C_f, clear_accum=True)
-            T.copy(C_f, C)
-
-    return kernel
-
-
 @pytest.mark.parametrize("lower", [metal.lower, lambda func: program.lower(func, HIP)], ids=["metal", "hip"])
 def test_fragments_without_a_common_layout(lower):
     with pytest.raises(ValueError, match=r"^T.Parallel: .* got h \(24, 40\) of float16, .* and 128 threads; take .*$"):
         lower(cast)
-
-
-@pytest.mark.parametrize("threads", [32, 512])
-def test_a_product_that_does_not_split_over_the_waves(threads):
-    with pytest.raises(ValueError, match=rf"^T.gemm: .* got C_f \(16, 16\) of float32 and {threads} threads; use .*$"):
-        program.lower(product(threads), HIP)

@@ -222,6 +222,7 @@ def test_accumulator_layout_splits_the_tile_over_waves(arch, places):
                 ({"K": 8, "A_scope": "fragment"}, NotImplementedError, f"instructions of {arch} multiply; .* K = 8 into"),
             )
         ),
+        (lambda: gemm("float16", "float16", threads=32), "gfx942", ValueError, "must be a multiple of 64, .*; got 32"),
         (
             lambda: gemm(TF32, TF32),
             "gfx942",

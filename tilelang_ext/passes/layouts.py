@@ -15,22 +15,16 @@ _NAMED = 4  # fragments that a message names
 
 
 def infer_layouts(mod: IRModule) -> IRModule:
-    """Return the module with a layout for each fragment; ValueError where upstream finds none, or no split of a product."""
+    """Return the module with a layout for each fragment; ValueError where upstream finds none."""
     try:
         return tilelang.transform.LayoutInference()(mod)
     except InternalError as error:
         text = str(error)
-    fragments, threads = _of(mod)
-    found = f"got {fragments} and {threads} threads"
     if "no available layout found" in text:
+        fragments, threads = _of(mod)
         raise ValueError(
-            f"T.Parallel: fragments that one loop uses must have a layout that all of them share; {found}; take threads that "
-            "divide the elements of each tile, or copy a fragment through shared memory"
-        )
-    if "num_warps" in text or "full wavefront" in text:
-        raise ValueError(
-            f"T.gemm: the tile must split into whole instructions over all warps; {found}; use fewer threads or a larger tile, "
-            "and as many threads as one warp has, at least"
+            "T.Parallel: fragments that one loop uses must have a layout that all of them share; "
+            f"got {fragments} and {threads} threads; take threads that divide the elements of each tile, or copy a fragment through shared memory"
         )
     raise InternalError(text)
 
