@@ -24,7 +24,8 @@ def infer_layouts(mod: IRModule) -> IRModule:
         fragments, threads = _of(mod)
         raise ValueError(
             "T.Parallel: fragments that one loop uses must have a layout that all of them share; "
-            f"got {fragments} and {threads} threads; take threads that divide the elements of each tile, or copy a fragment through shared memory"
+            f"got {fragments} and {threads} threads; take threads that divide the elements of each tile, "
+            "or copy a fragment through shared memory"
         )
     raise InternalError(text)
 
