@@ -38,7 +38,7 @@ def read(paths: Sequence[Path]) -> list[dict]:
 
 
 def times_of(rows: Sequence[dict], columns: Sequence[str]) -> dict[Key, float]:
-    """Return the median time of each row, by the values of `columns`."""
+    """Return the median time for each combination of the values in `columns`."""
     found = defaultdict(list)
     for row in rows:
         found[tuple(row[column] for column in columns)].append(float(row["us"]))

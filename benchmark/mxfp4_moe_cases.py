@@ -72,7 +72,7 @@ class Case:
         return 6 * self.tokens * top_k * hidden * intermediate
 
     def bytes(self, active: int) -> int:
-        """Codes and scales of `active` experts, x and y, each once."""
+        """Return the bytes that a layer must move: codes and scales of `active` experts, x and y."""
         _, hidden, intermediate, *_ = self.model
         return active * 3 * hidden * intermediate * 17 // 32 + 4 * self.tokens * hidden
 

@@ -38,7 +38,7 @@ def kernel(dtype):
 @pytest.mark.parametrize("target", ["metal", "hip -mcpu=gfx942", "hip -mcpu=gfx1100"])
 def test_either_name(target):
     x, a, b = (torch.randint(-4, 5, (64, 64)).float() for _ in range(3))
-    y, c = torch.zeros(64, 64).to(FP8), torch.full((64, 64), torch.nan)
+    y, c = torch.full((64, 64), torch.nan).to(FP8), torch.full((64, 64), torch.nan)
     assert simulate(kernel("float8_e4m3"), x.to(FP8), y, a.to(FP8), b.to(FP8), c, target=target).findings == ()
     assert torch.equal(y.float(), (x + 1.5).to(FP8).float())
     assert torch.equal(c, a @ b.T)

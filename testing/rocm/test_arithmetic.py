@@ -49,7 +49,7 @@ def counted(dtype):
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])
 def test_ramps_of_eight_bits(dtype):
     to, t, i = getattr(torch, dtype), torch.arange(64) // 4, torch.arange(64) % 4
-    x, a, b = torch.randint(0, 100, (64,)).to(to), torch.zeros(64, dtype=to), torch.zeros(64, dtype=to)
+    x, a, b = torch.randint(0, 100, (64,)).to(to), torch.full((64,), 77, dtype=to), torch.full((64,), 77, dtype=to)
     simulate(counted(dtype), x, a, b, target="hip -mcpu=gfx942")
     assert torch.equal(a, (t * 8 + i * 3).to(to))
     assert torch.equal(b, (x.long() * 3 + t + i).to(to))

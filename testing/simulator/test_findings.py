@@ -267,7 +267,7 @@ def test_threads_that_fill_with_one_value(value, kind):
 
 @pytest.mark.parametrize(("value", "kinds"), [("7", set()), ("int(g)", {"race"})])
 def test_threadgroups_that_store_one_value(monkeypatch, value, kinds):
-    """Of two processes one may look before the other's store is there; what it then calls a race, one process judges."""
+    """A process may look at a place before another has stored there; if it reports a race, one process runs it again."""
     source = kernels.HEADER + (
         "kernel void f(device int* y [[buffer(0)]], uint g [[threadgroup_position_in_grid]]) {\n"
         f"  for (int j = 0; j < 8; ++j) y[j] = {value};\n}}"

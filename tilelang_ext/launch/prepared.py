@@ -21,6 +21,6 @@ class Prepared:
         """Return a function that computes `out` from these tensors each time it is called, and keeps them all.
 
         On NVIDIA GPUs the tensors are checked once, and kernels that are missing are compiled now. Raises what the operator
-        raises, and ValueError for tensors that it would copy first.
+        raises, and TypeError or ValueError for tensors that it would convert or copy first.
         """
         return self._bind(*tensors, out) or functools.partial(self._call, *tensors, out=out)

@@ -180,16 +180,17 @@ class MatrixUnitGemm:
     def _upstreams(self, target, use: Callable):
         """Return use(upstream's GEMM); types that it has no instruction for, and such K, are an error that says the rule."""
         k = _UPSTREAM_K.get(T.dtype(self.A.dtype).bits, 1)
+        cause = None
         try:
             if self.K % k == 0:
                 return use(self.upstream(self.gemm_node))
-        except (AssertionError, KeyError):
-            pass
+        except (AssertionError, KeyError) as error:  # of a type that its tables do not have
+            cause = error
         operands = f"{self.A.dtype} and {self.B.dtype} with K = {self.K} into {self.C.dtype}"
         raise NotImplementedError(
             f"T.gemm: the operands must be what instructions of {target_get_mcpu(target)} multiply; got {operands}; cast the "
             f"tiles to float16 or bfloat16, and take K a multiple of {k}"
-        )
+        ) from cause
 
     def _plan(self, target, threads: int) -> _Plan | None:
         a_dtype, b_dtype = str(self.A.dtype), str(self.B.dtype)

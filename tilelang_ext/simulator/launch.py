@@ -188,7 +188,7 @@ def run(program: Path, arguments: Sequence[Argument], text: Text, launch: Launch
     """Run `program` in processes of its own; write results into the arguments; print what it prints; return the report."""
     report, results = _run(program, arguments, text, launch)
     if launch.workers > 1 and any(_UNSURE.match(finding.message) for finding in report.findings):
-        with contextlib.suppress(TimeLimitError):
+        with contextlib.suppress(TimeLimitError):  # then the first report stands, with what may be no race
             report, results = _run(program, arguments, text, replace(launch, workers=1))
     for line in report.printed:
         print(line, end="")
