@@ -17,7 +17,7 @@ from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
 from tilelang_ext.kernels.mxfp4_moe import launch as moe_launch
 from tilelang_ext.kernels.mxfp4_moe import operator as moe_operator
-from tilelang_ext.kernels.mxfp4_moe import sm90_mma, sm90_scatter, sm90_wgmma
+from tilelang_ext.kernels.mxfp4_moe import sm90_config, sm90_mma, sm90_scatter, sm90_wgmma
 from tilelang_ext.kernels.mxfp4_moe.arguments import Operands
 from tilelang_ext.kernels.mxfp4_moe.launch import problem_of
 from tilelang_ext.kernels.mxfp4_moe.operator import mxfp4_moe
@@ -275,6 +275,7 @@ def test_launch(module, config, a_format, epilogue, monkeypatch):
     """From the router's tensors to y, with an expert on another rank and an id out of range."""
     monkeypatch.setattr(moe_launch, "IMPLEMENTATIONS", (module,))
     monkeypatch.setattr(module, "pick_config", lambda problem: config)
+    monkeypatch.setattr(module, "pick_configs", lambda problem: (config, config) if module is sm90_wgmma else (config,))
     case = Case(config.block_M)
     tiled = (tile_for_hopper(w, a_dtype=a_format) for w in (case.w13, case.w2))
     topk_ids = torch.tensor([[3, 0], [1, 3], [2, 9], [0, 1], [3, 2]])
@@ -303,13 +304,13 @@ def test_launch(module, config, a_format, epilogue, monkeypatch):
 )
 def test_fitted(a_format, config, rows, num_experts, expected):
     case = problem(640, 4, num_experts, a_format=a_format)
-    assert sm90_wgmma.fitted(sm90_wgmma.Config(*config), case, rows) == sm90_wgmma.Config(*expected)
+    assert sm90_config.fitted(sm90_wgmma.Config(*config), case, rows) == sm90_wgmma.Config(*expected)
 
 
 @pytest.mark.parametrize("a_format", TILE_FORMATS)
 def test_tiles_fit_in_shared_memory(a_format):
     """Stages, a subtile of each consumer, two buffers of what the epilogue reads, and 2 KB of barriers and alignment."""
-    few, many = sm90_wgmma._FEW_TOKENS[a_format], sm90_wgmma._MANY_TOKENS[a_format]
+    few, many = sm90_config._FEW_TOKENS[a_format], sm90_config._MANY_TOKENS[a_format]
     for config in (*(config for _, configs in few for config in configs), *many):
         stage = config.block_M * 128 + config.block_tiles * TILE_FORMATS[a_format].tile_words * 4
         subtiles, vectors = 2 * config.subtile_M * (TILE + 8) * 2, 2 * 4 * (2 * config.rows + 3 * config.block_M)
@@ -321,8 +322,8 @@ def test_tiles_fit_in_shared_memory(a_format):
 def test_few_experts_have_narrow_tiles():
     """7 slots are 7 experts at most: 147 tiles of 256 rows are two waves, 294 of 128 three; 56 leave SMs without work."""
     case = problem(1, 7, 585, a_format="fp8")
-    assert [sm90_wgmma.fitted(sm90_wgmma.Config(8, 2, 11), case, rows).rows for rows in (1920, 5280)] == [128, 128]
-    assert sm90_wgmma.fitted(sm90_wgmma.Config(8, 2, 11), problem(640, 7, 585, a_format="fp8"), 1920).rows == 256
+    assert [sm90_config.fitted(sm90_wgmma.Config(8, 2, 11), case, rows).rows for rows in (1920, 5280)] == [128, 128]
+    assert sm90_config.fitted(sm90_wgmma.Config(8, 2, 11), problem(640, 7, 585, a_format="fp8"), 1920).rows == 256
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,6 @@ what was measured.
 
 import functools
 import itertools
-import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +49,8 @@ from tilelang_ext import language as T
 from tilelang_ext.formats import MX_GROUP
 from tilelang_ext.kernels.mxfp4_moe import sm90_scatter
 from tilelang_ext.kernels.mxfp4_moe.problem import HOPPER_LAYOUTS, TOKEN_BITS, TOKEN_MASK, Problem
+from tilelang_ext.kernels.mxfp4_moe.sm90_config import FEATURES, ROLES, TILE_REGISTERS, Config, pick_configs
+from tilelang_ext.kernels.mxfp4_moe.sm90_config import pick_config as pick_config  # every implementation has it
 from tilelang_ext.kernels.mxfp4_moe.sm90_decode import decode
 from tilelang_ext.kernels.mxfp4_moe.sm90_slots import slots_type, store_pair
 from tilelang_ext.kernels.mxfp4_moe.sm90_tiles import BFLOAT16, TILE, TILE_FORMATS, TileFormat
@@ -63,7 +63,7 @@ from tilelang_ext.kernels.sm90.pipeline import (
     alloc_pipeline,
     start_state,
 )
-from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch, warpgroup_sync
+from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, dispatch, warpgroup_sync
 from tilelang_ext.kernels.sm90.scheduler import PersistentScheduler
 
 PARTIAL_DTYPE, USES_PDL = "bfloat16", True
@@ -73,176 +73,14 @@ PASS_CONFIGS = {
     "tl.disable_safe_memory_legalize": True,
     "tl.disable_thread_storage_sync": True,
 }
-_ROLES = Roles(num_consumers=2)
 _AUX_BUFFERS = 2  # of what the epilogue reads
-_MAX_SUBTILE_N = 64  # columns of hidden that a consumer stores at a time
-_MAX_SUBTILE_M = 72  # tokens that a consumer stores at a time
-_MAX_READY_GROUPS = 4  # groups of eight tokens, see `Config.ready_groups`
 _PAD = 8  # elements of a row of shared memory, against bank conflicts
-_TILE_REGISTERS = 16  # of the left operand, for one tile of weights
-# Of accumulators and the left operand, see `Config.group_tiles`: by tiles of weights per consumer, and with several widths.
-_GROUP_REGISTERS, _GROUP_REGISTERS_OF_WIDTHS = {1: 192, 2: 192, 4: 180}, 216
 _LOADS_UNROLLED = 4  # at most, or the producer's few registers overflow
 _MMAS_PER_STEP = 4  # of one tile, 32 bytes of K each
 _ROW_BYTES = 128  # of a token in a stage: one swizzled row of shared memory
-_FEATURES = TILE // 2  # of a tile of w13, which has a gate row and an up row for each
 _SWIZZLE_128B = 1  # the swizzle mode of a shared memory descriptor
 _SWIZZLE_ATOM_BYTES = 1024  # eight rows of 128 bytes: the stride of a descriptor
 _DESCRIPTOR_UNIT = 16  # bytes
-
-
-@dataclass(frozen=True)
-class Config:
-    """Most tokens of a tile, tiles of 64 rows of weights per consumer, stages of the pipeline, and numbers of tokens.
-
-    A tile whose expert has fewer tokens left is loaded and multiplied as the least of `widths` that holds them.
-    """
-
-    block_M: int
-    consumer_tiles: int
-    num_stages: int
-    narrower: tuple[int, ...] = ()
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Numbers of tokens that tiles have, each of which has a main loop of its own."""
-        return (*self.narrower, self.block_M)
-
-    @property
-    def box_M(self) -> int:
-        """Tokens of one TMA load."""
-        return math.gcd(*self.widths)
-
-    @property
-    def block_tiles(self) -> int:
-        """Tiles of weights of a block."""
-        return _ROLES.num_consumers * self.consumer_tiles
-
-    @property
-    def rows(self) -> int:
-        """Rows of weights of a block."""
-        return self.block_tiles * TILE
-
-    @property
-    def group_tiles(self) -> int:
-        """Tiles of weights of a consumer that are decoded together: all of a step if the registers suffice.
-
-        MMAs of different tiles do not wait for each other's accumulators, which counts where they have few tokens.
-        """
-        # The compiler gives the main loop of each width accumulators of its own.
-        accumulators = sum(self.consumer_tiles * width // 2 for width in self.widths)
-        most = _GROUP_REGISTERS_OF_WIDTHS if self.narrower else _GROUP_REGISTERS[self.consumer_tiles]
-        fits = (tiles for tiles in (4, 2, 1) if accumulators + 2 * tiles * _TILE_REGISTERS <= most)
-        return next((tiles for tiles in fits if self.consumer_tiles % tiles == 0), 1)
-
-    @property
-    def subtile_M(self) -> int:
-        """Tokens that a consumer stores at a time: as many as divide the tile."""
-        return next(tokens for tokens in range(_MAX_SUBTILE_M, 0, -8) if self.block_M % tokens == 0)
-
-    @property
-    def subtile_tiles(self) -> int:
-        """Tiles of w13 whose features a consumer stores at a time."""
-        return min(self.consumer_tiles, _MAX_SUBTILE_N // _FEATURES)
-
-    @property
-    def ready_groups(self) -> int:
-        """Groups of eight tokens whose results a thread computes before it stores the first: no load moves across a store."""
-        return next(groups for groups in range(_MAX_READY_GROUPS, 0, -1) if self.subtile_M // 8 % groups == 0)
-
-
-# Where loading weights takes most of the time: tiles for so many rows per expert, when all experts are equally busy, with fewer
-# and fewer rows of weights. Each first one is the fastest of some on an H200, see docs/log/mxfp4_moe.md.
-_FEW_TOKENS = {
-    "bfloat16": (
-        # (rows per expert up to, configs)
-        (12, (Config(16, 4, 10), Config(16, 2, 18), Config(16, 1, 24))),  # tokens are read for 512 rows of weights
-        (18, (Config(24, 4, 9), Config(24, 2, 17), Config(24, 1, 22))),
-        (27, (Config(32, 4, 9), Config(32, 2, 14), Config(32, 1, 20))),
-        (40, (Config(48, 2, 13), Config(48, 1, 18))),
-        (80, (Config(80, 2, 9), Config(80, 1, 12))),
-    ),
-    "fp8": (
-        (6, (Config(8, 2, 11), Config(8, 1, 16))),
-        (12, (Config(16, 4, 5), Config(16, 2, 11), Config(16, 1, 16))),
-        (27, (Config(32, 4, 5), Config(32, 2, 9), Config(32, 1, 14))),
-        (40, (Config(48, 2, 8), Config(48, 1, 11))),
-        (80, (Config(80, 2, 7), Config(80, 1, 9))),
-    ),
-}
-# Where MMAs do: those of which one takes the least time by `_time`. All have been timed, on an H200.
-_MANY_TOKENS = {
-    "bfloat16": (Config(128, 2, 7), Config(192, 1, 7), Config(256, 1, 5)),
-    "fp8": (Config(144, 1, 7), Config(192, 1, 6), Config(256, 1, 4), Config(256, 1, 4, (192,))),
-}
-# Of a step, beside its tokens, in tokens: by tiles of weights per consumer, and divided by the stages. Fitted to a few layers.
-_TILE_COST, _STAGE_COST = {1: 40, 2: 32}, 64
-_ANOTHER_LOOP = 1.05  # times as long, since the compiler gives each main loop registers of its own
-_LESS_ROWS = 0.9  # of the time, from which fewer rows per tile are worth reading tokens more often
-_QUANTILES = 16
-
-
-def pick_config(problem: Problem) -> Config:
-    """Return the tile for a problem, by the rows that an expert has when all experts are equally busy."""
-    for most, configs in _FEW_TOKENS[problem.a_format]:
-        if problem.rows_per_expert <= most:
-            return configs[0]
-    return min(_MANY_TOKENS[problem.a_format], key=lambda config: _time(config, problem))
-
-
-def fitted(config: Config, problem: Problem, rows: int) -> Config:
-    """Return `config` for weights of `rows` per expert, or one of fewer rows per tile if that takes a tenth less time.
-
-    Time is taken to be the number of rows that an SM computes in all waves.
-    """
-    alternatives = next((configs for _, configs in _FEW_TOKENS[problem.a_format] if config in configs), (config,))
-
-    def rows_of_sm(one: Config) -> int:
-        tiles = math.ceil(_busy_experts(problem) * -(-rows // one.rows))
-        return -(-tiles // problem.num_sms) * one.rows
-
-    best = config
-    for one in alternatives[alternatives.index(config) + 1 :]:
-        best = one if rows_of_sm(one) < _LESS_ROWS * rows_of_sm(best) else best
-    return best
-
-
-def pick_configs(problem: Problem) -> tuple[Config, Config]:
-    """Return the configurations of the first and of the second GEMM."""
-    config = pick_config(problem)
-    return fitted(config, problem, 2 * problem.intermediate_size), fitted(config, problem, problem.hidden_size)
-
-
-def _busy_experts(problem: Problem) -> float:
-    """Return how many of the experts here are expected to have rows, when all are equally likely.
-
-    Tokens count as the next power of two, so that neighbours have the same kernels.
-    """
-    slots = problem.top_k << (problem.tokens - 1).bit_length()
-    return problem.num_local_experts * (1 - (1 - 1 / problem.num_experts) ** slots)
-
-
-def _time(config: Config, problem: Problem) -> float:
-    """Return the time of both GEMMs, in tokens that an SM multiplies 128 rows of weights by, times K.
-
-    The rows of an expert are taken to be distributed as the normal distribution, with the variance of independent choices.
-    """
-    tiles = cost = 0.0
-    beside = _TILE_COST[config.consumer_tiles] + _STAGE_COST / config.num_stages
-    for i in range(_QUANTILES):
-        rows = _NORMAL.inv_cdf((i + 0.5) / _QUANTILES) * problem.rows_per_expert**0.5 + problem.rows_per_expert
-        whole, rest = divmod(math.ceil(rows), config.block_M)
-        widths = [config.block_M] * whole + ([next(n for n in config.widths if n >= rest)] if rest else [])
-        tiles += len(widths) / _QUANTILES
-        cost += sum(width + beside for width in widths) / _QUANTILES
-    time = 0.0
-    for rows, K in ((2 * problem.intermediate_size, problem.hidden_size), (problem.hidden_size, problem.intermediate_size)):
-        all_tiles = problem.num_local_experts * tiles * -(-rows // config.rows)
-        time += math.ceil(all_tiles / problem.num_sms) * cost / tiles * config.consumer_tiles * K
-    return time * _ANOTHER_LOOP ** len(config.narrower)
-
-
-_NORMAL = statistics.NormalDist()
 
 
 # --- what a kernel is made of ----------------------------------------------------------------------------------------
@@ -394,7 +232,7 @@ def gate_up(config: Config, num_blocks: int, activation, tile_format: TileFormat
     scaled_tokens, scaled_experts, scaled_rows = (T.dynamic(f"scaled_{name}") for name in ("tokens", "experts", "rows"))
     I, block_M = groups * MX_GROUP, config.block_M
     traits = _Traits(config, num_blocks, tile_format)
-    columns, store = config.subtile_tiles * _FEATURES, functools.partial(_store_hidden, activation)
+    columns, store = config.subtile_tiles * FEATURES, functools.partial(_store_hidden, activation)
 
     @T.prim_func
     def gate_up(
@@ -408,7 +246,7 @@ def gate_up(config: Config, num_blocks: int, activation, tile_format: TileFormat
         bias13: T.Tensor((experts, row_tiles * TILE), "float32"),
         hidden: T.Tensor((blocks * block_M, I), "bfloat16"),
     ):
-        with T.Kernel(num_blocks, threads=_ROLES.threads) as block:
+        with T.Kernel(num_blocks, threads=ROLES.threads) as block:
             args = _alloc_epilogue(traits, columns, _EpilogueTensors(bias13, scale13, scale_x, hidden, I))
             operands = _Operands(x, w13, token_ids, expert_ids, num_valid, row_tiles, steps, T.ceildiv(2 * I, config.rows))
             _gemm(traits, operands, args, store, block)
@@ -451,7 +289,7 @@ def down(config: Config, num_blocks: int, epilogue: str, tile_format: TileFormat
         bias2: T.Tensor((experts, row_tiles * TILE), "float32"),
         y: slots_type(epilogue, tokens, top_k, H),
     ):
-        with T.Kernel(num_blocks, threads=_ROLES.threads) as block:
+        with T.Kernel(num_blocks, threads=ROLES.threads) as block:
             tensors = _EpilogueTensors(bias2, scale2, scale_hidden, y, H, tokens, token_ids, weights)
             args = _alloc_epilogue(traits, TILE, tensors)
             operands = _Operands(hidden, w2, token_ids, expert_ids, num_valid, row_tiles, steps, T.ceildiv(H, config.rows))
@@ -472,7 +310,7 @@ def _alloc_epilogue(traits: _Traits, columns: int, tensors: _EpilogueTensors) ->
 
     @T.macro
     def alloc_shared():
-        out_s = T.alloc_shared((_ROLES.num_consumers, config.subtile_M, columns + _PAD), "bfloat16")
+        out_s = T.alloc_shared((ROLES.num_consumers, config.subtile_M, columns + _PAD), "bfloat16")
         bias_s, row_scale_s = T.alloc_shared(of_rows, "float32"), T.alloc_shared(of_rows, "float32")
         token_scale_s = T.alloc_shared(of_tokens, "float32")
         return out_s, bias_s, row_scale_s, token_scale_s
@@ -499,8 +337,8 @@ def _gemm(traits, operands, args, store, block):
     X_s = T.alloc_shared((traits.config.num_stages, traits.config.block_M, traits.tile_format.K), traits.tile_format.dtype)
     W_s = T.alloc_shared((traits.config.num_stages, traits.config.block_tiles, traits.tile_format.tile_words), "uint32")
     T.annotate_layout({X_s: make_swizzled_layout(X_s)})
-    pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, _ROLES.consumer_warps)
-    aux_empty = T.alloc_barrier([_ROLES.consumer_warps] * _AUX_BUFFERS)
+    pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, ROLES.consumer_warps)
+    aux_empty = T.alloc_barrier([ROLES.consumer_warps] * _AUX_BUFFERS)
     thread = T.get_thread_binding()
     num_tiles = operands.num_valid[0] // traits.config.block_M * operands.tile_columns
     scheduler = PersistentScheduler(traits.num_blocks, block, num_tiles)
@@ -513,7 +351,7 @@ def _dispatch_roles(traits: _Traits, operands: _Operands, args: _EpilogueArgs, s
     """Make the first threads consumers and the others producers."""
     consume = functools.partial(_consume, traits, operands, args, store, block)
     produce = functools.partial(_produce, traits, operands, args, block)
-    dispatch(block.thread, (_ROLES.consumer_threads, consume), (WARPGROUP, produce))
+    dispatch(block.thread, (ROLES.consumer_threads, consume), (WARPGROUP, produce))
 
 
 # --- producer --------------------------------------------------------------------------------------------------------
@@ -543,7 +381,7 @@ def _used_tokens(traits: _Traits, operands: _Operands, by):
 @T.macro
 def _produce(traits, operands, args, block):
     """Keep the pipeline filled, tile after tile."""
-    _ROLES.begin_producer()
+    ROLES.begin_producer()
     state = start_state(traits.config.num_stages, PRODUCER_START)
     pdl.wait()
     pdl.trigger()
@@ -644,7 +482,7 @@ def _load_token_vector(vector, vector_s, full, stage, first, buffer):
 @T.macro
 def _consume(traits, operands, args, store, block):
     """Multiply and store the consumer's rows of weights, tile after tile."""
-    _ROLES.begin_consumer()
+    ROLES.begin_consumer()
     consumer = _alloc_consumer(traits, block)
     pdl.wait()
     for wave in T.serial(block.scheduler.num_waves):
@@ -665,7 +503,7 @@ def _alloc_consumer(traits: _Traits, block: _Block) -> _Consumer:
 
     @T.macro
     def alloc():
-        A_r = T.alloc_local((2 * config.group_tiles * _TILE_REGISTERS,), "uint32")
+        A_r = T.alloc_local((2 * config.group_tiles * TILE_REGISTERS,), "uint32")
         acc = T.alloc_local((config.consumer_tiles * traits.tile_accumulators,), "float32")
         codes = T.alloc_local((traits.tile_format.lane_words,), "uint32")
         scales = T.alloc_local((traits.lane_scale_words,), "uint32")
@@ -792,7 +630,7 @@ def _issue_mmas(traits: _Traits, consumer: _Consumer, width: int, group: int, ha
             for m in T.unroll(tiles):
                 T.ptx_wgmma_rs(
                     "float32", shape, True, tile_format.ptx, tile_format.ptx, "fp32",
-                    A_r.data, (half * tiles + m) * _TILE_REGISTERS + 4 * k,
+                    A_r.data, (half * tiles + m) * TILE_REGISTERS + 4 * k,
                     descriptor.data, (stage * block_M * _ROW_BYTES + k * 32) // _DESCRIPTOR_UNIT,
                     accumulators.data, (group * tiles + m) * traits.tile_accumulators, T.bool(True), 1, 1,
                 )  # fmt: skip
@@ -804,7 +642,7 @@ def _decode_group(traits: _Traits, block: _Block, consumer: _Consumer, group: in
     """Decode a group of tiles of the consumer's stage to one half of A_r."""
     tiles = traits.config.group_tiles
     for m in range(tiles):
-        _decode_tile(traits, block, consumer, group * tiles + m, (half * tiles + m) * _TILE_REGISTERS)
+        _decode_tile(traits, block, consumer, group * tiles + m, (half * tiles + m) * TILE_REGISTERS)
 
 
 def _decode_tile(traits: _Traits, block: _Block, consumer: _Consumer, m: int, begin: int) -> None:
@@ -935,7 +773,7 @@ def _activate(activation, traits: _Traits, args: _EpilogueArgs, consumer: _Consu
     """Write the features of the consumer's tile m to its subtile in shared memory, for tokens from `token` of the tile on."""
     ready, warpgroup = traits.config.ready_groups, consumer.warpgroup
     g, t = consumer.lane // 4, consumer.lane % 4
-    feature = m % traits.config.subtile_tiles * _FEATURES + consumer.warp * 8 + g
+    feature = m % traits.config.subtile_tiles * FEATURES + consumer.warp * 8 + g
 
     @T.macro
     def emit():
@@ -962,15 +800,13 @@ def _store_hidden_subtile(
 ) -> None:
     """Store a subtile of hidden: features of tiles from `first` on, tokens from `token` of the tile on."""
     I, hidden, out_s = args.tensors.columns, args.tensors.out, args.out_s
-    columns = traits.config.subtile_tiles * _FEATURES
+    columns = traits.config.subtile_tiles * FEATURES
 
     @T.macro
     def store_piece(first_token, row_tile, row, column):
-        if row_tile * _FEATURES + column < I:
+        if row_tile * FEATURES + column < I:
             for v in T.vectorized(8):
-                hidden[first_token + token + row, row_tile * _FEATURES + column + v] = out_s[
-                    consumer.warpgroup, row, column + v
-                ]
+                hidden[first_token + token + row, row_tile * FEATURES + column + v] = out_s[consumer.warpgroup, row, column + v]
 
     _store_subtile(traits, consumer, columns, tile.token, tile.row_tile + first, store_piece)
 
