@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilelang_ext import language as T
+from tilelang_ext.kernels.attention.probabilities import round_to_fragment, round_to_shared
 from tilelang_ext.kernels.attention.problem import LOG2_E, Operands, Problem
 from tilelang_ext.kernels.attention.tiles import alloc_tile, locate, row_tiles
 
@@ -135,7 +136,7 @@ def attention(problem: Problem, config: Config):
                     l[i] = l[i] * a[i] + l_block[i]
                 for i, j in T.Parallel(block_M, columns):
                     O[i, j] *= a[i]
-                T.copy(S, P)
+                (round_to_shared if config.shares_P else round_to_fragment)(S, P)
                 T.gemm(P, v_s, O, policy=T.GemmWarpPolicy.FullRow)
             for i in T.Parallel(block_M):
                 m[i] = T.if_then_else(l[i] > T.float32(0), m[i], -T.infinity("float32"))
