@@ -1,4 +1,4 @@
-"""Linear attention with the gated delta rule: tokens one by one, four that a draft proposed, and states that are not written.
+"""Linear attention with the gated delta rule: a prompt, tokens one by one, a draft of four, and states that are not written.
 
 python examples/gated_delta.py                                    # small, by the reference on the CPU
 python examples/gated_delta.py --device cuda --batch 64 --steps 1000
@@ -8,7 +8,7 @@ import argparse
 
 import torch
 
-from tilelang_ext import ReplayCache, gated_delta_decode, gated_delta_replay, reference
+from tilelang_ext import ReplayCache, gated_delta_decode, gated_delta_prefill, gated_delta_replay, reference
 
 QK_HEADS, HEADS, K, V = 2, 4, 64, 64
 SCALE = K**-0.5
@@ -49,6 +49,12 @@ def main(command_line: list[str] | None = None) -> dict[str, float]:
     start = torch.randn(batch, HEADS, V, K, device=device)
     steps = [tokens_of(batch, 1, device) for _ in range(arguments.steps)]
     errors = {}
+
+    # A prompt of a hundred tokens, from a state of zeros; the tokens after it begin with the state that it leaves.
+    prompt, zeros = tokens_of(batch, 100, device), torch.zeros_like(start)
+    out, state = gated_delta_prefill(**prompt, **layer)
+    wanted, after = reference.gated_delta(**prompt, state=zeros, **layer, scale=SCALE)
+    errors["results of a prompt"], errors["state after a prompt"] = worst(out, wanted), worst(state, after[:, -1])
 
     # Token by token, in place. What the state loses by its type adds up, and decays with it.
     exact = start.double()

@@ -14,6 +14,7 @@ BACKENDS = ("metal", "rocm", "cuda", "cpu")
 # Of an operator's package.
 HOST_FILES = (
     *("__init__", "ahead", "arguments", "decode_launch", "experts", "launch", "operator"),
+    *("prefill_arguments", "prefill_launch", "prefill_operator"),
     *("selection", "signature", "sm90_packing", "tuning", "weights"),
 )
 NO_ROOMS = {"utils", "common", "helpers", "misc"}

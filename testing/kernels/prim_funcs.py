@@ -11,7 +11,8 @@ from kernels.scaled_mm.operands import MX, ROW, ROW_BLOCK, SQUARE_BLOCK, problem
 from tilelang_ext.kernels.attention import decode_launch
 from tilelang_ext.kernels.attention.launch import KERNELS as ATTENTION_KERNELS
 from tilelang_ext.kernels.attention.problem import DecodeProblem
-from tilelang_ext.kernels.gated_delta import decode, replay
+from tilelang_ext.kernels.gated_delta import decode, prefill_launch, replay, solve_chunks
+from tilelang_ext.kernels.gated_delta.prefill_problem import PrefillProblem
 from tilelang_ext.kernels.gated_delta.problem import Problem as GatedDelta
 from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS, pick_config
 from tilelang_ext.kernels.matmul.operator import KERNELS as MATMUL_KERNELS
@@ -132,6 +133,13 @@ def gated_delta() -> Iterator[Case]:
             problem = GatedDelta(kind, num_sms, **{**sizes, **options})
             configs = PASS_CONFIGS if kind == "cuda" else {}
             yield Case(f"gated_delta {name} for {kind}", make, (problem, pick_config(problem, 8)), configs, kind == "metal")
+    for name, kind, arch in (("hopper", "cuda", ARCH), ("metal", "metal", "")):
+        of = PrefillProblem(kind, arch, 4, 8, 128, 128, "bfloat16", "float32", has_initial=True, has_lengths=True)
+        listed = Listed()
+        for kernel in (solve_chunks, prefill_launch.implementation_of(of)):
+            kernel.compile_kernel(of, listed)
+        for make, arguments, pass_configs in listed.kernels:
+            yield Case(f"gated_delta_prefill {name} {make.__name__}", make, arguments, pass_configs, not arch)
 
 
 def attentions() -> Iterator[Case]:

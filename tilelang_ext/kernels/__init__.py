@@ -14,6 +14,7 @@ PUBLIC = {
     "attention_decode": "tilelang_ext.kernels.attention.operator",
     "check_topk_ids": "tilelang_ext.kernels.mxfp4_moe.arguments",
     "gated_delta_decode": "tilelang_ext.kernels.gated_delta.operator",
+    "gated_delta_prefill": "tilelang_ext.kernels.gated_delta.prefill_operator",
     "gated_delta_replay": "tilelang_ext.kernels.gated_delta.operator",
     "matmul": "tilelang_ext.kernels.matmul.operator",
     "merge_attention": "tilelang_ext.kernels.attention.operator",

@@ -1,8 +1,10 @@
 """Inputs of the gated delta rule, with another gate for every head, token and sequence, and poisoned results."""
 
 import torch
+from numeric import assert_close
 
 from tilelang_ext import reference
+from tilelang_ext.kernels.gated_delta.prefill_problem import PrefillProblem
 
 
 def inputs(
@@ -44,3 +46,75 @@ def expected(given, scale, *, l2_norm=False, slots=None, accepted=None):
         return out, states
     states = torch.cat([of_sequences["state"].double()[:, None], states], 1)
     return out, states[torch.arange(len(states)), torch.as_tensor(accepted)]
+
+
+# The chunks' T, A and R, and the state that MMAs read, are rounded to q's dtype; flash-linear-attention's are too.
+PREFILL_TOLERANCE = {
+    "bfloat16": {"max_error": 4e-2, "rms_error": 5e-3},
+    "float16": {"max_error": 5e-3, "rms_error": 7e-4},
+}
+PREFILL_SCALE = 0.3
+
+
+def prefill_problem(arch, qk_heads, heads, K, V, dtype=torch.bfloat16, state_dtype=torch.float32, **options):
+    """What the kernels of `gated_delta_prefill` are compiled for: on Hopper, on AMD, or on Metal where arch is empty."""
+    kind = {"sm": "cuda", "gf": "hip", "": "metal"}[arch[:2]]
+    dtypes = (str(each).removeprefix("torch.") for each in (dtype, state_dtype))
+    return PrefillProblem(kind, arch, qk_heads, heads, K, V, *dtypes, PREFILL_SCALE, **options)
+
+
+class Prefill:
+    """The tensors of a launch of both kernels, by name: outputs are NaN, and so is every token that belongs to no sequence.
+
+    `sizes` are a batch and its tokens, or the tokens of each sequence.
+    """
+
+    SOLVE = ("q", "k", "A_log", "dt_bias", "a", "b", "cu_seqlens", "solution", "scores", "factors")
+    SCAN = ("q", "k", "v", "solution", "scores", "factors", "cu_seqlens", "initial", "out", "final")
+
+    def __init__(self, of, sizes, seed=0):
+        torch.manual_seed(seed)
+        dtype, state_dtype = getattr(torch, of.dtype), getattr(torch, of.state_dtype)
+        lengths = list(sizes) if of.has_lengths else [sizes[1]] * sizes[0]
+        batch, tokens = (1, sum(lengths) + 3) if of.has_lengths else sizes
+        self.of, self.lengths = of, lengths
+        given = inputs(batch, tokens, of.qk_heads, of.heads, of.K, of.V, dtype=dtype)
+        given["a"][:, ::2] = given["a"][:, ::2] / 8  # gates that forget slowly, too
+        sequences, C = len(lengths), of.chunk
+        tiles = (tokens // C + sequences if of.has_lengths else batch * -(-tokens // C)) * of.heads
+
+        def nan(*shape, dtype=dtype):
+            return torch.full(shape, torch.nan, dtype=dtype)
+
+        initial = torch.randn(sequences, of.heads, of.V, of.K).to(state_dtype)
+        if of.has_lengths:
+            for name in "qkv":
+                given[name][:, -3:] = torch.nan
+        self.tensors = given | {
+            "cu_seqlens": torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+            "initial": initial if of.has_initial else initial[:1] * torch.nan,
+            "solution": nan(tiles, C, C),
+            "scores": nan(tiles, C, C),
+            "factors": nan(tiles, 4, C, dtype=torch.float32),
+            "out": nan(batch, tokens, of.heads, of.V),
+            "final": nan(*initial.shape, dtype=state_dtype),
+        }
+
+    def check(self) -> None:
+        """Compare results with the recurrence, sequence by sequence; nothing is written past the last one."""
+        of, tensors, first = self.of, self.tensors, 0
+        for i, length in enumerate(self.lengths):
+            batch, at = (0, slice(first, first + length)) if of.has_lengths else (i, slice(None))
+            state = tensors["initial"][i : i + 1] if of.has_initial else torch.zeros(1, of.heads, of.V, of.K)
+            first += length
+            if length == 0:
+                assert torch.equal(tensors["final"][i : i + 1], state.to(tensors["final"].dtype))
+                continue
+            q, k, v, a, b = (tensors[name][batch : batch + 1, at] for name in "qkvab")
+            gates = tensors["A_log"], tensors["dt_bias"], a, b
+            wanted, states = reference.gated_delta(q, k, v, state, *gates, of.scale, l2_norm=of.l2_norm)
+            assert_close(tensors["out"][batch : batch + 1, at], wanted, dtype=of.dtype, **PREFILL_TOLERANCE[of.dtype])
+            of_state = PREFILL_TOLERANCE["bfloat16" if "bfloat16" in (of.dtype, of.state_dtype) else "float16"]
+            assert_close(tensors["final"][i : i + 1], states[:, -1], dtype=of.state_dtype, **of_state)
+        if of.has_lengths:
+            assert tensors["out"][:, first:].isnan().all()

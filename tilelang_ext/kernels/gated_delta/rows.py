@@ -23,8 +23,8 @@ from tilelang_ext.kernels.gated_delta.problem import STRIDE_UNIT, WARP, Problem
 # A kernel that uses PDL: its accesses are inside by construction, and it has no shared memory to order.
 PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True, "tl.disable_thread_storage_sync": True}
 _LOAD_BYTES = 16
-_LINEAR_FROM = 20.0  # softplus(x) is x in float32 from here on
-_NORM_EPS = 1e-6  # as flash-linear-attention has it
+LINEAR_FROM = 20.0  # softplus(x) is x in float32 from here on
+NORM_EPS = 1e-6  # as flash-linear-attention has it
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def assume_units(*tensors) -> None:
 
 
 def _softplus(x):
-    return T.if_then_else(x > _LINEAR_FROM, x, T.max(x, 0) + T.log(1 + T.exp(-T.abs(x))))
+    return T.if_then_else(x > LINEAR_FROM, x, T.max(x, 0) + T.log(1 + T.exp(-T.abs(x))))
 
 
 def macros(problem: Problem, config: Config) -> SimpleNamespace:
@@ -194,7 +194,7 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
         for i in T.unroll(channels):
             square[0] += x[i] * x[i]
         add_over_lanes(square, 1)
-        factor = T.rsqrt(square[0] + T.float32(_NORM_EPS))
+        factor = T.rsqrt(square[0] + T.float32(NORM_EPS))
         for i in T.unroll(channels):
             x[i] *= factor
 
