@@ -134,10 +134,10 @@ def gated_delta() -> Iterator[Case]:
             configs = PASS_CONFIGS if kind == "cuda" else {}
             yield Case(f"gated_delta {name} for {kind}", make, (problem, pick_config(problem, 8)), configs, kind == "metal")
     for name, kind, arch in (("hopper", "cuda", ARCH), ("metal", "metal", "")):
-        of = PrefillProblem(kind, arch, 4, 8, 128, 128, "bfloat16", "float32", has_initial=True, has_lengths=True)
+        of = PrefillProblem(kind, arch, NUM_SMS, 4, 8, 128, 128, "bfloat16", "float32", has_initial=True, has_lengths=True)
         listed = Listed()
-        for kernel in (solve_chunks, prefill_launch.implementation_of(of)):
-            kernel.compile_kernel(of, listed)
+        solve_chunks.compile_kernel(of, listed)
+        prefill_launch.implementation_of(of).compile_kernel(of, 1, listed)
         for make, arguments, pass_configs in listed.kernels:
             yield Case(f"gated_delta_prefill {name} {make.__name__}", make, arguments, pass_configs, not arch)
 

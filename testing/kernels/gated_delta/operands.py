@@ -1,5 +1,7 @@
 """Inputs of the gated delta rule, with another gate for every head, token and sequence, and poisoned results."""
 
+import itertools
+
 import torch
 from numeric import assert_close
 
@@ -60,7 +62,7 @@ def prefill_problem(arch, qk_heads, heads, K, V, dtype=torch.bfloat16, state_dty
     """What the kernels of `gated_delta_prefill` are compiled for: on Hopper, on AMD, or on Metal where arch is empty."""
     kind = {"sm": "cuda", "gf": "hip", "": "metal"}[arch[:2]]
     dtypes = (str(each).removeprefix("torch.") for each in (dtype, state_dtype))
-    return PrefillProblem(kind, arch, qk_heads, heads, K, V, *dtypes, PREFILL_SCALE, **options)
+    return PrefillProblem(kind, arch, 132, qk_heads, heads, K, V, *dtypes, PREFILL_SCALE, **options)
 
 
 class Prefill:
@@ -118,3 +120,33 @@ class Prefill:
             assert_close(tensors["final"][i : i + 1], states[:, -1], dtype=of.state_dtype, **of_state)
         if of.has_lengths:
             assert tensors["out"][:, first:].isnan().all()
+
+    def solve(self) -> None:
+        """Write T, A and the factors, as `solve_chunks` does, from float64."""
+        of, tensors = self.of, self.tensors
+        C, per_qk = of.chunk, of.heads // of.qk_heads
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        for i, length in enumerate(self.lengths):
+            begin = ends[i] - length
+            batch, first, slot = (0, begin, begin // C + i) if of.has_lengths else (i, 0, i * -(-length // C))
+            for chunk, head in itertools.product(range(-(-length // C)), range(of.heads)):
+                n, at = min(C, length - chunk * C), first + chunk * C
+                q, k = (tensors[name][batch, at : at + n, head // per_qk].double() for name in "qk")
+                a, b = (tensors[name][batch, at : at + n, head].double() for name in "ab")
+                x = torch.nn.functional.softplus(a + tensors["dt_bias"][head].double())
+                G = (-x * tensors["A_log"][head].double().exp()).cumsum(0)
+                norms = [torch.rsqrt(y.square().sum(1) + 1e-6) if of.l2_norm else torch.ones(n).double() for y in (q, k)]
+                q, k = q * norms[0][:, None], k * norms[1][:, None]
+                decay = torch.exp(G[:, None] - G).tril()
+                beta = torch.sigmoid(b)
+                L = (beta[:, None] * decay * (k @ k.T)).tril(-1)
+                tile = (slot + chunk) * of.heads + head
+                for name in ("solution", "scores", "factors"):
+                    tensors[name][tile] = 0
+                tensors["solution"][tile, :n, :n] = torch.linalg.inv(torch.eye(n) + L) * beta
+                tensors["scores"][tile, :n, :n] = of.scale * decay * (q @ k.T)
+                total, last = G.exp(), G[-1]
+                tensors["factors"][tile, 0, :n] = total * norms[1]
+                tensors["factors"][tile, 1, :n] = torch.exp(last - G) * norms[1]
+                tensors["factors"][tile, 2, :n] = of.scale * total * norms[0]
+                tensors["factors"][tile, 3] = last.exp()

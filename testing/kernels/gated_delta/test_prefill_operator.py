@@ -153,7 +153,8 @@ def test_plan(monkeypatch):
         slots = 3 * -(-tokens // 64) * 4
         assert solve.grid[0] == slots
         assert {x.data_ptr() for x in call[:2]} <= set(solve.parameters)
-        assert {x.data_ptr() for x in (call[2], call[7], call[8])} <= set(scan.parameters)
-    call[2] = call[2].repeat(1, 1, 1, 2)[..., :64]
+        assert {x.data_ptr() for x in call[7:]} <= set(scan.parameters)
+        assert scan.block[0] == 256  # a producer and one consumer, since all blocks run at once
+    call[1] = call[1].repeat(1, 1, 1, 2)[..., :64]
     prefill_operator._in_place(*call[:8], None, 0.25, 0, call[8])
-    assert call[2].data_ptr() not in cuda.launches()[-1].parameters
+    assert call[1].data_ptr() not in cuda.launches()[-2].parameters

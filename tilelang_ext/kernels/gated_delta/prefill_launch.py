@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from tilelang_ext.kernels.gated_delta import scan_chunks, solve_chunks
+from tilelang_ext.kernels.gated_delta import scan_chunks, sm90_scan, solve_chunks
 from tilelang_ext.kernels.gated_delta.prefill_arguments import MAX_EXTENT, NAME, PrefillArguments
 from tilelang_ext.kernels.gated_delta.prefill_problem import FACTORS, PrefillProblem
 from tilelang_ext.launch.cache import until_reload
@@ -24,7 +24,7 @@ from tilelang_ext.launch.plan import Plan, launcher
 from tilelang_ext.launch.recipe import ALIGNMENT
 from tilelang_ext.launch.record import Recorder, View
 
-KERNELS = (scan_chunks,)  # the first that takes a problem compiles it
+KERNELS = (sm90_scan, scan_chunks)  # the first that takes a problem compiles it
 _OPTIONS = ("scale", "options")
 _NAMES = (*PrefillArguments._fields[:-2], *_OPTIONS, *PrefillArguments._fields[-2:])
 _RANK = fact("rank", "q")
@@ -40,7 +40,7 @@ RECIPE = {
     "name": NAME,
     "arguments": [{"name": name, "type": _TYPES.get(name, "tensor")} for name in _NAMES],
     "key": [recipe_of(value) for value in _KEY],
-    "size": recipe_of(shape("q", 0)),
+    "size": recipe_of(apply("max", shape("initial_state", 0), shape("final_state", 0))),
 }
 
 
@@ -60,6 +60,7 @@ def problem_of(given: PrefillArguments, scale: float, l2_norm: bool, target: Tar
     return PrefillProblem(
         target_kind=target.kind,
         arch=target.arch,
+        num_sms=target.num_sms,
         qk_heads=given.q.shape[-2],
         heads=given.v.shape[-2],
         K=given.q.shape[-1],
@@ -93,7 +94,8 @@ def launch(given: PrefillArguments, scale: float, l2_norm: bool) -> None:
 
     with current(given.q.device):
         device = SimpleNamespace(compile=compile, empty=empty)
-        _launch(given, problem, device, *_unused(given.q.device, problem), lambda tensor: tensor[None])
+        sequences = len(given.final)
+        _launch(given, problem, sequences, device, *_unused(given.q.device, problem), lambda tensor: tensor[None])
 
 
 def readable(given: PrefillArguments) -> PrefillArguments:
@@ -112,8 +114,11 @@ def readable(given: PrefillArguments) -> PrefillArguments:
     return PrefillArguments(*map(copied, given[:-2]), *given[-2:])
 
 
-def _launch(given, problem: PrefillProblem, device, no_lengths, no_state, with_batch: Callable) -> None:
-    """Launch both kernels on tensors or on views; `with_batch` adds a first dimension of one."""
+def _launch(given, problem: PrefillProblem, sequences: int, device, no_lengths, no_state, with_batch: Callable) -> None:
+    """Launch both kernels on tensors or on views; `with_batch` adds a first dimension of one.
+
+    The kernels are those for numbers of sequences like `sequences`.
+    """
     q, k, v, A_log, dt_bias, a, b, initial, cu_seqlens, out, final = given
     final = initial if final is None else final
     if problem.has_lengths:
@@ -126,7 +131,7 @@ def _launch(given, problem: PrefillProblem, device, no_lengths, no_state, with_b
     scores = device.empty(slots * problem.heads, C, C, dtype=problem.dtype)
     factors = device.empty(slots * problem.heads, FACTORS, C, dtype="float32")
     solve = solve_chunks.compile_kernel(problem, device)
-    scan = implementation_of(problem).compile_kernel(problem, device)
+    scan = implementation_of(problem).compile_kernel(problem, sequences, device)
     solve(q, k, A_log, dt_bias, a, b, cu_seqlens, solution, scores, factors)
     initial = initial if problem.has_initial else no_state
     scan(q, k, v, solution, scores, factors, cu_seqlens, initial, out, final)
@@ -170,9 +175,10 @@ def add_variant(plan: Plan, arguments: tuple, problem: PrefillProblem) -> None:
         return View(view.buffer, view.dtype, extents, tuple(contiguous_strides(extents)))
 
     unused = (recorder.constant(tensor) for tensor in _unused(given["q"].device, problem))
-    _launch(PrefillArguments(**views), problem, recorder, *unused, with_batch)
-    key, _ = plan.key(*arguments)
-    plan.add(recorder.variant(key, (1, MAX_EXTENT)), recorder.cubins, recorder.constants)
+    key, sequences = plan.key(*arguments)
+    _launch(PrefillArguments(**views), problem, sequences, recorder, *unused, with_batch)
+    served = implementation_of(problem).sequences_served(problem, sequences)
+    plan.add(recorder.variant(key, served), recorder.cubins, recorder.constants)
 
 
 def _name(dtype: torch.dtype) -> str:

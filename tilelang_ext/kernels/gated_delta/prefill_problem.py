@@ -38,6 +38,7 @@ from typing import Any
 from tilelang_ext import language as T
 
 HOPPER = "sm_90a"
+MAX_SEQUENCES = 2**31 - 1
 FACTORS = 4  # of a token: of K S^T, of R where it is added to S, of Q S^T; and of S
 
 
@@ -47,6 +48,7 @@ class PrefillProblem:
 
     target_kind: str  # "cuda", "hip" or "metal"
     arch: str  # as "sm_90a" or "gfx942"; "" on Metal
+    num_sms: int  # streaming multiprocessors of the device, on AMD compute units; 0 on Metal
     qk_heads: int
     heads: int  # of v, the states and out
     K: int

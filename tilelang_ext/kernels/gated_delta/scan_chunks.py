@@ -7,7 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.gated_delta.prefill_problem import FACTORS, PrefillProblem, alloc_span, find_sequence
+from tilelang_ext.kernels.gated_delta.prefill_problem import (
+    FACTORS,
+    MAX_SEQUENCES,
+    PrefillProblem,
+    alloc_span,
+    find_sequence,
+)
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,11 @@ def takes(problem: PrefillProblem) -> bool:
     return True
 
 
-def compile_kernel(problem: PrefillProblem, device) -> Callable:
+def sequences_served(problem: PrefillProblem, sequences: int) -> tuple[int, int]:
+    """Return the fewest and the most sequences that have the kernel of this number."""
+    return 1, MAX_SEQUENCES
+
+
+def compile_kernel(problem: PrefillProblem, sequences: int, device) -> Callable:
     """Return the compiled kernel."""
     return device.compile(scan_chunks, problem, pick_config(problem))
