@@ -1,32 +1,122 @@
-"""What upstream's LayoutInference cannot lay out is one line that names the tiles and the threads."""
+"""Fragments that upstream's LayoutInference, or its reductions, have no layout for get one of ours, or one line that says why."""
 
 # Without `from __future__ import annotations`: prim_funcs read their annotations.
 
 import pytest
+import torch
 
 from tilelang_ext import language as T
-from tilelang_ext import metal
+from tilelang_ext import metal, simulate
 from tilelang_ext.rocm import program
 
-HIP = "hip -mcpu=gfx942"
+TARGETS = ("metal", "hip -mcpu=gfx942")
 
 
+def two_types(M, N):
+    """A half and a float fragment in one loop: their vectors are not as wide, and 128 threads do not divide the tile."""
+
+    @T.prim_func
+    def kernel(A: T.Tensor((M, N), "float16"), C: T.Tensor((M, N), "float32")):
+        with T.Kernel(1, threads=128):
+            h = T.alloc_fragment((M, N), "float16")
+            g = T.alloc_fragment((M, N), "bfloat16")
+            f = T.alloc_fragment((M, N), "float32")
+            T.copy(A, h)
+            for i, j in T.Parallel(M, N):
+                g[i, j] = T.cast(h[i, j], "bfloat16")
+            for i, j in T.Parallel(M, N):
+                f[i, j] = T.cast(g[i, j], "float32") + T.cast(h[i, j], "float32")
+            T.copy(g, A)
+            T.copy(f, C)
+
+    return kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_types_in_one_loop(target):
+    A = torch.arange(960).reshape(24, 40).half()
+    C = torch.full((24, 40), torch.nan)
+    g = A.bfloat16()
+    expected = g.float() + A.float()
+    report = simulate(two_types(24, 40), A, C, target=target)
+    assert not report.findings, str(report)
+    assert torch.equal(C, expected)
+    assert torch.equal(A, g.half())
+
+
+@pytest.mark.parametrize("lower", [metal.lower, lambda func: program.lower(func, TARGETS[1])], ids=["metal", "hip"])
+def test_a_thread_would_hold_too_much(lower):
+    with pytest.raises(ValueError, match=r"^T.Parallel: .* got h \(31, 33\) of float16, .* and 128 threads; take .*$"):
+        lower(two_types(31, 33))
+
+
+# Rows, columns, one value; more threads than elements; rows of a power of two, columns not.
 @T.prim_func
-def cast(A: T.Tensor((24, 40), "float16"), C: T.Tensor((24, 40), "float32")):
+def reductions(
+    A: T.Tensor((20, 12), "float32"),
+    B: T.Tensor((3, 8), "float16"),
+    D: T.Tensor((40,), "int32"),
+    rows: T.Tensor((20,), "float32"),
+    columns: T.Tensor((12,), "float32"),
+    least: T.Tensor((8,), "float16"),
+    total: T.Tensor((1,), "int32"),
+):
     with T.Kernel(1, threads=128):
-        h = T.alloc_fragment((24, 40), "float16")
-        g = T.alloc_fragment((24, 40), "bfloat16")
-        f = T.alloc_fragment((24, 40), "float32")
-        T.copy(A, h)
-        for i, j in T.Parallel(24, 40):
-            g[i, j] = T.cast(h[i, j], "bfloat16")
-        for i, j in T.Parallel(24, 40):
-            f[i, j] = T.cast(g[i, j], "float32") + T.cast(h[i, j], "float32")
-        T.copy(g, A)
-        T.copy(f, C)
+        a = T.alloc_fragment((20, 12), "float32")
+        b = T.alloc_fragment((3, 8), "float16")
+        d = T.alloc_fragment((40,), "int32")
+        a_rows = T.alloc_fragment((20,), "float32")
+        a_columns = T.alloc_fragment((12,), "float32")
+        b_columns = T.alloc_fragment((8,), "float16")
+        d_total = T.alloc_fragment((1,), "int32")
+        T.copy(A, a)
+        T.copy(B, b)
+        T.copy(D, d)
+        T.reduce_sum(a, a_rows, dim=1)
+        T.copy(columns, a_columns)
+        T.reduce_max(a, a_columns, dim=0, clear=False)
+        T.reduce_min(b, b_columns, dim=0)
+        T.reduce_sum(d, d_total, dim=0)
+        T.copy(a_rows, rows)
+        T.copy(a_columns, columns)
+        T.copy(b_columns, least)
+        T.copy(d_total, total)
 
 
-@pytest.mark.parametrize("lower", [metal.lower, lambda func: program.lower(func, HIP)], ids=["metal", "hip"])
-def test_fragments_without_a_common_layout(lower):
-    with pytest.raises(ValueError, match=r"^T.Parallel: .* got h \(24, 40\) of float16, .* and 128 threads; take .*$"):
-        lower(cast)
+@pytest.mark.parametrize("target", TARGETS)
+def test_reductions_of_any_width(target):
+    generator = torch.Generator().manual_seed(0)
+    A, B, D = (torch.randint(-99, 99, shape, generator=generator) for shape in ((20, 12), (3, 8), (40,)))
+    start = torch.tensor([-200.0, 200.0] * 6)
+    rows, columns = torch.full((20,), torch.nan), start.clone()
+    least, total = torch.full((8,), torch.nan).half(), torch.full((1,), -1, dtype=torch.int32)
+    report = simulate(reductions, A.float(), B.half(), D.int(), rows, columns, least, total, target=target)
+    assert not report.findings, str(report)
+    assert torch.equal(rows.long(), A.sum(1))
+    assert torch.equal(columns, A.float().amax(0).maximum(start))
+    assert torch.equal(least.long(), B.amin(0))
+    assert total.item() == D.sum()
+
+
+# Each kernel is laid out for its own threads, whatever those of the others.
+@T.prim_func
+def two_kernels(A: T.Tensor((16, 48), "float32"), rows: T.Tensor((16,), "float32"), O: T.Tensor((16, 48), "float32")):
+    with T.Kernel(2, threads=96) as bx:
+        a = T.alloc_fragment((8, 48), "float32")
+        r = T.alloc_fragment((8,), "float32")
+        T.copy(A[bx * 8, 0], a)
+        T.reduce_sum(a, r, dim=1)
+        T.copy(r, rows[bx * 8])
+    with T.Kernel(2, threads=256) as bx:
+        for i, j in T.Parallel(8, 48):
+            O[bx * 8 + i, j] = A[bx * 8 + i, j] - rows[bx * 8 + i]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_kernels_of_other_threads(target):
+    A = torch.arange(768).reshape(16, 48).float()
+    rows, O = torch.full((16,), torch.nan), torch.full((16, 48), torch.nan)
+    report = simulate(two_kernels, A, rows, O, target=target)
+    assert not report.findings, str(report)
+    assert torch.equal(rows, A.sum(1))
+    assert torch.equal(O, A - A.sum(1, keepdim=True))

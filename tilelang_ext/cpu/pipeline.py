@@ -18,7 +18,6 @@ from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
-from tilelang_ext.passes.layouts import infer_layouts
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.vector_lanes import SelectLanes
@@ -60,7 +59,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.Simplify()(mod)
 
     # Tile operations become loops; T.gemm through tilelang_ext.cpu.gemm.
-    mod = infer_layouts(mod)
+    mod = transform.LayoutInference()(mod)
     mod = transform.ReducerPlanAndMaterialize()(mod)
     mod = transform.LowerTileOp()(mod)
     mod = transform.VerifyReducerConsumed()(mod)

@@ -15,6 +15,7 @@ from tvm.target import Target
 from tvm.tirx.transform import prim_func_pass
 
 from tilelang_ext.metal.fragment_to_simdgroup import MATMUL2D, check_tile, select_instruction
+from tilelang_ext.passes.launched_blocks import launched_blocks
 
 
 def _unify(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
@@ -22,20 +23,17 @@ def _unify(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     if target.kind.name != "metal" or "metal4" not in target.keys:
         return func
     gemm_op = Op.get("tl.tileop.gemm")
-    threads = 1
     fits = []
 
     def visit(node):
-        nonlocal threads
-        if isinstance(node, tirx.AttrStmt) and node.attr_key == "thread_extent" and node.node.thread_tag == "threadIdx.x":
-            threads = int(node.value)
         if isinstance(node, tirx.Call) and node.op.same_as(gemm_op):
             a, b = (node.args[i].args[0].buffer for i in (0, 1))
             M, N, K = (int(node.args[i]) for i in (5, 6, 7))
-            fits.append((str(a.dtype), str(b.dtype), M, N, K, GemmWarpPolicy(int(node.args[8]))))
+            fits.append((str(a.dtype), str(b.dtype), M, N, K, block.threads, GemmWarpPolicy(int(node.args[8]))))
 
-    tirx.stmt_functor.post_order_visit(func.body, visit)
-    for a_dtype, b_dtype, M, N, K, policy in fits:
+    for block in launched_blocks(func.body):
+        tirx.stmt_functor.post_order_visit(block.body, visit)
+    for a_dtype, b_dtype, M, N, K, threads, policy in fits:
         check_tile(M, N, K, threads)
         if select_instruction(target, a_dtype, b_dtype, M, N, K, threads, policy) is not MATMUL2D:
             description = dict(target.export())

@@ -23,7 +23,6 @@ from tilelang_ext.metal.operand_layouts import DropOperandLayouts
 from tilelang_ext.metal.operators import RULES
 from tilelang_ext.metal.parameter_order import order_parameters
 from tilelang_ext.metal.quad_atomics import SplitQuadAtomics
-from tilelang_ext.metal.reduced_fragments import LayOutReducedFragments
 from tilelang_ext.metal.staged_reads import StageReads
 from tilelang_ext.metal.threadgroup_memory import PlaceThreadgroupMemory
 from tilelang_ext.passes.booleans import SpellBooleans
@@ -37,7 +36,7 @@ from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.hidden_conditions import hide_conditions
 from tilelang_ext.passes.hoisting import hoist_guards
 from tilelang_ext.passes.lane_indices import CountLanes
-from tilelang_ext.passes.layouts import infer_layouts
+from tilelang_ext.passes.layouts import LayOut, with_plain_layouts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.outside import GuardAccesses, PlaceMarks
@@ -67,20 +66,21 @@ def _materialize_kernel_launch():
 
 
 @in_our_words("metal")
-def lower(mod: IRModule, target: Target) -> IRModule:
+@with_plain_layouts
+def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     """Lower tile programs to host and device TIR with explicit threads."""
     with target:  # upstream's vectoriser asks for the current target
-        return _lower(mod, target)
+        return _lower(mod, target, lay_out)
 
 
-def _lower(mod: IRModule, target: Target) -> IRModule:
+def _lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     transform = tilelang.transform
     config = transform.get_pass_context()
     mod = expand_block_scaled_gemms(name_e4m3(mod))
     mod = refuse_unlike_regions(refuse_foreign(mod, "metal"))
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
-    mod = LayOutReducedFragments(OneInstruction(mod))
+    mod = OneInstruction(mod)
     stages = stages_of_buffers(mod)
     mod = DropUnitAxes(mod)
     mod = spell_operators(mod, RULES)
@@ -108,7 +108,7 @@ def _lower(mod: IRModule, target: Target) -> IRModule:
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.metal.fragment_to_simdgroup.
     mod = DropOperandLayouts(mod)
-    mod = infer_layouts(mod)
+    mod = transform.LayoutInference()(lay_out(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)
     mod = transform.LowerTileOp()(mod)

@@ -23,6 +23,7 @@ from tvm import IRModule, arith, tirx
 from tvm.ir import Op
 from tvm.tirx.stmt_functor import post_order_visit, substitute
 
+from tilelang_ext.passes.layouts import UnevenGroupsError
 from tilelang_ext.passes.rewrite import rewritten
 
 # What upstream's lowering and ours call them: operator, threads, scale, first thread, values at once, their distance.
@@ -133,7 +134,7 @@ class _Counting:
             first = reduction.first
         groups = {(thread - first) // reduction.threads for thread in taking_part}
         if len(groups) * reduction.threads != len(taking_part):
-            raise NotImplementedError(
+            raise UnevenGroupsError(
                 f"T.reduce_*: the threads that share a value must be whole groups of {reduction.threads}, one after another; "
                 f"got {len(taking_part)} threads from {min(taking_part)} to {max(taking_part)}; annotate a layout that has "
                 "them in a row"

@@ -29,7 +29,7 @@ from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.hidden_conditions import hide_conditions, restore_conditions
 from tilelang_ext.passes.hoisting import hoist_guards
 from tilelang_ext.passes.lane_indices import CountLanes
-from tilelang_ext.passes.layouts import infer_layouts
+from tilelang_ext.passes.layouts import LayOut, with_plain_layouts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
@@ -71,7 +71,8 @@ def _materialize_kernel_launch():
 
 
 @in_our_words("hip")
-def lower(mod: IRModule, target: Target) -> IRModule:
+@with_plain_layouts
+def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
     transform = tilelang.transform
     config = transform.get_pass_context()
@@ -107,7 +108,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.Simplify()(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.rocm.gemm.
-    mod = infer_layouts(mod)
+    mod = transform.LayoutInference()(lay_out(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)
     mod = transform.LowerTileOp()(mod)
