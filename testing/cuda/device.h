@@ -40,6 +40,7 @@ inline void __syncthreads() { block->meet.arrive_and_wait(); }
 inline Warp& warp() { return block->warps[threadIdx.x / 32]; }
 inline int lane() { return threadIdx.x % 32; }
 
+inline void __syncwarp() { warp().meet.arrive_and_wait(); }
 inline int __shfl_sync(uint32_t, int value, int source) {
   Warp& w = warp();
   w.a[lane()][0] = value;

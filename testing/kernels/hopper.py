@@ -8,6 +8,10 @@ from typing import NamedTuple
 import torch
 from cuda.execute import run_program
 
+# Lane 0 hands a stage back for its warp right behind a wait: a lane that still waits may miss the phase, and the kernel hangs.
+_EARLY_RELEASE = re.compile(
+    r"\.wait\(.*\);\n(?:\s*int \w+ = .*;\n)*\s*if \(\(\(\(int\)threadIdx\.x\) (?:% 32|& 31)\) == 0\) \{\n.*\.arrive\("
+)
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+), \d+\) (\w+)\((.*?)\) \{')
 
 
@@ -31,6 +35,7 @@ def execute(
 
     It may have fewer parameters than there are tensors and scalars. It may call `functions`, in C++.
     """
+    assert not _EARLY_RELEASE.search(text)
     match = _SIGNATURE.search(text)
     threads, name, parameters = match.groups()
     device = _SIGNATURE.sub(rf"void {name}(\3) {{", text[match.start() :]).replace("__grid_constant__ ", "")

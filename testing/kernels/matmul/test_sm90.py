@@ -82,7 +82,7 @@ def test_values(of, config, splits):
 @pytest.mark.parametrize(("columns", "subtile", "deferred"), [(96, 32, 0), (96, 32, 1), (80, 16, 0)])
 def test_a_store_has_read_its_buffer_before_the_next_is_written(columns, subtile, deferred):
     """Also across tiles, of an odd number of subtiles, so that the first and the last have the same buffer; and all threads
-    wait for the one that has waited, which upstream sees to where a thread writes a subtile by several matrix stores."""
+    wait for the one that has waited."""
     of = problem(168, columns, 264)
     config = Config(64, columns, 1, 2, subtile, deferred, False, 2, 64)
     text = text_of(sm90_persistent.matmul, of.without_sizes("M", "N", "K"), config)

@@ -15,7 +15,7 @@ from tilelang.engine.lower import lower
 from tvm.target import Target
 
 from tilelang_ext.kernels.scaled_mm import operator, selection, sm90_config, sm90_persistent, sm90_split_k, tiled
-from tilelang_ext.kernels.scaled_mm.sm90_persistent import ARCH, BLOCK_K, PASS_CONFIGS, WGMMA_M
+from tilelang_ext.kernels.scaled_mm.sm90_persistent import ARCH, BLOCK_K, WGMMA_M
 
 TENSORS, ROWS, BLOCKS = (TENSOR, TENSOR), (ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK)
 Config, SplitK = sm90_persistent.Config, sm90_split_k.Config
@@ -30,7 +30,7 @@ needs_clusters = pytest.mark.skipif(not sm90_split_k.CLUSTERS, reason="tilelang 
 
 def text_of(module, kernel_problem, config, name="scaled_matmul"):
     target = Target({"kind": "cuda", "arch": ARCH})
-    with tvm.transform.PassContext(config=PASS_CONFIGS), target:
+    with tvm.transform.PassContext(config=module.PASS_CONFIGS), target:
         kernel = module.scaled_matmul(kernel_problem, config).with_attr("global_symbol", name)
         return lower(kernel, target=target, enable_device_compile=False).kernel_source
 

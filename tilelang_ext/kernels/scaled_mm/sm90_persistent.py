@@ -53,7 +53,7 @@ from tilelang_ext.kernels.scaled_mm.problem import Problem
 from tilelang_ext.kernels.sm90 import split_tiles
 from tilelang_ext.kernels.sm90.epilogue import DeferredSubtiles, SubtileStores, alloc_deferred, alloc_stores, round_subtile
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
-from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch
+from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch, warpgroup_sync
 from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler, start_stream_k
 from tilelang_ext.kernels.sm90.split_tiles import SplitTiles
 
@@ -61,8 +61,13 @@ ARCH = "sm_90a"
 BLOCK_K = FP8_BLOCK  # bytes of a swizzled row of shared memory, and a float32 block of scales
 WGMMA_M = 64  # rows of one MMA of a warpgroup
 BLOCKWISE = (BlockScaledLayout.block(1, FP8_BLOCK), BlockScaledLayout.block(FP8_BLOCK, FP8_BLOCK))
-# TMA clips what lies past the end of a matrix, and all other indices are clamped here.
-PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_safe_memory_legalize": True}
+# TMA clips what lies past the end of a matrix, and all other indices are clamped here. Every barrier is explicit: upstream's
+# search for places that lack one is up to half of the time that a kernel takes to lower.
+PASS_CONFIGS = {
+    "tl.disable_warp_specialized": True,
+    "tl.disable_safe_memory_legalize": True,
+    "tl.disable_thread_storage_sync": True,
+}
 
 # Of a thread of the producer and of the consumers' threads, for blockwise scales: the first where accumulators and scales take
 # at most so many of a consumer's registers.
@@ -491,16 +496,28 @@ def _load_k_block(traits: _Traits, operands: Operands, block: _Block, scales: li
             load()
 
     pipeline.acquire(stage, pipeline.empty_phase(step))
+    if n > 0 and (traits.blockwise or (n == 1 and traits.producer_loads_scales)):
+        _sync_producer(traits)
     if traits.has_empty_steps and not traits.tail:
         load_if_any()
     elif not tail or n < tail:
         load()
     if traits.blockwise:
+        _sync_producer(traits)
         _store_row_scales(traits, block, scales[n], stage)
     if traits.producer_loads_scales and n == 0:
         _load_tile_scales(traits, operands, block, scales[0], tile, k)
     pipeline.commit(stage)
     _prefetch_scales(traits, operands, block, scales[n], tile, k + traits.unroll)
+
+
+def _sync_producer(traits: _Traits) -> None:
+    """Wait for the producer's other threads.
+
+    The pipeline orders everything without: these are where upstream's search for missing barriers placed them, and the kernels
+    have been measured with them.
+    """
+    warpgroup_sync(traits.config.num_consumers)
 
 
 def _prefetch_scales(traits: _Traits, operands: Operands, block: _Block, scales, tile: _Coord, k) -> None:
@@ -547,6 +564,7 @@ def _load_tile_scales(traits: _Traits, operands: Operands, block: _Block, scales
                 scales[r] = scale_a[scale_row(problem.layout_a, T.min(row + r * WARPGROUP, traits.M - 1)), 0]
             for c in T.unroll(columns):
                 scales[rows + c] = scale_b[scale_row(problem.layout_b, T.min(column + c * WARPGROUP, traits.N - 1)), 0]
+        _sync_producer(traits)
         if k == traits.config.num_stages:
             for r in T.unroll(rows):
                 if block_M % WARPGROUP == 0 or r * WARPGROUP + thread < block_M:
@@ -637,9 +655,14 @@ def _multiply_tail(traits: _Traits, block: _Block, consumer: _Consumer, column, 
 
 
 def _pass_on(traits: _Traits, block: _Block, step) -> None:
-    """Release a stage into which nothing was loaded."""
+    """Release a stage into which nothing was loaded.
+
+    No MMA makes the lanes of a warp meet here: one that still waits would miss the phase once the others' release has let the
+    producer fill the stage again.
+    """
     pipeline = block.pipeline
     pipeline.wait(pipeline.stage(step), pipeline.full_phase(step))
+    T.evaluate(T.sync_warp())
     pipeline.release(pipeline.stage(step), block.thread % WARP)
 
 

@@ -47,7 +47,6 @@ from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm.problem import Problem
 from tilelang_ext.kernels.scaled_mm.sm90_persistent import (
     BLOCK_K,
-    PASS_CONFIGS,
     WGMMA_M,
     Operands,
     scale_row,
@@ -56,6 +55,8 @@ from tilelang_ext.kernels.scaled_mm.sm90_persistent import (
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, dispatch
 
+# As sm90_persistent has it; upstream adds the barriers, since it may place the accumulators in the memory of the stages.
+PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_safe_memory_legalize": True}
 MAX_M = 128
 CLUSTERS = "cluster_dims" in inspect.signature(T.Kernel).parameters  # not in tilelang 0.1.14
 _SHARED_BYTES = 225 * 1024  # of the 227 KB that a block may have; barriers take some

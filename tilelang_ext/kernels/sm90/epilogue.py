@@ -12,7 +12,6 @@ from tilelang_ext import language as T
 from tilelang_ext.kernels.sm90.roles import warpgroup_sync
 
 _BUFFERS = 2  # of a consumer
-_ONE_STORE_BITS = 256  # of a row of a subtile: 16 columns of 16 bits
 
 
 def accumulator_layout(rows: int, columns: int):
@@ -58,9 +57,6 @@ class SubtileStores:
         rows, columns = map(int, out_s.shape)
         # The last store of the tile before may have read any buffer; its main loop lies between, so that no thread waits long.
         in_flight, warpgroup = len(self.buffers) - 1 if number else 0, self.warpgroup
-        # Upstream adds a barrier of the warpgroup ahead of the loop over matrix stores. Where a thread has one of them there is
-        # no loop and no barrier: a TMA store counts there as done when it is issued.
-        is_one_store = columns * T.dtype(out_s.dtype).bits == _ONE_STORE_BITS
 
         @T.macro
         def issue(row, column):
@@ -70,8 +66,7 @@ class SubtileStores:
         def emit():
             # One thread waits for the store that last read this buffer, and the others for that thread.
             T.tma_store_wait(in_flight)
-            if is_one_store:
-                warpgroup_sync(warpgroup)
+            warpgroup_sync(warpgroup)
             T.copy(values_f, out_s)
             T.fence_proxy_async()
             warpgroup_sync(warpgroup)
