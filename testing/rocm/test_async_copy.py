@@ -53,6 +53,28 @@ def test_rows_that_there_are_not(dtype):
     run(dtype, ROWS - 5, masked=True)
 
 
+def test_waits_by_a_count_at_run_time():
+    """Of a pipeline of three stages over as many steps as an extent says, the last waits have no constant count."""
+    k = T.dynamic("k")
+
+    @T.prim_func
+    def kernel(x: T.Tensor((16, k), "float32"), y: T.Tensor((16, 16), "float32")):
+        with T.Kernel(1, threads=64):
+            x_s, y_f = T.alloc_shared((16, 16), "float32"), T.alloc_fragment((16, 16), "float32")
+            T.clear(y_f)
+            for step in T.Pipelined(T.ceildiv(k, 16), num_stages=3):
+                T.copy(x[0:16, step * 16 : step * 16 + 16], x_s)
+                for i, j in T.Parallel(16, 16):
+                    y_f[i, j] += x_s[i, j]
+            T.copy(y_f, y)
+
+    for steps in (1, 5):
+        x, y = torch.arange(256 * steps).reshape(16, 16 * steps).float(), torch.full((16, 16), torch.nan)
+        report = simulate(kernel, x, y, target={"kind": "hip", "mcpu": "gfx950"})
+        assert not report.findings, str(report)
+        assert torch.equal(y, x.reshape(16, steps, 16).sum(1))
+
+
 @pytest.mark.hip
 def test_compiles():
     compile_hip(lower(narrow_tiles("uint8", masked=True), "gfx950").source, "gfx950")

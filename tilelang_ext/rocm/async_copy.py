@@ -7,6 +7,8 @@
 On gfx950 `tl::cp_async_gs<4>` gives the hardware one address per wave, and lane l reads 4 bytes at that address + 4 l. That is
 correct only where the bytes of all lanes are contiguous, which they are not in a narrow tile, such as one of scales. tilelang's
 copies of 8 and 16 bytes are loads and stores anyway. The pass runs after upstream's; the waits stay, with nothing to wait for.
+
+A wait for all but so many groups as a run-time count says waits for all: the instruction takes a constant.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from tvm.tirx.stmt_functor import ir_transform
 from tvm.tirx.transform import prim_func_pass
 
 _COPY = Op.get("tl.ptx_cp_async")
+_WAIT = Op.get("tirx.ptx_wait_group")
 _ACCESS_PTR = Op.get("tirx.tvm_access_ptr")
 _BYTES = 4
 
@@ -49,8 +52,15 @@ def _copy(node: tirx.Evaluate) -> tirx.Stmt | None:
     )
 
 
+def _wait_for_all(call: tirx.Call) -> tirx.Call | None:
+    if not call.op.same_as(_WAIT) or isinstance(call.args[0], tirx.IntImm):
+        return None
+    return tirx.Call(call.dtype, call.op, [tirx.const(0, call.args[0].dtype)])
+
+
 def _copy_all(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
-    return func.with_body(ir_transform(func.body, _copy, None, ["tirx.Evaluate"]))
+    body = ir_transform(func.body, _copy, None, ["tirx.Evaluate"])
+    return func.with_body(ir_transform(body, None, _wait_for_all, ["tirx.Call"]))
 
 
 CopyWords = prim_func_pass(_copy_all, opt_level=0)
