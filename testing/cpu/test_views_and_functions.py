@@ -68,3 +68,18 @@ def test_a_copy_converts_half(source, destination):
     C = torch.full((8, 32), torch.nan, dtype=getattr(torch, destination))
     tilelang.compile(kernel, target="c")(A, C)
     assert torch.equal(C, A.to(C.dtype))
+
+
+def test_another_shape_of_an_argument():
+    """Upstream's host code passes arguments by name, and `wide` is what A's pointer is called then."""
+
+    @T.prim_func
+    def kernel(A: T.Tensor((8, 4), "int32"), C: T.Tensor((4, 8), "int32")):
+        with T.Kernel(1, threads=32):
+            wide = T.reshape(A, (4, 8))
+            for i, j in T.Parallel(4, 8):
+                C[i, j] = wide[i, 7 - j] + A[0, i]
+
+    A, C = torch.arange(32).int().reshape(8, 4), torch.full((4, 8), -1).int()
+    tilelang.compile(kernel, target="c")(A, C)
+    assert torch.equal(C, A.reshape(4, 8).flip(1) + A[0][:, None])

@@ -1,4 +1,4 @@
-"""Fragments that upstream's LayoutInference, or its reductions, have no layout for get one of ours, or one line that says why."""
+"""Fragments that upstream's layouts, or its reductions, do not fit get a layout of ours, or one line that says why not."""
 
 # Without `from __future__ import annotations`: prim_funcs read their annotations.
 

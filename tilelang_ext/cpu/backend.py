@@ -15,6 +15,7 @@ from tilelang.tileop.gemm.registry import register_gemm_impl
 from tvm import IRModule, tirx
 from tvm.ir.transform import PassContext
 from tvm.target import Target
+from tvm.tirx.stmt_functor import substitute
 
 from tilelang_ext import registration
 from tilelang_ext.cpu import narrow_floats, pipeline
@@ -26,11 +27,13 @@ from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFloatArithmetic
 from tilelang_ext.passes.float_constants import SpellFloatConstants, by_ldexp
 from tilelang_ext.passes.foreign_calls import naming_unknown, refuse_foreign
+from tilelang_ext.passes.held_bounds import HoldBounds
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.rewrite import rewritten
 from tilelang_ext.passes.shifted_indices import HideShiftedTileIndices
+from tilelang_ext.passes.single_rounds import EndSingleRounds
 from tilelang_ext.passes.tma_hints import drop_tma_hints
 from tilelang_ext.passes.upstream_errors import in_our_words
 from tilelang_ext.passes.vector_lanes import SelectLanes
@@ -78,12 +81,34 @@ def normalize_target(target: TargetLike) -> Target | None:
 @in_our_words("c")
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
-    mod = _end_imported_lines(mod)
+    names = _names_of_arguments(mod)
+    mod = _lower(_end_imported_lines(mod), target)
+    return _name_arguments(mod, names) if names else mod
+
+
+def _names_of_arguments(mod: IRModule) -> dict[str, str]:
+    """Return what a pointer to a tensor is called -> what the tensor is, where they differ, as behind `g = T.reshape(A, ...)`."""
+    arguments = (buffer for func in mod.functions.values() for buffer in func.buffer_map.values())
+    return {buffer.data.name: buffer.name for buffer in arguments if buffer.data.name != buffer.name}
+
+
+def _name_arguments(mod: IRModule, names: dict[str, str]) -> IRModule:
+    """Call the kernel's parameters by their tensors: upstream's host code passes arguments by name."""
+    functions = {}
+    for name, func in mod.functions_items():
+        renamed = {var: tirx.Var(names[var.name], var.type_annotation) for var in func.params if var.name in names}
+        params = [renamed.get(var, var) for var in func.params]
+        body = substitute(func.body, renamed) if renamed else func.body
+        functions[name] = tirx.PrimFunc(params, body, func.ret_type, func.buffer_map, func.attrs) if renamed else func
+    return IRModule(functions, attrs=mod.attrs)
+
+
+def _lower(mod: IRModule, target: Target) -> IRModule:
     mod = RefuseThreadIndices(refuse_unlike_regions(refuse_foreign(drop_tma_hints(mod), "c")))
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
     mod = KeepWrappingCasts(KeepFloatArithmetic(SpellBooleans(SelectLanes(spell_operators(mod, RULES)))))
-    mod = GuardEmptyLoops(HideShiftedTileIndices(mod))
+    mod = GuardEmptyLoops(EndSingleRounds(HideShiftedTileIndices(HoldBounds(mod))))
     with _without_vectors() if needs_scalars(mod) else contextlib.nullcontext():
         return CPUPassPipelineBody(mod, registration.without_key(target))
 

@@ -18,8 +18,10 @@ from tilelang_ext.passes.booleans import SpellBooleans
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
+from tilelang_ext.passes.held_bounds import HoldBounds
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
+from tilelang_ext.passes.single_rounds import EndSingleRounds
 from tilelang_ext.passes.vector_lanes import SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
 from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
@@ -43,7 +45,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = SelectLanes(mod)
     mod = SpellBooleans(mod)
     mod = KeepWrappingCasts(KeepFloatArithmetic(mod))
-    mod = GuardEmptyLoops(mod)
+    mod = GuardEmptyLoops(EndSingleRounds(mod))
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
     mod = transform.AddWrapperForSingleBufStore()(mod)
@@ -59,7 +61,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.Simplify()(mod)
 
     # Tile operations become loops; T.gemm through tilelang_ext.cpu.gemm.
-    mod = transform.LayoutInference()(mod)
+    mod = transform.LayoutInference()(HoldBounds(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     mod = transform.LowerTileOp()(mod)
     mod = transform.VerifyReducerConsumed()(mod)

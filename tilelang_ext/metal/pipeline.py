@@ -33,6 +33,7 @@ from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.foreign_calls import refuse_foreign
 from tilelang_ext.passes.fp8_names import name_e4m3
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
+from tilelang_ext.passes.held_bounds import HoldBounds
 from tilelang_ext.passes.hidden_conditions import hide_conditions
 from tilelang_ext.passes.hoisting import hoist_guards
 from tilelang_ext.passes.lane_indices import CountLanes
@@ -46,6 +47,7 @@ from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
+from tilelang_ext.passes.single_rounds import EndSingleRounds
 from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.upstream_errors import in_our_words
 from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
@@ -89,7 +91,7 @@ def _lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     mod = SplitQuadAtomics(SpellScalarAtomics(mod))
     mod = SpellBooleans(mod)
     mod = KeepWrappingCasts(KeepFloatArithmetic(mod))
-    mod = GuardEmptyLoops(mod)
+    mod = GuardEmptyLoops(EndSingleRounds(mod))
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
     mod = transform.AddWrapperForSingleBufStore()(mod)
@@ -107,7 +109,7 @@ def _lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     mod = StageReads(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.metal.fragment_to_simdgroup.
-    mod = DropOperandLayouts(mod)
+    mod = HoldBounds(DropOperandLayouts(mod))
     mod = transform.LayoutInference()(lay_out(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)

@@ -26,6 +26,7 @@ from tilelang_ext.passes.float_constants import SpellFloatConstants, by_bits
 from tilelang_ext.passes.foreign_calls import refuse_foreign
 from tilelang_ext.passes.fp8_names import name_e4m3
 from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
+from tilelang_ext.passes.held_bounds import HoldBounds
 from tilelang_ext.passes.hidden_conditions import hide_conditions, restore_conditions
 from tilelang_ext.passes.hoisting import hoist_guards
 from tilelang_ext.passes.lane_indices import CountLanes
@@ -40,6 +41,7 @@ from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
+from tilelang_ext.passes.single_rounds import EndSingleRounds
 from tilelang_ext.passes.tma_hints import drop_tma_hints
 from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.upstream_errors import in_our_words
@@ -91,7 +93,7 @@ def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     mod = SpellScalarAtomics(mod)
     mod = SpellBooleans(mod)
     mod = KeepWrappingCasts(KeepFloatArithmetic(mod))
-    mod = GuardEmptyLoops(mod)
+    mod = GuardEmptyLoops(EndSingleRounds(mod))
     if should_force_let_inline():
         mod = transform.LetInline()(mod)
     mod = transform.AddWrapperForSingleBufStore()(mod)
@@ -108,6 +110,7 @@ def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     mod = transform.Simplify()(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.rocm.gemm.
+    mod = HoldBounds(mod)
     mod = transform.LayoutInference()(lay_out(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)
