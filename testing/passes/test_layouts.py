@@ -4,6 +4,7 @@
 
 import pytest
 import torch
+from rocm.kernels import attention_products
 
 from tilelang_ext import language as T
 from tilelang_ext import metal, simulate
@@ -120,3 +121,17 @@ def test_two_kernels_of_other_threads(target):
     assert not report.findings, str(report)
     assert torch.equal(rows, A.sum(1))
     assert torch.equal(O, A - A.sum(1, keepdim=True))
+
+
+# On RDNA an operand's lanes are not an accumulator's; of a row that several simdgroups share, each needs all.
+@pytest.mark.parametrize(
+    ("target", "M", "N"), [("hip -mcpu=gfx1100", 32, 16), ("hip -mcpu=gfx1201", 16, 32), ("metal", 16, 16)]
+)
+def test_a_product_of_a_product(target, M, N):
+    threads = 128 if target == "metal" else 32
+    generator = torch.Generator().manual_seed(0)
+    Q, K, V = (torch.randint(-2, 3, shape, generator=generator).half() for shape in ((M, 32), (N, 32), (32, N)))
+    O = torch.full((M, 32), torch.nan)
+    report = simulate(attention_products("float16", M=M, N=N, D=32, threads=threads), Q, K, V, O, target=target)
+    assert not report.findings, str(report)
+    assert torch.equal(O, Q.float() @ K.float().T @ V.float().T)

@@ -17,14 +17,14 @@ def jumps(x: T.Tensor((ROWS,), "int32"), y: T.Tensor((ROWS,), "int32")):
         for i in T.Parallel(ROWS):
             total = T.alloc_var("int32", init=0)
             for _ in T.serial(3):
-                for q in T.serial(1):
+                for _q in T.serial(1):
                     total = total + 1
                     if x[i] > 1:
                         T.break_loop()
                     else:
                         total = total + 10
                     total = total + 100
-                for q in T.unroll(1):
+                for _q in T.unroll(1):
                     if x[i] == 0:
                         if y[i] < 0:
                             T.continue_loop()
@@ -33,7 +33,7 @@ def jumps(x: T.Tensor((ROWS,), "int32"), y: T.Tensor((ROWS,), "int32")):
                         if r == 1:
                             T.continue_loop()
                         total = total + 10000
-                for q in T.serial(1):
+                for _q in T.serial(1):
                     T.loop_break()
                     total = total + 7
             y[i] = total

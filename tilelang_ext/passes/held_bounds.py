@@ -68,9 +68,7 @@ def _hold(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
         begin, extent = hold(node.min, stores), hold(node.extent, stores)
         if not stores:
             return None
-        loop = tirx.For(
-            node.loop_var, begin, extent, node.kind, node.body, node.thread_binding, node.annotations, node.step
-        )
+        loop = tirx.For(node.loop_var, begin, extent, node.kind, node.body, node.thread_binding, node.annotations, node.step)
         return tirx.SeqStmt([*stores, loop])
 
     return func.with_body(rewritten(func.body, rewrite, ["tirx.For", "tirx.SBlock"])) if indices else func

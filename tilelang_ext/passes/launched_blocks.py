@@ -37,8 +37,4 @@ def launched_blocks(body: tirx.Stmt) -> list[LaunchedBlock]:
 
 
 def _binds_thread(node) -> bool:
-    return (
-        isinstance(node, tirx.AttrStmt)
-        and node.attr_key == "thread_extent"
-        and node.node.thread_tag.startswith("threadIdx")
-    )
+    return isinstance(node, tirx.AttrStmt) and node.attr_key == "thread_extent" and node.node.thread_tag.startswith("threadIdx")

@@ -16,6 +16,7 @@ from tvm.tirx.stmt_functor import post_order_visit
 
 from tilelang_ext.passes.launched_blocks import launched_blocks
 from tilelang_ext.passes.plain_layouts import LayOutPlainly
+from tilelang_ext.passes.staged_operands import StageOperands
 
 _NAMED = 4  # fragments that a message names
 
@@ -53,15 +54,16 @@ def with_plain_layouts(lower: Callable[[IRModule, Target, LayOut], IRModule]) ->
             raise first
         fragments = ""
 
-        def lay_out(threaded: IRModule) -> IRModule:
+        def described(threaded: IRModule) -> IRModule:
             nonlocal fragments
             fragments = _fragments_of(threaded)
-            return LayOutPlainly(threaded)
+            return threaded
 
-        try:
-            return lower(mod, target, lay_out)
-        except (InternalError, UnevenGroupsError):
-            pass
+        for lay_out in (LayOutPlainly, lambda threaded: LayOutPlainly(StageOperands(threaded))):
+            try:
+                return lower(mod, target, lambda threaded, lay_out=lay_out: lay_out(described(threaded)))
+            except (InternalError, UnevenGroupsError):
+                continue
         if isinstance(first, UnevenGroupsError):
             raise first
         raise ValueError(

@@ -74,9 +74,7 @@ def _end_rounds(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
         if not _jumps(loop.body) or not analyzer.can_prove_equal(loop.extent, 1):
             return None
         body = _sequence(_without_jumps(loop.body, ()))
-        return tirx.For(
-            loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding, loop.annotations, loop.step
-        )
+        return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding, loop.annotations, loop.step)
 
     return func.with_body(rewritten(func.body, rewrite, ["tirx.For"]))
 
