@@ -2,6 +2,7 @@
 
     python benchmark/bench_host.py                       # all that can be imported here
     python benchmark/bench_host.py --cases add scaled_mm --csv host.csv
+    python benchmark/bench_host.py --path site           # humming beside `mxfp4_moe`, imported from there
 
 How it is timed: BATCH calls are enqueued and the clock is read, then the GPU is waited for; of many such batches the median
 and the least count. The GPU keeps up, since its queue holds a batch. Results are checked first. Needs an NVIDIA GPU and a C
@@ -31,6 +32,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "testing")]
 import tilelang  # noqa: E402
 import tilelang.language as T  # noqa: E402
 from harness import Column, show, write_csv  # noqa: E402
+from mxfp4_moe_cases import Case, Model, check, expected  # noqa: E402
+from mxfp4_moe_peers import make_humming  # noqa: E402
 from torch.nn.functional import ScalingType  # noqa: E402
 
 from tilelang_ext import mxfp4_moe, scaled_mm  # noqa: E402
@@ -39,7 +42,6 @@ from tilelang_ext.kernels.mxfp4_moe.activation import Activation  # noqa: E402
 from tilelang_ext.kernels.mxfp4_moe.arguments import Operands  # noqa: E402
 from tilelang_ext.kernels.mxfp4_moe.operator import _by_reference  # noqa: E402
 from tilelang_ext.kernels.mxfp4_moe.weights import prepare_mxfp4_weights, tile_for_hopper  # noqa: E402
-from tilelang_ext.kernels.scaled_mm import launch as matmul  # noqa: E402
 from tilelang_ext.launch.device import target_of  # noqa: E402
 from tilelang_ext.launch.recipe import compile_cached  # noqa: E402
 
@@ -198,10 +200,15 @@ def matmuls(arch: str) -> Iterator[dict]:
         def torch_s(a=a, b=b, scale_a=scale_a, scale_b=scale_b, out=out):
             torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, out=out)
 
-        ours()
-        bound = matmul.plan().bind(a, b, scale_a, row, scale_b, row, None, None, None, False, out)
+        prepared = scaled_mm.prepare(b, scale_b, row, row)
+        calls = (
+            ("scaled_mm", ours, "6"),
+            ("prepared", lambda call=prepared, a=a, scale=scale_a, out=out: call(a, scale, out=out), None),
+            ("prepared, bound", prepared.bind(a, scale_a, out=out), None),
+            ("torch._scaled_mm", torch_s, None),
+        )
         case = f"scaled_mm(out=) {M}x{N}x{K}"
-        for name, call, wanted in (("scaled_mm", ours, "6"), ("plan, bound", bound, None), ("torch._scaled_mm", torch_s, None)):
+        for name, call, wanted in calls:
             out.fill_(torch.nan)
             call()
             error = ((out.double() - expected).norm() / expected.norm()).item()
@@ -232,15 +239,12 @@ def experts(arch: str) -> Iterator[dict]:
         def ours(tiled=tiled, a_dtype=a_dtype):
             mxfp4_moe(x, ids, row_weights, *tiled, activation=activation, a_dtype=a_dtype, out=out)
 
-        options = activation.name, activation.alpha, activation.limit, a_format, "reduce"
-        arguments = (x, ids, row_weights, *tiled[0], *tiled[1], *options, None, out)
-        ours()
         case = f"mxfp4_moe {a_format}, gpt-oss-20b, 1 token"
-        bound = moe.plan().bind(*arguments)
+        fixed = mxfp4_moe.prepare(*tiled, activation=activation, a_dtype=a_dtype)
         calls = (
             ("mxfp4_moe", ours, wanted),
-            ("plan", lambda: moe.plan().launch(*arguments), None),
-            ("plan, bound", bound, None),
+            ("prepared", lambda call=fixed: call(x, ids, row_weights, out=out), None),
+            ("prepared, bound", fixed.bind(x, ids, row_weights, out=out), None),
         )
         for name, call, most in calls:
             out.fill_(torch.nan)
@@ -249,6 +253,21 @@ def experts(arch: str) -> Iterator[dict]:
             assert error < bound_of_error, f"{case}, {name}: error {error}"
             us, least = host_time(call)
             yield {"case": case, "provider": name, "us": us, "least": least, "wanted": most}
+        if find_spec("humming"):
+            us, least = host_time(humming(a_format))
+            yield {"case": case, "provider": "humming", "us": us, "least": least}
+
+
+def humming(a_format: str) -> Callable[[], None]:
+    """Return its call for a layer of the same size, checked: two GEMMs, the activation between them and the sum."""
+    a_dtype = "fp8" if a_format == "fp8" else "bf16"
+    model = Model("gpt-oss-20b", GPT_OSS["hidden"], GPT_OSS["intermediate"], GPT_OSS["experts"], GPT_OSS["top_k"])
+    case = Case(model, 1, a_dtype, "cuda", "cuda", 0.0)
+    layer, inputs, out = case.layer(0, "cuda"), case.inputs(0, "cuda"), case.output("cuda")
+    call = make_humming(case, layer)(inputs, out)
+    call()
+    check(case, "humming", out, expected(layer, inputs))
+    return call
 
 
 CASES = {"add": add, "scaled_mm": matmuls, "mxfp4_moe": experts}
@@ -257,10 +276,12 @@ CASES = {"add": add, "scaled_mm": matmuls, "mxfp4_moe": experts}
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--path", nargs="+", default=[], metavar="FOLDER", help="folders to import humming from")
     parser.add_argument("--csv", metavar="FILE", help="write every figure")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("bench_host: needs an NVIDIA GPU, since it times launches; got none; run it on one")
+    sys.path += chosen.path
     torch.manual_seed(0)
     target = target_of("bench_host", torch.device("cuda", torch.cuda.current_device()))
     rows = [row for name in chosen.cases for row in CASES[name](target.arch)]

@@ -3,7 +3,7 @@
 #
 #     sh benchmark/remeasure.sh --list              the parts; each takes less than ten minutes on an H200 with 16 cores
 #     sh benchmark/remeasure.sh matmul              writes to remeasured/, or to the folder OUT names
-#     SEEDS="21 22" sh benchmark/remeasure.sh grid  two seeds, each on a GPU of its own where there are two
+#     SEEDS="21 22" COUNT=30 sh benchmark/remeasure.sh grid   30 sizes of each seed, each on a GPU of its own where there are two
 #     FAST=1 ...                                    ours without those that no target is about: grid without exact rows
 #
 # Peers take part where they can be imported: see the files of results. Files of results are not touched: copy what is to stand.
@@ -17,6 +17,7 @@ LIBRARY=${LIBRARY:-}  # of vLLM's operators
 PEERS=${PEERS:-}      # folders to import peers of mxfp4_moe from
 VLLM=${VLLM:-}        # a folder in which its wheel is unpacked
 SEEDS=${SEEDS:-7 11}
+COUNT=${COUNT:-60}      # sizes of a seed; matmul draws 40 of the first seed
 SIZES="8 32 48 96 200 384 768"
 status=0
 
@@ -47,7 +48,7 @@ case $part in
     number=0 files=""
     for seed in $SEEDS; do
       gpu=$((number % (gpus > 0 ? gpus : 1))) number=$((number + 1)) files="$files $OUT/seed$seed.csv"
-      CUDA_VISIBLE_DEVICES=$gpu "$PYTHON" benchmark/bench_grid.py --op scaled_mm --seed "$seed" --count 60 ${FAST:+--without-exact} \
+      CUDA_VISIBLE_DEVICES=$gpu "$PYTHON" benchmark/bench_grid.py --op scaled_mm --seed "$seed" --count "$COUNT" ${FAST:+--without-exact} \
         --processes $(($(nproc) / (gpus > 0 ? gpus : 1))) --csv "$OUT/seed$seed.csv" >"$OUT/seed$seed.txt" 2>&1 &
       [ $((number % (gpus > 0 ? gpus : 1))) -ne 0 ] || wait
     done
@@ -63,7 +64,7 @@ case $part in
     bench bench_matmul.py --target cuda --dtype bfloat16 --providers ours plain torch --csv "$OUT/matmul_bfloat16.csv" \
       --plot "$OUT/matmul_bfloat16.png"
     bench bench_matmul.py --target cuda --dtype float16 --providers ours torch --csv "$OUT/matmul_float16.csv"
-    bench bench_matmul.py --target cuda --providers ours torch --random 40 --seed 301 --csv "$OUT/matmul_random40.csv"
+    bench bench_matmul.py --target cuda --providers ours torch --random 40 --seed "${SEEDS%% *}" --csv "$OUT/matmul_random40.csv"
     compare matmul_h200_bfloat16.csv "$OUT/matmul_bfloat16.csv"
     compare matmul_h200_float16.csv "$OUT/matmul_float16.csv"
     compare matmul_h200_random40.csv "$OUT/matmul_random40.csv"
@@ -75,7 +76,7 @@ case $part in
   mxfp4_moe_grid)
     for seed in $SEEDS; do
       # shellcheck disable=SC2086
-      bench bench_grid.py --op mxfp4_moe --seed "$seed" ${PEERS:+--path $PEERS} --csv "$OUT/mxfp4_moe_seed$seed.csv"
+      bench bench_grid.py --op mxfp4_moe --seed "$seed" --count "$COUNT" ${PEERS:+--path $PEERS} --csv "$OUT/mxfp4_moe_seed$seed.csv"
       compare grid_mxfp4_moe_h200.csv "$OUT/mxfp4_moe_seed$seed.csv"
     done
     ;;
@@ -94,7 +95,7 @@ case $part in
     compare attention_h200.csv "$OUT/attention.csv"
     ;;
   host)
-    bench bench_host.py --csv "$OUT/host.csv"
+    bench bench_host.py ${PEERS:+--path "$PEERS"} --csv "$OUT/host.csv"
     compare host_h200.csv "$OUT/host.csv"
     ;;
   *)
