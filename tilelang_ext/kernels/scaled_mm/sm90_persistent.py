@@ -41,6 +41,7 @@ at 4.25e12 bytes/s (docs/design/performance.md). `sm90_config` picks the configu
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,9 +70,10 @@ PASS_CONFIGS = {
     "tl.disable_thread_storage_sync": True,
 }
 
-# Of a thread of the producer and of the consumers' threads, for blockwise scales: the first where accumulators and scales take
-# at most so many of a consumer's registers.
-_REGISTERS, _REGISTERS_OF_LARGE, _LARGE = (120, 192), (88, 208), 180
+# For blockwise scales, up to so many of a consumer's registers that accumulators and scales take: those of a thread of the
+# producer and of the consumers. Where K is constant, only producers that load many scales ahead need more of them.
+_REGISTERS = (180, 120, 192), (256, 88, 208)
+_REGISTERS_OF_CONSTANT, _FEW_SCALES = ((130, 120, 192), (172, 88, 208)), 16
 _GROUP_ROWS = 8  # rows of tiles that are walked together
 _K_BLOCKS_PER_STORE = 2  # of the next tile, from one deferred subtile to the next
 _MAX_STEPS, _STEPS = 6, 4  # of an iteration of a promoted main loop: all stages up to the first number, or so many
@@ -133,10 +135,12 @@ class _Traits:
     @property
     def roles(self) -> Roles:
         """The producer keeps blockwise scales of some K blocks in registers, and of dynamic sizes their addresses."""
-        if not self.blockwise or self.has_constant_K:
+        has_few_scales = self.has_constant_K and self.unroll * (1 + self.producer_rows + self.scale_sets) <= _FEW_SCALES
+        if not self.blockwise or has_few_scales:
             return Roles(self.config.num_consumers)
         taken = (self.mma_tiles + 1) * self.mma_N // 2 + (self.mma_N // 4 if self.config.is_swapped else 4)
-        return Roles(self.config.num_consumers, *(_REGISTERS_OF_LARGE if taken > _LARGE else _REGISTERS))
+        registers = _REGISTERS_OF_CONSTANT if self.has_constant_K else _REGISTERS
+        return Roles(self.config.num_consumers, *next((each for most, *each in registers if taken <= most), ()))
 
     @property
     def promotes(self) -> bool:
@@ -744,6 +748,7 @@ def _promote(traits: _Traits, block: _Block, consumer: _Consumer, column, stage,
     accumulator, partial = consumer.accumulators.of_tiles[m], consumer.accumulators.partial
     row_scales, column_scales = consumer.row_scales[m], consumer.column_scales
     boundary = FP8_BLOCK - column % FP8_BLOCK  # the first column of the tile's second block of scale_b
+    granule = math.gcd(traits.config.block_N, FP8_BLOCK)  # of which the boundary is a multiple: one choice for so many columns
 
     def scaled(value, i, j):
         if not traits.blockwise:
@@ -752,7 +757,7 @@ def _promote(traits: _Traits, block: _Block, consumer: _Consumer, column, stage,
             return value * column_scales[j]
         if traits.scale_sets == 1:
             return value * row_scales[0][i]
-        return value * T.if_then_else(j // 8 * 8 < boundary, row_scales[0][i], row_scales[1][i])
+        return value * T.if_then_else(j // granule * granule < boundary, row_scales[0][i], row_scales[1][i])
 
     @T.macro
     def emit():
