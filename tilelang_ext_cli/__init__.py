@@ -81,7 +81,7 @@ def _export(chosen: argparse.Namespace) -> int:
     if chosen.wheel:
         print(export.wheel(package, chosen.out))
     if chosen.hub:
-        print(export.hub(package, chosen.out))
+        print(export.hub(package, chosen.out, chosen.arch))
     return 0
 
 

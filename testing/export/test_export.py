@@ -161,12 +161,16 @@ def test_wheel(folder, tmp_path):
 
 
 def test_layout_of_the_hub(folder, tmp_path):
-    build = export.hub(folder / export.PACKAGE, tmp_path)
+    build = export.hub(folder / export.PACKAGE, tmp_path, "sm_90a")
     assert build.parent == tmp_path / "build"
     assert build.name.startswith("tvm-ffi01-cu130-")
     assert (build / "__init__.py").is_file()
     assert (build / export.PACKAGE / "__init__.py").is_file()
     assert "[tvm-ffi]" in (tmp_path / "build.toml").read_text()
+    metadata = json.loads((build / "metadata.json").read_text())
+    assert metadata["name"] == "tilelang-ext-aot"
+    assert metadata["id"].startswith("tilelang_ext_aot_cuda_"), "the module's name in the process"
+    assert metadata["backend"] == {"type": "cuda", "archs": ["9.0a"]}
 
 
 def test_a_folder_is_not_overwritten(folder, calls):

@@ -146,12 +146,12 @@ def _digest(content: bytes) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
 
 
-def hub(package: Path, out: Path, cuda: str = "cu130") -> Path:
+def hub(package: Path, out: Path, arch: str, cuda: str = "cu130") -> Path:
     """Put an exported package in the layout of the Hugging Face Hub's kernels in `out`; return the folder of its build.
 
     The package's modules import one another by its name, so the build's `__init__` puts its own folder on the path first. The
-    layout is that of kernel-requirements.md of huggingface/kernels: build/<framework>-<backend>-<machine>-<system>, and a
-    folder of the kernel's name in it for older versions.
+    layout is that of kernel-requirements.md of huggingface/kernels: build/<framework>-<backend>-<machine>-<system>. `arch` is
+    what it was exported for, as sm_90a; `cuda` the version of CUDA that torch must be built for.
     """
     build = out / "build" / f"tvm-ffi01-{cuda}-{platform.machine()}-linux"
     name = PACKAGE
@@ -161,7 +161,17 @@ def hub(package: Path, out: Path, cuda: str = "cu130") -> Path:
         f'"""Loads {name}, which lies beside this file."""\n\nimport sys\nfrom pathlib import Path\n\n'
         f"sys.path.insert(0, str(Path(__file__).parent))\n\nfrom {name} import *  # noqa: E402, F403\n",
     )
-    _write(build / "metadata.json", json.dumps({"version": 1, "license": "MIT", "python-depends": []}))
+    tables = b"".join(path.read_bytes() for path in sorted((package / "operators").glob("*.json")))
+    number = re.fullmatch(r"sm_(\d+)(\d[af]?)", arch)
+    metadata = {
+        "id": f"{name}_cuda_{hashlib.sha256(tables).hexdigest()[:12]}",  # of this content and backend
+        "name": name.replace("_", "-"),
+        "version": 1,
+        "license": "MIT",
+        "python-depends": [],
+        "backend": {"type": "cuda", "archs": [".".join(number.groups())] if number else []},
+    }
+    _write(build / "metadata.json", json.dumps(metadata))
     _write(
         out / "build.toml",
         f'[general]\nname = "{name.replace("_", "-")}"\nversion = 1\nlicense = "MIT"\nbackends = ["cuda"]\n\n'
