@@ -76,6 +76,7 @@ class Shared:
     split_k_end: float  # for an element of a consumer's accumulator
     split_k_overlap: float
     split_k_memory: float
+    split_k_latency: float  # microseconds, after which what a block's stages hold has been loaded
     vecmat_memory: tuple[float, ...]  # by rows from 1 on
     split: float  # of giving accumulators to another block and waiting for them
     split_element: float  # for an element of a tile, given or taken
@@ -96,12 +97,13 @@ SHARED = Shared(
     last_wave=0.04352,
     wide=0.04247,
     idle=(0.03106, 0.1355),
-    split_k_launch=2.074,
+    split_k_launch=3.741,
     split_k_exchange=0.0,
-    split_k_mma=0.06033,
-    split_k_end=0.0004318,
-    split_k_overlap=0.6431,
-    split_k_memory=4260000.0,
+    split_k_mma=0.08603,
+    split_k_end=0.0001895,
+    split_k_overlap=0.897,
+    split_k_memory=4862000.0,
+    split_k_latency=1.736,
     vecmat_memory=(4349000.0, 3161000.0, 2299000.0, 2683000.0),
     split=1.631,
     split_element=0.0002155,
@@ -296,7 +298,9 @@ def _split_k_us(config: sm90_split_k.Config, problem: Problem) -> float:
     blocks = _ceildiv(problem.N, config.block_N) * config.num_splits
     k_blocks = _ceildiv(_ceildiv(problem.K, BLOCK_K), config.num_splits * config.num_consumers)
     busy = k_blocks * max(1.0, config.block_M / WGMMA_M) * SHARED.split_k_mma
-    memory = _bytes_of(problem) / min(SHARED.split_k_memory, blocks * SHARED.sm_memory)
+    in_flight = config.num_stages * (config.block_M + config.block_N) * BLOCK_K
+    of_block = min(SHARED.sm_memory, in_flight / SHARED.split_k_latency)
+    memory = _bytes_of(problem) / min(SHARED.split_k_memory, blocks * of_block)
     exchange = SHARED.split_k_exchange if config.num_splits > 1 else 0.0
     end = SHARED.split_k_end * config.num_consumers * config.block_M * config.block_N
     return SHARED.split_k_launch + exchange + end + _both(busy, memory, SHARED.split_k_overlap)
