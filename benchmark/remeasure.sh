@@ -89,6 +89,8 @@ case $part in
   gated_delta)
     bench bench_gated_delta.py ${VLLM:+--vllm "$VLLM"} --csv "$OUT/gated_delta.csv"
     compare gated_delta_h200.csv "$OUT/gated_delta.csv"
+    bench bench_gated_delta_prefill.py --heads 16/16 32/32 --csv "$OUT/gated_delta_prefill.csv"
+    compare gated_delta_prefill_h200.csv "$OUT/gated_delta_prefill.csv"
     ;;
   attention)
     bench bench_attention.py --csv "$OUT/attention.csv"

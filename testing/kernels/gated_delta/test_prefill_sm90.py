@@ -34,7 +34,10 @@ def test_values():
 
 @needs_nvcc
 def test_machine_code():
-    """No MMA waits for the one before (`compile_texts` sees to that), nothing spills: each consumer has the MMAs of a chunk."""
+    """No MMA waits for the one before (`compile_texts` sees to that), and nothing spills.
+
+    Each consumer has P ahead of the loop, and the MMAs of a chunk.
+    """
     compiled = compile_texts({"scan": text()}, HOPPER)["scan"]
     assert compiled.spilled == 0
-    assert compiled.count("HGMMA") == 2 * (8 + 8 + 4 + 4 + 4)
+    assert compiled.count("HGMMA") == 2 * (8 + 8 + 8 + 4 + 4 + 4)

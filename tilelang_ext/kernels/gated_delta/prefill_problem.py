@@ -31,7 +31,7 @@ token b is given the slots from b // C + its number on, of which one may stay un
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +59,10 @@ class PrefillProblem:
     l2_norm: bool = False  # whether q and k are divided by their norms first
     has_initial: bool = False
     has_lengths: bool = False
+
+    def without_states(self) -> PrefillProblem:
+        """Return all that what is computed without states depends on."""
+        return replace(self, num_sms=0, V=0, state_dtype="float32", has_initial=False)
 
     @property
     def chunk(self) -> int:

@@ -1,8 +1,8 @@
 """From chunk to chunk on Hopper: results and states of the gated delta rule, with the state in registers.
 
 Everything is transposed, so that whatever an MMA reads from the left is an accumulator of the MMA before, rounded (PTX ISA
-9.7.15: what a thread has of an accumulator are the elements that it holds of a left operand of 16 bits). Of a chunk, for 64 rows
-of V:
+9.7.15: what a thread has of an accumulator are the elements that it holds of a left operand of 16 bits). Of a chunk, for 64
+rows of V:
 
     P = S K^T;  X = V^T - P diag(p);  R = X T^T                                p = factors[0]
     O = S Q^T diag(o) + R A^T                                                  o = factors[2]
@@ -19,8 +19,12 @@ Pipeline, producer role -> consumer role: a stage is a chunk; full: 128 threads 
 
 Steady state of a consumer:
 
-    issue P | issue S Q^T | P is complete: X | issue R | S Q^T is complete: scale it and S | R is complete: round it twice |
-    issue S | issue O | both are complete: O through the stage's v to memory, release the stage
+    issue R | issue S Q^T | scale S | R is complete: round it twice | the next chunk has landed | issue S |
+    S Q^T is complete: scale it | issue O | S is complete: round it, issue the next chunk's P |
+    O is complete: store it through the stage's v, release the stage | P is complete: the next chunk's X
+
+The wait for the next chunk stands where no accumulator that is read before the next wait for MMAs is in flight: its loop would
+make ptxas serialize the MMAs.
 
 Rows past the end of a tensor are zeros, by TMA. Those of another sequence are cleared where they would be multiplied by 0.
 
@@ -308,8 +312,12 @@ def _consume(traits, operands, block, number):
     traits.config.roles.begin_consumer()
     consumer = _alloc_consumer(traits, block, number)
     _load_state(traits, operands, block, consumer)
-    for chunk in T.serial(block.num_chunks):
-        _compute(traits, operands, block, consumer, chunk)
+    if block.num_chunks > 0:
+        _wait_chunk(traits, block, consumer, 0)
+        _issue_products(traits, block, consumer, 0)
+        _subtract(traits, block, consumer, 0)
+        for chunk in T.serial(block.num_chunks):
+            _compute(traits, operands, block, consumer, chunk)
     _store_state(traits, operands, block, consumer)
 
 
@@ -377,26 +385,36 @@ def _store_state(traits, operands, block, consumer):
 
 
 @T.macro
-def _compute(traits, operands, block, consumer, chunk):
-    """Compute the results of a chunk and the state after it."""
-    C, dtype, pipeline = traits.problem.chunk, traits.problem.dtype, block.pipeline
-    S, P, O = consumer.S, consumer.P, consumer.O
-    k_by_tokens, k_by_channels, q, solution, scores = consumer.descriptors
-    stage = T.alloc_var("int32", _uniform(pipeline.stage(chunk)))
-    rows = T.alloc_var("int32", block.span.tokens - chunk * C)
-    pipeline.wait(stage, pipeline.full_phase(chunk))
+def _wait_chunk(traits, block, consumer, chunk):
+    """Wait for the loads of a chunk."""
+    stage = T.alloc_var("int32", _uniform(block.pipeline.stage(chunk)))
+    block.pipeline.wait(stage, block.pipeline.full_phase(chunk))
     if traits.problem.has_lengths:
-        _clear_keys(traits, block, consumer, stage, rows)
-    _round(S, consumer.S_r, traits.states, dtype)
-    _multiply(traits, consumer.S_r, k_by_tokens, stage * traits.panels, traits.panels, P, traits.tokens)
-    _multiply(traits, consumer.S_r, q, stage * traits.panels, traits.panels, O, traits.tokens)
+        _clear_keys(traits, block, consumer, stage, block.span.tokens - chunk * traits.problem.chunk)
+
+
+@T.macro
+def _issue_products(traits, block, consumer, chunk):
+    """Round S, and issue P = S K^T."""
+    stage = T.alloc_var("int32", _uniform(block.pipeline.stage(chunk)))
+    _round(consumer.S, consumer.S_r, traits.states, traits.problem.dtype)
+    k_by_tokens = consumer.descriptors[0]
+    _multiply(traits, consumer.S_r, k_by_tokens, stage * traits.panels, traits.panels, consumer.P, traits.tokens)
+
+
+@T.macro
+def _subtract(traits, block, consumer, chunk):
+    """Wait for all MMAs, and compute X = V^T - P diag(p), rounded."""
+    C, P = traits.problem.chunk, consumer.P
+    stage = T.alloc_var("int32", _uniform(block.pipeline.stage(chunk)))
+    rows = T.alloc_var("int32", block.span.tokens - chunk * C)
     for j in T.unroll(C // 8):
         for r in T.unroll(2):
             for i in T.unroll(2):
                 consumer.V[4 * j + 2 * r + i] = block.v_s[
                     stage, consumer.number, 8 * j + consumer.column + i, consumer.row + 8 * r
                 ]
-    T.wait_wgmma(1)
+    T.wait_wgmma(0)
     T.warpgroup_fence_operand(P, num_regs=traits.tokens)
     for j in T.unroll(C // 8):
         for i in T.unroll(2):
@@ -406,27 +424,43 @@ def _compute(traits, operands, block, consumer, chunk):
                 P[4 * j + 2 * r + i] = T.cast(consumer.V[4 * j + 2 * r + i], "float32") - p * P[4 * j + 2 * r + i]
                 if traits.problem.has_lengths and token >= rows:
                     P[4 * j + 2 * r + i] = T.float32(0)
-    _round(P, consumer.X_r, traits.tokens, dtype)
+    _round(P, consumer.X_r, traits.tokens, traits.problem.dtype)
+
+
+@T.macro
+def _compute(traits, operands, block, consumer, chunk):
+    """Compute the results of a chunk, whose X is there, the state after it, and the next chunk's X."""
+    C, dtype = traits.problem.chunk, traits.problem.dtype
+    S, P, O = consumer.S, consumer.P, consumer.O
+    _, k_by_channels, q, solution, scores = consumer.descriptors
+    stage = T.alloc_var("int32", _uniform(block.pipeline.stage(chunk)))
+    # Behind the last chunk its P is computed once more, and not used.
+    following = T.alloc_var("int32", T.min(chunk + 1, block.num_chunks - 1))
     _multiply(traits, consumer.X_r, solution, stage, 1, P, traits.tokens)
-    T.wait_wgmma(1)
-    T.warpgroup_fence_operand(O, num_regs=traits.tokens)
-    _scale(block, consumer, O, stage, 2, C)
+    _multiply(traits, consumer.S_r, q, stage * traits.panels, traits.panels, O, traits.tokens)
     s = block.factors_s[stage, 3, 0]
     for e in T.unroll(traits.states):
         S[e] = S[e] * s
-    T.wait_wgmma(0)
+    T.wait_wgmma(1)
     T.warpgroup_fence_operand(P, num_regs=traits.tokens)
     _round(P, consumer.R_r, traits.tokens, dtype)
     _scale(block, consumer, P, stage, 1, C)
     _round(P, consumer.X_r, traits.tokens, dtype)
+    _wait_chunk(traits, block, consumer, following)
     _add(traits, consumer.X_r, k_by_channels, stage * traits.panels, S, traits.states, False)
-    _add(traits, consumer.R_r, scores, stage, O, traits.tokens, True)
-    T.wait_wgmma(0)
-    T.warpgroup_fence_operand(S, num_regs=traits.states)
+    T.wait_wgmma(1)
     T.warpgroup_fence_operand(O, num_regs=traits.tokens)
-    _store(traits, operands, block, consumer, chunk, stage, rows)
+    _scale(block, consumer, O, stage, 2, C)
+    _add(traits, consumer.R_r, scores, stage, O, traits.tokens, True)
+    T.wait_wgmma(1)
+    T.warpgroup_fence_operand(S, num_regs=traits.states)
+    _issue_products(traits, block, consumer, following)
+    T.wait_wgmma(1)
+    T.warpgroup_fence_operand(O, num_regs=traits.tokens)
+    _store(traits, operands, block, consumer, chunk, stage, block.span.tokens - chunk * C)
+    _subtract(traits, block, consumer, following)
     T.sync_warp()  # the lanes have read v and the factors
-    pipeline.release(stage, consumer.lane)
+    block.pipeline.release(stage, consumer.lane)
 
 
 def _uniform(stage):

@@ -1,7 +1,7 @@
 """What the chunks of `gated_delta_prefill` need besides states: T, A and the factors of tokens, one block per chunk and head.
 
-Two GEMMs, K K^T and Q K^T, then (I + L) T = diag(beta) column by column: a thread keeps a column of T in registers and
-subtracts from what is below an element its multiples of L's column, which is stored as a row, so that four elements are one
+Two GEMMs, K K^T and Q K^T, then (I + L) T = diag(beta) column by column: two threads keep a column of T in registers and
+subtract from what is below an element its multiples of L's column, which is stored as a row, so that four elements are one
 load. Forward substitution is as exact as float32 is, whatever the keys; powers of L, by which the inverse could be had with
 MMAs alone, grow without bound where neighbouring keys are alike.
 """
@@ -14,6 +14,7 @@ from tilelang_ext.kernels.gated_delta.rows import LINEAR_FROM, NORM_EPS
 from tilelang_ext.kernels.sm90 import pdl
 
 _THREADS = 128
+_BLOCKS_PER_SM = 4  # or the compiler would load what is below for many steps ahead, into 232 registers
 _LEAST_LOG_G = -100.0  # exp of it is 0 in float32; sums of less would lose the digits of what comes after
 _WIDTH = 4  # elements of a load of float32
 
@@ -27,6 +28,14 @@ def solve_chunks(problem: PrefillProblem):
     """The prim_func (q, k, A_log, dt_bias, a, b, cu_seqlens, solution, scores, factors)."""
     C, K, heads, dtype, types = problem.chunk, problem.K, problem.heads, problem.dtype, problem.types()
     heads_per_qk = heads // problem.qk_heads
+
+    def row(e, own):
+        """Return the row of element e of the even or the odd half of a column."""
+        return (e // _WIDTH * 2 + own) * _WIDTH + e % _WIDTH
+
+    def place(row):
+        """Return the element of its half that a row is."""
+        return row // (2 * _WIDTH) * _WIDTH + row % _WIDTH
 
     @T.macro
     def token_factors(A_log, dt_bias, a, b, head, span, thread, log_s, sum_s, beta_s):
@@ -63,22 +72,25 @@ def solve_chunks(problem: PrefillProblem):
 
     @T.macro
     def solve(L_s, beta_s, solution, tile, thread):
-        """A thread's column of T; L_s[j, i] is L[i, j]."""
-        column = T.alloc_local((C,), "float32")
+        """Half of a column of T, which two neighbouring threads share: four rows each in turn; L_s[j, i] is L[i, j]."""
+        own_rows = T.alloc_local((C // 2,), "float32")
         below = T.alloc_local((_WIDTH,), "float32")
-        if thread < C:
-            for i in T.unroll(C):
-                column[i] = T.if_then_else(i == thread, T.float32(1), T.float32(0))
+        column, parity = thread // 2, thread % 2
+        if thread < 2 * C:
+            for e in T.unroll(C // 2):
+                own_rows[e] = T.if_then_else(row(e, parity) == column, T.float32(1), T.float32(0))
             for j in T.unroll(C - 1):
-                for part in T.unroll(C // _WIDTH):
-                    if part * _WIDTH + _WIDTH - 1 > j:
+                from_other = T.shfl_xor(own_rows[place(j)], 1)
+                x = T.if_then_else(parity == j // _WIDTH % 2, own_rows[place(j)], from_other)
+                for part in T.unroll(C // 2 // _WIDTH):
+                    if row(part * _WIDTH + _WIDTH - 1, 1) > j:
                         for e in T.vectorized(_WIDTH):
-                            below[e] = L_s[j, part * _WIDTH + e]
+                            below[e] = L_s[j, row(part * _WIDTH, parity) + e]
                         for e in T.unroll(_WIDTH):
-                            column[part * _WIDTH + e] = column[part * _WIDTH + e] - below[e] * column[j]
-            beta = beta_s[thread]
-            for i in T.unroll(C):
-                solution[tile, i, thread] = T.cast(column[i] * beta, dtype)
+                            own_rows[part * _WIDTH + e] = own_rows[part * _WIDTH + e] - below[e] * x
+            beta = beta_s[column]
+            for e in T.unroll(C // 2):
+                solution[tile, row(e, parity), column] = T.cast(own_rows[e] * beta, dtype)
 
     @T.prim_func
     def solve_chunks(
@@ -104,6 +116,13 @@ def solve_chunks(problem: PrefillProblem):
             k_norm_s = T.alloc_shared((C,), "float32")
             kk_f = T.alloc_fragment((C, C), "float32")
             qk_f = T.alloc_fragment((C, C), "float32")
+            sum_of_row = T.alloc_fragment((C,), "float32")
+            L_of_row = T.alloc_fragment((C,), "float32")
+            A_of_row = T.alloc_fragment((C,), "float32")
+            sum_of_column = T.alloc_fragment((C,), "float32")
+            of_column = T.alloc_fragment((C,), "float32")
+            if problem.target_kind == "cuda":
+                T.annotate_min_blocks_per_sm(_BLOCKS_PER_SM)
             thread = T.get_thread_binding()
             slot, head = tile // heads, tile % heads
             span = alloc_span()
@@ -120,13 +139,19 @@ def solve_chunks(problem: PrefillProblem):
                 T.fill(qk_f, 0)
                 T.gemm(k_s, k_s, kk_f, transpose_B=True)
                 T.gemm(q_s, k_s, qk_f, transpose_B=True)
+                for i in T.Parallel(C):
+                    sum_of_row[i] = sum_s[i]
+                    L_of_row[i] = beta_s[i] * k_norm_s[i]
+                    A_of_row[i] = T.float32(problem.scale) * q_norm_s[i]
+                for j in T.Parallel(C):
+                    sum_of_column[j] = sum_s[j]
+                    of_column[j] = k_norm_s[j]
                 for i, j in T.Parallel(C, C):
-                    decay = T.exp(T.min(sum_s[i] - sum_s[j], T.float32(0)))
-                    is_here = k_norm_s[i] > 0
-                    L = beta_s[i] * decay * k_norm_s[i] * k_norm_s[j] * kk_f[i, j]
-                    A = T.float32(problem.scale) * decay * q_norm_s[i] * k_norm_s[j] * qk_f[i, j]
-                    L_s[j, i] = T.if_then_else(j < i, T.if_then_else(is_here, L, T.float32(0)), T.float32(0))
-                    qk_f[i, j] = T.if_then_else(j <= i, T.if_then_else(is_here, A, T.float32(0)), T.float32(0))
+                    decay = T.exp(T.min(sum_of_row[i] - sum_of_column[j], T.float32(0))) * of_column[j]
+                    L = L_of_row[i] * decay * kk_f[i, j]
+                    A = A_of_row[i] * decay * qk_f[i, j]
+                    L_s[j, i] = T.if_then_else(j < i, T.if_then_else(L_of_row[i] != 0, L, T.float32(0)), T.float32(0))
+                    qk_f[i, j] = T.if_then_else(j <= i, T.if_then_else(A_of_row[i] != 0, A, T.float32(0)), T.float32(0))
                 T.copy(qk_f, scores[tile, 0:C, 0:C])
                 if thread < C:
                     total, last = sum_s[thread], sum_s[C - 1]
@@ -142,4 +167,4 @@ def solve_chunks(problem: PrefillProblem):
 
 def compile_kernel(problem: PrefillProblem, device) -> Callable:
     """Return the compiled kernel."""
-    return device.compile(solve_chunks, problem)
+    return device.compile(solve_chunks, problem.without_states())
