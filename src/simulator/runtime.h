@@ -118,8 +118,10 @@ static int work(unsigned worker) {
   launch = {{job->grid[0], job->grid[1], job->grid[2]}, {job->threads[0], job->threads[1], job->threads[2]}};
   if (!create_threads()) return 4;
   const uint64_t groups = (uint64_t)launch.grid[0] * launch.grid[1] * launch.grid[2];
-  for (uint64_t group = worker; group < groups; group += job->workers) run_threadgroup(group);
-  if (is_pending) settle_write();
+  for (uint64_t group = worker; group < groups; group += job->workers) {
+    run_threadgroup(group);
+    if (is_pending) settle_write();  // before the next one has the memory
+  }
   add_counts();
   __atomic_fetch_add(&job->done_workers, 1, __ATOMIC_RELEASE);
   return 0;

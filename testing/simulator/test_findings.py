@@ -251,6 +251,18 @@ def test_threads_that_store_one_value(value, kind):
         assert "notes: 1" in str(report)
 
 
+def test_threadgroups_that_end_with_one_value():
+    """The last store of a threadgroup is judged before the next one has the memory."""
+    source = kernels.HEADER + (
+        "kernel void f(device int* y [[buffer(0)]], uint g [[threadgroup_position_in_grid]],\n"
+        "              uint i [[thread_index_in_threadgroup]]) {\n"
+        "  threadgroup int cell[2];\n  y[g * 32 + i] = 1;\n  cell[0] = int(g) + 7;\n}"
+    )
+    report = execute_msl(source, "f", [torch.zeros(256, dtype=torch.int32)], grid=(8, 1, 1), threads=(32, 1, 1))
+    assert report.findings == ()
+    assert [(note.kind, note.count) for note in report.notes] == [("same value", 8 * 31)]
+
+
 @pytest.mark.parametrize(("value", "kind"), [("3", "same value"), ("0x3030303 + 0x1010101 * (int(i) / 31)", "race")])
 def test_threads_that_fill_with_one_value(value, kind):
     """The compiler makes one access of these stores, as long as the fill."""
