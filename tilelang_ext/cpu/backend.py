@@ -87,7 +87,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
 
 
 def _names_of_arguments(mod: IRModule) -> dict[str, str]:
-    """Return what a pointer to a tensor is called -> what the tensor is, where they differ, as behind `g = T.reshape(A, ...)`."""
+    """Return the name of a tensor's pointer -> the tensor's, where they differ, as they do behind `g = T.reshape(A, ...)`."""
     arguments = (buffer for func in mod.functions.values() for buffer in func.buffer_map.values())
     return {buffer.data.name: buffer.name for buffer in arguments if buffer.data.name != buffer.name}
 

@@ -49,6 +49,7 @@ from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.single_rounds import EndSingleRounds
 from tilelang_ext.passes.unit_axes import DropUnitAxes
+from tilelang_ext.passes.updates import PartUpdates
 from tilelang_ext.passes.upstream_errors import in_our_words
 from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
@@ -109,7 +110,7 @@ def _lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     mod = StageReads(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.metal.fragment_to_simdgroup.
-    mod = HoldBounds(DropOperandLayouts(mod))
+    mod = PartUpdates(HoldBounds(DropOperandLayouts(mod)))
     mod = transform.LayoutInference()(lay_out(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)

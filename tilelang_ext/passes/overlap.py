@@ -19,8 +19,8 @@ _MOST_POINTS = 1 << 18  # threads times rounds, or grains of memory, that are co
 def may_meet(program: Program, earlier: Access, carried: dict[Around, str], later: Access) -> bool:
     """Return whether two different threads may touch the same bits, and one of them writes.
 
-    `carried` are the loops whose back edge lies between the two. Accesses by one rule and one set of threads do not meet: each
-    element belongs to one thread, or the program races already.
+    `carried` are the loops whose back edge lies between the two. Accesses by one rule and one set of threads do not meet, if
+    each element belongs to one thread.
     """
     if not earlier.array.same_as(later.array) or not (earlier.writes or later.writes) or (earlier.atomic and later.atomic):
         return False
@@ -45,8 +45,19 @@ def _has_one_rule(program: Program, earlier: Access, carried: dict[Around, str],
         if a is not b and (a.is_loop or b.is_loop or not ir.structural_equal(a.condition, b.condition)):
             return False
     if reads or used & program.threads.keys():
-        return True
+        return not _has_copies(program, earlier)
     return not carried and not later.writes  # all threads write the place, and read what they wrote
+
+
+def _has_copies(program: Program, access: Access) -> bool:
+    """Whether in some round of its loops two threads touch one place by the rule of an access; False if numbers do not tell."""
+    loops = [part for part in access.around if part.is_loop and part.loop_var is not None]
+    used = _variables(access)
+    try:
+        rows, threads, _ = _count(program, access, [loop for loop in loops if loop.loop_var in used])
+    except Unknown:
+        return False
+    return len(np.unique(rows, axis=0)) < len(np.unique(np.column_stack([rows, threads]), axis=0))
 
 
 def _joint_loops(earlier: Access, carried: dict[Around, str], later: Access) -> list[Around]:

@@ -44,6 +44,7 @@ from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShift
 from tilelang_ext.passes.single_rounds import EndSingleRounds
 from tilelang_ext.passes.tma_hints import drop_tma_hints
 from tilelang_ext.passes.unit_axes import DropUnitAxes
+from tilelang_ext.passes.updates import PartUpdates
 from tilelang_ext.passes.upstream_errors import in_our_words
 from tilelang_ext.passes.vector_lanes import KeepShufflesScalar, SelectLanes
 from tilelang_ext.passes.wide_indices import WidenIndices
@@ -110,7 +111,7 @@ def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     mod = transform.Simplify()(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.rocm.gemm.
-    mod = HoldBounds(mod)
+    mod = PartUpdates(HoldBounds(mod))
     mod = transform.LayoutInference()(lay_out(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)
