@@ -34,6 +34,7 @@ from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.rewrite import rewritten
 from tilelang_ext.passes.shifted_indices import HideShiftedTileIndices
 from tilelang_ext.passes.single_rounds import EndSingleRounds
+from tilelang_ext.passes.solver import in_linear_arithmetic
 from tilelang_ext.passes.tma_hints import drop_tma_hints
 from tilelang_ext.passes.upstream_errors import in_our_words
 from tilelang_ext.passes.vector_lanes import SelectLanes
@@ -79,6 +80,7 @@ def normalize_target(target: TargetLike) -> Target | None:
 
 
 @in_our_words("c")
+@in_linear_arithmetic
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower by our pass list what upstream's refuses, and everything else by upstream's."""
     names = _names_of_arguments(mod)

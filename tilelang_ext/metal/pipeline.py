@@ -48,6 +48,7 @@ from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.single_rounds import EndSingleRounds
+from tilelang_ext.passes.solver import in_linear_arithmetic
 from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.updates import PartUpdates
 from tilelang_ext.passes.upstream_errors import in_our_words
@@ -70,6 +71,7 @@ def _materialize_kernel_launch():
 
 @in_our_words("metal")
 @with_plain_layouts
+@in_linear_arithmetic
 def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     """Lower tile programs to host and device TIR with explicit threads."""
     with target:  # upstream's vectoriser asks for the current target

@@ -42,6 +42,7 @@ from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.single_rounds import EndSingleRounds
+from tilelang_ext.passes.solver import in_linear_arithmetic
 from tilelang_ext.passes.tma_hints import drop_tma_hints
 from tilelang_ext.passes.unit_axes import DropUnitAxes
 from tilelang_ext.passes.updates import PartUpdates
@@ -75,6 +76,7 @@ def _materialize_kernel_launch():
 
 @in_our_words("hip")
 @with_plain_layouts
+@in_linear_arithmetic
 def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
     transform = tilelang.transform
