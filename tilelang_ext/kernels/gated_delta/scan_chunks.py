@@ -26,7 +26,12 @@ class Config:
 
 def pick_config(problem: PrefillProblem) -> Config:
     """Return the configuration; none has been timed. On Metal q, k, S, T and R take 27 of the 32 KB of a threadgroup."""
-    return Config(16 if problem.target_kind == "metal" or problem.V % 32 else 32, 128)
+    if problem.target_kind == "metal":
+        return Config(16, 128)
+    if problem.V % 32:
+        # Two blocks of an AMD matrix instruction, for two waves of 32 lanes.
+        return Config(16, 64 if problem.target_kind == "hip" else 128)
+    return Config(32, 128)
 
 
 def scan_chunks(problem: PrefillProblem, config: Config):
