@@ -70,16 +70,22 @@ def test_a_copy_converts_half(source, destination):
     assert torch.equal(C, A.to(C.dtype))
 
 
-def test_another_shape_of_an_argument():
-    """Upstream's host code passes arguments by name, and `wide` is what A's pointer is called then."""
+def test_another_shape_of_an_argument_and_a_fragment_of_another_type():
+    """Upstream's host code passes arguments by name, `wide` being what A's is called; halves are carried as codes."""
 
     @T.prim_func
-    def kernel(A: T.Tensor((8, 4), "int32"), C: T.Tensor((4, 8), "int32")):
+    def kernel(A: T.Tensor((8, 4), "float32"), C: T.Tensor((4, 8), "float32"), halves: T.Tensor((8, 8), "bfloat16")):
         with T.Kernel(1, threads=32):
             wide = T.reshape(A, (4, 8))
             for i, j in T.Parallel(4, 8):
                 C[i, j] = wide[i, 7 - j] + A[0, i]
+            a_f = T.alloc_fragment((8, 4), "float32")
+            T.copy(A, a_f)
+            half = T.view(a_f, (8, 8), "bfloat16")
+            for i, j in T.Parallel(8, 8):
+                halves[i, j] = half[i, j]
 
-    A, C = torch.arange(32).int().reshape(8, 4), torch.full((4, 8), -1).int()
-    tilelang.compile(kernel, target="c")(A, C)
+    A, C, halves = torch.randn(8, 4), torch.full((4, 8), torch.nan), torch.zeros(8, 8).bfloat16()
+    tilelang.compile(kernel, target="c")(A, C, halves)
     assert torch.equal(C, A.reshape(4, 8).flip(1) + A[0][:, None])
+    assert torch.equal(halves.view(torch.int16), A.view(torch.int16))

@@ -39,6 +39,11 @@ def test_nan_of_halves(target):
             ValueError,
             r"^T.finalize_reducer: .*; got 8 for 4 on target hip; pass batch=4$",
         ),
+        (
+            "Check failed: cannot reinterpret fragment Fragment((128,) -> (2,)) as 32-bit elements: more",
+            ValueError,
+            r"^T.view: .* in one thread; got a view as 32-bit elements on target hip; annotate a layout .* shared memory$",
+        ),
         ("Check failed: of another kind", InternalError, "of another kind"),
     ],
 )

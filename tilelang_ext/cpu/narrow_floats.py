@@ -299,7 +299,7 @@ class _Carry(PyStmtExprMutator):
 
     def visit_alloc_buffer_(self, op):
         if is_carried(op.buffer.dtype):
-            self.renamed[op.buffer.data] = _pointer_to_codes(op.buffer.data)
+            self.renamed[op.buffer.data] = _pointer_to_codes(op.buffer.data, op.buffer.dtype)
         return tirx.AllocBuffer(self._buffer(op.buffer), op.annotations)
 
     def visit_decl_buffer_(self, op):
@@ -315,9 +315,9 @@ def _single(value: float) -> float:
     return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
-def _pointer_to_codes(pointer: tirx.Var) -> tirx.Var:
-    dtype = storage_dtype(pointer.type_annotation.element_type.dtype)
-    return tirx.Var(pointer.name, PointerType(PrimType(dtype), pointer.type_annotation.storage_scope))
+def _pointer_to_codes(pointer: tirx.Var, dtype) -> tirx.Var:
+    """`dtype` is what it points to: of a tile that is viewed as another type, its annotation may name the other."""
+    return tirx.Var(pointer.name, PointerType(PrimType(storage_dtype(dtype)), pointer.type_annotation.storage_scope))
 
 
 def is_device(func: tirx.PrimFunc) -> bool:
@@ -338,7 +338,7 @@ def _carry(func: tirx.PrimFunc) -> tirx.PrimFunc:
         element = getattr(getattr(param.type_annotation, "element_type", None), "dtype", None)
         # A half parameter stays one: upstream's caller passes a pointer to its half type, and codes are read through a cast.
         if element is not None and is_carried(element) and str(element) != "float16":
-            renamed[param] = _pointer_to_codes(param)
+            renamed[param] = _pointer_to_codes(param, element)
     carry = _Carry(renamed)
     body = carry.visit_stmt(func.body)
     body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_c", tirx.StringImm(prelude(carry.dtypes)), body)

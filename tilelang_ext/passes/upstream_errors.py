@@ -32,6 +32,12 @@ _ERRORS: tuple[tuple[str, type[Exception], str], ...] = (
         "T.finalize_reducer: batch must be at most the number of results of a thread; got {1} for {2} on target {0}; pass "
         "batch={2}",
     ),
+    (
+        r"cannot reinterpret fragment .* as (\d+)-bit elements",
+        ValueError,
+        "T.view: the elements of a fragment that make one wider element must lie next to each other in one thread; got a view "
+        "as {1}-bit elements on target {0}; annotate a layout that has them so, or view a tile in shared memory",
+    ),
 )
 
 
