@@ -14,11 +14,11 @@ from tilelang import tvm
 from tilelang.engine.lower import lower
 from tvm.target import Target
 
-from tilelang_ext.kernels.scaled_mm import operator, selection, sm90_config, sm90_persistent, sm90_split_k, tiled
-from tilelang_ext.kernels.scaled_mm.sm90_persistent import ARCH, BLOCK_K, WGMMA_M
+from tilelang_ext.kernels.scaled_mm import operator, selection, sm90_block, sm90_config, sm90_persistent, sm90_split_k, tiled
+from tilelang_ext.kernels.scaled_mm.sm90_block import ARCH, BLOCK_K, WGMMA_M, scale_sets_of
 
 TENSORS, ROWS, BLOCKS = (TENSOR, TENSOR), (ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK)
-Config, SplitK = sm90_persistent.Config, sm90_split_k.Config
+Config, SplitK = sm90_block.Config, sm90_split_k.Config
 # What one block gives another, for blocks that run one after the other; a word that nobody has given is an error.
 GIVEN = 0x7FB5C1D97FA3E2F1
 FUNCTIONS = f"""
@@ -259,7 +259,7 @@ def test_choices_fit(recipes, out):
                 bytes_of_row = columns * (4 if out == "float32" else 2)
                 assert bytes_of_row in (32, 64, 128), "the swizzles that TMA has"
                 stages = config.num_stages * (config.block_M + config.block_N) * BLOCK_K
-                sets = sm90_persistent.scale_sets_of(config.block_N, config.is_swapped)
+                sets = scale_sets_of(config.block_N, config.is_swapped)
                 blockwise = config.num_stages * sets * config.block_M
                 scales = 4 * (blockwise if recipes is BLOCKS else config.block_M + config.block_N)
                 stores = 2 * config.num_consumers * rows * bytes_of_row

@@ -14,6 +14,7 @@ from tilelang_ext.launch.cache import until_reload
 # The files that decide how fast a choice is: tables count for these alone.
 KERNELS = (
     *("scaled_mm/vecmat", "scaled_mm/sm90_persistent", "scaled_mm/sm90_split_k"),
+    *("scaled_mm/sm90_block", "scaled_mm/sm90_load", "scaled_mm/sm90_multiply", "scaled_mm/sm90_store"),
     *("sm90/epilogue", "sm90/pipeline", "sm90/roles", "sm90/scheduler", "sm90/split_tiles"),
 )
 _NEIGHBOURS = 16  # numbers of rows that are tried on each side

@@ -23,7 +23,7 @@ from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm import sm90_persistent, sm90_split_k, vecmat
 from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem
-from tilelang_ext.kernels.scaled_mm.sm90_persistent import BLOCK_K, WGMMA_M, fits_hopper, scale_sets_of, steps_of
+from tilelang_ext.kernels.scaled_mm.sm90_block import BLOCK_K, WGMMA_M, Config, fits_hopper, scale_sets_of, steps_of
 
 _SHARED_BYTES = 226 * 1024  # of a block, beside barriers
 _MAX_STAGES = 8
@@ -208,9 +208,7 @@ def _limit(kind: str) -> int:
     return _WITHOUT_PROMOTION if kind == "fast" else _REGISTERS
 
 
-def _persistent(
-    problem: Problem, block_M: int, block_N: int, num_consumers: int, is_swapped: bool
-) -> Iterator[sm90_persistent.Config]:
+def _persistent(problem: Problem, block_M: int, block_N: int, num_consumers: int, is_swapped: bool) -> Iterator[Config]:
     """Yield the configurations of a tile, none if shared memory holds too few stages."""
     kind, k_blocks = kind_of(problem), _ceildiv(problem.K, BLOCK_K)
     bits = T.dtype(problem.out_dtype).bits
@@ -235,12 +233,10 @@ def _persistent(
     # Promoted: iterations of 4 K blocks, which divide most K, and of all stages where there are 5 or 6.
     for num_stages in (most,) if kind == "fast" or most in (1, 2, 3, _MAX_STAGES) else sorted({4, min(most, 6)}):
         is_whole = kind == "fast" or k_blocks % steps_of(num_stages) == 0
-        yield sm90_persistent.Config(
-            block_M, block_N, num_stages, subtile, problem.num_sms, deferred, num_consumers, is_swapped, is_whole
-        )
+        yield Config(block_M, block_N, num_stages, subtile, problem.num_sms, deferred, num_consumers, is_swapped, is_whole)
 
 
-def _can_divide(config: sm90_persistent.Config, problem: Problem) -> bool:
+def _can_divide(config: Config, problem: Problem) -> bool:
     """Whether blocks may share tiles: their last wave is not full, and there is one row of them.
 
     Tiles below each other have the same rows of b, which blocks that are at different K blocks would load several times.
@@ -261,7 +257,7 @@ def predicted_us(choice: Choice, problem: Problem) -> float:
     return predict[choice.kernel](choice.config, problem)
 
 
-def _persistent_us(config: sm90_persistent.Config, problem: Problem) -> float:
+def _persistent_us(config: Config, problem: Problem) -> float:
     model, M, k_blocks = MODELS[kind_of(problem)], problem.max_M, _ceildiv(problem.K, BLOCK_K)
     rows, mma_N = (config.block_N, config.block_M) if config.is_swapped else (config.block_M, config.block_N)
     mma_tiles = rows // (WGMMA_M * config.num_consumers)

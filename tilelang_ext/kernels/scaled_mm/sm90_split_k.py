@@ -45,13 +45,7 @@ from tilelang.layout import make_swizzled_layout
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm.problem import Problem
-from tilelang_ext.kernels.scaled_mm.sm90_persistent import (
-    BLOCK_K,
-    WGMMA_M,
-    Operands,
-    scale_row,
-    scale_type,
-)
+from tilelang_ext.kernels.scaled_mm.sm90_block import BLOCK_K, WGMMA_M, Operands, scale_row, scale_type
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, dispatch
 

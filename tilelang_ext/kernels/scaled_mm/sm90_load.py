@@ -1,0 +1,144 @@
+"""The producer of the persistent kernel for Hopper: TMA loads of A and B, and their scales."""
+
+from tilelang_ext import language as T
+from tilelang_ext.formats import FP8_BLOCK
+from tilelang_ext.kernels.scaled_mm.sm90_block import BLOCK_K, Block, Coord, Operands, Traits, scale_row, start_walk
+from tilelang_ext.kernels.sm90.roles import WARPGROUP, warpgroup_sync
+
+
+@T.macro
+def produce(traits, operands, block):
+    """Keep the pipeline filled, tile after tile."""
+    traits.roles.begin_producer()
+    step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
+    tile_row, tile_column = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
+    scales = _alloc_producer_scales(traits)
+    walk = start_walk(traits, block)
+    for wave in T.serial(walk.num_segments):
+        walk.take(wave)
+        block.tiles.tile_coord(walk.tile, tile_row, tile_column)
+        row, column = tile_row[0] * traits.config.block_M, tile_column[0] * traits.config.block_N
+        _prefetch_first(traits, operands, block, scales, Coord(row, column), walk.first * traits.unroll)
+        for k in T.serial(walk.last - walk.first):
+            _load_k_blocks(traits, operands, block, scales, Coord(row, column), (walk.first + k) * traits.unroll, step)
+            step = step + traits.unroll
+        if traits.tail:
+            last = traits.k_blocks - traits.tail
+            _load_k_blocks(traits, operands, block, scales, Coord(row, column), last, step, traits.tail)
+            step = step + traits.unroll
+
+
+def _alloc_producer_scales(traits: Traits) -> list:
+    """Allocate what a thread has loaded of the scales, for each K block of an iteration: of rows of A, then of B."""
+    of_b = traits.scale_sets if traits.blockwise else traits.producer_columns
+    return [T.alloc_local((traits.producer_rows + of_b,), "float32") for _ in range(traits.unroll)]
+
+
+def _prefetch_first(traits: Traits, operands: Operands, block: Block, scales: list, tile: Coord, k) -> None:
+    """Load the row scales of a tile's first iteration, from K block k on."""
+    for n in range(traits.unroll):
+        _prefetch_scales(traits, operands, block, scales[n], tile, k + n)
+
+
+def _load_k_blocks(traits: Traits, operands: Operands, block: Block, scales: list, tile: Coord, k, step, tail=0) -> None:
+    """Load the K blocks of one iteration, from K block k on: all of them, or of the last one `tail`."""
+    for n in range(traits.unroll):
+        _load_k_block(traits, operands, block, scales, tile, k, step, n, tail)
+
+
+def _load_k_block(traits: Traits, operands: Operands, block: Block, scales: list, tile: Coord, k, step, n: int, tail: int):
+    """Fill the stage of K block k + n."""
+    pipeline, a, b, A_s, B_s = block.pipeline, operands.a, operands.b, block.A_s, block.B_s
+    block_M, block_N = traits.config.block_M, traits.config.block_N
+    k, step = k + n, step + n
+    stage, rows, columns = pipeline.stage(step), slice(tile.row, tile.row + block_M), slice(tile.column, tile.column + block_N)
+
+    @T.macro
+    def load():
+        T.tma_copy(a[rows, k * BLOCK_K : (k + 1) * BLOCK_K], A_s[stage, :, :], barrier=pipeline.full[stage])
+        T.tma_copy(b[columns, k * BLOCK_K : (k + 1) * BLOCK_K], B_s[stage, :, :], barrier=pipeline.full[stage])
+
+    @T.macro
+    def load_if_any():
+        if k < traits.k_blocks:
+            load()
+
+    pipeline.acquire(stage, pipeline.empty_phase(step))
+    if n > 0 and (traits.blockwise or (n == 1 and traits.producer_loads_scales)):
+        _sync_producer(traits)
+    if traits.has_empty_steps and not traits.tail:
+        load_if_any()
+    elif not tail or n < tail:
+        load()
+    if traits.blockwise:
+        _sync_producer(traits)
+        _store_row_scales(traits, block, scales[n], stage)
+    if traits.producer_loads_scales and n == 0:
+        _load_tile_scales(traits, operands, block, scales[0], tile, k)
+    pipeline.commit(stage)
+    _prefetch_scales(traits, operands, block, scales[n], tile, k + traits.unroll)
+
+
+def _sync_producer(traits: Traits) -> None:
+    """Wait for the producer's other threads.
+
+    The pipeline orders everything without: these are where upstream's search for missing barriers placed them, and the kernels
+    have been measured with them.
+    """
+    warpgroup_sync(traits.config.num_consumers)
+
+
+def _prefetch_scales(traits: Traits, operands: Operands, block: Block, scales, tile: Coord, k) -> None:
+    """Load the blockwise scales of K block k, one iteration ahead: of the thread's rows of A, then of B's."""
+    scale_a, scale_b, last_k, rows = operands.scale_a, operands.scale_b, traits.k_blocks - 1, traits.producer_rows
+    row, first, sets = tile.row + block.thread, tile.column // FP8_BLOCK, traits.scale_sets
+    last = T.ceildiv(traits.N, FP8_BLOCK) - 1
+
+    @T.macro
+    def emit():
+        for r in T.unroll(rows):
+            scales[r] = scale_a[T.min(row + r * WARPGROUP, traits.M - 1), T.min(k, last_k)]
+        for s in T.unroll(sets):
+            scales[rows + s] = scale_b[first if sets == 1 else T.min(first + s, last), T.min(k, last_k)]
+
+    if traits.blockwise:
+        emit()
+
+
+def _store_row_scales(traits: Traits, block: Block, scales, stage) -> None:
+    """Write the row scales of a stage: a's scale times each of b's."""
+    scales_s, thread, rows, block_M = block.scales_s, block.thread, traits.producer_rows, traits.config.block_M
+
+    @T.macro
+    def emit():
+        for r in T.unroll(rows):
+            if block_M % WARPGROUP == 0 or r * WARPGROUP + thread < block_M:
+                for s in T.unroll(traits.scale_sets):
+                    scales_s[stage, s, r * WARPGROUP + thread] = scales[r] * scales[rows + s]
+
+    emit()
+
+
+def _load_tile_scales(traits: Traits, operands: Operands, block: Block, scales, tile: Coord, k) -> None:
+    """Load the scales of all of K in a tile's first K block, and write them when `producer_loads_scales` says."""
+    problem, rows, columns = traits.problem, traits.producer_rows, traits.producer_columns
+    scale_a, scale_b, scales_s, thread = operands.scale_a, operands.scale_b, block.scales_s, block.thread
+    row, column, block_M, block_N = tile.row + thread, tile.column + thread, traits.config.block_M, traits.config.block_N
+
+    @T.macro
+    def emit():
+        if k == 0:
+            for r in T.unroll(rows):
+                scales[r] = scale_a[scale_row(problem.layout_a, T.min(row + r * WARPGROUP, traits.M - 1)), 0]
+            for c in T.unroll(columns):
+                scales[rows + c] = scale_b[scale_row(problem.layout_b, T.min(column + c * WARPGROUP, traits.N - 1)), 0]
+        _sync_producer(traits)
+        if k == traits.config.num_stages:
+            for r in T.unroll(rows):
+                if block_M % WARPGROUP == 0 or r * WARPGROUP + thread < block_M:
+                    scales_s[r * WARPGROUP + thread] = scales[r]
+            for c in T.unroll(columns):
+                if block_N % WARPGROUP == 0 or c * WARPGROUP + thread < block_N:
+                    scales_s[block_M + c * WARPGROUP + thread] = scales[rows + c]
+
+    emit()

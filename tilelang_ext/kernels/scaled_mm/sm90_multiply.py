@@ -1,0 +1,195 @@
+"""A consumer of the persistent kernel for Hopper: MMAs of its part of a tile, K block by K block, and their promotion."""
+
+import math
+
+from tilelang_ext import language as T
+from tilelang_ext.formats import FP8_BLOCK
+from tilelang_ext.kernels.scaled_mm.sm90_block import BLOCK_K, WGMMA_M, Accumulators, Block, Consumer, Coord, Traits, start_walk
+from tilelang_ext.kernels.scaled_mm.sm90_store import finish
+from tilelang_ext.kernels.sm90.epilogue import SubtileStores, alloc_deferred
+from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP
+
+_K_BLOCKS_PER_STORE = 2  # of the next tile, from one deferred subtile to the next
+
+
+@T.macro
+def consume(traits, operands, block, accumulators, stores):
+    """Multiply and store the consumer's part, tile after tile."""
+    traits.roles.begin_consumer()
+    step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
+    tile_row, tile_column = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
+    consumer = _alloc_consumer(traits, accumulators, stores)
+    walk = start_walk(traits, block)
+    for wave in T.serial(walk.num_segments):
+        walk.take(wave)
+        block.tiles.tile_coord(walk.tile, tile_row, tile_column)
+        if traits.promotes:
+            _clear(accumulators.of_tiles)
+        for k in T.serial(walk.last - walk.first):
+            _multiply_k_blocks(traits, block, consumer, wave, tile_column[0] * traits.config.block_N, k, walk.first, step)
+            step = step + traits.unroll
+        if traits.tail:
+            _multiply_tail(traits, block, consumer, tile_column[0] * traits.config.block_N, step)
+            step = step + traits.unroll
+        if not traits.promotes:
+            T.wait_wgmma(0)
+            block.pipeline.release(block.pipeline.stage(step - 1), block.thread % WARP)
+            _fence(traits, accumulators.of_tiles)
+        coord = Coord(tile_row[0] * traits.config.block_M, tile_column[0] * traits.config.block_N)
+        finish(traits, operands, block, consumer, walk, coord)
+    consumer.deferred.store_all(block.scheduler.has_tiles)
+    stores.drain()
+
+
+def _alloc_consumer(traits: Traits, accumulators: Accumulators, stores: SubtileStores) -> Consumer:
+    sets = traits.scale_sets if traits.blockwise and not traits.config.is_swapped else 1
+    row_scales = [[T.alloc_fragment((WGMMA_M,), "float32") for _ in range(sets)] for _ in range(traits.mma_tiles)]
+    column_scales = T.alloc_fragment((traits.mma_N,), "float32") if traits.blockwise and traits.config.is_swapped else None
+    count = 0 if traits.config.is_swapped else traits.subtiles
+    deferred = alloc_deferred(stores, count, traits.config.deferred, _K_BLOCKS_PER_STORE)
+    row = stores.warpgroup * traits.mma_tiles * WGMMA_M
+    return Consumer(row, accumulators, row_scales, column_scales, stores, deferred)
+
+
+def _clear(fragments: list) -> None:
+    for fragment in fragments:
+        T.evaluate(T.clear(fragment))
+
+
+def _fence(traits: Traits, accumulators: list) -> None:
+    for accumulator in accumulators:
+        T.warpgroup_fence_operand(accumulator, num_regs=WGMMA_M * traits.mma_N // WARPGROUP)
+
+
+def _multiply_k_blocks(traits: Traits, block: Block, consumer: Consumer, wave, column, k, first, step) -> None:
+    """Multiply the K blocks of iteration `first` + k, for the tile that begins at a column."""
+    for n in range(traits.unroll):
+        if not traits.promotes:
+            _multiply(traits, block, consumer, k, step + n)
+            consumer.deferred.store_due(k, wave > 0)
+        elif traits.has_empty_steps and not traits.tail and n > 0:  # an iteration has one K block at least
+            _multiply_if_any(traits, block, consumer, column, (first + k) * traits.unroll + n, step + n, n)
+        else:
+            _multiply_and_promote(traits, block, consumer, column, step + n, n)
+
+
+def _multiply_tail(traits: Traits, block: Block, consumer: Consumer, column, step) -> None:
+    """Multiply the K blocks behind the main loop, and pass the other stages on."""
+    for n in range(traits.unroll):
+        if n < traits.tail:
+            _multiply_and_promote(traits, block, consumer, column, step + n, n)
+        else:
+            _pass_on(traits, block, step + n)
+
+
+def _pass_on(traits: Traits, block: Block, step) -> None:
+    """Release a stage into which nothing was loaded.
+
+    No MMA makes the lanes of a warp meet here: one that still waits would miss the phase once the others' release has let the
+    producer fill the stage again.
+    """
+    pipeline = block.pipeline
+    pipeline.wait(pipeline.stage(step), pipeline.full_phase(step))
+    T.evaluate(T.sync_warp())
+    pipeline.release(pipeline.stage(step), block.thread % WARP)
+
+
+def _mma(traits: Traits, block: Block, accumulator, stage, row: int, clear, k: slice = slice(0, BLOCK_K)):
+    """Issue the MMA of 64 rows of a stage, from `row` on, with all columns of the tile; the other way about if swapped."""
+    rows_s, columns_s = (block.B_s, block.A_s) if traits.config.is_swapped else (block.A_s, block.B_s)
+    rows, columns = rows_s[stage, row : row + WGMMA_M, k], columns_s[stage, :, k]
+    return T.wgmma_gemm(rows, columns, accumulator, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=clear)
+
+
+def _multiply(traits: Traits, block: Block, consumer: Consumer, k, step) -> None:
+    """Issue the MMAs of a K block, which add to the accumulators; then wait for those before and release their stage."""
+    pipeline, accumulators, lane = block.pipeline, consumer.accumulators.of_tiles, block.thread % WARP
+    stage = pipeline.stage(step)
+
+    @T.macro
+    def release_previous():
+        if k > 0:
+            T.wait_wgmma(traits.mma_tiles)
+            pipeline.release(pipeline.stage(step - 1), lane)
+
+    pipeline.wait(stage, pipeline.full_phase(step))
+    for m, accumulator in enumerate(accumulators):
+        T.evaluate(_mma(traits, block, accumulator, stage, consumer.row + m * WGMMA_M, k == 0))
+    release_previous()
+
+
+def _multiply_if_any(traits: Traits, block: Block, consumer: Consumer, column, k, step, n: int) -> None:
+    """The same as `_multiply_and_promote` of K block k, or, past the last one, pass the stage on."""
+
+    @T.macro
+    def emit():
+        if k < traits.k_blocks:
+            _multiply_and_promote(traits, block, consumer, column, step, n)
+        else:
+            _pass_on(traits, block, step)
+
+    emit()
+
+
+def _multiply_and_promote(traits: Traits, block: Block, consumer: Consumer, column, step, n: int) -> None:
+    """Add the MMAs of a K block, the n-th of an iteration, to the accumulators in registers, one MMA tile after the other."""
+    pipeline = block.pipeline
+    stage = n if traits.unroll == traits.config.num_stages else pipeline.stage(step)
+    pipeline.wait(stage, pipeline.full_phase(step))
+    if traits.blockwise:
+        _read_scales(traits, block, consumer, stage)
+    for m in range(traits.mma_tiles):
+        for k in range(0, BLOCK_K, traits.mma_K):
+            _promote(traits, block, consumer, column, stage, m, k)
+
+
+def _read_scales(traits: Traits, block: Block, consumer: Consumer, stage) -> None:
+    """Load the scales of a stage: of the MMAs' rows, or of swapped operands of their columns."""
+    if traits.config.is_swapped:
+        _read(block.scales_s, stage, consumer.row // FP8_BLOCK, 0, consumer.column_scales, traits.mma_N // 4)
+        return
+    for m, of_tile in enumerate(consumer.row_scales):
+        for s, row_scales in enumerate(of_tile):
+            _read(block.scales_s, stage, s, consumer.row + m * WGMMA_M, row_scales, 2)
+
+
+def _read(scales_s, stage, scale_set: int, first: int, scales_f, num_regs: int) -> None:
+    (count,) = map(int, scales_f.shape)
+
+    @T.macro
+    def emit():
+        for i in T.Parallel(count):
+            scales_f[i] = scales_s[stage, scale_set, first + i]
+        # The compiler would otherwise load them between the MMAs, which stall then.
+        T.warpgroup_fence_operand(scales_f, num_regs=num_regs)
+
+    emit()
+
+
+def _promote(traits: Traits, block: Block, consumer: Consumer, column, stage, m: int, k: int) -> None:
+    """Multiply `mma_K` of a K block for MMA tile m, and add the partial accumulator in float32."""
+    row, lane = consumer.row + m * WGMMA_M, block.thread % WARP
+    accumulator, partial = consumer.accumulators.of_tiles[m], consumer.accumulators.partial
+    row_scales, column_scales = consumer.row_scales[m], consumer.column_scales
+    boundary = FP8_BLOCK - column % FP8_BLOCK  # the first column of the tile's second block of scale_b
+    granule = math.gcd(traits.config.block_N, FP8_BLOCK)  # of which the boundary is a multiple: one choice for so many columns
+
+    def scaled(value, i, j):
+        if not traits.blockwise:
+            return value
+        if traits.config.is_swapped:
+            return value * column_scales[j]
+        if traits.scale_sets == 1:
+            return value * row_scales[0][i]
+        return value * T.if_then_else(j // granule * granule < boundary, row_scales[0][i], row_scales[1][i])
+
+    @T.macro
+    def emit():
+        _mma(traits, block, partial, stage, row, True, slice(k, k + traits.mma_K))
+        T.wait_wgmma(0)
+        if m == traits.mma_tiles - 1 and k + traits.mma_K == BLOCK_K:
+            block.pipeline.release(stage, lane)
+        for i, j in T.Parallel(WGMMA_M, traits.mma_N):
+            accumulator[i, j] += scaled(partial[i, j], i, j)
+
+    emit()
