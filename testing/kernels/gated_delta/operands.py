@@ -66,7 +66,7 @@ def prefill_problem(arch, qk_heads, heads, K, V, dtype=torch.bfloat16, state_dty
 
 
 class Prefill:
-    """The tensors of a launch of both kernels, by name: outputs are NaN, and so is every token that belongs to no sequence.
+    """The tensors of a launch of both kernels, by name: outputs are NaN, and so are k and v of what belongs to no sequence.
 
     `sizes` are a batch and its tokens, or the tokens of each sequence.
     """
@@ -90,7 +90,7 @@ class Prefill:
 
         initial = torch.randn(sequences, of.heads, of.V, of.K).to(state_dtype)
         if of.has_lengths:
-            for name in "qkv":
+            for name in "kv":  # not q, of which results would be NaN too, as if nothing had been written
                 given[name][:, -3:] = torch.nan
         self.tensors = given | {
             "cu_seqlens": torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),

@@ -84,14 +84,14 @@ def test_replay(tokens, per_channel):
     ],
 )
 def test_prefill(sizes, lengths, dtype, state_dtype):
-    """From zeros, and on in place; tokens past the last sequence, NaN, are not touched; in a CUDA graph."""
+    """From zeros, and on in place; tokens past the last sequence, k and v of them NaN, are not touched; in a CUDA graph."""
     given = inputs(*sizes, dtype=dtype, state_dtype=state_dtype, slots=len(lengths or range(sizes[0])))
     given["a"][:, ::2] /= 8
     given, bounds = on_gpu(given), [0, *torch.tensor(lengths or []).cumsum(0).tolist()]
     state, options = given.pop("state"), {"scale": 0.3, "use_qk_l2norm": True}
     flat = dict(given)
     if lengths:
-        for name in "qkv":
+        for name in "kv":
             given[name][:, bounds[-1] :] = torch.nan
         flat |= {name: given[name][0] for name in "qkvab"}
         options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device="cuda")
