@@ -1,7 +1,8 @@
 """What benchmarks share: providers, timing, tables, CSV files and plots. A benchmark gives one row per provider and case.
 
 How CUDA is timed: one graph chains a call for each of several inputs that together exceed the L2 cache; the median time
-of a replay is divided by the number of calls. So a figure contains neither a launch gap nor a warm cache.
+of a replay is divided by the number of calls. So a figure contains neither a launch gap nor a warm cache. The GPU is busy while
+the host enqueues a replay: until 2026-12-01 it was idle, and the calls of a replay shared that gap, by a fit some 10 to 35 us.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ L2_CACHES = 3  # inputs rotate through this many times the L2 cache
 MAX_ROTATION = 64
 REPLAYS = 20
 WARM_UP = 3  # replays before those that count
+ENQUEUE_CYCLES = 500_000  # of the GPU, some 0.3 ms: longer than a host needs to enqueue a graph
 CHAIN, CHAIN_US = 24, 3000.0  # a graph has this many calls, or fewer that take this long
 BARS_IN_A_ROW = 24  # per row of a chart
 MAC_CACHE_BYTES = 64 * 2**20  # more than the system-level cache of any Apple chip up to M4 Max
@@ -248,7 +250,7 @@ def time_cuda(calls: Sequence[Callable[[], None]], replays: int = REPLAYS) -> fl
 
 def time_cuda_in_turn(providers: Sequence[Sequence[Callable[[], None]]], replays: int = REPLAYS) -> list[float]:
     """Return `time_cuda` of several, one replay of each in turn, so that a GPU that slows down as it warms does so for all."""
-    # A replay begins with a gap of some microseconds, which many calls share; all providers have equally many.
+    # What a replay itself costs is shared by its calls; all providers have equally many.
     one_round = min(_replay(_graph(calls), rounds=2) for calls in providers)
     count = min(math.ceil(CHAIN / len(providers[0])), math.ceil(CHAIN_US / one_round))
     providers = [list(calls) * count for calls in providers]
@@ -265,6 +267,7 @@ def _replay(graph: torch.cuda.CUDAGraph, rounds: int = 1) -> float:
     """Return the microseconds of the last of some replays."""
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(ENQUEUE_CYCLES)
         start.record()
         graph.replay()
         end.record()
