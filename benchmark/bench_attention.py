@@ -4,7 +4,7 @@
     python benchmark/bench_attention.py --head-dim 128 --fa3 _vllm_fa3_C.abi3.so     # FlashAttention-3 out of a vllm wheel
     python benchmark/bench_attention.py --random 40                                  # shapes drawn by --seed, checked and timed
 
-bfloat16, self-attention of a batch of 2, 16 heads, 4096 tokens, full and causal; then what sinks and windows cost, and the
+bfloat16, self-attention of a batch of 2, 16 heads, 4096 tokens, full and causal; then what sinks cost, float8_e4m3fn, and the
 layer of gpt-oss: 64 query and 8 key heads of 64 channels, causal, sinks, a window of 128. Operations are those of the pairs of
 a query and a key that it sees. Every result is checked against float64 on some of its rows before anything is timed.
 """
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "testing")]
 
+from attention_peers import flash_attention_3_arguments  # noqa: E402
 from harness import (  # noqa: E402
     METHOD,
     Column,
@@ -47,6 +48,7 @@ from tilelang_ext import attention  # noqa: E402
 HEAD_DIMS = (64, 128, 256, 512)
 CHECKED_QUERIES = 64  # of one head, at the end, in the middle and at the beginning
 MIN_COSINE, MAX_ERROR = 0.9999, 1e-2
+MIN_COSINE_FP8, MAX_ERROR_FP8 = 0.998, 5e-2  # where P is rounded to e4m3
 TIMES = (
     Column("case", "case"),
     Column("provider", "provider"),
@@ -70,6 +72,7 @@ class Case:
     causal: bool
     window: int | None = None
     has_sinks: bool = False
+    fp8: bool = False  # q, k and v of float8_e4m3fn
 
     @property
     def name(self) -> str:
@@ -77,6 +80,7 @@ class Case:
         sizes = f"{self.S_q}" if self.S_q == self.S_k else f"{self.S_q}x{self.S_k}"
         return " ".join(
             [f"D {self.head_dim}, {self.batch}x{sizes}, {self.heads}/{self.kv_heads},", *mask, *["sinks"] * self.has_sinks]
+            + ["fp8"] * self.fp8
         )
 
     @property
@@ -101,8 +105,21 @@ class Inputs:
 
         self.case = case
         self.q, self.k, self.v = normal(case.S_q, case.heads), normal(case.S_k, case.kv_heads), normal(case.S_k, case.kv_heads)
+        self.scales = [None] * 3
         self.sinks = torch.randn(case.heads, device="cuda") if case.has_sinks else None
         self.out = torch.full_like(self.q, torch.nan)
+        if case.fp8:
+            self.q, self.k, self.v = (x.to(torch.float8_e4m3fn) for x in (self.q, self.k, self.v))
+            self.scales = [torch.full((1,), scale, device="cuda") for scale in (0.8, 1.1, 1.3)]
+
+    def values(self, batch: int, rows: torch.Tensor, head: int) -> tuple[torch.Tensor, ...]:
+        """Return some queries of a head, and the keys and values that it sees, in float64 on the CPU."""
+        kv_head = head // (self.case.heads // self.case.kv_heads)
+        taken = self.q[batch, rows.to(self.q.device), head], self.k[batch, :, kv_head], self.v[batch, :, kv_head]
+        return tuple(
+            x.cpu().double() if scale is None else x.cpu().double() * scale.item()
+            for x, scale in zip(taken, self.scales, strict=True)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -112,13 +129,15 @@ class Inputs:
 def ours(inputs: Inputs) -> Callable:
     case = inputs.case
     call = partial(attention, causal=case.causal, window=case.window, sinks=inputs.sinks, out=inputs.out, return_lse=False)
+    if case.fp8:
+        call = partial(call, **dict(zip(("q_scale", "k_scale", "v_scale"), inputs.scales, strict=True)))
     return partial(call, inputs.q, inputs.k, inputs.v)
 
 
 def sdpa(backend: SDPBackend, inputs: Inputs) -> Callable:
     case = inputs.case
     q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
-    if case.window or case.has_sinks or (case.causal and case.S_q != case.S_k):
+    if case.fp8 or case.window or case.has_sinks or (case.causal and case.S_q != case.S_k):
         raise RuntimeError("not among the masks of torch's function")
     function = torch.nn.functional.scaled_dot_product_attention
 
@@ -131,15 +150,10 @@ def sdpa(backend: SDPBackend, inputs: Inputs) -> Callable:
 
 def flash_attention_3(inputs: Inputs) -> Callable:
     case = inputs.case
-    if not hasattr(torch.ops._vllm_fa3_C, "fwd"):
-        raise RuntimeError("no --fa3")
-    left, right = (case.window - 1, 0) if case.window else (-1, 0 if case.causal else -1)
-    sinks = None if inputs.sinks is None else inputs.sinks.bfloat16()
-    out = torch.empty_like(inputs.q)
-    arguments = (
-        inputs.q, inputs.k, inputs.v, None, None, None, out, None, None, None, None, None, None, None, None, None, None, None,
-        None, None, None, None, None, case.head_dim**-0.5, case.causal, left, right, 0.0, True, None, 1, None, 0, sinks, 1, 0,
-        None,
+    out, lengths = torch.empty_like(inputs.out), torch.full((case.batch,), case.S_k, dtype=torch.int32, device="cuda")
+    arguments = flash_attention_3_arguments(
+        inputs.q, inputs.k, inputs.v, out, causal=case.causal, window=case.window, sinks=inputs.sinks, seqused_k=lengths,
+        scales=[scale if scale is None else scale.expand(case.batch, case.kv_heads) for scale in inputs.scales],
     )  # fmt: skip
     return lambda: torch.ops._vllm_fa3_C.fwd(*arguments)[0]
 
@@ -156,6 +170,7 @@ PROVIDERS = [
 def default_cases(head_dims) -> list[Case]:
     cases = [Case(2, 4096, 4096, 16, 16, D, causal) for D in head_dims for causal in (False, True)]
     cases += [Case(2, 4096, 4096, 16, 16, D, True, None, True) for D in head_dims]
+    cases += [Case(2, 4096, 4096, 16, 16, D, causal, fp8=True) for D in head_dims if D <= 256 for causal in (False, True)]
     if 64 in head_dims:
         cases += [
             Case(2, 4096, 4096, 64, 8, 64, True, window, sinks) for window, sinks in ((None, False), (128, False), (128, True))
@@ -182,11 +197,11 @@ def random_cases(count: int, seed: int) -> list[Case]:
 def check(inputs: Inputs, result: torch.Tensor) -> float:
     """Return the worst cosine of some rows of the first and the last head; raises where a row is wrong."""
     case, worst = inputs.case, 1.0
+    least, most = (MIN_COSINE_FP8, MAX_ERROR_FP8) if case.fp8 else (MIN_COSINE, MAX_ERROR)
     for batch, head in ((0, 0), (case.batch - 1, case.heads - 1)):
-        kv_head = head // (case.heads // case.kv_heads)
         rows = torch.unique(torch.linspace(0, case.S_q - 1, CHECKED_QUERIES).long())
-        k, v = (x[batch, :, kv_head].double().cpu() for x in (inputs.k, inputs.v))
-        scores = inputs.q[batch, rows.cuda(), head].double().cpu() @ k.T * case.head_dim**-0.5
+        q, k, v = inputs.values(batch, rows, head)
+        scores = q @ k.T * case.head_dim**-0.5
         distance = rows[:, None] + case.S_k - case.S_q - torch.arange(case.S_k)
         if case.causal or case.window:
             scores = scores.masked_fill(distance < 0, -math.inf)
@@ -196,12 +211,12 @@ def check(inputs: Inputs, result: torch.Tensor) -> float:
             sink = inputs.sinks[head].double().cpu().expand(len(rows), 1)
             scores, v = torch.cat([scores, sink], 1), torch.cat([v, torch.zeros_like(v[:1])])
         wanted = torch.nan_to_num(torch.softmax(scores, -1)) @ v
-        got = result[batch, rows.cuda(), head].double().cpu()
+        got = result[batch, rows.to(result.device), head].double().cpu()
         error = (got - wanted).abs() / (1 + wanted.abs())
         cosine = torch.nn.functional.cosine_similarity(got, wanted, dim=-1)
         cosine = torch.where(wanted.norm(dim=-1) == 0, torch.ones_like(cosine), cosine)
         worst = min(worst, cosine.min().item())
-        if not (error.max() <= MAX_ERROR and worst >= MIN_COSINE):
+        if not (error.max() <= most and worst >= least):
             raise AssertionError(f"{case.name}: error {error.max():.1e}, cosine {worst}")
     return worst
 

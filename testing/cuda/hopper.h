@@ -72,13 +72,14 @@ class Barrier {
 };
 
 // A matrix in global memory of which a TMA copy takes a box, and how the box lies in shared memory: rows of 128, 64 or
-// 32 bytes, swizzled by their width.
+// 32 bytes, swizzled by their width or as they are.
 struct CUtensorMap {
   uint8_t* data;
   int64_t rows, row_bytes;
   int box_rows, box_bytes, element_bytes;
   int64_t row_stride = row_bytes;
   int64_t outer_strides[2] = {};  // of two more dimensions, of each of which a box takes one
+  bool swizzled = true;
 };
 
 struct Cluster {
@@ -157,7 +158,7 @@ void for_box(const CUtensorMap& map, const void* shared, int column, int row, Mo
   for (int r = 0; r < map.box_rows; ++r)
     for (int b = 0; b < map.box_bytes; ++b) {
       uint64_t address = start + r * map.box_bytes + b;
-      address ^= (address >> 7 & (map.box_bytes / 16 - 1)) << 4;
+      if (map.swizzled) address ^= (address >> 7 & (map.box_bytes / 16 - 1)) << 4;
       const int64_t at = int64_t(column) * map.element_bytes + b;
       const bool inside = row + r >= 0 && row + r < map.rows && at < map.row_bytes;
       move(shared_memory[address], inside ? &map.data[(row + r) * map.row_stride + at] : nullptr);
@@ -195,6 +196,10 @@ inline void tma_store(const CUtensorMap& map, const void* from, int column, int 
   for_box(map, from, column, row, [](uint8_t& shared, uint8_t* global) {
     if (global) *global = shared;
   });
+}
+inline void tma_store(CUtensorMap map, const void* from, int column, int row, int outer, int outermost) {
+  map.data += outer * map.outer_strides[0] + outermost * map.outer_strides[1];
+  tma_store(map, from, column, row);
 }
 inline void tma_store_arrive() {}
 template <int, bool>

@@ -20,6 +20,7 @@ class Box(NamedTuple):
 
     rows: int
     columns: int
+    swizzled: bool = True  # of matrices with four dimensions alone
 
 
 def execute(
@@ -57,7 +58,7 @@ def execute(
             outer = ""
             if tensors[matrix].dim() == 4:  # (batch, rows, heads, columns)
                 (_, rows, _, columns), strides = tensors[matrix].shape, [stride * size for stride in tensors[matrix].stride()]
-                outer = f", {strides[1]}, {{{strides[2]}, {strides[0]}}}"
+                outer = f", {strides[1]}, {{{strides[2]}, {strides[0]}}}, {str(box.swizzled).lower()}"
             elif tensors[matrix].dim() == 3:  # (batch, rows, columns)
                 batch_stride, row_stride, _ = (stride * size for stride in tensors[matrix].stride())
                 _, rows, columns = tensors[matrix].shape

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from kernels.attention.operands import BF16, FP16, check, operands
+from kernels.attention.operands import BF16, E4M3, FP16, check, expected, operands, problem, random_scales
 
 from tilelang_ext import attention, merge_attention, reference
 from tilelang_ext.kernels.attention import launch
@@ -56,6 +56,19 @@ def test_values(dtype, causal, window, has_sinks):
     assert isinstance(attention(q, k, v, return_lse=False), torch.Tensor)
 
 
+def test_values_of_codes():
+    """float8_e4m3fn on the CPU: one scale for all and one per head, a scale left out, the dtype of the result."""
+    of = problem(16, E4M3)
+    q, k, v, _ = operands(2, 5, 7, 4, 2, 16, E4M3)
+    q_scale, k_scale, v_scale = random_scales(of, 4, 2)
+    wanted = expected(of, q, k, v, None, scales=(q_scale, k_scale, v_scale))
+    o, lse = attention(q, k, v, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+    assert o.dtype == BF16
+    check(o, lse, *wanted)
+    o, lse = attention(q, k, v, q_scale=q_scale, k_scale=k_scale, out=torch.full(q.shape, torch.nan, dtype=FP16))
+    check(o, lse, *expected(of, q, k, v, None, scales=(q_scale, k_scale, torch.ones(1))))
+
+
 def test_merge():
     """Two sets of keys are as good as both at once, also where one has nothing to see; what has no weight may be NaN."""
     q, k, v, _ = operands(2, 7, 12, 2, 2, 16)
@@ -90,13 +103,38 @@ def test_torch_compile_and_gradients():
 
 Q, K = torch.zeros(1, 3, 4, 16, dtype=BF16), torch.zeros(1, 5, 2, 16, dtype=BF16)
 CU = torch.zeros(2, dtype=torch.int32)
+CODES = tuple(x.to(E4M3) for x in (Q, K, K))
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((Q.float(), K, K), {}, TypeError, "attention: q must be bfloat16 or float16; got torch.float32; cast it"),
+        (
+            (Q.float(), K, K),
+            {},
+            TypeError,
+            "attention: q must be bfloat16, float16 or float8_e4m3fn; got torch.float32; cast it",
+        ),
         ((Q, K.half(), K), {}, TypeError, "attention: k must be torch.bfloat16; got torch.float16; cast it"),
+        (
+            (Q, K, K),
+            {"q_scale": torch.ones(1)},
+            ValueError,
+            "q_scale must be None where q is torch.bfloat16; got a tensor; use",
+        ),
+        ((Q.to(E4M3), K, K), {}, TypeError, "k must be torch.float8_e4m3fn; got torch.bfloat16; cast it"),
+        (
+            CODES,
+            {"k_scale": torch.ones(4)},
+            ValueError,
+            r"k_scale must have shape \(1,\) or \(2,\); got \(4,\); pass one or one per",
+        ),
+        (
+            CODES,
+            {"out": Q.to(E4M3)},
+            TypeError,
+            "out must be bfloat16 or float16 where q is torch.float8_e4m3fn; got torch.float8",
+        ),
         ((Q[0], K, K), {}, ValueError, r"q must have dimensions \(batch, tokens, heads, head_dim\); got \(3, 4, 16\)"),
         ((Q, K, K[:, :4]), {}, ValueError, r"v must have shape \(1, 5, 2, 16\); got \(1, 4, 2, 16\)"),
         ((Q[:, :, :3], K, K), {}, ValueError, "heads of q must be a multiple of those of k; got 3 and 2"),
@@ -145,7 +183,7 @@ def test_errors_of_merge(change, error, message):
 
 def test_kernel_of_a_device():
     """Which file serves a head size on Hopper and elsewhere."""
-    given = Arguments(Q, K, K, None, None, None, Q, torch.zeros(1, 4, 3))
+    given = Arguments(Q, K, K, *[None] * 6, Q, torch.zeros(1, 4, 3))
 
     def file_of(head_dim, target):
         q = torch.zeros(1, 3, 4, head_dim, dtype=BF16)

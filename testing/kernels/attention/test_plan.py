@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels.attention.operands import BF16
+from kernels.attention.operands import BF16, E4M3
 from launch.fakes import FakeCuda, compile_without_nvcc
 
 from tilelang_ext.kernels.attention import decode_launch, operator
@@ -35,10 +35,10 @@ def cuda(monkeypatch):
     return cuda
 
 
-def arguments(batch, S_q, S_k, heads, kv_heads, sinks=None):
-    q, k = torch.zeros(batch, S_q, heads, 64, dtype=BF16), torch.zeros(batch, S_k, kv_heads, 64, dtype=BF16)
-    tensors = on_cuda(q, k, k.clone(), sinks, None, None)
-    return (*tensors, 1, 0, 0.125, *on_cuda(torch.empty_like(q), torch.empty(batch, heads, S_q)))
+def arguments(batch, S_q, S_k, heads, kv_heads, sinks=None, dtype=BF16, causal=1):
+    q, k = (torch.zeros(batch, S, h, 64).to(dtype) for S, h in ((S_q, heads), (S_k, kv_heads)))
+    tensors = on_cuda(q, k, k.clone(), sinks, *[None] * 5)
+    return (*tensors, causal, 0, 0.125, *on_cuda(torch.empty(q.shape, dtype=BF16), torch.empty(batch, heads, S_q)))
 
 
 def test_attention(cuda):
@@ -61,7 +61,7 @@ def test_attention(cuda):
     count = len(cuda.launches())
     huge = on_cuda(torch.zeros(1, 1, 1, 1, dtype=BF16).expand(2, 1 << 15, 512, 64))[0]
     with pytest.raises(ValueError, match=r"attention: q must have fewer than 2\^31 elements; got 2147483648; divide the batch"):
-        launches.check_elements("attention", Arguments(huge, *[None] * 7), ("q",))
+        launches.check_elements("attention", Arguments(huge, *[None] * 10), ("q",))
     with pytest.raises(ValueError, match="attention: heads of q must be a multiple of those of k; got 3 and 2"):
         operator._out(*arguments(1, 7, 8, 3, 2))
     without_keys = arguments(1, 7, 0, 3, 3)
@@ -69,6 +69,18 @@ def test_attention(cuda):
     assert not without_keys[-2].any()
     assert (without_keys[-1] == -torch.inf).all()
     assert len(cuda.launches()) == count
+
+
+def test_codes(cuda):
+    """Values are transposed first, and the parts of divided tiles are summed last: 2 of them after one full wave."""
+    given = arguments(2, 192 * 67, 2000, 1, 1, dtype=E4M3, causal=0)
+    operator._out(*given)
+    launched = cuda.launches()[-3:]
+    assert [done.kernel for done in launched] == ["transpose_kernel", "attention_kernel", "sum_parts_kernel"]
+    assert [done.grid for done in launched] == [(16, 1, 2), (132, 1, 1), (12, 2, 1)]
+    transpose, attend, total = ({parameter & (1 << 64) - 1 for parameter in done.parameters} for done in launched)
+    assert given[2].data_ptr() in transpose - attend
+    assert given[-2].data_ptr() in attend & total
 
 
 def test_decode(cuda):

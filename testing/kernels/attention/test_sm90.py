@@ -1,14 +1,17 @@
 """Attention on Hopper: values by running the CUDA text on the CPU, and the machine code."""
 
+import re
+
 import pytest
 import torch
 from cuda.execute import needs_compiler
 from cuda.toolkit import compile_texts, needs_nvcc
-from kernels.attention.operands import FUNCTIONS, check, expected, operands, problem, text_of
+from kernels.attention.operands import E4M3, FUNCTIONS, check, expected, operands, problem, random_scales, text_of
 from kernels.hopper import Box, execute
 
-from tilelang_ext.kernels.attention import sm90_forward, sm90_wide
+from tilelang_ext.kernels.attention import sm90_forward, sm90_parts, sm90_transpose, sm90_wide
 from tilelang_ext.kernels.attention.sm90_forward import ARCH, Config
+from tilelang_ext.kernels.attention.sm90_forward import SIMPLE_CONFIGS as SIMPLE
 
 FORWARD = problem(64, num_sms=3, causal=True, has_sinks=True, has_lengths=True), Config(2, 32, 2, 1)
 WIDE = problem(264, num_sms=2, causal=True, has_sinks=True, has_lengths=True)
@@ -18,26 +21,60 @@ def run(of, config, sizes, cu_q=None, cu_k=None):
     """Check one launch against float64; every other byte of memory is a NaN."""
     dtype = getattr(torch, of.dtype)
     q, k, v, sinks = operands(*sizes, of.head_dim, dtype)
-    tensors = {"q": q, "k": k, "v": v, "sinks": sinks}
-    tensors["out"] = torch.full(q.shape, torch.nan, dtype=dtype)
+    scales = random_scales(of, *sizes[3:5])
+    tensors = {"q": q, "k": k, "v": v, "sinks": sinks, **dict(zip(("q_scale", "k_scale", "v_scale"), scales, strict=True))}
+    tensors["out"] = torch.full(q.shape, torch.nan, dtype=getattr(torch, of.result))
     tensors["lse"] = torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.nan)
-    wanted = expected(of, q, k, v, sinks, cu_q, cu_k)
+    wanted = expected(of, q, k, v, sinks, cu_q, cu_k, scales)
     if of.has_lengths:
         tensors |= {"cu_q": torch.tensor(cu_q, dtype=torch.int32), "cu_k": torch.tensor(cu_k, dtype=torch.int32)}
         for tensor, cu in ((q, cu_q), (k, cu_k), (v, cu_k)):
             tensor[:, cu[-1] :] = torch.nan
     batch, S_q, S_k, heads, kv_heads = sizes
-    scalars = {"batch": batch, "__1": S_q, "__2": S_k, "heads": heads, "kv_heads": kv_heads}
-    scalars |= {"queries": S_q, "keys": S_k, "num_cu_q": len(cu_q or ()), "num_cu_k": len(cu_k or ())}
+    scalars = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "q_scales": heads, "k_scales": 1, "v_scales": kv_heads}
+    is_divided = config and not (of.is_causal or of.has_lengths)
+    parts = 2 * of.num_sms
+    if config:
+        tensors["partial"] = torch.full((parts, config.block_M, -(-of.head_dim // 64) * 64), torch.nan)
+        tensors["partial_lse"] = torch.full((parts, config.block_M), torch.nan)
+        scalars |= {"parts": parts}
+    scalars |= {"queries": S_q, "keys": S_k, "num_sinks": heads, "num_cu_q": len(cu_q or ()), "num_cu_k": len(cu_k or ())}
     if config is None:
         rows = (64, sm90_wide._BLOCK_N // 2, sm90_wide._V_ROWS // 2)
         text, cluster = text_of(sm90_wide.attention, of), 2
     else:
         rows = (config.block_M, config.block_N, config.block_N)
         text, cluster = text_of(sm90_forward.attention, of, config), 1
-    boxes = {name: Box(rows, 64) for name, rows in zip("qkv", rows, strict=True)}
+    # The text calls two extents __1 and __2; the end of a tile's sequence is that of the queries.
+    end = re.search(r"\bv\[4\] = (__[12]);", text)
+    scalars |= {"__1": S_k, "__2": S_q} if end and end[1] == "__2" else {"__1": S_q, "__2": S_k}
+    boxes = {name: Box(rows, 128 // dtype.itemsize) for name, rows in zip("qkv", rows, strict=True)}
+    boxes["out"] = Box(64, 64)
+    if of.pack > 1:  # all heads: rows of (queries, heads) lie one after the other
+        size = S_q * heads * of.head_dim
+        tensors["q"] = q.as_strided((batch, S_q * heads, 1, of.head_dim), (size, of.head_dim, heads * of.head_dim, 1))
+    if of.is_fp8:
+        padded = -(-S_k // 16) * 16
+        transposed = torch.full((batch, kv_heads, of.head_dim, padded), torch.nan, dtype=dtype)
+        given = {"v": v, "v_transposed": transposed}
+        grid = -(-padded // 128), kv_heads, batch
+        execute(
+            text_of(sm90_transpose.transpose, of, name="transpose", pass_configs=SIMPLE),
+            grid,
+            given,
+            {},
+            scalars | {"units": padded // 16},
+        )
+        tensors["v"] = transposed.transpose(1, 2).contiguous()  # (batch, head_dim, kv_heads, keys)
+        boxes["v"] = Box(-(-of.head_dim // 64) * 64, 128)
     execute(text, (of.num_sms, 1), tensors, boxes, scalars, cluster, FUNCTIONS)
-    check(tensors["out"], tensors["lse"], *wanted)
+    if is_divided:
+        text = text_of(
+            sm90_parts.sum_parts, of, tensors["partial"].shape[1:], config.block_N, name="sum_parts", pass_configs=SIMPLE
+        )
+        tiles = -(-S_q // config.block_M) * batch * heads % of.num_sms
+        execute(text, (config.block_M // 16, tiles), tensors, {}, scalars, 1, FUNCTIONS)
+    check(tensors["out"], tensors["lse"], *wanted, rounds_to_fp8=of.is_fp8)
 
 
 @needs_compiler
@@ -50,8 +87,12 @@ def run(of, config, sizes, cu_q=None, cu_k=None):
             (1, 200, 230, 2, 1),
             ([0, 70, 70, 75, 195], [0, 99, 130, 130, 210]),
         ),
-        # Three consumers; a window that hides whole blocks; head_dim ends inside a panel; fewer queries than keys
-        (problem(72, num_sms=2, window=50), Config(3, 48, 4, 2, False), (2, 40, 130, 2, 2), ()),
+        # Tiles that do not fill a wave, divided: 4 of 7 in three parts each, with a sink
+        (problem(64, num_sms=7, has_sinks=True), Config(2, 32, 2, 1), (1, 650, 390, 2, 1), ()),
+        # Three consumers; rows of two heads; a window that hides whole blocks; head_dim ends inside a panel; more keys
+        (problem(72, num_sms=2, window=50, pack=2, has_sinks=True), Config(3, 48, 4, 2, False), (2, 192, 230, 2, 1), ()),
+        # Codes of 8 bits: keys that end inside a block and inside 16, a window that begins inside 16
+        (problem(80, E4M3, num_sms=2, window=50, has_sinks=True), Config(2, 128, 2, 1), (1, 140, 200, 2, 1), ()),
         # Wider heads, by the two blocks of a cluster: two key blocks, none and one; queries past a block's tile
         (
             WIDE,

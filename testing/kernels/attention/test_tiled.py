@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from kernels.attention.operands import BF16, FP16, check, expected, operands, problem
+from kernels.attention.operands import BF16, E4M3, FP16, check, expected, operands, problem, random_scales
 from rocm.gates import LDS_BYTES
 from rocm.kernels import lower
 
@@ -20,6 +20,7 @@ CASES = [
     (problem(128, BF16, arch="", window=20), "metal4", (2, 35, 36, 1, 1), ()),
     (problem(256, BF16, arch="", causal=True, has_lengths=True), "metal", (1, 50, 60, 1, 1), ((0, 33, 40), (0, 20, 55))),
     (problem(512, FP16, arch=""), "metal4", (1, 9, 40, 1, 1), ()),
+    (problem(64, E4M3, arch="", causal=True), "metal", (1, 20, 40, 2, 1), ()),
     (problem(64, BF16, arch="gfx942", causal=True, has_lengths=True), HIP, (1, 80, 90, 2, 1), ((0, 66, 70), (0, 70, 85))),
     (problem(72, FP16, arch="gfx950", has_sinks=True), HIP, (1, 10, 70, 2, 2), ()),
     (problem(256, FP16, arch="gfx1100", window=30, has_sinks=True), HIP, (1, 70, 20, 1, 1), ()),
@@ -39,16 +40,27 @@ def run(number):
     of, target, sizes, lengths = CASES[number]
     dtype = getattr(torch, of.dtype)
     q, k, v, sinks = operands(*sizes, of.head_dim, dtype)
-    wanted = expected(of, q, k, v, sinks, *lengths)
+    scales = random_scales(of, *sizes[3:5])
+    wanted = expected(of, q, k, v, sinks, *lengths, scales=scales)
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32) for cu in lengths or ([0], [0]))
     if lengths:
         for tensor, cu in ((q, cu_q), (k, cu_k), (v, cu_k)):
             tensor[:, cu[-1] :] = torch.nan
-    out = torch.full(q.shape, torch.nan, dtype=dtype)
+    out = torch.full(q.shape, torch.nan, dtype=getattr(torch, of.result))
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.nan)
     kernel = lower(kernel_of(of), of.arch) if target == HIP else kernel_of(of)
     report = simulate(
-        kernel, q, k, v, sinks, cu_q, cu_k, out, lse, target={"kind": HIP, "mcpu": of.arch} if target == HIP else target
+        kernel,
+        q,
+        k,
+        v,
+        sinks,
+        cu_q,
+        cu_k,
+        *scales,
+        out,
+        lse,
+        target={"kind": HIP, "mcpu": of.arch} if target == HIP else target,
     )
     return (q, k, v, sinks), (out, lse), wanted, report
 
@@ -77,7 +89,7 @@ def test_mlx(number):
 
 
 @pytest.mark.hip
-@pytest.mark.parametrize("number", [4, 5, 7], ids=lambda number: BY_NAME[number])
+@pytest.mark.parametrize("number", [5, 6, 8], ids=lambda number: BY_NAME[number])
 def test_compiles_on_amd(number):
     """Nothing spills, and LDS is within the chip's limit; on gfx1100 registers spill (docs/log/attention.md)."""
     of, *_ = CASES[number]

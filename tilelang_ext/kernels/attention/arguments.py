@@ -11,6 +11,7 @@ from torch import Tensor
 from tilelang_ext.kernels.attention.problem import HEAD_DIM_UNIT, MAX_HEAD_DIM
 
 DTYPES = (torch.bfloat16, torch.float16)
+FP8_DTYPE = torch.float8_e4m3fn  # of q, k and v
 CACHE_DTYPE = torch.float8_e4m3fn  # beside q's
 MAX_BATCH = 65535  # of `attention_decode`, as a grid's third dimension
 MAX_TOKENS = 8  # of a sequence in one call of `attention_decode`
@@ -25,6 +26,9 @@ class Arguments(NamedTuple):
     sinks: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
+    q_scale: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
     out: Tensor
     lse: Tensor
 
@@ -83,11 +87,14 @@ def check_heads(q_heads: int, kv_heads: int, head_dim: int) -> None:
 
 
 def _check_dtypes(given: Arguments) -> None:
-    if given.q.dtype not in DTYPES:
-        raise TypeError(f"q must be bfloat16 or float16; got {given.q.dtype}; cast it")
+    if given.q.dtype not in (*DTYPES, FP8_DTYPE):
+        raise TypeError(f"q must be bfloat16, float16 or float8_e4m3fn; got {given.q.dtype}; cast it")
+    if given.q.dtype == FP8_DTYPE and given.out.dtype not in DTYPES:
+        raise TypeError(f"out must be bfloat16 or float16 where q is {FP8_DTYPE}; got {given.out.dtype}; pass another")
     wanted = {
-        **dict.fromkeys(("k", "v", "out"), given.q.dtype),
-        **dict.fromkeys(("sinks", "lse"), torch.float32),
+        **dict.fromkeys(("k", "v"), given.q.dtype),
+        "out": given.out.dtype if given.q.dtype == FP8_DTYPE else given.q.dtype,
+        **dict.fromkeys(("sinks", "lse", "q_scale", "k_scale", "v_scale"), torch.float32),
         **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.int32),
     }
     for name, dtype in wanted.items():
@@ -108,6 +115,7 @@ def _check_shapes(given: Arguments) -> None:
             raise ValueError(f"{name} must have dimensions {dimensions}; got {tuple(tensor.shape)}; reshape it")
     *batch, S_q, heads, D = q.shape
     check_heads(heads, k.shape[-2], D)
+    _check_scales(given, heads, k.shape[-2])
     kv_shape = (*batch, k.shape[-3], k.shape[-2], D)
     wanted = {"k": kv_shape, "v": kv_shape, "sinks": (heads,), "out": tuple(q.shape), "lse": (*batch, heads, S_q)}
     for name, shape in wanted.items():
@@ -121,6 +129,17 @@ def _check_shapes(given: Arguments) -> None:
                 raise ValueError(
                     f"{name} must have shape (sequences + 1,), one for both; got {tuple(cu.shape)}; begin it with 0"
                 )
+
+
+def _check_scales(given: Arguments, heads: int, kv_heads: int) -> None:
+    for name, number in (("q_scale", heads), ("k_scale", kv_heads), ("v_scale", kv_heads)):
+        scale = getattr(given, name)
+        if scale is None:
+            continue
+        if given.q.dtype != FP8_DTYPE:
+            raise ValueError(f"{name} must be None where q is {given.q.dtype}; got a tensor; use softmax_scale, or scale v")
+        if scale.dim() != 1 or len(scale) not in (1, number):
+            raise ValueError(f"{name} must have shape (1,) or ({number},); got {tuple(scale.shape)}; pass one or one per head")
 
 
 def _check_dtypes_of_decode(given: DecodeArguments) -> None:

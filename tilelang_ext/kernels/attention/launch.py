@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tilelang_ext.kernels.attention import sm90_forward, sm90_wide, tiled
-from tilelang_ext.kernels.attention.arguments import Arguments
+from tilelang_ext.kernels.attention.arguments import FP8_DTYPE, Arguments
 from tilelang_ext.kernels.attention.problem import Problem
 from tilelang_ext.launch.cache import until_reload
 from tilelang_ext.launch.compile import compiled
@@ -26,16 +26,21 @@ from tilelang_ext.launch.record import Recorder, View
 
 KERNELS = (sm90_forward, sm90_wide, tiled)  # the first that takes a problem compiles it
 MAX_EXTENT = 2**31 - 1
+PACKS = (2, 4, 8, 16)  # heads of a tile, of which its rows are a multiple
 MAX_GRID = 65535  # of the second dimension
 _OPTIONS = ("causal", "window", "softmax_scale")
-_NAMES = (*Arguments._fields[:6], *_OPTIONS, "out", "lse")
+_SCALES = ("q_scale", "k_scale", "v_scale")
+_INPUTS = len(Arguments._fields) - 2
+_NAMES = (*Arguments._fields[:_INPUTS], *_OPTIONS, "out", "lse")
 _HAS_LENGTHS = fact("rank", "q") == 3
+_GROUP = shape("q", 2) // apply("max", shape("k", 2), 1)  # heads of q that share a head of k and v
 _KEY = (
     *(fact("value", name) for name in _OPTIONS),
     *(fact("dtype", name) for name in Arguments._fields),
     fact("device", "q"),
     _HAS_LENGTHS,
     select(_HAS_LENGTHS, shape("q", 2), shape("q", 3)),
+    select(_HAS_LENGTHS, 1, select(fact("value", "window") != 0, _GROUP, 1)),
 )
 _TYPES = {"causal": "int", "window": "int", "softmax_scale": "float"}
 RECIPE = {
@@ -59,6 +64,9 @@ def plan() -> Plan:
 
 def problem_of(given: Arguments, causal: int, window: int, scale: float, target: Target) -> Problem:
     """Return what a call, whose arguments have been checked, is compiled for."""
+    has_lengths = given.cu_seqlens_q is not None
+    group = given.q.shape[-2] // given.k.shape[-2]
+    packs = window > 0 and not has_lengths and target.arch == sm90_forward.ARCH and group in PACKS and given.q.shape[-1] <= 256
     return Problem(
         target_kind=target.kind,
         arch=target.arch,
@@ -69,7 +77,9 @@ def problem_of(given: Arguments, causal: int, window: int, scale: float, target:
         causal=bool(causal),
         window=window,
         has_sinks=given.sinks is not None,
-        has_lengths=given.cu_seqlens_q is not None,
+        has_lengths=has_lengths,
+        pack=group if packs and given.q.dtype != FP8_DTYPE else 1,
+        out_dtype="" if given.out.dtype == given.q.dtype else _name(given.out.dtype),
     )
 
 
@@ -86,7 +96,7 @@ def launch(given: Arguments, causal: int, window: int, scale: float) -> None:
     if implementation_of(problem) is tiled and batch_heads > MAX_GRID:
         raise ValueError(f"attention: batch times heads must be at most {MAX_GRID}; got {batch_heads}; divide the batch")
     if target.kind == "cuda":
-        arguments = (*given[:6], causal, window, scale, *given[6:])
+        arguments = (*given[:_INPUTS], causal, window, scale, *given[_INPUTS:])
         if not plan().launch(*arguments):
             add_variant(plan(), arguments, problem, implementation_of(problem))
             plan()(*arguments)
@@ -96,7 +106,7 @@ def launch(given: Arguments, causal: int, window: int, scale: float) -> None:
         return compiled(make, arguments, target, tuple((pass_configs or {}).items()))
 
     with current(given.q.device):
-        kernel = implementation_of(problem).compile_kernel(problem, SimpleNamespace(compile=compile))
+        kernel = implementation_of(problem).compile_kernel(problem, SimpleNamespace(compile=compile))  # none needs `empty`
         kernel(*_parameters(given, problem, *_unused(given.q.device), lambda tensor: tensor[None]))
 
 
@@ -121,22 +131,23 @@ def readable(given: Arguments) -> Arguments:
             return tensor
         return tensor.clone(memory_format=torch.contiguous_format)
 
-    return Arguments(*map(copied, given[:6]), given.out, given.lse)
+    return Arguments(*map(copied, given[:_INPUTS]), given.out, given.lse)
 
 
-def _parameters(given: Arguments, problem: Problem, no_sinks, no_lengths, with_batch: Callable) -> tuple:
+def _parameters(given: Arguments, problem: Problem, no_scale, no_lengths, with_batch: Callable) -> tuple:
     """Return the kernel's parameters, of tensors or of views; `with_batch` adds a first dimension of one."""
-    q, k, v, sinks, cu_q, cu_k, out, lse = given
+    q, k, v, sinks, cu_q, cu_k, *scales, out, lse = given
     if problem.has_lengths:
         q, k, v, out, lse = (with_batch(x) for x in (q, k, v, out, lse))
     lengths = (cu_q, cu_k) if problem.has_lengths else (no_lengths, no_lengths)
-    return (q, k, v, sinks if problem.has_sinks else no_sinks, *lengths, out, lse)
+    scales = (no_scale if scale is None else scale for scale in scales)
+    return (q, k, v, sinks if problem.has_sinks else no_scale, *lengths, *scales, out, lse)
 
 
 @functools.cache
 def _unused(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what parameters get that the kernel does not read: float32 and int32."""
-    return torch.zeros(1).to(device), torch.zeros(1, dtype=torch.int32).to(device)
+    """Return what parameters get that are not given: a scale of one, and int32 that no kernel reads."""
+    return torch.ones(1).to(device), torch.zeros(1, dtype=torch.int32).to(device)
 
 
 def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: ModuleType) -> None:
@@ -146,7 +157,8 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: 
     first = len(batch)
     # Empty tensors and heads of q that are no multiple of those of k are left to the operator.
     tokens, keys, kv_heads = (apply("max", shape(name, first + i), 1) for name, i in (("q", 0), ("k", 0), ("k", 1)))
-    heads = shape("q", first + 1) // kv_heads * kv_heads
+    group = problem.pack if problem.pack > 1 else shape("q", first + 1) // kv_heads
+    heads = group * kv_heads
     # So are tensors of 2^31 elements and more.
     sequences = shape("q", 0) if batch else 1
     tokens = apply("min", tokens, apply("//", MAX_EXTENT, apply("max", sequences * heads * problem.head_dim, 1)))
@@ -159,7 +171,8 @@ def add_variant(plan: Plan, arguments: tuple, problem: Problem, implementation: 
         "sinks": ("float32", (heads,)),
         "cu_seqlens_q": ("int32", (shape("cu_seqlens_q", 0),)),
         "cu_seqlens_k": ("int32", (shape("cu_seqlens_q", 0),)),
-        "out": (problem.dtype, q_shape),
+        **{name: ("float32", (shape(name, 0),)) for name in _SCALES},
+        "out": (problem.result, q_shape),
         "lse": ("float32", (*batch, heads, tokens)),
     }
     given = dict(zip(_NAMES, arguments, strict=True))

@@ -10,10 +10,19 @@ from torch import Tensor
 
 from tilelang_ext import reference
 from tilelang_ext.kernels.attention import decode_launch, launch
-from tilelang_ext.kernels.attention.arguments import DTYPES, Arguments, DecodeArguments, check, checked_scale, checked_window
+from tilelang_ext.kernels.attention.arguments import (
+    DTYPES,
+    FP8_DTYPE,
+    Arguments,
+    DecodeArguments,
+    check,
+    checked_scale,
+    checked_window,
+)
 from tilelang_ext.launch.gradient import without_gradient
 
 _NAME, _DECODE = "attention", "attention_decode"
+_INPUTS = len(Arguments._fields) - 2
 
 
 def attention(
@@ -27,6 +36,9 @@ def attention(
     softmax_scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     return_lse: bool = True,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | Tensor:
@@ -34,9 +46,12 @@ def attention(
 
     | tensor | shape | dtype |
     | --- | --- | --- |
-    | q, out | (batch, S_q, heads, head_dim); with cu_seqlens (queries of all sequences, heads, head_dim) | bfloat16, float16 |
+    | q | (batch, S_q, heads, head_dim); with cu_seqlens (queries of all sequences, heads, head_dim) | bf16, fp16, e4m3fn |
     | k, v | (batch, S_k, kv_heads, head_dim); with cu_seqlens (keys of all sequences, kv_heads, head_dim) | as q |
+    | out | as q | as q; where that has 8 bits bfloat16, or float16 |
     | sinks | (heads,) | float32 |
+    | q_scale | (1,) or (heads,), for q of float8_e4m3fn: its values are the codes times the scale; 1 by default | float32 |
+    | k_scale, v_scale | (1,) or (kv_heads,), the same | float32 |
     | cu_seqlens_q, cu_seqlens_k | (sequences + 1,): where each sequence begins; the first is 0 | int32 |
     | lse | (batch, heads, S_q); with cu_seqlens (heads, queries of all sequences): natural logarithms | float32 |
 
@@ -46,9 +61,11 @@ def attention(
     head: o is multiplied by 1 / (1 + e^(sink - lse)), and lse becomes ln(e^lse + e^sink). A query that sees no key gives 0, and
     lse -infinity, or its sink. `softmax_scale` is head_dim^-0.5 by default, and must be positive.
 
-    Scores, sums and results are float32 before one rounding; the probabilities are rounded to q's dtype. Tensors with other
-    strides, or that start between multiples of 16 bytes, are copied first; out must be contiguous. On a GPU no tensor may have
-    2^31 elements. With cu_seqlens, rows past the last sequence are neither read for results nor written.
+    Scores, sums and results are float32 before one rounding; the probabilities are rounded to q's dtype. Of 8 bits that is so
+    on Hopper where head_dim is a multiple of 16 up to 256 and there are no cu_seqlens; elsewhere they are rounded to the
+    dtype of out. Tensors with other strides, or that start between multiples of 16 bytes, are copied first; out must be
+    contiguous. On a GPU no tensor may have 2^31 elements. With cu_seqlens, rows past the last sequence are neither read for
+    results nor written.
 
     TypeError for dtypes, ValueError for shapes and values; NotImplementedError for devices, and in a backward pass that reaches
     the result.
@@ -56,10 +73,11 @@ def attention(
     scale = checked_scale(_NAME, softmax_scale, q.shape[-1])
     window = checked_window(_NAME, window)
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=torch.bfloat16 if q.dtype == FP8_DTYPE else q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], *q.shape[-3:-1][::-1]), dtype=torch.float32, device=q.device)
-    _attention_op(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, int(causal), window, scale, out, lse)
-    inputs = q, k, v, sinks
+    scales = q_scale, k_scale, v_scale
+    _attention_op(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *scales, int(causal), window, scale, out, lse)
+    inputs = q, k, v, sinks, *scales
     out = without_gradient(_NAME, out, *inputs)
     return (out, without_gradient(_NAME, lse, *inputs)) if return_lse else out
 
@@ -147,8 +165,8 @@ def merge_attention(o: Tensor, lse: Tensor, other_o: Tensor, other_lse: Tensor) 
 
 torch.library.define(
     f"tilelang_ext::{_NAME}_out",
-    "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int causal, int window, "
-    "float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? q_scale, "
+    "Tensor? k_scale, Tensor? v_scale, int causal, int window, float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()",
 )
 torch.library.define(
     f"tilelang_ext::{_DECODE}_out",
@@ -158,7 +176,7 @@ torch.library.define(
 
 
 def _given(arguments: tuple) -> Arguments:
-    return Arguments(*arguments[:6], *arguments[-2:])
+    return Arguments(*arguments[:_INPUTS], *arguments[-2:])
 
 
 def _out(*arguments) -> None:
@@ -169,7 +187,7 @@ def _out(*arguments) -> None:
                 return
         except (TypeError, ValueError):
             pass
-    given, options = _given(arguments), arguments[6:9]
+    given, options = _given(arguments), arguments[_INPUTS:-2]
     check(given)
     if given.out.numel() == 0:
         return
@@ -226,7 +244,10 @@ def _on_cpu(given: Arguments, causal: int, window: int, scale: float) -> None:
     """Compute by the reference, sequence by sequence."""
 
     def compute(q, k, v, out, lse):
-        result = reference.attention(q, k, v, scale, bool(causal), window or None, given.sinks)
+        values = [
+            x.double() if s is None else x.double() * s.double()[:, None] for x, s in zip((q, k, v), given[6:9], strict=True)
+        ]
+        result = reference.attention(*values, scale, bool(causal), window or None, given.sinks)
         out.copy_(result[0])
         lse.copy_(result[1])
 

@@ -29,6 +29,7 @@ from tilelang_ext import language as T
 HEAD_DIM_UNIT = 8  # elements of 16 bits: 16 bytes, as TMA demands
 MAX_HEAD_DIM = 512
 LOG2_E = math.log2(math.e)
+FP8 = "float8_e4m3fn"
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,28 @@ class Problem:
     arch: str  # as "sm_90a" or "gfx942"; "" on Metal
     num_sms: int  # streaming multiprocessors of the device, on AMD compute units; 0 on Metal
     head_dim: int
-    dtype: str  # "bfloat16" or "float16"
+    dtype: str  # of q, k and v: "bfloat16", "float16" or "float8_e4m3fn"
     scale: float  # softmax_scale
     causal: bool = False
     window: int = 0  # keys that a query sees, up to its own position; 0: all
     has_sinks: bool = False
     has_lengths: bool = False
+    out_dtype: str = ""  # by default dtype
+    pack: int = 1  # heads of q in a tile, which share a head of k and v
 
     @property
     def is_causal(self) -> bool:
         """Whether keys after a query's position are hidden, as a window hides them too."""
         return self.causal or self.window > 0
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype == FP8
+
+    @property
+    def result(self) -> str:
+        """The dtype of out, in which codes of 8 bits are multiplied where there is no instruction for them."""
+        return self.out_dtype or self.dtype
 
     @property
     def scale_log2(self) -> float:
@@ -67,14 +79,21 @@ class Problem:
             sinks=T.Tensor((T.dynamic("num_sinks"),), "float32"),
             cu_q=T.Tensor((num_cu_q,), "int32"),
             cu_k=T.Tensor((num_cu_k,), "int32"),
-            out=T.Tensor((batch, queries, heads, self.head_dim), self.dtype),
+            v_transposed=T.Tensor((batch, kv_heads, self.head_dim, T.dynamic("padded_keys")), self.dtype),
+            q_scale=T.Tensor((T.dynamic("q_scales"),), "float32"),
+            k_scale=T.Tensor((T.dynamic("k_scales"),), "float32"),
+            v_scale=T.Tensor((T.dynamic("v_scales"),), "float32"),
+            out=T.Tensor((batch, queries, heads, self.head_dim), self.result),
             lse=T.Tensor((batch, heads, queries), "float32"),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """The parameters of a prim_func, in order."""
+    """The parameters of a prim_func, in order; the last two are results for parts of the keys, where there are such.
+
+    Scales are one for all heads, or one for each.
+    """
 
     q: Any
     k: Any
@@ -82,8 +101,13 @@ class Operands:
     sinks: Any
     cu_q: Any
     cu_k: Any
+    q_scale: Any
+    k_scale: Any
+    v_scale: Any
     out: Any
     lse: Any
+    partial: Any = None  # (parts, rows of a tile, channels)
+    partial_lse: Any = None  # (parts, rows of a tile), of base 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ Warp roles, one block per SM:
 
 | warpgroup | role | registers |
 | --- | --- | --- |
-| 0 | producer: TMA loads of q, k and v | 24 |
+| 0 | producers, a warp each: TMA loads of q and k; of one half of the columns of v; of the other | 24 |
 | 1 | scores: S, its softmax, P to shared memory | 184 |
 | 2, 3 | values: one half of the columns of O each | 152 |
 
@@ -17,15 +17,15 @@ Pipelines, producer role -> consumer role:
 
 | pipeline | carries | full | empty |
 | --- | --- | --- | --- |
-| q | the queries of a tile, one stage | 128 threads, the bytes | 4 warps |
-| k | 64 channels of a block of 128 keys | 128 threads, the bytes of both blocks | 4 warps of each block |
+| q | the queries of a tile, one stage | one thread, the bytes | 4 warps |
+| k | 64 channels of a block of 96 keys | one thread, the bytes of both blocks | 4 warps of each block |
 | v | 32 rows of one half of the columns of a block | the same | the same |
-| scores -> values | P of a block, and the factor of each row | 128 threads | 8 warps |
+| scores -> values | P of a block, and the factor of each row | 4 warps | 8 warps |
 | scores -> values | by what the rows of O are divided | 128 threads | 8 warps |
 
 Steady state, for key blocks from the last to the first:
 
-    producer   64 channels of k of block n - 1 | 32 rows of v of block n | the next channels | ...
+    producers  64 channels of k of block n - 1 | the next channels | ...;  32 rows of v of block n | ...
     scores     issue S = q k[n - 1]^T, 64 channels at a time; between them the softmax of block n, by quarters, and P to p_s
     values     P of block n is there: scale O | issue O += P v[n], 32 rows at a time
 
@@ -54,9 +54,9 @@ from tilelang_ext.kernels.attention.sm90_forward import (
     uniform,
 )
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax, store_rows
-from tilelang_ext.kernels.attention.tiles import PANEL, Tile, TileOrder, alloc_tile
+from tilelang_ext.kernels.attention.tiles import PANEL, Tile, TileOrder, alloc_tile, prim_func
 from tilelang_ext.kernels.sm90 import multicast, pdl
-from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
+from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline, arrive_once
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, dispatch, warpgroup_sync
 
 CLUSTERS = "cluster_dims" in inspect.signature(T.Kernel).parameters  # not in tilelang 0.1.14
@@ -152,23 +152,9 @@ class _Values:
 
 
 def attention(problem: Problem):
-    """The prim_func (q, k, v, sinks, cu_q, cu_k, out, lse)."""
-    traits, types = _Traits(problem), problem.types()
-
-    @T.prim_func
-    def attention(
-        q: types.q,
-        k: types.k,
-        v: types.v,
-        sinks: types.sinks,
-        cu_q: types.cu_q,
-        cu_k: types.cu_k,
-        out: types.out,
-        lse: types.lse,
-    ):
-        _attention(traits, Operands(q, k, v, sinks, cu_q, cu_k, out, lse))
-
-    return attention
+    """The prim_func of `tiles.prim_func`."""
+    traits = _Traits(problem)
+    return prim_func(problem, lambda operands: _attention(traits, operands))
 
 
 # --- block: shared memory, barriers, roles ---------------------------------------------------------------------------
@@ -185,10 +171,10 @@ def _attention(traits, operands):
         factor_s = T.alloc_shared((_P_STAGES, _ROWS), "float32")
         inverse_s = T.alloc_shared((_ROWS,), "float32")
         T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in (q_s, k_s, v_s, p_s)})
-        q_pipeline = alloc_pipeline(1, WARPGROUP, _WARPS)
-        k_pipeline = alloc_pipeline(_STAGES, WARPGROUP, _WARPS, _CLUSTER)
+        q_pipeline = alloc_pipeline(1, 1, _WARPS)
+        k_pipeline = alloc_pipeline(_STAGES, 1, _WARPS, _CLUSTER)
         v_pipelines = _alloc_v_pipelines()
-        p_pipeline = alloc_pipeline(_P_STAGES, WARPGROUP, 2 * _WARPS)
+        p_pipeline = alloc_pipeline(_P_STAGES, _WARPS, 2 * _WARPS)
         result = alloc_pipeline(1, WARPGROUP, 2 * _WARPS)
         clusters = traits.problem.num_sms // _CLUSTER
         order = TileOrder(traits.problem, operands, _ROWS * _CLUSTER, clusters, block // _CLUSTER)
@@ -207,7 +193,7 @@ def _attention(traits, operands):
 
 
 def _alloc_v_pipelines() -> list:
-    return [alloc_pipeline(_STAGES // 2, WARPGROUP, _WARPS, _CLUSTER) for _ in range(2)]
+    return [alloc_pipeline(_STAGES // 2, 1, _WARPS, _CLUSTER) for _ in range(2)]
 
 
 def _dispatch_roles(traits: _Traits, operands: Operands, block: _Block) -> None:
@@ -225,28 +211,47 @@ def _dispatch_roles(traits: _Traits, operands: Operands, block: _Block) -> None:
 
 @T.macro
 def _produce(traits, operands, block):
-    """Keep the pipelines filled, tile after tile."""
+    """Each pipeline has a warp of its own: values wait for P, which must not keep keys from being loaded."""
     T.dec_max_nreg(_PRODUCER_REGISTERS)
-    k_step = T.alloc_var("int32", init=0)
-    v_step = T.alloc_var("int32", init=0)
+    warp = block.thread // WARP
+    if warp == 0:
+        _produce_keys(traits, operands, block)
+    elif warp == 1:
+        _produce_values(traits, operands, block, 0)
+    elif warp == 2:
+        _produce_values(traits, operands, block, 1)
+
+
+@T.macro
+def _produce_keys(traits, operands, block):
+    """Keep the pipelines of q and k filled, tile after tile."""
+    step = T.alloc_var("int32", init=0)
     tiles = T.alloc_var("int32", init=0)  # tiles that have key blocks
     tile = alloc_tile(traits.problem, _BLOCK_N)
     for wave in T.serial(block.order.num_waves):
         block.order.find(wave, tile)
         if tile.num_blocks > 0:
             _load_q(traits, operands, block, tile, tiles)
-            for i in T.serial(tile.num_blocks + 1):
-                for part in T.serial(max(traits.panels, 2 * _V_STEPS)):
-                    if (i < tile.num_blocks) and (part < traits.panels):
-                        _load_k(traits, operands, block, tile, i, part, k_step)
-                        k_step = k_step + 1
-                    if (i > 0) and (part < 2 * _V_STEPS):
-                        if part % 2 == 0:
-                            _load_v(traits, operands, block, tile, i - 1, part // 2, v_step, 0)
-                        else:
-                            _load_v(traits, operands, block, tile, i - 1, part // 2, v_step, 1)
-                            v_step = v_step + 1
+            for i in T.serial(tile.num_blocks):
+                for panel in T.serial(traits.panels):
+                    _load_k(traits, operands, block, tile, i, panel, step)
+                    T.sync_warp()
+                    step = step + 1
             tiles = tiles + 1
+
+
+@T.macro
+def _produce_values(traits, operands, block, half):
+    """Keep the pipeline of one half of the columns of v filled, tile after tile."""
+    step = T.alloc_var("int32", init=0)
+    tile = alloc_tile(traits.problem, _BLOCK_N)
+    for wave in T.serial(block.order.num_waves):
+        block.order.find(wave, tile)
+        for i in T.serial(tile.num_blocks):
+            for part in T.serial(_V_STEPS):
+                _load_v(traits, operands, block, tile, i, part, step, half)
+                T.sync_warp()
+                step = step + 1
 
 
 def _load_q(traits: _Traits, operands: Operands, block: _Block, tile: Tile, tiles) -> None:
@@ -256,7 +261,7 @@ def _load_q(traits: _Traits, operands: Operands, block: _Block, tile: Tile, tile
     for panel in range(traits.panels):
         source = operands.q[tile.batch, row : row + _ROWS, tile.head, panel * PANEL : (panel + 1) * PANEL]
         T.evaluate(T.tma_copy(source, block.q_s[panel, :, :], barrier=pipeline.full[0]))
-    pipeline.commit(0)
+    pipeline.commit_once(0)
 
 
 def _load_k(traits: _Traits, operands: Operands, block: _Block, tile: Tile, i, panel, step) -> None:
@@ -266,8 +271,7 @@ def _load_k(traits: _Traits, operands: Operands, block: _Block, tile: Tile, i, p
     pipeline.acquire(stage, pipeline.empty_phase(step))
     first = block.rank * rows
     loads = [(first * PANEL, (panel * PANEL, tile.key(i) + first, tile.kv_head, tile.batch))]
-    _multicast(operands.k, block.k_s, stage, pipeline.full[stage], rows, loads)
-    pipeline.commit(stage)
+    _multicast(block.thread, operands.k, block.k_s, stage, pipeline.full[stage], rows, loads)
 
 
 def _load_v(traits: _Traits, operands: Operands, block: _Block, tile: Tile, i, part, step, half: int) -> None:
@@ -284,14 +288,14 @@ def _load_v(traits: _Traits, operands: Operands, block: _Block, tile: Tile, i, p
         )
         for panel in range(traits.half)
     ]
-    _multicast(operands.v, block.v_s, half * (_STAGES // 2) + stage, pipeline.full[stage], rows, loads)
-    pipeline.commit(stage)
+    _multicast(block.thread, operands.v, block.v_s, half * (_STAGES // 2) + stage, pipeline.full[stage], rows, loads)
 
 
-def _multicast(matrix, shared, stage, barrier, rows: int, loads: list) -> None:
+def _multicast(thread, matrix, shared, stage, barrier, rows: int, loads: list) -> None:
     """Load boxes of `rows` rows of 64 channels to both blocks: pairs (first element in the stage, coordinates).
 
-    The barrier of the stage then expects the bytes of the whole stage.
+    One thread of the warp does it all, and arrives at the barrier of the stage, which then expects the bytes of the whole
+    stage: arrivals of 128 threads take turns, and 14 stages of a block of keys would wait for them.
     """
     size = math.prod(map(int, shared.shape[1:]))
     descriptor = multicast.descriptor(matrix, (1, rows, 1, PANEL), _AXES)
@@ -303,9 +307,10 @@ def _multicast(matrix, shared, stage, barrier, rows: int, loads: list) -> None:
 
     @T.macro
     def emit():
-        if T.shuffle_elect(WARPGROUP):
+        if thread % WARP == 0:
             T.mbarrier_expect_tx(barrier, size * 2)
             issue()
+            T.mbarrier_arrive(barrier)
 
     emit()
 
@@ -445,8 +450,9 @@ def _quarter(traits: _Traits, block: _Block, scores: _Scores, tile: Tile, key, S
     softmax.exponentiate(S, quarter * groups, groups)
     store_probabilities(S, quarter * groups, groups, block.p_s, stage, scores.row, softmax.column)
     if quarter == _QUARTERS - 1:
-        T.fence_proxy_async()
-        pipeline.commit(stage)
+        T.evaluate(T.fence_proxy_async())
+        T.evaluate(T.sync_warp())
+        arrive_once(pipeline.full, stage, scores.lane)
 
 
 def store_probabilities(S, first: int, groups: int, p_s, stage, row, column) -> None:
@@ -640,8 +646,8 @@ def _clear_values(traits: _Traits, block: _Block, values: _Values, tile: Tile, p
 
 
 def takes(problem: Problem) -> bool:
-    """Hopper, head_dim above 256."""
-    return CLUSTERS and problem.arch == ARCH and problem.head_dim > 256
+    """Hopper, head_dim above 256, 16 bits."""
+    return CLUSTERS and problem.arch == ARCH and problem.head_dim > 256 and not problem.is_fp8
 
 
 def compile_kernel(problem: Problem, device) -> Callable:

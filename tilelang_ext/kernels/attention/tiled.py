@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.probabilities import round_to_fragment, round_to_shared
-from tilelang_ext.kernels.attention.problem import LOG2_E, Operands, Problem
-from tilelang_ext.kernels.attention.tiles import alloc_tile, locate, row_tiles
+from tilelang_ext.kernels.attention.problem import LOG2_E, Problem
+from tilelang_ext.kernels.attention.tiles import alloc_tile, locate, of_head, prim_func, row_tiles
 
 _LANES = 64  # channels come in multiples of these: what lies past head_dim is zero
 
@@ -45,11 +45,22 @@ def pick_config(problem: Problem) -> Config:
 
 
 def attention(problem: Problem, config: Config):
-    """The prim_func (q, k, v, sinks, cu_q, cu_k, out, lse)."""
-    types, dtype, D = problem.types(), problem.dtype, problem.head_dim
+    """The prim_func of `tiles.prim_func`."""
+    dtype, D = problem.result, problem.head_dim
     block_M, block_N, block_K, columns = config.block_M, config.block_N, config.block_K, config.columns
-    scale = problem.scale_log2
     k_steps = -(-D // block_K)
+
+    @T.macro
+    def load(source, batch, row, head, channel, to_s):
+        if problem.is_fp8:
+            for i, j in T.Parallel(*to_s.shape):
+                to_s[i, j] = T.if_then_else(
+                    (row + i < source.shape[1]) & (channel + j < D),
+                    T.cast(source[batch, T.min(row + i, source.shape[1] - 1), head, T.min(channel + j, D - 1)], dtype),
+                    T.cast(0, dtype),
+                )
+        else:
+            T.copy(source[batch, row : row + to_s.shape[0], head, channel : channel + to_s.shape[1]], to_s)
 
     @T.macro
     def load_values(v, tile, key, column, v_s):
@@ -58,27 +69,18 @@ def attention(problem: Problem, config: Config):
             for i, j in T.Parallel(block_N, columns):
                 v_s[i, j] = T.if_then_else(
                     (key + i < tile.last) & (column + j < D),
-                    v[tile.batch, T.min(key + i, tile.last - 1), tile.kv_head, T.min(column + j, D - 1)],
+                    T.cast(v[tile.batch, T.min(key + i, tile.last - 1), tile.kv_head, T.min(column + j, D - 1)], dtype),
                     T.cast(0, dtype),
                 )
         else:
-            T.copy(v[tile.batch, key : key + block_N, tile.kv_head, column : column + columns], v_s)
+            load(v, tile.batch, key, tile.kv_head, column, v_s)
 
     def alloc_probabilities():
         return (T.alloc_shared if config.shares_P else T.alloc_fragment)((block_M, block_N), dtype)
 
-    @T.prim_func
-    def attention(
-        q: types.q,
-        k: types.k,
-        v: types.v,
-        sinks: types.sinks,
-        cu_q: types.cu_q,
-        cu_k: types.cu_k,
-        out: types.out,
-        lse: types.lse,
-    ):
-        operands = Operands(q, k, v, sinks, cu_q, cu_k, out, lse)
+    @T.macro
+    def emit(operands):
+        q, k, v, sinks, out, lse = operands.q, operands.k, operands.v, operands.sinks, operands.out, operands.lse
         with T.Kernel(
             row_tiles(problem, operands, block_M), q.shape[0] * q.shape[2], T.ceildiv(D, columns), threads=config.threads
         ) as (bx, by, bz):
@@ -98,23 +100,20 @@ def attention(problem: Problem, config: Config):
             T.fill(O, 0)
             T.fill(l, 0)
             T.fill(m, -T.infinity("float32"))
+            scale = T.alloc_var("float32", problem.scale_log2)
+            v_scale = T.alloc_var("float32", 1.0)
+            if problem.is_fp8:
+                scale = scale * of_head(operands.q_scale, tile.head) * of_head(operands.k_scale, tile.kv_head)
+                v_scale = of_head(operands.v_scale, tile.kv_head)
             if k_steps == 1:
-                T.copy(q[tile.batch, tile.query : tile.query + block_M, tile.head, 0:block_K], q_s)
+                load(q, tile.batch, tile.query, tile.head, 0, q_s)
             for n in T.serial(tile.num_blocks):
                 key = tile.key(n)
                 T.fill(S, 0)
                 for step in T.serial(k_steps):
                     if k_steps > 1:
-                        T.copy(
-                            q[
-                                tile.batch,
-                                tile.query : tile.query + block_M,
-                                tile.head,
-                                step * block_K : (step + 1) * block_K,
-                            ],
-                            q_s,
-                        )
-                    T.copy(k[tile.batch, key : key + block_N, tile.kv_head, step * block_K : (step + 1) * block_K], k_s)
+                        load(q, tile.batch, tile.query, tile.head, step * block_K, q_s)
+                    load(k, tile.batch, key, tile.kv_head, step * block_K, k_s)
                     T.gemm(q_s, k_s, S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
                 load_values(v, tile, key, bz * columns, v_s)
                 for i, j in T.Parallel(block_M, block_N):
@@ -146,7 +145,7 @@ def attention(problem: Problem, config: Config):
                     a[i] = T.exp2(m[i] - m_old[i])
                     l[i] = l[i] * a[i] + T.exp2(sinks[tile.head] * T.float32(LOG2_E) - m_old[i])
                     m[i] = m_old[i]
-                a[i] = T.if_then_else(l[i] > T.float32(0), a[i] / l[i], T.float32(0))
+                a[i] = T.if_then_else(l[i] > T.float32(0), v_scale * a[i] / l[i], T.float32(0))
             for i, j in T.Parallel(block_M, columns):
                 if (tile.query + i < tile.end) & (bz * columns + j < D):
                     out[tile.batch, tile.query + i, tile.head, bz * columns + j] = T.cast(O[i, j] * a[i], dtype)
@@ -157,7 +156,7 @@ def attention(problem: Problem, config: Config):
                             l[i] > T.float32(0), (m[i] + T.log2(l[i])) * T.float32(1 / LOG2_E), -T.infinity("float32")
                         )
 
-    return attention
+    return prim_func(problem, emit)
 
 
 def takes(problem: Problem) -> bool:
