@@ -12,6 +12,7 @@ from tilelang_ext import attention_decode, reference, simulate
 from tilelang_ext.kernels.attention import decode_launch, sm90_decode, split_kv
 from tilelang_ext.kernels.attention.problem import DecodeProblem
 from tilelang_ext.kernels.attention.sm90_forward import ARCH
+from tilelang_ext.launch.expression import apply
 
 E4M3 = torch.float8_e4m3fn
 
@@ -104,8 +105,9 @@ def test_values(of, target, lengths, sizes, splits):
 @pytest.mark.parametrize(
     ("of", "lengths", "sizes"),
     [
-        # The general kernel: whole blocks ahead of their use, and one of rows past the end; a cache of 8 bits
-        (problem(64, ARCH, cache=E4M3, scales="head"), (200, 70), (2, 2, 1)),
+        # Codes of 8 bits, of one scale per head, and per page of halves of the columns; blocks that end inside
+        (problem(64, ARCH, cache=E4M3, scales="head"), (300, 70), (2, 2, 1)),
+        (problem(272, ARCH, cache=E4M3, page_size=64, scales="page"), (100, 70), (1, 2, 1)),
         # Several pages in a block of keys; an odd number of blocks; a sequence without keys
         (problem(128, ARCH, page_size=16, has_sinks=True), (200, 0), (3, 4, 2)),
         # Wider heads: consumers of halves of the columns; no pages; a window; head_dim ends inside a half
@@ -116,7 +118,7 @@ def test_on_hopper(of, lengths, sizes):
     """Values by running the CUDA text on the CPU; every other byte of memory is a NaN."""
     file = next(file for file in decode_launch.KERNELS if file.takes(of))
     case, config, splits = Case(of, lengths, *sizes), file.pick_config(of), 2
-    assert file is (split_kv if of.is_fp8 else sm90_decode)
+    assert file is sm90_decode
     results = splits * config.ranges
     names = ("q", "cache_k", "cache_v", "seqlens", "page_table", "k_scale", "v_scale")
     tensors = dict(zip(names, case.inputs, strict=True)) | {"sinks": case.sinks, "out": case.out, "lse": case.lse}
@@ -128,7 +130,7 @@ def test_on_hopper(of, lengths, sizes):
         "splits": results, "num_seqlens": batch, "num_sinks": heads,
         "table_pages": case.page_table.shape[1], "table_rows": len(case.page_table),
     }  # fmt: skip
-    box = Box(min(config.block_N, of.page_size or config.block_N), 64)
+    box = Box(min(config.block_N, of.page_size or config.block_N), 64, not of.is_fp8)
     text = text_of(file.split_kv, of, config, name="split_kv", pass_configs=file.pass_configs(of))
     execute(text, (splits, kv_heads, batch), tensors, {"cache_k": box, "cache_v": box}, scalars, functions=FUNCTIONS)
     text = text_of(split_kv.sum_ranges, of.of_sum(), name="sum_ranges", pass_configs=split_kv.pass_configs(of))
@@ -208,15 +210,13 @@ def test_torch_compile_and_gradients():
 
 
 def test_number_of_ranges():
-    """As many as fill the SMs twice, none with less than four blocks of keys, and one at least."""
+    """As many as fill the SMs once, or else several times; none with less than four blocks of keys, and one at least."""
     of = replace(problem(128, ARCH), num_sms=132)
     config = sm90_decode.pick_config(of)
 
     def splits(batch, rows, kv_heads, keys):
-        return split_kv.num_splits(
-            of, config, batch, rows, kv_heads, keys, lambda name, *two: {"min": min, "max": max}[name](*two)
-        )
+        return split_kv.num_splits(of, config, batch, rows, kv_heads, keys, apply)
 
-    assert [splits(1, 8, 8, keys) for keys in (0, 500, 4096, 65536)] == [1, 1, 16, 33]
-    assert [splits(batch, 8, 8, 65536) for batch in (8, 64)] == [5, 1]
+    assert [splits(1, 8, 8, keys) for keys in (0, 500, 4096, 65536)] == [1, 1, 16, 16]
+    assert [splits(batch, 8, 8, 65536) for batch in (8, 64)] == [2, 1]
     assert splits(1, 8, 1, 1 << 20) == split_kv.MAX_SPLITS

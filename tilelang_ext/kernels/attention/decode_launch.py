@@ -94,10 +94,7 @@ def launch(given: DecodeArguments, window: int, scale: float) -> None:
         batch, tokens, heads, _ = given.q.shape
         _, size, kv_heads, _ = given.cache_k.shape
         keys = size if given.page_table is None else size * given.page_table.shape[1]
-        choose = {"min": min, "max": max}
-        return split_kv.num_splits(
-            problem, config, batch, tokens * heads // kv_heads, kv_heads, keys, lambda name, *values: choose[name](*values)
-        )
+        return split_kv.num_splits(problem, config, batch, tokens * heads // kv_heads, kv_heads, keys, apply)
 
     with current(given.q.device):
         run = compile_kernels(problem, splits, SimpleNamespace(compile=compile, empty=empty))

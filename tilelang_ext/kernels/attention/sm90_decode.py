@@ -2,8 +2,10 @@
 
     S = q k^T;  m' = max(m, rows of S);  P = 2^(scale (S - m'));  l = a l + rows of P;  O = a O + P v      of each range
 
-Takes what `split_kv` takes, but for caches of 8 bits, and for pages that blocks of keys neither divide nor hold whole; the sum
-over ranges is `split_kv`'s. The rows of a block are the tokens and query heads that share a head of k and v, at most 64.
+Takes what `split_kv` takes, but for pages that blocks of keys neither divide nor hold whole; the sum over ranges is that of
+`split_kv`. The rows of a block are the tokens and query heads that share a head of k and v, at most 64. Codes of 8 bits are
+converted by the consumers, each of which has a place for the keys and one for the values that its MMAs read: values while S is
+computed.
 
 Warp roles, of a block of 384 threads, one block per SM:
 
@@ -16,15 +18,15 @@ Pipeline, producer role -> consumer role:
 
 | pipeline | carries | full | empty |
 | --- | --- | --- | --- |
-| producer -> consumer | k and v of a block of keys | 128 threads, the bytes | 4 warps of each consumer that reads it |
+| producer -> consumer | k and v of a block of keys | one thread, the bytes | 4 warps of each consumer that reads it |
 
 Steady state:
 
     producer   acquire | TMA k, TMA v, in boxes that lie in one page | commit
     consumers  wait | S = q k^T | mask, softmax | O = a O + P v | release
+    of codes   wait | convert k | issue S = q k^T | convert v, release | S is complete: mask, softmax | O = a O + P v
 
-Consumers of different blocks of keys have different ranges: each writes a result of its own. Nobody has timed it; its text runs
-on the CPU in the tests.
+Consumers of different blocks of keys have different ranges: each writes a result of its own.
 """
 
 import functools
@@ -59,6 +61,39 @@ _MIN_BOX = 8  # rows of a swizzle's pattern
 _ROW_BYTES, _UNIT = 128, 16  # of a row of shared memory; of a descriptor
 
 
+CONVERT = {"bfloat16": "tilelang_ext_e4m3x8_to_bf16", "float16": "tilelang_ext_e4m3x8_to_f16"}
+CONVERT_SOURCE = r"""
+__device__ __forceinline__ unsigned tilelang_ext_e4m3x2_to_bf16x2(unsigned short codes) {
+  unsigned values;
+  asm("{.reg .b32 both;\n"
+      ".reg .b16 low, high;\n"
+      ".reg .f32 x, y;\n"
+      "cvt.rn.f16x2.e4m3x2 both, %1;\n"
+      "mov.b32 {low, high}, both;\n"
+      "cvt.f32.f16 x, low;\n"
+      "cvt.f32.f16 y, high;\n"
+      "cvt.rn.bf16x2.f32 %0, y, x;}" : "=r"(values) : "h"(codes));
+  return values;
+}
+__device__ __forceinline__ unsigned tilelang_ext_e4m3x2_to_f16x2(unsigned short codes) {
+  unsigned values;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(values) : "h"(codes));
+  return values;
+}
+template <unsigned (*convert)(unsigned short)>
+__device__ __forceinline__ void tilelang_ext_e4m3x8(const void* codes, void* values, bool keep) {
+  for (int i = 0; i < 4; ++i)
+    ((unsigned*)values)[i] = convert(keep ? ((const unsigned short*)codes)[i] : 0);
+}
+__device__ __forceinline__ void tilelang_ext_e4m3x8_to_bf16(const void* codes, void* values, bool keep) {
+  tilelang_ext_e4m3x8<tilelang_ext_e4m3x2_to_bf16x2>(codes, values, keep);
+}
+__device__ __forceinline__ void tilelang_ext_e4m3x8_to_f16(const void* codes, void* values, bool keep) {
+  tilelang_ext_e4m3x8<tilelang_ext_e4m3x2_to_f16x2>(codes, values, keep);
+}
+"""  # upstream's cast to bfloat16 takes one cvt.bf16.f16 for each value, of which an SM has 16 per clock
+
+
 @dataclass(frozen=True)
 class Config:
     """Keys of a block, stages of the pipeline, consumers of one block's value columns; rows are WGMMA_M."""
@@ -74,9 +109,21 @@ class Config:
         """Results of a block."""
         return _CONSUMERS // self.halves
 
+    @property
+    def blocks_per_sm(self) -> int:
+        return 1
+
 
 def pick_config(problem: DecodeProblem) -> Config:
     """Return the block of keys by head_dim: stages of 32 to 64 KB, as many as 227 KB of shared memory hold."""
+    of_codes = [  # stages of 16 to 32 KB, beside what the consumers convert to
+        (64, Config(128, 6, 1, MAX_COLUMNS)),
+        (128, Config(64, 6, 1, MAX_COLUMNS)),
+        (192, Config(64, 4, 1, MAX_COLUMNS)),
+        (256, Config(32, 6, 1, MAX_COLUMNS)),
+        (384, Config(32, 4, 2, MAX_COLUMNS)),
+        (512, Config(32, 2, 2, MAX_COLUMNS)),
+    ]
     table = [
         # (head_dim up to, config)
         (64, Config(128, 6, 1, MAX_COLUMNS)),
@@ -86,7 +133,7 @@ def pick_config(problem: DecodeProblem) -> Config:
         (384, Config(32, 3, 2, MAX_COLUMNS)),
         (512, Config(32, 2, 2, MAX_COLUMNS)),
     ]
-    return next(config for most, config in table if problem.head_dim <= most)
+    return next(config for most, config in (of_codes if problem.is_fp8 else table) if problem.head_dim <= most)
 
 
 # --- what a kernel is made of ----------------------------------------------------------------------------------------
@@ -152,8 +199,11 @@ class _Block:
     """What the roles of a block share."""
 
     q_s: Any  # (panels, 64, 64)
-    k_s: Any  # (num_stages, panels, block_N, 64)
+    k_s: Any  # (num_stages, panels, block_N, 64) as it is loaded
     v_s: Any  # the same
+    k_operand_s: Any  # what MMAs read: k_s, or of codes (consumers, panels, block_N, 64) in 16 bits
+    v_operand_s: Any  # the same, of the consumer's columns
+    scales: Any  # of codes: k_scale and v_scale
     pipeline: Pipeline
     page_table: Any
     keys: Range
@@ -207,14 +257,18 @@ def _split_kv(traits, operands, seqlens, page_table, partial, partial_lse):
     kv_heads = operands.cache_k.shape[2]
     splits = T.truncdiv(partial.shape[0], traits.config.ranges)
     with T.Kernel(splits, kv_heads * row_tiles, operands.q.shape[0], threads=_ROLES.threads) as (split, by, batch):
-        T.import_source(SOURCE)
+        T.import_source(SOURCE + (CONVERT_SOURCE if traits.problem.is_fp8 else ""))
         q_s = T.alloc_shared((traits.panels, WGMMA_M, PANEL), traits.problem.dtype)
-        k_s = T.alloc_shared((traits.config.num_stages, traits.panels, traits.config.block_N, PANEL), traits.problem.dtype)
-        v_s = T.alloc_shared((traits.config.num_stages, traits.panels, traits.config.block_N, PANEL), traits.problem.dtype)
-        T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in (q_s, k_s, v_s)})
-        pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, 4 * traits.config.halves)
+        k_s = T.alloc_shared(
+            (traits.config.num_stages, traits.panels, traits.config.block_N, PANEL), traits.problem.cache_dtype
+        )
+        v_s = T.alloc_shared(
+            (traits.config.num_stages, traits.panels, traits.config.block_N, PANEL), traits.problem.cache_dtype
+        )
+        k_operand_s, v_operand_s = _alloc_operands(traits, k_s, v_s)
+        T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in (q_s, k_operand_s, v_operand_s)})
+        pipeline = alloc_pipeline(traits.config.num_stages, 1, 4 * traits.config.halves)
         thread = T.get_thread_binding()
-        pdl.trigger()
         pdl.wait()
         length = T.alloc_var("int32", seqlens[batch])
         row = T.alloc_var("int32", T.truncdiv(by, kv_heads) * WGMMA_M)
@@ -230,8 +284,19 @@ def _split_kv(traits, operands, seqlens, page_table, partial, partial_lse):
             traits,
             operands,
             (partial, partial_lse),
-            _Block(q_s, k_s, v_s, pipeline, page_table, keys, batch, T.truncmod(by, kv_heads), split, thread),
-        )
+            _Block(
+                q_s, k_s, v_s, k_operand_s, v_operand_s, (operands.k_scale, operands.v_scale), pipeline, page_table, keys,
+                batch, T.truncmod(by, kv_heads), split, thread,
+            ),
+        )  # fmt: skip
+
+
+def _alloc_operands(traits: _Traits, k_s, v_s) -> tuple:
+    """Return what MMAs read: the stages, or where codes of 8 bits are converted to."""
+    if not traits.problem.is_fp8:
+        return k_s, v_s
+    panels = traits.panels, traits.half
+    return tuple(T.alloc_shared((_CONSUMERS, n, traits.config.block_N, PANEL), traits.problem.dtype) for n in panels)
 
 
 def _dispatch_roles(traits: _Traits, operands: DecodeOperands, results: tuple, block: _Block) -> None:
@@ -246,9 +311,12 @@ def _dispatch_roles(traits: _Traits, operands: DecodeOperands, results: tuple, b
 
 @T.macro
 def _produce(traits, operands, block):
+    """One warp fills the pipeline: others, whom nothing keeps up with it, could miss a phase."""
     _ROLES.begin_producer()
-    for step in T.serial(block.keys.num_blocks):
-        _load(traits, operands, block, step)
+    if block.thread < WARP:
+        for step in T.serial(block.keys.num_blocks):
+            _load(traits, operands, block, step)
+            T.sync_warp()
 
 
 def _load(traits: _Traits, operands: DecodeOperands, block: _Block, step) -> None:
@@ -258,7 +326,7 @@ def _load(traits: _Traits, operands: DecodeOperands, block: _Block, step) -> Non
     pipeline.acquire(stage, pipeline.empty_phase(step))
     for first in range(0, traits.config.block_N, traits.box):
         _load_box(traits, operands, block, stage, key + first, first)
-    pipeline.commit(stage)
+    pipeline.commit_once(stage)
 
 
 def _load_box(traits: _Traits, operands: DecodeOperands, block: _Block, stage, key, first: int) -> None:
@@ -300,6 +368,8 @@ def _consume(traits, operands, results, block, number):
     else:
         for i in T.serial(block.keys.num_blocks):
             _attend(traits, block, consumer, i)
+    # Not earlier: the blocks of the sum would all go to the few SMs that have none of this kernel's.
+    pdl.trigger()
     _store(traits, operands, results, block, consumer)
 
 
@@ -313,13 +383,18 @@ def _alloc_consumer(traits: _Traits, block: _Block, number: int) -> _Consumer:
         O = T.alloc_local((traits.half * PANEL // 2,), "float32")
         q_descriptor, k_descriptor, v_descriptor = T.alloc_wgmma_desc(), T.alloc_wgmma_desc(), T.alloc_wgmma_desc()
         T.initialize_wgmma_descriptor(q_descriptor, block.q_s.access_ptr("r"), SWIZZLE_128B, 1, SWIZZLE_ATOM)
-        T.initialize_wgmma_descriptor(k_descriptor, block.k_s.access_ptr("r"), SWIZZLE_128B, 1, SWIZZLE_ATOM)
-        T.initialize_wgmma_descriptor(v_descriptor, block.v_s.access_ptr("r"), SWIZZLE_128B, v_leading, SWIZZLE_ATOM)
+        T.initialize_wgmma_descriptor(k_descriptor, block.k_operand_s.access_ptr("r"), SWIZZLE_128B, 1, SWIZZLE_ATOM)
+        T.initialize_wgmma_descriptor(v_descriptor, block.v_operand_s.access_ptr("r"), SWIZZLE_128B, v_leading, SWIZZLE_ATOM)
         return S, P, O, q_descriptor, k_descriptor, v_descriptor
+
+    @T.macro
+    def alloc_scale():
+        return T.alloc_var("float32", block.scales[0][block.kv_head] * T.float32(traits.problem.scale_log2))
 
     thread = block.thread % WARPGROUP
     lane = thread % WARP
-    softmax = alloc_softmax(traits.problem, thread // WARP * 16 + lane // 4, lane % 4 * 2)
+    scale = alloc_scale() if traits.problem.scales == "head" else None
+    softmax = alloc_softmax(traits.problem, thread // WARP * 16 + lane // 4, lane % 4 * 2, scale)
     S, P, O, *descriptors = alloc()
     return _Consumer(number, S, P, O, softmax, *descriptors, thread)
 
@@ -349,23 +424,103 @@ def _attend(traits, block, consumer, step):
     stage = T.alloc_var("int32", uniform(block.pipeline.stage(step)))
     key = (block.keys.first_block + step) * traits.config.block_N
     block.pipeline.wait(block.pipeline.stage(step), block.pipeline.full_phase(step))
-    _multiply_keys(traits, consumer, stage)
+    _compute_scores(traits, block, consumer, stage, key)
+    v_scale = _scale_of_page(traits, block, consumer, key)
     consumer.softmax.hide(consumer.S, block.keys, key, (0, WGMMA_M - 1), traits.config.block_N)
     consumer.softmax.update(consumer.S, traits.config.block_N)
     consumer.softmax.exponentiate(consumer.S, 0, traits.config.block_N // 8)
     for e in T.unroll(traits.config.block_N // 4):
         for i in T.vectorized(2):
-            consumer.P[2 * e + i] = T.cast(consumer.S[2 * e + i], traits.problem.dtype)
+            consumer.P[2 * e + i] = T.cast(consumer.S[2 * e + i] * v_scale, traits.problem.dtype)
     for e in T.unroll(traits.half * PANEL // 2):
         consumer.O[e] = consumer.O[e] * consumer.softmax.factor[e // 2 % 2]
-    _clear_values(traits, block, consumer, stage, block.keys.length - key)
-    _multiply_values(traits, consumer, stage)
-    block.pipeline.release(block.pipeline.stage(step), consumer.thread % WARP)
+    _add_values(traits, block, consumer, stage, key)
+    if not traits.problem.is_fp8:
+        block.pipeline.release(block.pipeline.stage(step), consumer.thread % WARP)
+
+
+def _compute_scores(traits: _Traits, block: _Block, consumer: _Consumer, stage, key) -> None:
+    """S = q k^T; codes of the values are converted meanwhile, after which the stage is released."""
+    if not traits.problem.is_fp8:
+        _issue_keys(traits, consumer, stage)
+        _complete_keys(traits, consumer)
+        return
+    number, half = consumer.number, consumer.number * traits.half if traits.config.halves > 1 else 0
+
+    @T.macro
+    def emit():
+        _convert(traits, block.k_s, block.k_operand_s, consumer, stage, 0, traits.panels, traits.config.block_N)
+        T.fence_proxy_async()
+        warpgroup_sync(number)
+        _issue_keys(traits, consumer, number)
+        _convert(traits, block.v_s, block.v_operand_s, consumer, stage, half, traits.half, block.keys.length - key)
+        T.fence_proxy_async()
+        T.sync_warp()
+        block.pipeline.release(stage, consumer.thread % WARP)
+        _complete_keys(traits, consumer)
+
+    emit()
+
+
+def _add_values(traits: _Traits, block: _Block, consumer: _Consumer, stage, key) -> None:
+    """O += P v, of the consumer's columns."""
+    if traits.problem.is_fp8:
+        warpgroup_sync(consumer.number)  # all of v is converted
+        _multiply_values(traits, consumer, consumer.number * traits.half)
+    else:
+        half = consumer.number * traits.half if traits.config.halves > 1 else 0
+        _clear_values(traits, block, consumer, stage, block.keys.length - key)
+        _multiply_values(traits, consumer, stage * traits.panels + half)
+
+
+def _scale_of_page(traits: _Traits, block: _Block, consumer: _Consumer, key):
+    """Multiply S by the scale of a page's keys, and return that of its values; 1 where pages have none."""
+    if traits.problem.scales != "page":
+        return T.float32(1)
+
+    @T.macro
+    def emit():
+        page = block.page_table[block.batch, T.min(T.truncdiv(key, traits.problem.page_size), block.page_table.shape[1] - 1)]
+        k_scale = T.alloc_var("float32", block.scales[0][page, block.kv_head])
+        v_scale = T.alloc_var("float32", block.scales[1][page, block.kv_head])
+        for e in T.unroll(traits.config.block_N // 2):
+            consumer.S[e] = consumer.S[e] * k_scale
+        return v_scale
+
+    return emit()
 
 
 @T.macro
-def _multiply_keys(traits, consumer, stage):
-    """S = q k^T."""
+def _convert(traits, codes_s, operand_s, consumer, stage, first, panels, rows):
+    """Convert some panels of a stage, eight codes at a time, to the consumer's operand; those past `rows` become zeros.
+
+    All codes of a thread are loaded before the first is stored: the compiler cannot tell that one does not overwrite the other.
+    """
+    turns = panels * traits.config.block_N * 8 // WARPGROUP
+    codes = T.alloc_local((turns * 8,), traits.problem.cache_dtype)
+    values = T.alloc_local((8,), traits.problem.dtype)
+    for turn in T.unroll(turns):
+        piece = turn * WARPGROUP + consumer.thread
+        for e in T.vectorized(8):
+            codes[turn * 8 + e] = codes_s[
+                stage,
+                first + piece // (8 * traits.config.block_N),
+                piece // 8 % traits.config.block_N,
+                piece % 8 * 8 + e,
+            ]
+    for turn in T.unroll(turns):
+        piece = turn * WARPGROUP + consumer.thread
+        row = piece // 8 % traits.config.block_N
+        T.call_extern(
+            "handle", CONVERT[traits.problem.dtype], T.address_of(codes[turn * 8]), T.address_of(values[0]), row < rows
+        )  # fmt: skip
+        for e in T.vectorized(8):
+            operand_s[consumer.number, piece // (8 * traits.config.block_N), row, piece % 8 * 8 + e] = values[e]
+
+
+@T.macro
+def _issue_keys(traits, consumer, stage):
+    """Issue S = q k^T."""
     ptx = PTX_TYPES[traits.problem.dtype]
     T.warpgroup_fence_operand(consumer.S, num_regs=traits.config.block_N // 2)
     T.warpgroup_arrive()
@@ -377,15 +532,18 @@ def _multiply_keys(traits, consumer, stage):
             consumer.S.data, 0, k > 0, 1, 1,
         )  # fmt: skip
     T.warpgroup_commit_batch()
+
+
+@T.macro
+def _complete_keys(traits, consumer):
     T.wait_wgmma(0)
     T.warpgroup_fence_operand(consumer.S, num_regs=traits.config.block_N // 2)
 
 
 @T.macro
-def _multiply_values(traits, consumer, stage):
-    """O += P v, of the consumer's columns."""
+def _multiply_values(traits, consumer, panel):
+    """O += P v, whose panels begin at `panel` of all that the buffer has."""
     ptx = PTX_TYPES[traits.problem.dtype]
-    half = consumer.number * traits.half if traits.config.halves > 1 else 0
     T.warpgroup_fence_operand(consumer.O, num_regs=traits.half * PANEL // 2)
     T.warpgroup_fence_operand(consumer.P, num_regs=traits.config.block_N // 4)
     T.warpgroup_arrive()
@@ -394,7 +552,7 @@ def _multiply_values(traits, consumer, stage):
             "float32", f"m64n{traits.half * PANEL}k16", False, ptx, ptx, "fp32",
             consumer.P.data, 8 * k,
             consumer.v_descriptor.data,
-            ((stage * traits.panels + half) * traits.panel_bytes + k * WGMMA_K * _ROW_BYTES) // _UNIT,
+            (panel * traits.panel_bytes + k * WGMMA_K * _ROW_BYTES) // _UNIT,
             consumer.O.data, 0, T.bool(True), 1, 1,
         )  # fmt: skip
     T.warpgroup_commit_batch()
@@ -426,7 +584,7 @@ def _clear_values(traits, block, consumer, stage, rows):
 def _store(traits, operands, results, block, consumer):
     """Store O divided by the sums, and their logarithms, where the consumer's results lie."""
     partial, partial_lse = results
-    softmax, scale = consumer.softmax, T.float32(traits.problem.scale_log2)
+    softmax = consumer.softmax
     place = block.split * traits.config.ranges + (consumer.number if traits.config.halves == 1 else 0)
     first = consumer.number * traits.half * PANEL if traits.config.halves > 1 else 0
     rows = operands.q.shape[1] * block.keys.group
@@ -438,10 +596,12 @@ def _store(traits, operands, results, block, consumer):
         total = total + T.shfl_xor(total, 1)
         total = total + T.shfl_xor(total, 2)
         inverse = T.alloc_var("float32", T.if_then_else(total > T.float32(0), T.float32(1) / total, T.float32(0)))
+        if traits.problem.scales == "head":
+            inverse = inverse * operands.v_scale[block.kv_head]
         if row < rows:
             if (softmax.column == 0) and (first == 0):
                 partial_lse[place, block.batch, head, token] = T.if_then_else(
-                    total > T.float32(0), softmax.maximum[r] * scale + log2(total), -T.infinity("float32")
+                    total > T.float32(0), softmax.maximum[r] * softmax.scale + log2(total), -T.infinity("float32")
                 )
             for j in T.unroll(traits.half * PANEL // 8):
                 if first + j * 8 < traits.problem.head_dim:
@@ -455,10 +615,12 @@ def _store(traits, operands, results, block, consumer):
 
 
 def takes(problem: DecodeProblem) -> bool:
-    """Hopper, caches of 16 bits, pages whose boxes are whole patterns of the swizzle."""
-    if problem.arch != ARCH or problem.is_fp8:
+    """Hopper, pages whose boxes are whole patterns of the swizzle; of 8 bits rows of 16 bytes, and blocks of one scale."""
+    if problem.arch != ARCH or (problem.is_fp8 and problem.head_dim % 16):
         return False
     page_size, block_N = problem.page_size, pick_config(problem).block_N
+    if problem.scales == "page":
+        return page_size % block_N == 0
     return page_size % block_N == 0 or (block_N % page_size == 0 and page_size % _MIN_BOX == 0)
 
 

@@ -8,7 +8,7 @@ all of them. A range is a part of the blocks of keys that its own sequence has: 
 ones. Rows past the end of a sequence are cleared as they are loaded, since a cache may hold anything there. `sm90_decode` comes
 before it in `decode_launch.KERNELS`.
 
-Floor on an H200: the bytes of the cache up to each length at 4.25e12 bytes/s (docs/log/attention.md). Nobody has timed it.
+Floor on an H200: the bytes of the cache up to each length at 4.25e12 bytes/s (docs/log/attention.md).
 """
 
 from collections.abc import Callable
@@ -17,14 +17,18 @@ from typing import Any
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.problem import LOG2_E, DecodeOperands, DecodeProblem
+from tilelang_ext.kernels.sm90 import pdl
 
 PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_tma_lower": True}
 _LANES = 64  # channels come in multiples of these: what lies past head_dim is zero
 _MIN_BLOCKS = 4  # of keys in a range, or a block's start costs more than it saves
 MAX_SPLITS = 64
+_WAVES = 6
+_MIN_RANGE_BYTES = 1 << 19  # of keys and values, 8 times what is read while a block begins and ends
 NO_WINDOW = 2**31 - 1
-_BLOCKS_PER_SM = 2
 _SUM_THREADS = 64
+_MAX_RANGES = 2 * MAX_SPLITS  # two of a block at most
+_TOGETHER = 8
 _METAL_CORES = 16  # Metal does not report them
 
 
@@ -46,6 +50,10 @@ class Config:
         """Results of a block."""
         return 1
 
+    @property
+    def blocks_per_sm(self) -> int:
+        return 2
+
 
 def pick_config(problem: DecodeProblem) -> Config:
     """Return the configuration for the device, as `tiled` has it: none of them has been timed."""
@@ -57,13 +65,21 @@ def pick_config(problem: DecodeProblem) -> Config:
 
 
 def num_splits(problem: DecodeProblem, config: Config, batch, rows, kv_heads, keys, apply: Callable):
-    """Return the number of ranges for sizes that are numbers, or expressions of a plan: `apply` is "min" or "max" of two."""
-    sms = problem.num_sms or _METAL_CORES
+    """Return the number of ranges for sizes that are numbers, or expressions of a plan: `apply` is one of its operators.
+
+    As many as fill the SMs once, or one, where they nearly fill each wave. Otherwise so many that the last of several waves
+    matters little, but no range is so short that a block's start costs more.
+    """
+    places = config.blocks_per_sm * (problem.num_sms or _METAL_CORES)
     parts = -(-problem.head_dim // config.columns)
-    blocks = batch * kv_heads * ((rows + config.block_M - 1) // config.block_M) * parts
-    wanted = (_BLOCKS_PER_SM * sms + blocks - 1) // apply("max", blocks, 1)
-    most = keys // (config.block_N * _MIN_BLOCKS)
-    return apply("max", apply("min", apply("min", wanted, most), MAX_SPLITS), 1)
+    blocks = apply("max", batch * kv_heads * ((rows + (config.block_M - 1)) // config.block_M) * parts, 1)
+    most = apply("min", keys // (config.block_N * _MIN_BLOCKS), MAX_SPLITS)
+    once = apply("max", apply("//", places, blocks), 1)
+    waves = apply("//", blocks + (places - 1), places)
+    row_bytes = 2 * problem.head_dim * (1 if problem.is_fp8 else 2)
+    several = apply("min", apply("//", _WAVES * places, blocks) + 1, keys * row_bytes // _MIN_RANGE_BYTES)
+    is_full = apply("<=", 9 * places * waves, blocks * once * 10)
+    return apply("max", apply("min", apply("max", once, apply("select", is_full, 0, several)), most), 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,26 +283,41 @@ def sum_ranges(problem: DecodeProblem):
     """The prim_func (partial, partial_lse, sinks, out, lse)."""
     types, D = problem.types(), problem.head_dim
     width = -(-D // _SUM_THREADS) * _SUM_THREADS
+    is_hopper = problem.arch == "sm_90a"
 
     @T.prim_func
     def sum_ranges(partial: types.partial, partial_lse: types.partial_lse, sinks: types.sinks, out: types.out, lse: types.lse):
         with T.Kernel(out.shape[1] * out.shape[2], out.shape[0], threads=_SUM_THREADS) as (row, batch):
             total_f = T.alloc_fragment((width,), "float32")
+            lse_s = T.alloc_shared((_MAX_RANGES,), "float32")
             token, head = T.truncdiv(row, out.shape[2]), T.truncmod(row, out.shape[2])
+            ranges = T.min(partial.shape[0], _MAX_RANGES)
             peak = T.alloc_var("float32", -1e30)
             total = T.alloc_var("float32", 0.0)
             weight = T.alloc_var("float32", 0.0)
-            for split in T.serial(partial.shape[0]):
-                peak = T.max(peak, partial_lse[split, batch, head, token])
+            if is_hopper:
+                pdl.trigger()
+                pdl.wait()
+            for i in T.Parallel(_MAX_RANGES):
+                lse_s[i] = T.if_then_else(
+                    i < ranges, partial_lse[T.min(i, ranges - 1), batch, head, token], -T.infinity("float32")
+                )
+            for i in T.serial(ranges):
+                peak = T.max(peak, lse_s[i])
             if problem.has_sinks:
                 peak = T.max(peak, sinks[head] * T.float32(LOG2_E))
                 total = T.exp2(sinks[head] * T.float32(LOG2_E) - peak)
             T.fill(total_f, 0)
-            for split in T.serial(partial.shape[0]):
-                weight = T.exp2(partial_lse[split, batch, head, token] - peak)
-                total = total + weight
-                for j in T.Parallel(width):
-                    total_f[j] = total_f[j] + weight * partial[split, batch, token, head, T.min(j, D - 1)]
+            # Several ranges per iteration, whose loads are under way together.
+            for step in T.serial(T.ceildiv(ranges, _TOGETHER)):
+                for i in T.unroll(_TOGETHER):
+                    split = step * _TOGETHER + i
+                    weight = T.exp2(lse_s[split] - peak)
+                    total = total + weight
+                    for j in T.Parallel(width):
+                        total_f[j] = (
+                            total_f[j] + weight * partial[T.min(split, ranges - 1), batch, token, head, T.min(j, D - 1)]
+                        )
             weight = T.if_then_else(total > T.float32(0), T.float32(1) / total, T.float32(0))
             for j in T.Parallel(width):
                 if j < D:
