@@ -154,7 +154,7 @@ def attentions() -> Iterator[Case]:
         listed = Listed()
         next(file for file in ATTENTION_KERNELS if file.takes(of)).compile_kernel(of, listed)
         for make, arguments, pass_configs in listed.kernels:
-            yield Case(f"attention {name}", make, arguments, pass_configs, not of.arch)
+            yield Case(f"attention {name} {make.__name__}", make, arguments, pass_configs, not of.arch)
     for name, arch, options in (
         ("hopper", ARCH, {"page_size": 16, "window": 128}),
         ("wide", ARCH, {"head_dim": 512}),
