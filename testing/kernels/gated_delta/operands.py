@@ -82,6 +82,8 @@ class Prefill:
         self.of, self.lengths = of, lengths
         given = inputs(batch, tokens, of.qk_heads, of.heads, of.K, of.V, dtype=dtype)
         given["a"][:, ::2] = given["a"][:, ::2] / 8  # gates that forget slowly, too
+        given["a"][:, 5::16] = 200  # and a token that forgets all before it
+        given["k"][:, 8:12] = given["k"][:, 8:9]  # keys that are alike
         sequences, C = len(lengths), of.chunk
         tiles = (tokens // C + sequences if of.has_lengths else batch * -(-tokens // C)) * of.heads
 
