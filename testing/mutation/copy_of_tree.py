@@ -149,6 +149,8 @@ class Copy:
         ours = [str(self.folder), str(self.folder / "testing")]
         sys.path[:] = ours + [path for path in sys.path if not path.startswith(str(self.root)) or ".venv" in path]
         os.environ["PYTHONPATH"] = os.pathsep.join(ours)
+        # What an editable installation puts there finds the package in the checkout, before any path is looked at.
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_editable_")]
         for name in [name for name in sys.modules if name == "mutation" or name.startswith("mutation.")]:
             del sys.modules[name]
         options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(self.folder)]

@@ -8,8 +8,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # The first row whose pattern matches the path counts. `{0}` is what the pattern's first group matched, `{operator}` the folder
 # of a kernel; of what a row names, what exists is run. No row names a test and its file too: pytest would run the file alone.
 _ROWS = (
-    (r"tilelang_ext/passes/(accesses|evaluate|overlap|uniformity)", "passes metal/test_barriers rocm/test_barriers"),
+    (
+        r"tilelang_ext/passes/(accesses|evaluate|overlap|uniformity)",
+        "passes/test_missing_barriers passes/test_updates passes metal/test_barriers rocm/test_barriers",
+    ),
     (r"tilelang_ext/passes/(block_scaled_gemm|expand_block_scaled)", "language/test_gemm_blockscaled metal/test_arguments"),
+    (
+        r"tilelang_ext/passes/(layouts|plain_layouts|staged_operands|launched_blocks)",
+        "passes/test_layouts passes/test_updates metal/test_reduce passes",
+    ),
     (r"tilelang_ext/passes/joined_guards", "cuda/test_repairs"),
     (r"tilelang_ext/passes/scalar_atomics", "cuda/test_repairs metal/test_threads rocm/test_threads cpu"),
     (r"tilelang_ext/passes/outside", "simulator/test_outside simulator metal/test_arguments"),

@@ -22,11 +22,13 @@ def two_types(M, N):
             h = T.alloc_fragment((M, N), "float16")
             g = T.alloc_fragment((M, N), "bfloat16")
             f = T.alloc_fragment((M, N), "float32")
+            one = T.alloc_fragment((M, N), "float32")
+            T.fill(one, 1)
             T.copy(A, h)
             for i, j in T.Parallel(M, N):
                 g[i, j] = T.cast(h[i, j], "bfloat16")
             for i, j in T.Parallel(M, N):
-                f[i, j] = T.cast(g[i, j], "float32") + T.cast(h[i, j], "float32")
+                f[i, j] = T.cast(g[i, j], "float32") + T.cast(h[i, j], "float32") + one[i, j]
             T.copy(g, A)
             T.copy(f, C)
 
@@ -38,7 +40,7 @@ def test_two_types_in_one_loop(target):
     A = torch.arange(960).reshape(24, 40).half()
     C = torch.full((24, 40), torch.nan)
     g = A.bfloat16()
-    expected = g.float() + A.float()
+    expected = g.float() + A.float() + 1
     report = simulate(two_types(24, 40), A, C, target=target)
     assert not report.findings, str(report)
     assert torch.equal(C, expected)
@@ -47,7 +49,10 @@ def test_two_types_in_one_loop(target):
 
 @pytest.mark.parametrize("lower", [metal.lower, lambda func: program.lower(func, TARGETS[1])], ids=["metal", "hip"])
 def test_a_thread_would_hold_too_much(lower):
-    with pytest.raises(ValueError, match=r"^T.Parallel: .* got h \(31, 33\) of float16, .* and 128 threads; take .*$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^T.Parallel: .* got h \(31, 33\) of float16, .*, one \(31, 33\) of float32 and 128 threads; take .*$",
+    ):
         lower(two_types(31, 33))
 
 
@@ -135,3 +140,21 @@ def test_a_product_of_a_product(target, M, N):
     report = simulate(attention_products("float16", M=M, N=N, D=32, threads=threads), Q, K, V, O, target=target)
     assert not report.findings, str(report)
     assert torch.equal(O, Q.float() @ K.float().T @ V.float().T)
+
+
+@T.prim_func
+def rows_of_rows(x: T.Tensor((4, 5, 4), "float32"), y: T.Tensor((4, 5, 4), "float32")):
+    with T.Kernel(1, threads=64):
+        for i, j, k in T.Parallel(4, 5, 4):
+            total = T.alloc_var("float32", init=0.0)
+            for _ in T.serial(2):
+                total = total + x[i, j, k]
+            y[i, j, k] = total + i
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rounds_that_end_inside_of_a_row(target):
+    x, y = torch.randn(4, 5, 4), torch.full((4, 5, 4), torch.nan)
+    report = simulate(rows_of_rows, x, y, target=target)
+    assert not report.findings, str(report)
+    assert torch.equal(y, 2 * x + torch.arange(4)[:, None, None])

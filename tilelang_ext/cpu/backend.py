@@ -32,6 +32,7 @@ from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.rewrite import rewritten
+from tilelang_ext.passes.scalar_parameters import refuse_narrow_scalars
 from tilelang_ext.passes.shifted_indices import HideShiftedTileIndices
 from tilelang_ext.passes.single_rounds import EndSingleRounds
 from tilelang_ext.passes.solver import in_linear_arithmetic
@@ -106,7 +107,7 @@ def _name_arguments(mod: IRModule, names: dict[str, str]) -> IRModule:
 
 
 def _lower(mod: IRModule, target: Target) -> IRModule:
-    mod = RefuseThreadIndices(refuse_unlike_regions(refuse_foreign(drop_tma_hints(mod), "c")))
+    mod = RefuseThreadIndices(refuse_unlike_regions(refuse_foreign(drop_tma_hints(refuse_narrow_scalars(mod)), "c")))
     if any(needs_one_thread_blocks(func) for func in mod.functions.values()):
         return pipeline.lower(mod, target)
     mod = KeepWrappingCasts(KeepFloatArithmetic(SpellBooleans(SelectLanes(spell_operators(mod, RULES)))))

@@ -46,6 +46,7 @@ from tilelang_ext.passes.pipelines import pipelined
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
+from tilelang_ext.passes.scalar_parameters import refuse_narrow_scalars
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.single_rounds import EndSingleRounds
 from tilelang_ext.passes.solver import in_linear_arithmetic
@@ -82,7 +83,7 @@ def _lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     transform = tilelang.transform
     config = transform.get_pass_context()
     mod = expand_block_scaled_gemms(name_e4m3(mod))
-    mod = refuse_unlike_regions(refuse_foreign(mod, "metal"))
+    mod = refuse_unlike_regions(refuse_foreign(refuse_narrow_scalars(mod), "metal"))
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = OneInstruction(mod)

@@ -14,6 +14,7 @@ from tvm.error import InternalError
 from tvm.target import Target
 from tvm.tirx.stmt_functor import post_order_visit
 
+from tilelang_ext.passes.fused_loops import FuseLoops
 from tilelang_ext.passes.launched_blocks import launched_blocks
 from tilelang_ext.passes.plain_layouts import LayOutPlainly
 from tilelang_ext.passes.staged_operands import StageOperands
@@ -26,7 +27,7 @@ _OF_LAYOUTS = (
     "Layout infer conflict",
     "Inconsistent layouts",
     "XOR-butterfly AllReduce requires",
-    "does not form a bijective transform",
+    "has errors: (",
 )
 
 
@@ -59,9 +60,9 @@ def with_plain_layouts(lower: Callable[[IRModule, Target, LayOut], IRModule]) ->
             fragments = _fragments_of(threaded)
             return threaded
 
-        for lay_out in (LayOutPlainly, lambda threaded: LayOutPlainly(StageOperands(threaded))):
+        for prepare in (FuseLoops, lambda threaded: StageOperands(FuseLoops(threaded))):
             try:
-                return lower(mod, target, lambda threaded, lay_out=lay_out: lay_out(described(threaded)))
+                return lower(mod, target, lambda threaded, prepare=prepare: LayOutPlainly(prepare(described(threaded))))
             except (InternalError, UnevenGroupsError):
                 continue
         if isinstance(first, UnevenGroupsError):

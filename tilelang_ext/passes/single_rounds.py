@@ -31,7 +31,7 @@ def _jumps(stmt: tirx.Stmt) -> bool:
     def visit(node):
         nonlocal found
         found = found or _is_jump(node)
-        return not isinstance(node, (tirx.For, tirx.While))
+        return isinstance(node, (tirx.SeqStmt, tirx.IfThenElse))  # a loop's jumps are its own
 
     pre_order_visit(stmt, visit)
     return found
@@ -46,16 +46,6 @@ def _without_jumps(stmt: tirx.Stmt, then: tuple[tirx.Stmt, ...]) -> list[tirx.St
     if isinstance(stmt, tirx.IfThenElse):
         paths = [_NOTHING if path is None else path for path in (stmt.then_case, stmt.else_case)]
         return [tirx.IfThenElse(stmt.condition, *(_sequence(_without_jumps(path, then)) for path in paths))]
-    if isinstance(stmt, tirx.AttrStmt):
-        return [tirx.AttrStmt(stmt.node, stmt.attr_key, stmt.value, _sequence(_without_jumps(stmt.body, then)))]
-    if isinstance(stmt, tirx.SBlockRealize):
-        block = stmt.block
-        body = _sequence(_without_jumps(block.body, then))
-        block = tirx.SBlock(
-            block.iter_vars, block.reads, block.writes, block.name_hint, body, block.init, block.alloc_buffers,
-            block.match_buffers, block.annotations,
-        )  # fmt: skip
-        return [tirx.SBlockRealize(stmt.iter_values, stmt.predicate, block)]
     return []  # the jump itself
 
 

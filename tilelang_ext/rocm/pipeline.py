@@ -40,6 +40,7 @@ from tilelang_ext.passes.pipelines import pipelined
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
+from tilelang_ext.passes.scalar_parameters import refuse_narrow_scalars
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.single_rounds import EndSingleRounds
 from tilelang_ext.passes.solver import in_linear_arithmetic
@@ -85,7 +86,7 @@ def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
         name_e4m3(mod), native=lambda gemm: lower_block_scaled_gemm(gemm, target), without=(E2M1.dtype, E8M0.dtype)
     )
     mod = lower_block_scaled(mod, target)
-    mod = refuse_unlike_regions(refuse_foreign(drop_tma_hints(mod), "hip"))
+    mod = refuse_unlike_regions(refuse_foreign(drop_tma_hints(refuse_narrow_scalars(mod)), "hip"))
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
     mod = SumHalvesInFloat(mod)
