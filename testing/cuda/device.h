@@ -72,6 +72,13 @@ FP8_VECTOR(fp8_e5_2_t, fp8_e5_t, 2);
 FP8_VECTOR(fp8_e5_4_t, fp8_e5_t, 4);
 FP8_VECTOR(fp8_e5_8_t, fp8_e5_t, 8);
 FP8_VECTOR(fp8_e5_16_t, fp8_e5_t, 16);
+template <typename... Codes>
+fp8_e4_16_t make_fp8_e4_16_t(Codes... codes) {
+  const fp8_e4_t values[16] = {codes...};
+  fp8_e4_16_t result;
+  std::memcpy(&result, values, sizeof result);
+  return result;
+}
 struct alignas(8) float2 {
   float x, y;
 };
