@@ -96,13 +96,13 @@ def run(
 @pytest.mark.parametrize(
     ("recipes", "config", "K", "fast", "out"),
     [
-        (TENSORS, Config(128, 256, 3, 32, 2, 2), 528, True, "float32"),  # not promoted; K ends inside a K block; deferred
+        (TENSORS, Config(128, 128, 3, 32, 2, 2), 528, True, "float32"),  # not promoted; K ends inside a K block; deferred
         (ROWS, Config(128, 256, 2, 64, 1, 3), 768, True, "bfloat16"),  # stmatrix; the producer loads scales
-        (ROWS, Config(128, 256, 2, 32, 5, 1), 256, True, "float32"),  # as many stages as K blocks: consumers load scales
-        (ROWS, Config(128, 128, 2, 16, 2), 384, False, "float32"),  # stages that do not divide the K blocks
+        (ROWS, Config(128, 128, 2, 32, 5, 1), 256, True, "float32"),  # as many stages as K blocks: consumers load scales
+        (ROWS, Config(128, 64, 2, 16, 2), 384, False, "float32"),  # stages that do not divide the K blocks
         (ROWS, Config(128, 112, 2, 16, 2), 512, False, "bfloat16"),  # constant stages; one matrix store writes a subtile
-        (BLOCKS, Config(256, 128, 4, 32, 2), 512, False, "bfloat16"),  # two MMA tiles per consumer, constant stages
-        (BLOCKS, Config(128, 128, 1, 16, 3), 128, False, "float32"),  # one K block, in two MMAs
+        (BLOCKS, Config(256, 128, 2, 64, 2), 512, False, "bfloat16"),  # two MMA tiles per consumer, constant stages
+        (BLOCKS, Config(128, 128, 1, 32, 3), 128, False, "float32"),  # one K block, in two MMAs
     ],
 )
 def test_tiles(recipes, config, K, fast, out):
@@ -130,13 +130,13 @@ SWAPPED = {"num_blocks": 2, "is_swapped": True}
         # Two rows of tiles; a K block is left over; scales come by the producer; subtiles of 40 rows, stored transposed
         (100, ROWS, Config(80, 128, 3, 40, **SWAPPED), 656, True, True),
         # Two sets of scales, of 128 columns each; the last iteration has an empty step
-        (7, BLOCKS, Config(8, 256, 4, 8, is_whole=False, **SWAPPED), 896, False, True),
+        (7, BLOCKS, Config(8, 256, 2, 8, is_whole=False, **SWAPPED), 896, False, True),
         # Three tiles for two blocks, which share them: the second finishes the one in which the part of the first ends
         (12, BLOCKS, Config(16, 64, 8, 16, num_consumers=1, is_whole=False, divides_k=True, **SWAPPED), 1280, False, True),
         (40, ROWS, Config(48, 64, 4, 48, num_consumers=1, **SWAPPED), 512, False, False),  # consumers load scales
         (70, ROWS, Config(128, 64, 3, 32, 7, divides_k=True), 1168, True, True),  # two or three blocks for a tile
         # A tile meets two blocks of scale_b, and the second tile at another column
-        (140, BLOCKS, Config(128, 160, 4, 32, 2, is_whole=False), 656, False, False),
+        (140, BLOCKS, Config(128, 160, 2, 32, 2, is_whole=False), 528, False, False),
     ],
 )
 def test_swapped_and_straddling_tiles(M, recipes, config, K, fast, dynamic):
