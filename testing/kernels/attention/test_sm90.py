@@ -87,8 +87,8 @@ def run(of, config, sizes, cu_q=None, cu_k=None):
             (1, 200, 230, 2, 1),
             ([0, 70, 70, 75, 195], [0, 99, 130, 130, 210]),
         ),
-        # Tiles that do not fill a wave, divided: 4 of 7 in three parts each, with a sink
-        (problem(64, num_sms=7, has_sinks=True), Config(2, 32, 2, 1), (1, 650, 390, 2, 1), ()),
+        # Tiles that do not fill a wave, divided: 2 by 3 blocks, one of which has parts of both, with a sink
+        (problem(64, num_sms=3, has_sinks=True), Config(2, 32, 2, 1), (1, 100, 390, 5, 1), ()),
         # Three consumers; rows of two heads; a window that hides whole blocks; head_dim ends inside a panel; more keys
         (problem(72, num_sms=2, window=50, pack=2, has_sinks=True), Config(3, 48, 4, 2, False), (2, 192, 230, 2, 1), ()),
         # Codes of 8 bits: keys that end inside a block and inside 16, a window that begins inside 16
