@@ -145,11 +145,13 @@ def test_a_product_of_a_product(target, M, N):
 @T.prim_func
 def rows_of_rows(x: T.Tensor((4, 5, 4), "float32"), y: T.Tensor((4, 5, 4), "float32")):
     with T.Kernel(1, threads=64):
+        ones = T.alloc_shared((4, 5, 4), "float16")
+        T.fill(ones, 1)
         for i, j, k in T.Parallel(4, 5, 4):
             total = T.alloc_var("float32", init=0.0)
             for _ in T.serial(2):
                 total = total + x[i, j, k]
-            y[i, j, k] = total + i
+            y[i, j, k] = total + i + T.cast(ones[i, j, k], "float32")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -157,4 +159,4 @@ def test_rounds_that_end_inside_of_a_row(target):
     x, y = torch.randn(4, 5, 4), torch.full((4, 5, 4), torch.nan)
     report = simulate(rows_of_rows, x, y, target=target)
     assert not report.findings, str(report)
-    assert torch.equal(y, 2 * x + torch.arange(4)[:, None, None])
+    assert torch.equal(y, 2 * x + torch.arange(4)[:, None, None] + 1)

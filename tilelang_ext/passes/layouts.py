@@ -67,6 +67,8 @@ def with_plain_layouts(lower: Callable[[IRModule, Target, LayOut], IRModule]) ->
                 continue
         if isinstance(first, UnevenGroupsError):
             raise first
+        if not fragments:
+            raise first
         raise ValueError(
             "T.Parallel: fragments that one loop uses must have a layout that all of them share; "
             f"got {fragments}; take threads that divide the elements of each tile, or copy a fragment through shared memory"
@@ -94,5 +96,7 @@ def _fragments_of(mod: IRModule) -> str:
             post_order_visit(block.body, visit)
             if len(fragments) > before and str(block.threads) not in threads:
                 threads.append(str(block.threads))
+    if not fragments:
+        return ""
     more = f" and {len(fragments) - _NAMED} more" if len(fragments) > _NAMED else ""
     return f"{', '.join(fragments[:_NAMED])}{more} and {' or '.join(threads)} threads"
