@@ -246,3 +246,20 @@ def test_scalar_of_a_narrow_type():
 
     with pytest.raises(Exception, match=r"s: a scalar argument on Metal|float8_e4m3fn|is_float"):
         lower(kernel)
+
+
+@T.prim_func
+def two_tiles(A: T.Tensor((16, 16), "uint8"), C: T.Tensor((16, 16), "uint8")):
+    with T.Kernel(1, threads=32):
+        first, second = T.alloc_shared((16, 16), "uint8"), T.alloc_shared((16, 16), "uint8")
+        T.copy(A, first)
+        for i, j in T.Parallel(16, 16):
+            second[i, j] = first[j, i]
+        T.copy(second, C)
+
+
+def test_each_tile_is_an_array():
+    """By default tiles are of dynamic shared memory, which upstream makes one array of; here it is no more than 32 KB."""
+    source = lower(two_tiles).source
+    assert "threadgroup uchar first[256];" in source
+    assert "threadgroup uchar second[256];" in source

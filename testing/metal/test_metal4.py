@@ -93,6 +93,24 @@ def test_one_product_that_does_not_fit_takes_the_kernel_back():
     assert_close(C, gemm_reference(A, B) + gemm_reference(A[:, :8], B[:8]), dtype="float32")
 
 
+def test_rows_that_do_not_fit_take_the_kernel_back():
+    """Whatever else the kernel multiplies, and with as many columns."""
+
+    @T.prim_func
+    def kernel(A: T.Tensor((32, 32), "float16"), C: T.Tensor((40, 32), "float32")):
+        with T.Kernel(1, threads=32) as _:
+            A_s, few_s = T.alloc_shared((32, 32), "float16"), T.alloc_shared((8, 32), "float16")
+            C_f, few_f = T.alloc_fragment((32, 32), "float32"), T.alloc_fragment((8, 32), "float32")
+            T.copy(A, A_s)
+            T.copy(A[0:8, 0:32], few_s)
+            T.gemm(A_s, A_s, C_f, clear_accum=True)
+            T.gemm(few_s, A_s, few_f, clear_accum=True)
+            T.copy(C_f, C[0:32, 0:32])
+            T.copy(few_f, C[32:40, 0:32])
+
+    assert "matmul2d" not in metal.lower(kernel, "metal4").source
+
+
 @pytest.mark.parametrize(
     "keywords",
     [

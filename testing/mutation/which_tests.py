@@ -41,7 +41,12 @@ _ROWS = (
     (r"tilelang_ext/(simulator/|simulation)", "simulator/test_errors simulator/test_language simulator"),
     (r"tilelang_ext/cuda/(\w+)", "cuda/test_{0} cuda/test_repairs cuda/test_codes cuda"),
     (r"tilelang_ext/cpu/(\w+)", "cpu/test_{0} cpu"),
+    (r"tilelang_ext/(rocm|metal)/all_reduce", "passes/test_reduction_groups {0}"),
     (r"tilelang_ext/rocm/(\w+)", "rocm/test_{0} rocm/test_repairs rocm/test_spelling rocm/test_values rocm"),
+    (r"tilelang_ext/metal/one_instruction", "metal/test_metal4 metal"),
+    (r"tilelang_ext/metal/(program|run|backend)", "metal/test_run test_registration metal"),
+    (r"tilelang_ext/metal/(memory_limit|threadgroup_memory)", "metal/test_errors metal/test_codegen_text metal"),
+    (r"tilelang_ext/metal/parameter_order", "test_several_kernels metal/test_arguments metal"),
     (r"tilelang_ext/metal/(\w+)", "metal/test_{0} metal/test_gemm metal/test_reduce metal/test_arguments metal"),
     (r"tilelang_ext/language/tile", "language/test_mxfp4_dequant language/test_messages language"),
     (
