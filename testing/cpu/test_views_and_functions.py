@@ -89,3 +89,22 @@ def test_another_shape_of_an_argument_and_a_fragment_of_another_type():
     tilelang.compile(kernel, target="c")(A, C, halves)
     assert torch.equal(C, A.reshape(4, 8).flip(1) + A[0][:, None])
     assert torch.equal(halves.view(torch.int16), A.view(torch.int16))
+
+
+def test_functions_of_halves_without_a_tile():
+    """A kernel that upstream's CPU backend takes, but for these."""
+
+    @T.prim_func
+    def kernel(A: T.Tensor((32,), "float16"), C: T.Tensor((4, 32), "float16")):
+        with T.Kernel(1, threads=32):
+            for i in T.Parallel(32):
+                C[0, i] = T.exp(A[i])
+                C[1, i] = T.sqrt(A[i])
+                C[2, i] = T.tanh(A[i])
+                C[3, i] = T.sigmoid(A[i])
+
+    A, C = torch.rand(32).half(), torch.full((4, 32), torch.nan).half()
+    tilelang.compile(kernel, target="c")(A, C)
+    wide = A.double()
+    expected = torch.stack([wide.exp(), wide.sqrt(), wide.tanh(), wide.sigmoid()])
+    assert torch.allclose(C.double(), expected, rtol=2**-9, atol=0)

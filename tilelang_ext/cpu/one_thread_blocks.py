@@ -45,16 +45,19 @@ def _name(node) -> str:
 
 def needs_one_thread_blocks(func: tirx.PrimFunc) -> bool:
     """Whether upstream's lowering for `c` would refuse `func`, or get its indices wrong: it has fragments, fp8, bfloat16,
-    several dynamic shared buffers, a fill of shared memory, or a tensor of more elements than 32 bits count."""
+    several dynamic shared buffers, a fill of shared memory, a function of halves, or a tensor of more elements than 32 bits
+    count."""
     buffers = [*func.buffer_map.values()]
     dtypes = set()
-    filled = []
+    filled, half_functions = [], []
 
     def visit(node):
         if isinstance(node, tirx.SBlock):
             buffers.extend(node.alloc_buffers)
         if isinstance(node, tirx.Cast):
             dtypes.add(str(node.dtype))
+        if isinstance(node, tirx.Call) and str(node.dtype) == "float16" and _name(node) in _FUNCTIONS:
+            half_functions.append(node)
         if _name(node) == "tl.tileop.fill":
             filled.append(node.args[0].args[0].buffer.scope())
 
@@ -63,6 +66,7 @@ def needs_one_thread_blocks(func: tirx.PrimFunc) -> bool:
     scopes = [buffer.scope() for buffer in buffers]
     return (
         "local.fragment" in scopes
+        or bool(half_functions)
         or scopes.count("shared.dyn") > 1
         or any(scope.startswith("shared") for scope in filled)
         or any(is_large(buffer) for buffer in buffers)
