@@ -1,5 +1,7 @@
 """registration: one key per backend in the targets that users give, and a clear error where upstream's table is gone."""
 
+import sys
+
 import pytest
 from tilelang.backend import module as backend_module
 from tvm.target import Target
@@ -28,6 +30,14 @@ def test_a_target_gets_one_key(backend, given):
 
 def test_each_backend_has_a_key_of_its_own():
     assert len({backend.lowering_key() for backend, _ in GIVEN}) == len(GIVEN)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="of other systems")
+def test_metal_declares_what_this_machine_compiles():
+    """Host code in Objective-C is for macOS, and the backend that compiles text through MPS for where torch has it."""
+    declared = registration.upstream_backend("metal")
+    assert declared.host_codegen_hooks == {}
+    assert [spec.is_available() for spec in declared.execution_backends if spec.name == "torch"] == [False]
 
 
 def test_the_host_of_a_target_stays():

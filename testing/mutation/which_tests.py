@@ -66,6 +66,7 @@ _ROWS = (
     (r"tilelang_ext/export/", "export"),
     (r"tilelang_ext/(\w+)", "test_{0} test_registration test_public_names test_ahead export kernels/mxfp4_moe/test_mlx"),
     (r"src/launch/(\w+)", "launch/test_{0} launch/test_direct launch/test_plan launch"),
+    (r"src/metal/prelude_matrices", "metal/test_metal4 metal/test_gemm metal"),
     (
         r"src/metal/",
         "metal/test_codegen_text metal/test_codegen_formats metal/test_codegen_operations metal/test_codegen_types metal",

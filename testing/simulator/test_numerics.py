@@ -149,3 +149,18 @@ def test_matmul2d(m, n, k, ta, tb):
     assert (c - reference).abs().max() < 1e-4
     assert report.findings == ()
     assert report.counts.mma == m * n * k // 512
+
+
+@pytest.mark.parametrize("transpose", ["false", "true"])
+def test_a_matrix_is_stored_as_it_was_loaded(transpose):
+    source = kernels.HEADER + (
+        "kernel void f(device float* a [[buffer(0)]], device float* c [[buffer(1)]]) {\n"
+        "  simdgroup_matrix<float, 8, 8> m;\n  simdgroup_load(m, a, 8);\n"
+        f"  simdgroup_store(m, c, 12, ulong2(2, 1), {transpose});\n}}"
+    )
+    a, c = torch.arange(64).float().reshape(8, 8), torch.zeros(10, 12)
+    report = execute_msl(source, "f", [a, c], grid=(1, 1, 1), threads=(32, 1, 1))
+    expected = torch.zeros(10, 12)
+    expected[1:9, 2:10] = a.T if transpose == "true" else a
+    assert not report.findings, str(report)
+    assert torch.equal(c, expected)
