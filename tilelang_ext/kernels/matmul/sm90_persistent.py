@@ -297,12 +297,14 @@ def _produce(traits, operands, block):
     traits.roles.begin_producer()
     step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
     unit = _alloc_unit()
-    for wave in T.serial(block.scheduler.num_waves):
-        _find_unit(traits, block, wave, unit)
-        row, column = _row_of(traits, block, unit), unit.tile_column[0] * traits.config.block_N
-        for k in T.serial(unit.num_k[0]):
-            _load_k_block(traits, operands, block, row, column, (unit.first_k[0] + k) * BLOCK_K, step)
-            step = step + 1
+    # One warp: nobody waits for the others, and a thread that is late by all stages would miss a phase and wait for ever.
+    if block.thread < WARP:
+        for wave in T.serial(block.scheduler.num_waves):
+            _find_unit(traits, block, wave, unit)
+            row, column = _row_of(traits, block, unit), unit.tile_column[0] * traits.config.block_N
+            for k in T.serial(unit.num_k[0]):
+                _load_k_block(traits, operands, block, row, column, (unit.first_k[0] + k) * BLOCK_K, step)
+                step = step + 1
 
 
 def _load_k_block(traits: _Traits, operands: Operands, block: _Block, row, column, k, step) -> None:
@@ -334,6 +336,7 @@ def _load_k_block(traits: _Traits, operands: Operands, block: _Block, row, colum
         T.evaluate(T.tma_copy(from_b, B_s[stage, :, :], barrier=pipeline.full[stage]))
 
     pipeline.acquire(stage, pipeline.empty_phase(step))
+    T.evaluate(T.sync_warp())
     load_a()
     load_b()
     pipeline.commit_once(stage)

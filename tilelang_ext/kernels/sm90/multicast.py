@@ -8,7 +8,7 @@ from tilelang import tvm
 from tvm import tirx
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.sm90.roles import WARPGROUP
+from tilelang_ext.kernels.sm90.roles import WARP
 
 BLOCKS = 2
 _ROW = 64  # elements of 16 bits: the bytes of a swizzled row
@@ -70,7 +70,7 @@ def multicast(matrix, shared, stage, barrier, origin: tuple, is_k_major: bool, r
 
     @T.macro
     def emit():
-        if T.shuffle_elect(WARPGROUP):
+        if T.shuffle_elect(WARP):
             T.mbarrier_expect_tx(barrier, size * 2)
             for panel in T.unroll(panels):
                 T.evaluate(load_panel(panel))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.sm90.roles import WARPGROUP
+from tilelang_ext.kernels.sm90.roles import WARP
 
 PRODUCER_START, CONSUMER_START = 1, 0  # phases
 
@@ -56,13 +56,14 @@ class Pipeline:
     def commit_once(self, stage) -> None:
         """Producer: `commit` of a pipeline with one arrival of the producer, by the thread that issued the loads.
 
-        Arrivals of a warp at one barrier take turns: those of a whole warpgroup take longer than a small stage.
+        Arrivals of a warp at one barrier take turns: those of a whole warpgroup take longer than a small stage. The producer is
+        one warp, whose lanes meet behind `acquire`: nobody waits for other threads, which could be late and miss a phase.
         """
         full = self.full
 
         @T.macro
         def emit():
-            if T.shuffle_elect(WARPGROUP):
+            if T.shuffle_elect(WARP):
                 T.mbarrier_arrive(full[stage])
 
         emit()
