@@ -128,9 +128,7 @@ def test_a_narrow_scalar_is_refused():
             for i in T.Parallel(32):
                 A[i] = x
 
-    with pytest.raises(
-        NotImplementedError, match=r"target c: scalar arguments must be float32, .*; got x of bfloat16; pass it as"
-    ):
+    with pytest.raises(TypeError, match=r"x: a scalar parameter must be .*; got bfloat16; declare it as T.float32, and write"):
         compile_c(kernel)
 
 
