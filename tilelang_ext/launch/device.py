@@ -42,6 +42,11 @@ def target_of(name: str, device: torch.device) -> Target:
     return Target("cuda", arch, properties.multi_processor_count)
 
 
+def is_for_nvidia() -> bool:
+    """Return whether this build of torch is for NVIDIA GPUs, which plans launch on; for AMD's it calls them cuda too."""
+    return torch.version.hip is None
+
+
 def current(device: torch.device) -> contextlib.AbstractContextManager:
     """Return a context in which `device` is the current one of this thread. The one before is current again afterwards,
     whatever a launch has set meanwhile: compiled kernels make the device of their tensors current and leave it so.

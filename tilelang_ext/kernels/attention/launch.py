@@ -51,11 +51,6 @@ RECIPE = {
 }
 
 
-def takes_plans() -> bool:
-    """Return whether this build of torch is for NVIDIA GPUs; for AMD's it calls them cuda too."""
-    return torch.version.hip is None
-
-
 @until_reload
 def plan() -> Plan:
     """Return the plan of this process, with the variants that calls have added."""

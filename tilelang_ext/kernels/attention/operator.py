@@ -19,6 +19,7 @@ from tilelang_ext.kernels.attention.arguments import (
     checked_scale,
     checked_window,
 )
+from tilelang_ext.launch.device import is_for_nvidia
 from tilelang_ext.launch.gradient import without_gradient
 
 _NAME, _DECODE = "attention", "attention_decode"
@@ -181,7 +182,7 @@ def _given(arguments: tuple) -> Arguments:
 
 def _out(*arguments) -> None:
     # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
-    if arguments[0].is_cuda and launch.takes_plans():
+    if arguments[0].is_cuda and is_for_nvidia():
         try:
             if launch.plan().launch(*arguments):
                 return
@@ -204,7 +205,7 @@ def _fake(*arguments) -> None:
 
 
 def _decode_out(*arguments) -> None:
-    if arguments[0].is_cuda and launch.takes_plans():
+    if arguments[0].is_cuda and is_for_nvidia():
         try:
             if decode_launch.plan().launch(*arguments):
                 return

@@ -19,7 +19,7 @@ from tilelang_ext.kernels.gated_delta.arguments import Arguments, ReplayArgument
 from tilelang_ext.kernels.gated_delta.problem import STRIDE_UNIT, Problem
 from tilelang_ext.kernels.gated_delta.rows import regime_of
 from tilelang_ext.launch.compile import compiled
-from tilelang_ext.launch.device import Target, current, target_of
+from tilelang_ext.launch.device import Target, current, is_for_nvidia, target_of
 from tilelang_ext.launch.expression import fact, recipe_of, shape, stride
 from tilelang_ext.launch.plan import Plan, launcher
 from tilelang_ext.launch.recipe import ALIGNMENT
@@ -70,7 +70,7 @@ def plan(kind: type) -> Plan:
 @functools.cache
 def directly(kind: type) -> Callable[..., bool]:
     """Return the plan's `launch_directly`; where there is no NVIDIA GPU, what never launches."""
-    takes_plans = torch.version.hip is None and torch.cuda.is_available()
+    takes_plans = is_for_nvidia() and torch.cuda.is_available()
     return plan(kind).launch_directly if takes_plans else lambda *arguments: False
 
 

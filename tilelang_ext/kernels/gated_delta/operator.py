@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from tilelang_ext import reference
 from tilelang_ext.kernels.gated_delta import launch
 from tilelang_ext.kernels.gated_delta.arguments import Arguments, ReplayArguments, check
+from tilelang_ext.launch.device import is_for_nvidia
 from tilelang_ext.launch.gradient import without_gradient
 
 _NAME, _REPLAY = "gated_delta_decode", "gated_delta_replay"
@@ -199,7 +200,7 @@ def _replay(*arguments) -> None:
 
 
 def _run(given: Arguments | ReplayArguments, scale: float, options: int, arguments: tuple) -> None:
-    if given.q.is_cuda and torch.version.hip is None:
+    if given.q.is_cuda and is_for_nvidia():
         try:
             if launch.plan(type(given)).launch(*arguments):
                 return

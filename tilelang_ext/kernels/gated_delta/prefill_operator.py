@@ -14,6 +14,7 @@ from torch import Tensor
 from tilelang_ext import reference
 from tilelang_ext.kernels.gated_delta import prefill_launch
 from tilelang_ext.kernels.gated_delta.prefill_arguments import NAME, PrefillArguments, check
+from tilelang_ext.launch.device import is_for_nvidia
 from tilelang_ext.launch.gradient import without_gradient
 
 
@@ -89,7 +90,7 @@ torch.library.define(
 
 def _out(*arguments) -> None:
     # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
-    if arguments[0].is_cuda and prefill_launch.takes_plans():
+    if arguments[0].is_cuda and is_for_nvidia():
         try:
             if prefill_launch.plan().launch(*arguments):
                 return

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
-
 from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Problem
 from tilelang_ext.launch.cache import until_reload
 from tilelang_ext.launch.expression import Expression, fact, recipe_of, select, shape, stride
@@ -36,11 +34,6 @@ RECIPE = {
     "key": [recipe_of(value) for value in _KEY],
     "size": recipe_of(shape("a", 0)),
 }
-
-
-def takes_plans() -> bool:
-    """Return whether this build of torch is for NVIDIA GPUs; for AMD's it calls them cuda too."""
-    return torch.version.hip is None
 
 
 @until_reload

@@ -27,7 +27,7 @@ from tilelang_ext.kernels.matmul.arguments import (
 )
 from tilelang_ext.kernels.matmul.problem import Epilogue, Problem
 from tilelang_ext.launch.compile import compiled
-from tilelang_ext.launch.device import Target, current, target_of
+from tilelang_ext.launch.device import Target, current, is_for_nvidia, target_of
 from tilelang_ext.launch.gradient import without_gradient
 from tilelang_ext.launch.recipe import ALIGNMENT
 
@@ -90,7 +90,7 @@ torch.library.define("tilelang_ext::matmul_out", f"({_ARGUMENTS}, Tensor(a!) out
 
 def _matmul_out(*arguments) -> None:
     # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
-    if arguments[0].is_cuda and launch.takes_plans():
+    if arguments[0].is_cuda and is_for_nvidia():
         try:
             if launch.plan().launch(*arguments):
                 return

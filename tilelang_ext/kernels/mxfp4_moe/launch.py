@@ -27,7 +27,7 @@ from tilelang_ext.kernels.mxfp4_moe.sum_slots import PDL_PASS_CONFIGS, sum_slots
 from tilelang_ext.kernels.mxfp4_moe.weights import from_arguments
 from tilelang_ext.launch.cache import UntilReload, until_reload
 from tilelang_ext.launch.compile import compiled as compile_kernel
-from tilelang_ext.launch.device import target_of
+from tilelang_ext.launch.device import is_for_nvidia, target_of
 from tilelang_ext.launch.expression import minimum, shape
 from tilelang_ext.launch.plan import Plan, launcher
 from tilelang_ext.launch.record import Recorder
@@ -221,7 +221,7 @@ def plan() -> Plan:
 
 
 def _find_directly() -> Callable[..., bool]:
-    takes_plans = torch.version.hip is None and torch.cuda.is_available()
+    takes_plans = is_for_nvidia() and torch.cuda.is_available()
     return plan().launch_directly if takes_plans else lambda *arguments: False
 
 

@@ -26,7 +26,7 @@ from tilelang_ext.kernels.mxfp4_moe.formats import SIXTEEN_BITS, hidden_format
 from tilelang_ext.kernels.mxfp4_moe.problem import Problem
 from tilelang_ext.kernels.mxfp4_moe.signature import A_FORMATS, options_of, readable, to_plan
 from tilelang_ext.kernels.mxfp4_moe.weights import HopperWeights, MXFP4Weights, from_arguments, to_arguments
-from tilelang_ext.launch.device import current, target_of
+from tilelang_ext.launch.device import current, is_for_nvidia, target_of
 from tilelang_ext.launch.gradient import without_gradient
 from tilelang_ext.launch.plan import Plan
 from tilelang_ext.launch.prepared import Prepared
@@ -182,7 +182,7 @@ def _checked(x, topk_ids, topk_weights, *rest) -> tuple[Operands, Activation, st
 
 def _mxfp4_moe_out(*arguments) -> None:
     # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
-    if arguments[0].is_cuda and torch.version.hip is None:
+    if arguments[0].is_cuda and is_for_nvidia():
         try:
             if launches.plan().launch(*to_plan(arguments)):
                 return

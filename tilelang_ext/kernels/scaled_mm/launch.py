@@ -17,14 +17,10 @@ from tilelang_ext.kernels.scaled_mm.arguments import LAYOUTS, MX, ROW, ROW_BLOCK
 from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem, bucket_of
 from tilelang_ext.kernels.scaled_mm.signature import MEMBERS, RECIPE, to_plan
 from tilelang_ext.launch.cache import UntilReload, until_reload
+from tilelang_ext.launch.device import is_for_nvidia
 from tilelang_ext.launch.expression import ceildiv, shape, stride
 from tilelang_ext.launch.plan import Plan, launcher
 from tilelang_ext.launch.record import Extent, Recorder, View
-
-
-def takes_plans() -> bool:
-    """Return whether this build of torch is for NVIDIA GPUs; for AMD's it calls them cuda too."""
-    return torch.version.hip is None
 
 
 @until_reload
@@ -34,7 +30,7 @@ def plan() -> Plan:
 
 
 def _find_directly() -> Callable[..., bool]:
-    takes_plans = torch.version.hip is None and torch.cuda.is_available()
+    takes_plans = is_for_nvidia() and torch.cuda.is_available()
     return plan().launch_directly if takes_plans else lambda *arguments: False
 
 

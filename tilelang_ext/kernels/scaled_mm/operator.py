@@ -33,7 +33,7 @@ from tilelang_ext.kernels.scaled_mm.arguments import (
 from tilelang_ext.kernels.scaled_mm.problem import Problem, bucket_of
 from tilelang_ext.kernels.scaled_mm.signature import ALIGNMENT, to_plan, with_memory_of_kernels
 from tilelang_ext.launch.compile import compiled
-from tilelang_ext.launch.device import Target, current, target_of
+from tilelang_ext.launch.device import Target, current, is_for_nvidia, target_of
 from tilelang_ext.launch.gradient import without_gradient
 from tilelang_ext.launch.plan import Plan
 from tilelang_ext.launch.prepared import Prepared
@@ -136,7 +136,7 @@ def _bind(*arguments) -> Callable[[], None] | None:
     """Return the launch of the torch operator's arguments, None where no plan launches them."""
     mat_a, mat_b, *_, packed, out = arguments
     check(*arguments[:5], unpack(packed), out)
-    if not (out.numel() and mat_a.numel()) or not mat_a.is_cuda or not launch.takes_plans():
+    if not (out.numel() and mat_a.numel()) or not mat_a.is_cuda or not is_for_nvidia():
         return None
     _check_memory(mat_a, mat_b.t())
     plan, given = launch.plan(), to_plan(arguments)
@@ -159,7 +159,7 @@ torch.library.define("tilelang_ext::scaled_mm_out", f"({_ARGUMENTS}, Tensor(a!) 
 
 def _scaled_mm_out(*arguments) -> None:
     # The plan checks its arguments too. What it does not take goes the long way, which says why, copies, or compiles.
-    if arguments[0].is_cuda and launch.takes_plans():
+    if arguments[0].is_cuda and is_for_nvidia():
         try:
             if launch.plan().launch(*to_plan(arguments)):
                 return
