@@ -87,7 +87,7 @@ def ours(inputs: Inputs) -> Callable:
 
 def fla(inputs: Inputs) -> Callable:
     """Its Triton kernels alone; it has states (K, V), and v's heads of q and k as ours."""
-    os.environ["FLA_TILELANG"] = "0"
+    os.environ["FLA_TILELANG"] = "0"  # else it takes kernels of tilelang's, where that is installed
     chunked = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
     gate = -torch.exp(inputs.A_log) * torch.nn.functional.softplus(inputs.a.float() + inputs.dt_bias)
     beta = inputs.b.sigmoid()
@@ -126,8 +126,9 @@ def check(places: list, wanted: tuple, results: tuple) -> Error:
     """Compare what a provider returned with what is expected at some (sequence, head); return the error of out."""
     out = torch.stack([results[0][batch, :, head] for batch, head in places])
     states = torch.stack([results[1][batch, head] for batch, head in places])
-    assert_close(states, wanted[1], dtype="float32", max_error=8e-2, rms_error=5e-3)
-    return assert_close(out, wanted[0], dtype="bfloat16", max_error=8e-2, rms_error=5e-3)
+    limits = {"max_error": 5e-2, "rms_error": 5e-3}  # as the tests', but for the largest of a million elements: 4.1e-2 was seen
+    assert_close(states, wanted[1], dtype="float32", **limits)
+    return assert_close(out, wanted[0], dtype="bfloat16", **limits)
 
 
 def measure(sizes: tuple[int, int, int, int], providers: list[Provider], seed: int) -> list[dict]:
