@@ -148,6 +148,26 @@ def test_shuffles(dtype):
         assert torch.equal(row.float()[inside], a.float()[source[inside]])
 
 
+@pytest.mark.parametrize(("dtype", "count"), [("float16", 4), ("bfloat16", 4), ("int32", 2), ("int64", 2), ("int64", 4)])
+def test_shuffles_of_vectors(dtype, count):
+    """Four carriers of 16 or 32 bits at most: int64 goes as two of 32."""
+
+    @T.prim_func
+    def kernel(A: T.Tensor((32 * count,), dtype), C: T.Tensor((32 * count,), dtype)):
+        with T.Kernel(1, threads=32):
+            tx = T.get_thread_binding()
+            C[T.Ramp(tx * count, 1, count)] = T.shfl_xor(A[T.Ramp(tx * count, 1, count)], 5)
+
+    a = (torch.arange(32 * count) * 5 - 90).to(getattr(torch, dtype))
+    out = torch.zeros_like(a)
+    if (dtype, count) == ("int64", 4):
+        with pytest.raises(TypeError, match="simd_shuffle_xor: lanes exchange at most 16 bytes; got int64x4; exchange it"):
+            lower(kernel)
+        return
+    run(kernel, a, out)
+    assert torch.equal(out.view(32, count), a.view(32, count)[torch.arange(32) ^ 5])
+
+
 def reduce_kernel(rows, columns, dim, reductions, dtype, threads):
     """C[k] = the reduction of A along dim by the k-th (kind, clear) of `reductions`, into B without clear."""
     reduced = columns if dim == 0 else rows

@@ -181,3 +181,24 @@ def test_a_condition_on_another_variable_than_the_read():
     counts, C, row, _ = staged(lambda row, column, i, j: T.if_then_else(j < 60, row[3], T.float32(0)))
     assert counts.device_bytes_read == 60 * 4
     assert (C[5, 59], C[5, 60]) == (row[3, 0], 0)
+
+
+def test_statements_under_an_if_read_where_they_are():
+    """Staged, `row[i + 1]` would be read for i = 63 too, where there is no such element."""
+
+    @T.prim_func
+    def kernel(row: T.Tensor((64,), "float32"), column: T.Tensor((64,), "float32"), C: T.Tensor((64, 64), "float32")):
+        with T.Kernel(1, threads=128) as _:
+            C_f = T.alloc_fragment((64, 64), "float32")
+            T.fill(C_f, -1)
+            for i, j in T.Parallel(64, 64, annotations={READ_ONCE: 1}):
+                if i < 63:
+                    C_f[i, j] = row[i + 1] * column[j]
+            T.copy(C_f, C)
+
+    row, column, C = torch.arange(64.0) + 1, torch.arange(64.0) / 64, torch.full((64, 64), torch.nan)
+    report = simulate(kernel, row, column, C, strict=True)
+    assert not report.findings, str(report)
+    assert report.counts.device_bytes_read > (63 + 64) * 4
+    assert torch.equal(C[:63], row[1:, None] * column)
+    assert (C[63] == -1).all()

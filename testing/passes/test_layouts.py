@@ -56,6 +56,23 @@ def test_a_thread_would_hold_too_much(lower):
         lower(two_types(31, 33))
 
 
+@pytest.mark.parametrize("lower", [metal.lower, lambda func: program.lower(func, TARGETS[1])], ids=["metal", "hip"])
+def test_a_reduction_over_threads_that_are_no_power_of_two(lower):
+    @T.prim_func
+    def kernel(A: T.Tensor((1, 100), "int8"), C: T.Tensor((1, 1), "int8")):
+        with T.Kernel(1, threads=96):
+            a, c = T.alloc_shared((1, 100), "int8"), T.alloc_fragment((1, 1), "int8")
+            T.copy(A, a)
+            T.copy(C, c)
+            T.reduce_bitand(a, c, dim=1, clear=False)
+            T.copy(c, C)
+
+    with pytest.raises(
+        ValueError, match=r"^T.Parallel: .* got .*\(1, 100\) of int8 and 96 threads; take threads that divide .*$"
+    ):
+        lower(kernel)
+
+
 # Rows, columns, one value; more threads than elements; rows of a power of two, columns not.
 @T.prim_func
 def reductions(

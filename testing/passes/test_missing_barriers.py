@@ -99,6 +99,19 @@ def two_rounds_apart(A: T.handle("float32", "global")):
 
 
 @T.prim_func(private=True)
+def across_an_inner_loop(A: T.handle("float32", "global")):
+    """A round writes what the round before read, and an inner loop lies between the two."""
+    X = T.decl_buffer((512,), data=A)
+    tx = T.launch_thread("threadIdx.x", 128)
+    s = T.alloc_buffer((512,), scope="shared")
+    for k in range(3):
+        X[tx] = s[(k + 1) * 128 + 127 - tx]
+        for j in range(2):
+            X[tx + 128] = T.float32(0)
+        s[k * 128 + tx] = X[tx]
+
+
+@T.prim_func(private=True)
 def double_buffer(n: T.int32, A: T.handle("float32", "global")):
     """The barrier of a round also parts it from the next but one."""
     X = T.decl_buffer((512,), data=A)
@@ -214,6 +227,7 @@ WANTED = {
     "back_edge_of_while": 2,
     "condition_of_while": 3,
     "two_rounds_apart": 1,
+    "across_an_inner_loop": 1,
     "double_buffer": 1,
     "written_the_other_way_round": 1,
     "left_early": 2,

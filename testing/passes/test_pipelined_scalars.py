@@ -70,6 +70,27 @@ def test_what_the_loop_changes_is_not_moved():
     assert "K[copied[0] + table[i, 1] + counted[0] + sometimes[0], 0]" in text
 
 
+def test_in_a_loop_whose_body_is_a_block():
+
+    @T.prim_func
+    def kernel(K: T.Tensor((8, 32), "float32"), table: T.Tensor((5,), "int32"), out: T.Tensor((5, 32), "float32")):
+        with T.Kernel(1, threads=64):
+            page = T.alloc_var("int32")
+            k_s = T.alloc_shared((32,), "float32")
+            for i in T.Pipelined(5, num_stages=2):
+                with T.sblock("round"):
+                    page = table[i]
+                    T.copy(K[page, 0:32], k_s)
+                    T.copy(k_s, out[i, 0:32])
+
+    text = ForwardPipelinedScalars(IRModule({"kernel": kernel}))["kernel"].script()
+    assert "K[table[i], 0]" in text
+    K, table = torch.randn(8, 32), torch.tensor([3, 7, 0, 3, 6], dtype=torch.int32)
+    out = torch.full((5, 32), torch.nan)
+    assert simulate(kernel, K, table, out).findings == ()
+    assert torch.equal(out, K[table.long()])
+
+
 @T.prim_func
 def index_in_shared_memory(A: T.Tensor((128,), "float16"), B: T.Tensor((128,), "float16")):
     with T.Kernel(1, threads=32):

@@ -17,6 +17,7 @@ def small_tiles(
     B: T.Tensor((N,), "float32"),  # in place, once more in shared memory
     C: T.Tensor((8, 64), "float32"),
     state: T.Tensor((8,), "float32"),
+    D: T.Tensor((16, 100), "float32"),  # in place: several threads hold what one stores, since 128 do not divide 100
 ):
     with T.Kernel(4, threads=128) as bx:
         a = T.alloc_fragment((1, N), "float32")
@@ -46,14 +47,22 @@ def small_tiles(
                     state_s[i] = state_s[i] * 0.5 + row[i]
                     row[i] = state_s[i]
             T.copy(row, state)
+        if bx == 2:
+            d, most = T.alloc_fragment((16, 100), "float32"), T.alloc_fragment((16,), "float32")
+            T.copy(D, d)
+            T.reduce_max(d, most, dim=1)
+            for i, j in T.Parallel(16, 100):
+                d[i, j] += most[i]
+            T.copy(d, D)
 
 
 @pytest.mark.parametrize("target", ["metal", "hip -mcpu=gfx942", "hip -mcpu=gfx1100"])
 def test_small_tiles(target):
     A, B, C = torch.arange(4 * N).reshape(4, N).float(), torch.arange(N).float(), torch.arange(512).reshape(8, 64).float()
-    state = torch.full((8,), torch.nan)
-    expected = A + 1, 2 * (2 * B + 1), C.sum(1) * 1.75
-    run(small_tiles, A, B, C, state, target=target)
+    state, D = torch.full((8,), torch.nan), torch.arange(1600).reshape(16, 100).float()
+    expected = A + 1, 2 * (2 * B + 1), C.sum(1) * 1.75, D + D[:, 99:]
+    run(small_tiles, A, B, C, state, D, target=target)
     assert torch.equal(A, expected[0])
     assert torch.equal(B, expected[1])
     assert torch.equal(state, expected[2])
+    assert torch.equal(D, expected[3])

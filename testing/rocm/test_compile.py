@@ -84,7 +84,8 @@ extern "C" __global__ void kernel(float* p) {
 
 
 def test_an_error_has_the_compilers_message():
-    with pytest.raises(CompileError, match=r"must compile for gfx942; got errors of .*\n(.|\n)*kernel.hip:1:.*nothing_known"):
+    lines = r"(?m)must compile for gfx942; got errors of .*\n(.*\n)*^kernel.hip:1:9: error: .*'nothing_known'$"
+    with pytest.raises(CompileError, match=lines):
         compile_hip("int a = nothing_known;", "gfx942")
 
 

@@ -203,3 +203,28 @@ def test_one_template_called_at_two_lines():
     assert report.findings == ()
     lane = lane_of[64]
     assert np.array_equal(r[0], np.where(lane % 2, 0, lane ^ 2) + 1000 * ((lane ^ 1) + 7))
+
+
+def test_what_vectors_occupy():
+    """Bytes, and the place in a struct behind one byte: as AMD's headers have it, by static_assert, but for `long4`."""
+    types = {
+        "char2": (2, 2),
+        "char3": (3, 1),
+        "uchar4": (4, 4),
+        "short2": (4, 4),
+        "ushort3": (6, 2),
+        "short4": (8, 8),
+        "int2": (8, 8),
+        "float3": (12, 4),
+        "uint4": (16, 16),
+        "float4": (16, 16),
+        "longlong2": (16, 16),
+        "long4": (32, 16),
+    }  # fmt: skip  AMD's is aligned to 32: here shared memory is aligned to 16
+    statements = "".join(
+        f"  struct S{i} {{ char c; {name} v; }}; r[{2 * i}] = sizeof({name}); r[{2 * i + 1}] = __builtin_offsetof(S{i}, v);\n"
+        for i, name in enumerate(types)
+    )
+    report, r = results(statements, "gfx942", 2 * len(types))
+    assert report.findings == ()
+    assert r[:, 0].reshape(-1, 2).tolist() == [list(occupied) for occupied in types.values()]

@@ -6,6 +6,7 @@ import tilelang.language as _upstream
 from tilelang.language import *  # noqa: F403
 
 from tilelang_ext.formats import BlockScaledLayout
+from tilelang_ext.language.bounds import max_value, min_value  # noqa: F401 (upstream's names)
 from tilelang_ext.language.e8m0 import e8m0_to_float
 from tilelang_ext.language.fp8_scaled_matmul import fp8_scaled_matmul
 from tilelang_ext.language.gemm_blockscaled import gemm_blockscaled

@@ -28,6 +28,7 @@ _OF_LAYOUTS = (
     "Inconsistent layouts",
     "XOR-butterfly AllReduce requires",
     "has errors: (",
+    "Loop layout is not injective",
 )
 
 

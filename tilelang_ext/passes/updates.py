@@ -6,9 +6,9 @@
                                                                          s[i] = old[i]
                                                                          x[i] = old[i]
 
-A fragment of fewer elements than a block has threads, or one that holds a value for each row of another, lies in several
-threads, and so do the rounds of a loop that uses it. Each would add 1. With the loads and the stores apart, `old` being a
-fragment, all threads store one value, behind a barrier.
+A fragment of fewer elements than a block has threads, one that holds a value for each row of another, or one whose rows do not
+divide among the threads lies in several threads, and so do the rounds of a loop that uses it. Each would add 1. With the loads
+and the stores apart, `old` being a fragment, all threads store one value, behind a barrier.
 
 Memory that other blocks see gets no barrier from upstream. So a tensor that is read and then stored to by such a loop, or by a
 copy of such a fragment, as in a kernel that works in place, gets one before the store and one behind it.
@@ -180,10 +180,14 @@ def _is_copy(node) -> bool:
 
 
 def _has_copies(uses: _Uses, threads: int) -> bool:
-    """Whether a fragment may lie in several threads, as far as its own extents say."""
+    """Whether a fragment may lie in several threads, as far as its own extents say: of 64 rows of 100, two of 128 threads have
+    each."""
+
+    def may_have(extents: list[int]) -> bool:
+        return math.prod(extents) < threads or any(extent & (extent - 1) for extent in (*extents, threads))
+
     return any(
-        all(isinstance(extent, tirx.IntImm) for extent in buffer.shape)
-        and math.prod(int(extent) for extent in buffer.shape) < threads
+        all(isinstance(extent, tirx.IntImm) for extent in buffer.shape) and may_have([int(extent) for extent in buffer.shape])
         for buffer in uses.buffers.values()
         if buffer.scope() == "local.fragment"
     )
