@@ -19,6 +19,13 @@ inline float __shfl_xor_sync(uint32_t, float value, int mask, int) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline float __shfl_sync(uint32_t, float value, int source, int) {
+  int bits;
+  std::memcpy(&bits, &value, 4);
+  bits = __shfl_sync(0, bits, source);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline int __any_sync(uint32_t, int value) {
   for (int mask = 16; mask > 0; mask /= 2) value |= __shfl_sync(0, value, lane() ^ mask);
   return value;
@@ -49,6 +56,22 @@ inline uint32_t tilelang_ext_e4m3x4(float x, float y, float z, float w) {
 inline void tilelang_ext_e4m3x8_to_bf16(const void* codes, void* values, bool keep) {
   for (int i = 0; i < 8; ++i)
     ((bfloat16_t*)values)[i] = bfloat16_t(keep ? decode(((const uint8_t*)codes)[i], 4, 3, true) : 0.0f);
+}
+inline half_t rounded_to_half(float x) {
+  if (x == 0 || !std::isfinite(x)) return half_t(x);
+  const int exponent = max(std::ilogb(x), -14) - 10;  // of the mantissa's last bit
+  const float rounded = std::ldexp(std::nearbyint(std::ldexp(x, -exponent)), exponent);
+  return half_t(std::fabs(rounded) < 65520 ? rounded : std::copysign(CUDART_INF_F, x));
+}
+inline uint32_t tilelang_ext_pack_f16(float x, float y) { return __pack_half2(rounded_to_half(x), rounded_to_half(y)); }
+inline uint32_t tilelang_ext_low_codes(uint32_t word) {
+  return tilelang_ext_pack_f16(decode(word & 0xff, 4, 3, true), decode(word >> 8 & 0xff, 4, 3, true));
+}
+inline uint32_t tilelang_ext_high_codes(uint32_t word) { return tilelang_ext_low_codes(word >> 16); }
+inline uint32_t tilelang_ext_transpose(uint32_t pair) {  // of 8 rows, four lanes each
+  const int row = lane() / 4, first = lane() % 4 * 8 + row / 2, shift = row % 2 * 16;
+  const uint32_t x = __shfl_sync(0, pair, first), y = __shfl_sync(0, pair, first + 4);
+  return (x >> shift & 0xffff) | (y >> shift) << 16;
 }
 inline float tilelang_ext_exp2(float x) { return std::exp2(x); }
 inline float tilelang_ext_log2(float x) { return std::log2(x); }

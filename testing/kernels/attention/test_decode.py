@@ -9,7 +9,7 @@ from kernels.attention.operands import BF16, FP16, FUNCTIONS, check, name, text_
 from kernels.hopper import Box, execute
 
 from tilelang_ext import attention_decode, reference, simulate
-from tilelang_ext.kernels.attention import decode_launch, sm90_decode, split_kv
+from tilelang_ext.kernels.attention import decode_launch, sm90_decode, sm90_decode_mma, split_kv
 from tilelang_ext.kernels.attention.problem import DecodeProblem
 from tilelang_ext.kernels.attention.sm90_forward import ARCH
 from tilelang_ext.launch.expression import apply
@@ -108,6 +108,9 @@ def test_values(of, target, lengths, sizes, splits):
         # Codes of 8 bits, of one scale per head, and per page of halves of the columns; blocks that end inside
         (problem(64, ARCH, cache=E4M3, scales="head"), (300, 70), (2, 2, 1)),
         (problem(272, ARCH, cache=E4M3, page_size=64, scales="page"), (100, 70), (1, 2, 1)),
+        # The same, few rows: by the MMA of a warp; pages of half a block, a window; head_dim that ends inside
+        (problem(64, ARCH, cache=E4M3, scales="head", has_few_rows=True), (600, 70), (1, 8, 1)),
+        (problem(144, ARCH, cache=E4M3, page_size=16, window=40, has_few_rows=True), (100, 70), (3, 4, 2)),
         # Several pages in a block of keys; an odd number of blocks; a sequence without keys
         (problem(128, ARCH, page_size=16, has_sinks=True), (200, 0), (3, 4, 2)),
         # Wider heads: consumers of halves of the columns; no pages; a window; head_dim ends inside a half
@@ -118,7 +121,7 @@ def test_on_hopper(of, lengths, sizes):
     """Values by running the CUDA text on the CPU; every other byte of memory is a NaN."""
     file = next(file for file in decode_launch.KERNELS if file.takes(of))
     case, config, splits = Case(of, lengths, *sizes), file.pick_config(of), 2
-    assert file is sm90_decode
+    assert file is (sm90_decode_mma if of.has_few_rows else sm90_decode)
     results = splits * config.ranges
     names = ("q", "cache_k", "cache_v", "seqlens", "page_table", "k_scale", "v_scale")
     tensors = dict(zip(names, case.inputs, strict=True)) | {"sinks": case.sinks, "out": case.out, "lse": case.lse}
@@ -130,7 +133,8 @@ def test_on_hopper(of, lengths, sizes):
         "splits": results, "num_seqlens": batch, "num_sinks": heads,
         "table_pages": case.page_table.shape[1], "table_rows": len(case.page_table),
     }  # fmt: skip
-    box = Box(min(config.block_N, of.page_size or config.block_N), 64, not of.is_fp8)
+    columns = sm90_decode_mma.panel_width(of) if of.has_few_rows else 64
+    box = Box(min(config.block_N, of.page_size or config.block_N), columns, of.has_few_rows or not of.is_fp8)
     text = text_of(file.split_kv, of, config, name="split_kv", pass_configs=file.pass_configs(of))
     execute(text, (splits, kv_heads, batch), tensors, {"cache_k": box, "cache_v": box}, scalars, functions=FUNCTIONS)
     text = text_of(split_kv.sum_ranges, of.of_sum(), name="sum_ranges", pass_configs=split_kv.pass_configs(of))

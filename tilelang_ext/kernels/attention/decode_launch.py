@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from tilelang_ext.kernels.attention import sm90_decode, split_kv
+from tilelang_ext.kernels.attention import sm90_decode, sm90_decode_mma, split_kv
 from tilelang_ext.kernels.attention.arguments import MAX_BATCH, DecodeArguments
 from tilelang_ext.kernels.attention.launch import check_elements
 from tilelang_ext.kernels.attention.problem import DecodeProblem
@@ -26,7 +26,7 @@ from tilelang_ext.launch.plan import Plan, launcher
 from tilelang_ext.launch.recipe import ALIGNMENT
 from tilelang_ext.launch.record import Recorder
 
-KERNELS = (sm90_decode, split_kv)  # the first that takes a problem compiles it
+KERNELS = (sm90_decode_mma, sm90_decode, split_kv)  # the first that takes a problem compiles it
 MAX_ELEMENTS = 2**31 - 1
 _OPTIONS = ("window", "softmax_scale")
 _NAMES = (*DecodeArguments._fields[:8], *_OPTIONS, "out", "lse")
@@ -37,6 +37,7 @@ _KEY = (
     shape("q", 3),
     select(fact("present", "page_table"), shape("cache_k", 1), 0),
     fact("rank", "k_scale"),
+    shape("q", 1) * shape("q", 2) <= sm90_decode_mma.ROWS * shape("cache_k", 2),
 )
 _TYPES = {"window": "int", "softmax_scale": "float"}
 RECIPE = {
@@ -55,6 +56,7 @@ def plan() -> Plan:
 
 def problem_of(given: DecodeArguments, window: int, scale: float, target: Target) -> DecodeProblem:
     """Return what a call, whose arguments have been checked, is compiled for."""
+    is_fp8 = given.cache_k.dtype != given.q.dtype
     return DecodeProblem(
         target_kind=target.kind,
         arch=target.arch,
@@ -67,6 +69,7 @@ def problem_of(given: DecodeArguments, window: int, scale: float, target: Target
         page_size=0 if given.page_table is None else given.cache_k.shape[1],
         scales="" if given.k_scale is None else ("head", "page")[given.k_scale.dim() - 1],
         has_sinks=given.sinks is not None,
+        has_few_rows=is_fp8 and given.q.shape[1] * given.q.shape[2] <= sm90_decode_mma.ROWS * given.cache_k.shape[2],
     )
 
 

@@ -152,10 +152,11 @@ class DecodeProblem:
     page_size: int = 0  # 0: no pages
     scales: str = ""  # "head" or "page": what has a scale of its own
     has_sinks: bool = False
+    has_few_rows: bool = False  # of a cache of codes: whether tokens times heads of q that share one of k and v are at most 8
 
     def of_sum(self) -> DecodeProblem:
         """Return all that the sum over ranges depends on."""
-        return replace(self, num_sms=0, cache_dtype=self.dtype, scale=1.0, window=0, page_size=0, scales="")
+        return replace(self, num_sms=0, cache_dtype=self.dtype, scale=1.0, window=0, page_size=0, scales="", has_few_rows=False)
 
     @property
     def is_fp8(self) -> bool:

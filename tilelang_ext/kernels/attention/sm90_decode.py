@@ -57,7 +57,7 @@ _ROLES = Roles(2, 24, 240)
 _CONSUMERS = 2
 _Q_LOADED = 8  # number of a named barrier of all consumers
 MAX_COLUMNS = 512
-_MIN_BOX = 8  # rows of a swizzle's pattern
+MIN_BOX = 8  # rows of a swizzle's pattern
 _ROW_BYTES, _UNIT = 128, 16  # of a row of shared memory; of a descriptor
 
 
@@ -145,6 +145,7 @@ class _Traits:
 
     problem: DecodeProblem
     config: Config
+    roles: Roles = _ROLES
 
     @property
     def panels(self) -> int:
@@ -303,16 +304,19 @@ def _dispatch_roles(traits: _Traits, operands: DecodeOperands, results: tuple, b
     consumers = [
         (WARPGROUP, functools.partial(_consume, traits, operands, results, block, number)) for number in range(_CONSUMERS)
     ]
-    dispatch(block.thread, (WARPGROUP, functools.partial(_produce, traits, operands, block)), *consumers)
+    dispatch(block.thread, (WARPGROUP, functools.partial(produce, traits, operands, block)), *consumers)
 
 
 # --- producer --------------------------------------------------------------------------------------------------------
 
 
 @T.macro
-def _produce(traits, operands, block):
-    """One warp fills the pipeline: others, whom nothing keeps up with it, could miss a phase."""
-    _ROLES.begin_producer()
+def produce(traits, operands, block):
+    """One warp fills the pipeline: others, whom nothing keeps up with it, could miss a phase.
+
+    `sm90_decode_mma` has the same producer: its traits and its block have what this one asks for.
+    """
+    traits.roles.begin_producer()
     if block.thread < WARP:
         for step in T.serial(block.keys.num_blocks):
             _load(traits, operands, block, step)
@@ -334,9 +338,10 @@ def _load_box(traits: _Traits, operands: DecodeOperands, block: _Block, stage, k
 
     def load_panels(page, row):
         for cache, shared in ((operands.cache_k, block.k_s), (operands.cache_v, block.v_s)):
-            for panel in range(traits.panels):
-                source = cache[page, row : row + box, block.kv_head, panel * PANEL : (panel + 1) * PANEL]
-                T.evaluate(T.tma_copy(source, shared[stage, panel, first : first + box, :], barrier=barrier))
+            count, _, width = (int(extent) for extent in shared.shape[1:])
+            for i in range(count):
+                source = cache[page, row : row + box, block.kv_head, i * width : (i + 1) * width]
+                T.evaluate(T.tma_copy(source, shared[stage, i, first : first + box, :], barrier=barrier))
 
     @T.macro
     def emit():
@@ -621,7 +626,7 @@ def takes(problem: DecodeProblem) -> bool:
     page_size, block_N = problem.page_size, pick_config(problem).block_N
     if problem.scales == "page":
         return page_size % block_N == 0
-    return page_size % block_N == 0 or (block_N % page_size == 0 and page_size % _MIN_BOX == 0)
+    return page_size % block_N == 0 or (block_N % page_size == 0 and page_size % MIN_BOX == 0)
 
 
 def pass_configs(_: DecodeProblem) -> dict:
