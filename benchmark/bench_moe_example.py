@@ -1,6 +1,6 @@
 """The mixture of experts of `examples/moe.py`, a user's kernels from tile intrinsics, beside `mxfp4_moe` on a Hopper GPU.
 
-    python benchmark/bench_moe_example.py --tokens 64 2048 --tiles 16x192x384 128x192x384
+    python benchmark/bench_moe_example.py --tokens 64 2048 --tiles 16x192x384 144x192x384
 
 A tile is rows of tokens x rows of weights x threads. Sizes are those of gpt-oss-20b, tokens bfloat16, no bias. The example is
 its two kernels and torch's sum over slots, with tokens sorted ahead; mxfp4_moe sorts tokens itself. Their results are compared
@@ -41,7 +41,7 @@ COLUMNS = (
 
 
 def tile_of(text: str) -> example.Tile:
-    """Return the tile that is written as 128x192x384."""
+    """Return the tile that is written as 144x192x384."""
     return example.Tile(*map(int, text.split("x")))
 
 

@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 SMALL = Tile()
-FEW, MANY = Tile(16, 192, 384), Tile(128, 192, 384)  # for 8 and for 256 tokens per expert on Hopper
+FEW, MANY = Tile(16, 192, 384), Tile(144, 192, 384)  # for 8 and for 256 tokens per expert on Hopper, in one and in two blocks
 
 
 # [kernel]

@@ -24,6 +24,11 @@ MXFP4_DEQUANT = "mxfp4_dequant"
 # looks for a product of such a tile (`cuda/mxfp4_loop.py`).
 MOE_GATHER = "moe_gather"
 
+# On the loop of T.swiglu and T.silu_mul over a fragment with gate and up in turn: a list of regions, of the fragment and of its
+# copy in shared memory, from which the loop reads columns 2 j and 2 j + 1. CUDA reads them from registers where a thread has
+# both (`cuda/column_pairs.py`).
+COLUMN_PAIRS = "column_pairs"
+
 # On the loops that only add the total of the BLOCK_SCALED loop before them to a float32 fragment: a list of its region.
 ADDS_TOTAL = "adds_total"
 

@@ -351,7 +351,7 @@ def test_optional_providers(monkeypatch):
 def test_the_example_needs_a_gpu(monkeypatch):
     import bench_moe_example
 
-    assert bench_moe_example.tile_of("128x192x384") == bench_moe_example.example.MANY
+    assert bench_moe_example.tile_of("144x192x384") == bench_moe_example.example.MANY
     monkeypatch.setattr(bench_moe_example, "find_device", lambda target: ("cuda", "none", "torch sees no such GPU"))
     with pytest.raises(SystemExit, match="must run on an NVIDIA Hopper GPU; got torch sees no such GPU"):
         bench_moe_example.main([])

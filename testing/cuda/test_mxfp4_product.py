@@ -124,6 +124,7 @@ def test_values_of_gathered_rows():
         text = text_of(kernel)
         consume, fetch = (call.partition("kBFloat16, ")[2] for call in calls(text))
         assert (consume, fetch) == ("24, 64, 1, 8>", f"24, 64, 8, 96, 1, {gathers}>")
+        assert ("float even[" in text) == (kernel is first)  # gate and up, from registers
         execute(text, (2 * I // 64 if kernel is first else columns // 64, blocks), tensors, boxes, {}, functions=FUNCTIONS)
     mx = BlockScaledLayout.e8m0_k32()
     d13, d2 = (reference.dequantize(tensors[w], tensors[s], E2M1, mx) for w, s in (("w13", "scale13"), ("w2", "scale2")))
@@ -149,6 +150,7 @@ def test_values_of_gathered_rows():
             scaled_matmul(300, 512, 1024, Tile(128, 128, 128), "float8_e5m2"),
             "mxfp4_consume<tl::DataType::kFloat8_e5m2, 128, 128, 1, 8>",
         ),
+        (scaled_matmul(16, 512, 1024, Tile(16, 64, 128)), "mxfp4_consume<tl::DataType::kBFloat16, 16, 64, 1, 8>"),
         (scaled_matmul(300, 512, 1024, SOME), "mxfp4_mma<16, 32, 512>"),
         (scaled_matmul(300, 512, 1024, FEW), "mxfp4_mma<8, 16, 512>"),
         (by_tiles.dequant_matmul(16, 512, 1024, SOME), "mxfp4_mma<16, 32, 512>"),
@@ -159,7 +161,9 @@ def test_all_of_k_is_one_call(kernel, called):
     assert calls(text_of(kernel)).count(called) == 1
 
 
-def test_two_narrow_blocks_share_an_sm():
+def test_blocks_of_few_rows_share_an_sm():
+    assert "__launch_bounds__(256, 3)" in text_of(scaled_matmul(16, 512, 1024, Tile(16, 64, 128)))
+    assert "__launch_bounds__(256, 1)" in text_of(scaled_matmul(16, 512, 1024, Tile(64, 64, 128)))
     assert "__launch_bounds__(512, 2)" in text_of(scaled_matmul(1, 512, 1024, FEW))
     assert "__launch_bounds__(512, 1)" in text_of(scaled_matmul(16, 512, 1024, SOME))
 

@@ -22,6 +22,7 @@ from tvm.target import Target
 from tvm.tirx.stmt_functor import ir_transform
 
 from tilelang_ext.cuda import mxfp4_few, mxfp4_loop, mxfp4_roles
+from tilelang_ext.cuda.column_pairs import with_pairs_in_registers
 from tilelang_ext.cuda.mxfp4_form import Product, checked
 from tilelang_ext.cuda.statements import contains, nodes_of, with_body
 from tilelang_ext.cuda.warp_roles import OtherForm, check_beside, in_place_of, launch_of, read_by_producer, specialized
@@ -60,7 +61,7 @@ def _lower_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
         return func
     try:
         products = [(loop, products[loop]) for loop in whole] + [(loop, _recognised(loop)) for loop in marked]
-        few = all(mxfp4_few.takes(product) for _, product in products)
+        few = all(mxfp4_few.takes(product, threads) for _, product in products)
         products = [(loop, checked(product, 1 if few else mxfp4_roles.groups_of(product))) for loop, product in products]
         _check_threads(block, [loop for loop, _ in products], thread)
         if few:
@@ -100,9 +101,8 @@ def _with_mma(func: tirx.PrimFunc, block: tirx.SBlock, products: list, threads: 
     computed = [mxfp4_few.multiply(product, threads, room) for product in own]
     pairs = [(loop, product.completed(stmt)) for (loop, product), (stmt, _) in zip(products, computed, strict=True)]
     body = in_place_of(mxfp4_few.with_prefetch(block.body, own, threads), pairs)
-    blocks = mxfp4_few.blocks_per_sm(own, threads)
-    if blocks > 1 and not nodes_of(func.body, lambda node: isinstance(node, tirx.AttrStmt) and node.attr_key == _BLOCKS_PER_SM):
-        body = tirx.AttrStmt(tirx.IntImm("int32", 0), _BLOCKS_PER_SM, tirx.IntImm("int32", blocks), body)
+    if not _has_blocks_per_sm(func):
+        body = _with_blocks_per_sm(body, mxfp4_few.blocks_per_sm(own, threads))
     buffers = [*block.alloc_buffers, *(sums for _, sums in computed), *_totals(products)]
     new = _finished(with_body(block, body, buffers, dict(block.annotations)))
     return func.with_body(ir_transform(func.body, None, lambda node: new if node.same_as(block) else None, ["tirx.SBlock"]))
@@ -116,9 +116,23 @@ def _with_roles(func: tirx.PrimFunc, block: tirx.SBlock, products: list, thread,
     tile = mxfp4_roles.tile_of(own, threads)
     sources = [region for product in own for region in (product.A, product.W, product.scale, product.ids) if region is not None]
     check_beside(block, loops, [], read_by_producer(block, loops, sources, []))
-    new = mxfp4_roles.specialize(block, thread, threads, tile, products, _shared_bytes(block, loops))
-    new = _finished(with_body(new, new.body, [*new.alloc_buffers, *_totals(products)], dict(new.annotations)))
-    return specialized(func, block, new, thread, threads)
+    results = [buffer for product in own for buffer in (product.total, product.added_to) if buffer is not None]
+    whole, block = block, with_pairs_in_registers(block, results, tile.place)
+    room = _shared_bytes(block, loops)
+    blocks = 1 if _has_blocks_per_sm(func) else mxfp4_roles.blocks_per_sm(tile, threads, room)
+    new = mxfp4_roles.specialize(block, thread, threads, tile, products, room, blocks)
+    body = _with_blocks_per_sm(new.body, blocks)
+    new = _finished(with_body(new, body, [*new.alloc_buffers, *_totals(products)], dict(new.annotations)))
+    return specialized(func, whole, new, thread, threads)
+
+
+def _has_blocks_per_sm(func: tirx.PrimFunc) -> bool:
+    """Whether the kernel says how many blocks an SM should hold."""
+    return bool(nodes_of(func.body, lambda node: isinstance(node, tirx.AttrStmt) and node.attr_key == _BLOCKS_PER_SM))
+
+
+def _with_blocks_per_sm(body: tirx.Stmt, blocks: int) -> tirx.Stmt:
+    return body if blocks == 1 else tirx.AttrStmt(tirx.IntImm("int32", 0), _BLOCKS_PER_SM, tirx.IntImm("int32", blocks), body)
 
 
 # --- the block -------------------------------------------------------------------------------------------------------

@@ -37,8 +37,11 @@ _TOKEN_BYTES = 128  # in a stage
 _BAND = 64  # rows of weights of a product of a warpgroup
 _GROUPS = 4  # of scales, a word, that are copied at once
 _MAX_ROWS = 256  # of a box that TMA copies, and of tokens in a product
-_SUM_REGISTERS = {1: 128, 2: 128, 3: 64, 4: 32}  # of a thread, by warpgroups
+_SUM_REGISTERS = {1: 128, 2: 128, 3: 80, 4: 32}  # of a thread, by warpgroups
 _PRODUCER_REGISTERS, _GATHERING_REGISTERS = 40, 72  # of a thread of the producer; of one that holds numbers of rows
+# An SM holds several blocks of few tokens if a consumer has registers enough: of what it has decoded of a band, and others.
+_FEW_TOKENS, _MAX_BLOCKS, _FEW_REGISTERS, _DECODED_REGISTERS, _OTHER_REGISTERS = 32, 3, 40, 32, 32
+_SHARED_BYTES = 228 * 1024  # of an SM
 _FETCHERS = WARPGROUP - WARP  # threads that copy scales
 _MIN_STAGES, _MAX_STAGES = 3, 8
 _SLACK = 2048  # bytes, to align stages and for barriers
@@ -110,9 +113,31 @@ def tile_of(products: list[Product], threads: int) -> Tile:
     return tile
 
 
-def specialize(block: tirx.SBlock, thread, threads: int, tile: Tile, products: list, room: int) -> tirx.SBlock:
-    """Return the block with roles; `products` are pairs of a statement and its product, `room` bytes of shared memory."""
-    stages = min(_MAX_STAGES, (room - _SLACK) // tile.stage_bytes)
+def blocks_per_sm(tile: Tile, threads: int, room: int) -> int:
+    """Return how many blocks an SM should hold: of few tokens so many that one multiplies while others wait for weights."""
+    if tile.tokens > _FEW_TOKENS:
+        return 1
+    needed = tile.bands * (tile.tokens // 2 + _DECODED_REGISTERS) + _OTHER_REGISTERS
+
+    def fits(blocks: int) -> bool:
+        registers = registers_of_consumer(threads, _FEW_REGISTERS, blocks)
+        return registers >= needed and _stages(tile, room, blocks) > _MIN_STAGES
+
+    return max(filter(fits, range(2, _MAX_BLOCKS + 1)), default=1)
+
+
+def _stages(tile: Tile, room: int, blocks: int) -> int:
+    """Return how many stages fit in the shared memory of a block, which has `room` bytes if it is alone."""
+    room -= (blocks - 1) * _SHARED_BYTES // blocks
+    return min(_MAX_STAGES, (room - _SLACK) // tile.stage_bytes)
+
+
+def specialize(block: tirx.SBlock, thread, threads: int, tile: Tile, products: list, room: int, blocks: int) -> tirx.SBlock:
+    """Return the block with roles, of which an SM holds several.
+
+    `products` are pairs of a statement and its product, `room` bytes of shared memory.
+    """
+    stages = _stages(tile, room, blocks)
     if stages < _MIN_STAGES:
         raise OtherForm(f"stages of a tile of {tile.tokens} x {tile.rows} do not fit in shared memory")
     ring = _Ring(tile, stages)
@@ -131,11 +156,14 @@ def specialize(block: tirx.SBlock, thread, threads: int, tile: Tile, products: l
 
     gathers = any(product.ids is not None for _, product in products)
     of_producer = _GATHERING_REGISTERS if gathers else _PRODUCER_REGISTERS
-    registers = of_producer, registers_of_consumer(threads, of_producer)
+    if blocks > 1:
+        of_producer = _FEW_REGISTERS
+    registers = of_producer, registers_of_consumer(threads, of_producer, blocks)
     new = with_roles(
         block, lambda body: role("consumed", in_place_of, body, ring.consume), producer, thread, threads, registers
     )
-    layouts = {product.total.data: T.Fragment((tile.tokens, tile.rows), forward_fn=tile.place) for _, product in products}
+    results = [buffer for _, product in products for buffer in (product.total, product.added_to) if buffer is not None]
+    layouts = {result.data: T.Fragment((tile.tokens, tile.rows), forward_fn=tile.place) for result in results}
     layouts |= {tokens.data: make_swizzled_layout(tokens) for tokens in (ring.tokens, ring.codes)}
     annotations = {
         **new.annotations,

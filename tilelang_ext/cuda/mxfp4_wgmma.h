@@ -161,9 +161,9 @@ struct Mxfp4Consumer {
                  false, false, 1, 1>(left, right, reinterpret_cast<uint32_t*>(sums), add);
   }
 
-  // Warpgroups take turns to begin the products of a step. The matrix unit takes registers as it begins each product, and
-  // the warps wait for that: if it took products of all warpgroups in turn, all would decode at the same time, and it
-  // would wait. Products of bfloat16 are bound by the GPU's power instead.
+  // Warpgroups take turns to begin the products of a step. The matrix unit takes registers as it begins each product,
+  // and the warps wait for that: if it took products of all warpgroups in turn, all would decode at the same time, and
+  // it would wait. Products of bfloat16 are bound by the GPU's power instead.
   static constexpr bool kTakesTurns = kFp8 && kWarpgroups > 1;
 
   __device__ __forceinline__ void begin_turn() const {
@@ -405,7 +405,8 @@ __device__ __forceinline__ void mxfp4_fetch(void* scales, Barrier* full, Barrier
   constexpr int kWords = (kRows + kThreads - 1) / kThreads;  // of scales of a thread
   constexpr int kPieces = 8;                                 // of 16 bytes of a token in a stage
   constexpr int kCopies = kGathers ? (kTokens * kPieces + kThreads - 1) / kThreads : 0;  // of a thread
-  constexpr int kAhead = kStages > 3 ? 3 : kStages - 1;                                  // stages under way
+  constexpr int kAhead = kStages > 6 ? 4 : kStages / 2;                                  // stages under way
+  constexpr int kLoads = kCopies > 4 ? 2 : 4;                                            // of scales, steps ahead
   const Ring ring(tokens, nullptr, scales, full, empty, state);
   const int thread = threadIdx.x % 128 - (128 - kThreads), piece = thread % kPieces;
   const int groups = K / 32, steps = (K + Ring::kStep - 1) / Ring::kStep, bytes = K * (Ring::kFp8 ? 1 : 2);
@@ -428,37 +429,44 @@ __device__ __forceinline__ void mxfp4_fetch(void* scales, Barrier* full, Barrier
   };
   const auto arrive = [&](int stage) { full[stage].arrive(); };
 
-  unsigned words[kWords];
-  load(0, words);
+  unsigned words[kLoads][kWords];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i)
+    if (i < steps) load(i, words[i]);
   int behind = *ring.stage;  // the stage that is full next
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    const int stage = *ring.stage;
-    empty[stage].wait(*ring.parity ^ 1);
+  for (int first = 0; first < steps; first += kLoads) {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i)
-      if (i * kThreads + thread < kRows) ring.scales[stage * kRows + i * kThreads + thread] = words[i];
-    if (step + 1 < steps) load(step + 1, words);
-    if constexpr (kGathers) {
+    for (int part = 0; part < kLoads; ++part) {
+      const int step = first + part, stage = *ring.stage;
+      if (step >= steps) break;
+      empty[stage].wait(*ring.parity ^ 1);
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        const int row = (i * kThreads + thread) / kPieces, at = step * 128 + piece * 16;
-        const bool exists = token[i] < token_rows;
-        if (row < kTokens)
-          copy_16(static_cast<unsigned char*>(tokens) + stage * Ring::kTokenBytes + row * 128 + (piece ^ row % 8) * 16,
-                  piece_of_first + (exists ? token[i] : 0) * token_stride + (at < bytes ? step * 128 : 0),
-                  exists && at < bytes);
+      for (int i = 0; i < kWords; ++i)
+        if (i * kThreads + thread < kRows) ring.scales[stage * kRows + i * kThreads + thread] = words[part][i];
+      if (step + kLoads < steps) load(step + kLoads, words[part]);
+      if constexpr (kGathers) {
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+          const int row = (i * kThreads + thread) / kPieces, at = step * 128 + piece * 16;
+          const bool exists = token[i] < token_rows;
+          if (row < kTokens)
+            copy_16(
+                static_cast<unsigned char*>(tokens) + stage * Ring::kTokenBytes + row * 128 + (piece ^ row % 8) * 16,
+                piece_of_first + (exists ? token[i] : 0) * token_stride + (at < bytes ? step * 128 : 0),
+                exists && at < bytes);
+        }
+        close_copies();
+        if (step >= kAhead) {
+          wait_for_copies<kAhead>();
+          arrive(behind);
+          if (++behind == kStages) behind = 0;
+        }
+      } else {
+        arrive(stage);
       }
-      close_copies();
-      if (step >= kAhead) {
-        wait_for_copies<kAhead>();
-        arrive(behind);
-        if (++behind == kStages) behind = 0;
-      }
-    } else {
-      arrive(stage);
+      ring.advance();
     }
-    ring.advance();
   }
   if constexpr (kGathers) {
     wait_for_copies<0>();

@@ -69,13 +69,17 @@ def binds_threads(node) -> bool:
     return isinstance(node, tirx.For) and node.thread_binding is not None and "threadIdx" in node.thread_binding.thread_tag
 
 
-def registers_of_consumer(threads: int, of_producer: int) -> int:
+def registers_of_consumer(threads: int, of_producer: int, blocks: int = 1) -> int:
     """Return the registers that each of `threads` consumers can take from a producer warpgroup that keeps `of_producer`.
 
-    A block's registers are as many for each thread at first. Consumers would wait for ever for one that is not there.
+    A block's registers, of which an SM holds `blocks`, are as many for each thread at first. Consumers would wait for ever for
+    one that is not there.
     """
     all_threads = threads + WARPGROUP
-    block = _REGISTERS // all_threads // 8 * 8 * all_threads
+    of_thread = _REGISTERS // blocks // all_threads // 8 * 8
+    if threads == WARPGROUP:  # registers stay as they are
+        return of_thread
+    block = of_thread * all_threads
     return min((block - WARPGROUP * of_producer) // threads // 8 * 8, MAX_REGISTERS)
 
 

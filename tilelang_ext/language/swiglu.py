@@ -9,7 +9,8 @@
 | out | (M, I) | float32, float16, bfloat16 | fragment, shared, global |
 
 Each may be a buffer or a region of one. The result is computed in float32 and rounded once. A gate_up in a fragment is copied
-through shared memory (M * 2 I elements), since its columns lie in other threads than those of out.
+through shared memory (M * 2 I elements), since its columns lie in other threads than those of out; not so the interleaved
+result of T.mxfp4_scaled_matmul on Hopper, of which a thread has both columns.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import tilelang.language as T
+from tilelang.utils.language import to_buffer_region
 from tvm import tirx
 
-from tilelang_ext.language.tile import readable, tile
+from tilelang_ext.language.tile import Tile, readable, tile
+from tilelang_ext.marks import COLUMN_PAIRS
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -83,8 +86,15 @@ def _activate(name: str, gate_up, out, gate: str, activation: Callable) -> None:
     @T.macro
     def activate():
         source = readable(x)
-        for m, i in T.Parallel(M, I):
+        for m, i in T.Parallel(M, I, annotations=_pairs(x, source, gate)):
             g, u = (T.cast(source[m, at], "float32") for at in columns(i))
             o.buffer[o.index(m, i)] = T.cast(activation(g, u), o.dtype)
 
     activate()
+
+
+def _pairs(x: Tile, source: Tile, gate: str) -> dict | None:
+    """Return the mark of a loop that reads neighbouring columns of a fragment from its copy."""
+    if source is x or gate != "interleaved":
+        return None
+    return {COLUMN_PAIRS: [to_buffer_region(each.columns(0, each.shape[1])) for each in (x, source)]}
