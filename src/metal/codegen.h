@@ -56,6 +56,7 @@ struct Pointer {
   std::string text;
   DataType element;
   std::string space;
+  std::string array, index;  // of an element of an array: text is their sum
 };
 
 class CodeGenMetal final : public CodeGenC {

@@ -76,16 +76,21 @@ std::string CodeGenMetal::GroupVote(const std::string& function, const PrimExpr&
          Lane() + ", " + Simdgroup() + ")";
 }
 
-/*! \brief Atomics: 32-bit integers, and float32 by Metal's own add or a loop of compare-and-exchange. */
+/*! \brief Atomics: 32-bit integers, float32 by Metal's own add or a loop of compare-and-exchange, and such loops that
+ * replace one 16-bit float of a word. */
 std::string CodeGenMetal::Atomic(const std::string& op, const CallNode* call) {
   Pointer p = PointerTo(call->args[0]);
   DataType t = op == "load" ? call->dtype : call->args[1].dtype();
   if (!t.is_handle() && p.element != t && !p.element.is_void() && op != "load") t = p.element;
   bool is_float = t == DataType::Float(32);
   bool is_integer = (t.is_int() || t.is_uint()) && t.bits() == 32 && t.is_scalar();
-  if (!is_float && !is_integer) {
-    TVM_FFI_THROW(TypeError) << "atomic_" << op << ": Metal has atomics on int32, uint32 and float32; got " << t
-                             << "; accumulate in float32";
+  static const std::map<std::string, std::string> kUpdates = {{"add", "SumOp"}, {"max", "MaxOp"}, {"min", "MinOp"}};
+  auto update = kUpdates.find(op);
+  bool is_half = t.is_scalar() && (t.is_float16() || t.is_bfloat16()) && update != kUpdates.end();
+  if (!is_float && !is_integer && !is_half) {
+    TVM_FFI_THROW(TypeError) << "atomic_" << op
+                             << ": Metal has atomics on int32, uint32 and float32, and tilelang_ext adds, "
+                             << "maxima and minima of float16 and bfloat16; got " << t << "; use one of these";
   }
   if (p.space == "thread") {
     TVM_FFI_THROW(ValueError) << "atomic_" << op << ": Metal has atomics in global and shared memory; got a buffer in "
@@ -106,6 +111,12 @@ std::string CodeGenMetal::Atomic(const std::string& op, const CallNode* call) {
     return "atomic_load_explicit(" + pointer(type) + ", memory_order_relaxed)";
   }
   std::string value = Print(call->args[1]);
+  if (is_half) {
+    prelude_.Use("atomic_update_half");
+    prelude_.Use(update->second);
+    return "atomic_update_half<" + update->second + ">(" + p.array + ", " + p.index + ", " +
+           Convert(value, call->args[1].dtype(), t) + ")";
+  }
   if (op == "store") {
     if (is_float) {
       return "atomic_store_explicit(" + pointer("atomic_uint") + ", as_type<uint>(" + value +
@@ -124,15 +135,15 @@ std::string CodeGenMetal::Atomic(const std::string& op, const CallNode* call) {
   return "atomic_fetch_" + op + "_explicit(" + pointer(type) + ", " + value + ", memory_order_relaxed)";
 }
 
-/*! \brief A vector added element by element, in float32, or two 16-bit floats at once in their 32-bit word. */
+/*! \brief A vector added element by element, in float32, or 16-bit floats two at once in their 32-bit word. */
 void CodeGenMetal::PrintVectorAtomic(const CallNode* call) {
   const int lanes = call->op.as<OpNode>()->name == "tl.atomic_addx2_elem_op" ? 2 : 4;
   Pointer to = PointerTo(call->args[0]);
-  const bool is_pair = lanes == 2 && (to.element.is_float16() || to.element.is_bfloat16());
-  if (to.element != DataType::Float(32) && !is_pair) {
-    TVM_FFI_THROW(TypeError)
-        << "atomic_add: Metal has atomics on int32, uint32 and float32, and on pairs of float16 and "
-        << "bfloat16; got " << lanes << " elements of " << to.element << "; accumulate in float32";
+  const bool in_pairs = to.element.is_float16() || to.element.is_bfloat16();
+  if (to.element != DataType::Float(32) && !in_pairs) {
+    TVM_FFI_THROW(TypeError) << "atomic_add: several elements at once must be float32, float16 or bfloat16; got "
+                             << lanes << " elements of " << to.element
+                             << "; add them one by one, or accumulate in float32";
   }
   DataType given = call->args[1].dtype();
   std::string value;
@@ -146,10 +157,16 @@ void CodeGenMetal::PrintVectorAtomic(const CallNode* call) {
   } else {
     value = Temporary(Print(call->args[1]), given);
   }
-  if (is_pair) {
+  if (in_pairs) {
     prelude_.Use("atomic_add_pair");
-    PrintIndent();
-    stream << "atomic_add_pair(" << to.text << ", " << Convert(value, given, DataType::Float(32, 2)) << ");\n";
+    DataType two = given.with_lanes(2);
+    for (int i = 0; i < lanes; i += 2) {
+      std::string pair =
+          lanes == 2 ? value : FromElements(two, {Element(value, given, i), Element(value, given, i + 1)});
+      PrintIndent();
+      stream << "atomic_add_pair(" << Add(to.text, std::to_string(i)) << ", "
+             << Convert(pair, two, DataType::Float(32, 2)) << ");\n";
+    }
     return;
   }
   prelude_.Use("atomic_add_float");

@@ -73,7 +73,9 @@ Pointer CodeGenMetal::PointerTo(const PrimExpr& e) {
       if (const auto* ramp = index.as<RampNode>()) index = ramp->base;
       if (load->buffer->dtype.lanes() > 1) index = index * make_const(index.dtype(), load->buffer->dtype.lanes());
       if (p.element.is_float4_e2m1fn()) index = index >> make_const(index.dtype(), 1);
-      p.text = Add(p.text, Print(analyzer_.Simplify(index)));
+      p.array = p.text;
+      p.index = Print(analyzer_.Simplify(index));
+      p.text = Add(p.array, p.index);
       return p;
     }
     if (call->op.same_as(builtin::tvm_access_ptr())) {
@@ -83,7 +85,8 @@ Pointer CodeGenMetal::PointerTo(const PrimExpr& e) {
       if (call->args[0].dtype().lanes() > 1)
         offset = offset * make_const(offset.dtype(), call->args[0].dtype().lanes());
       std::string base = "((" + space + " " + Type(element) + "*)" + Print(call->args[1]) + ")";
-      return {Add(base, Print(analyzer_.Simplify(offset))), element, space};
+      std::string index = Print(analyzer_.Simplify(offset));
+      return {Add(base, index), element, space, base, index};
     }
   }
   DataType element = DataType::Void();
@@ -91,7 +94,8 @@ Pointer CodeGenMetal::PointerTo(const PrimExpr& e) {
     auto it = handle_data_type_.find(var);
     if (it != handle_data_type_.end()) element = it->second;
   }
-  return {Print(e), element, SpaceOf(e)};
+  std::string text = Print(e);
+  return {text, element, SpaceOf(e), text, "0"};
 }
 
 std::string CodeGenMetal::LoadVector(const Pointer& p, DataType t, const PrimExpr& base, bool aligned) {

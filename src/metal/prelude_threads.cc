@@ -121,6 +121,21 @@ inline void atomic_add_pair(@ bfloat* p, float2 value) {
   }
 }
 )"},
+      {"atomic_update_half", {}, R"(
+// One 16-bit float of its 32-bit word, which the other half of the word survives. Arrays start at a word.
+template <typename Op, typename T>
+inline T atomic_update_half(@ T* array, long i, T value) {
+  @ atomic_uint* word = (@ atomic_uint*)(array + (i & ~1l));
+  const uint shift = 16 * uint(i & 1);
+  uint old = atomic_load_explicit(word, memory_order_relaxed), updated;
+  T before;
+  do {
+    before = as_type<T>(ushort(old >> shift));
+    updated = (old & (0xffff0000u >> shift)) | (uint(as_type<ushort>(Op()(before, value))) << shift);
+  } while (!atomic_compare_exchange_weak_explicit(word, &old, updated, memory_order_relaxed, memory_order_relaxed));
+  return before;
+}
+)"},
       {"atomic_add_float", {}, R"(
 // Metal adds floats atomically in device memory only.
 inline float atomic_add_float(device float* p, float value) {

@@ -332,12 +332,19 @@ __attribute__((noinline, cold)) inline void settle_write() {
   memcpy(group_position, group, sizeof group);
 }
 
+// The bytes of an access within an array that ends at `end`. The word of an atomic may reach past the end of an array
+// of smaller elements: what lies there it leaves as it is.
+inline size_t size_within(size_t offset, size_t size, Access access, size_t end) {
+  return (access & kAtomic) && offset < end && offset + size > end ? end - offset : size;
+}
+
 inline void access_threadgroup(size_t offset, size_t size, Access access, Place place) {
   if (access & kRead) counts.threadgroup_read += size;
   if (access & kWrite) counts.threadgroup_written += size;
   const Array* array = nullptr;
   for (int i = 0; i < array_count; ++i)
     if (offset >= arrays[i].offset && offset < arrays[i].offset + arrays[i].size + kRedZone) array = &arrays[i];
+  if (array) size = size_within(offset, size, access, array->offset + array->size);
   if (!array || offset + size > array->offset + array->size) {
     if (!array) array = &arrays[0];  // below the first
     report(kOutOfBounds, place, "%s of %zu bytes at byte %ld of " SIM_SHARED " array '%s' of %zu bytes", kVerb[access],
@@ -373,6 +380,7 @@ inline void access_device(const char* address, size_t size, Access access, Place
     }
     last = nearest;
     buffer = &job->buffers[last];
+    size = size_within(offset, size, access, buffer->offset + buffer->size);
     if (offset < buffer->offset || offset + size > buffer->offset + buffer->size) {
       report(kOutOfBounds, place, "%s of %zu bytes at byte %ld of buffer '%s' of %lu bytes", kVerb[access], size,
              long(offset) - long(buffer->offset), buffer->name, (unsigned long)buffer->size);

@@ -85,11 +85,6 @@ def shuffle(x, s):
 
 
 @T.macro
-def scan(x, s):
-    T.cumsum(s, dim=1)
-
-
-@T.macro
 def thread(x, s):
     x[0, 0] = T.cast(T.get_thread_binding(), "float32")
 
@@ -110,7 +105,6 @@ def vector_load(x, s):
     ("write", "error", "message"),
     [
         (shuffle, NotImplementedError, r"T\.warp_reduce_sum: .+; got it on target c; use tile operators"),
-        (scan, NotImplementedError, r"T\.cumsum: target c has no scans; got it on target c; write the loop"),
         (thread, NotImplementedError, r"target c: blocks have one thread; got thread index \w+ in .*; use tile operators"),
         (vector, NotImplementedError, r"target c: one float16 at a time can be .*; got .*; cast to float32"),
         (vector_load, NotImplementedError, r"target c: one float8_e5m2 at a time can be .*; got h\["),

@@ -274,3 +274,60 @@ def test_fast_enough_to_debug_with():
     start = time.process_time()
     kernel(A, B, torch.zeros(256), C)
     assert time.process_time() - start < 1.0
+
+
+def scans(dtype, scope, reverse):
+    """Along both axes, to another tile, in place, and of a part of one."""
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((5, 12), dtype),
+        rows: T.Tensor((5, 12), dtype),
+        columns: T.Tensor((5, 12), dtype),
+        part: T.Tensor((5, 12), dtype),
+        most: T.Tensor((12,), dtype),
+    ):
+        with T.Kernel(1, threads=64):
+            a, b = (
+                T.alloc_fragment((5, 12), dtype) if scope == "fragment" else T.alloc_shared((5, 12), dtype),
+                T.alloc_shared((5, 12), dtype),
+            )
+            line = T.alloc_shared((12,), dtype)
+            T.copy(A, a)
+            T.cumsum(a, b, dim=1, reverse=reverse)
+            T.copy(b, rows)
+            T.copy(A, b)
+            T.cumsum(b, dim=0, reverse=reverse)
+            T.copy(b, columns)
+            T.copy(A, b)
+            T.cumsum(b[1:4, 2:9], dim=1, reverse=reverse)
+            T.copy(b, part)
+            T.copy(A[3, 0:12], line)
+            T.cummax(line, dim=0, reverse=reverse)
+            T.copy(line, most)
+
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scope", "reverse"),
+    [("float32", "shared", False), ("float16", "fragment", True), ("bfloat16", "shared", True), ("int32", "fragment", False),
+     ("int8", "shared", True)],
+)  # fmt: skip
+def test_scans(dtype, scope, reverse):
+    """Sums of 16-bit floats are rounded once each: 1 / 256 is lost beside 2 if every sum is rounded before the next."""
+    a = torch.randint(-4, 5, (5, 12), generator=torch.Generator().manual_seed(7)).to(getattr(torch, dtype))
+    if dtype == "bfloat16":
+        a[0] = torch.tensor([2.0] + [1 / 256] * 11).flip(0)
+    results = [torch.zeros_like(a) for _ in range(3)] + [torch.zeros_like(a[0])]
+    compile_c(scans(dtype, scope, reverse))(a, *results)
+
+    def scan(x, dim, of=torch.cumsum):
+        x = x.double()
+        return of(x.flip(dim), dim).flip(dim) if reverse else of(x, dim)
+
+    part = a.double()
+    part[1:4, 2:9] = scan(a[1:4, 2:9], 1)
+    expected = [scan(a, 1), scan(a, 0), part, scan(a[3], 0, lambda x, dim: x.cummax(dim).values)]
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted.to(a.dtype))

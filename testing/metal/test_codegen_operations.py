@@ -294,6 +294,54 @@ def test_atomics(dtype, scope):
     assert out.tolist() == [a.long().sum().item(), max(a.tolist()), min(a.tolist())]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scope", "count"), [("float16", "global", 7), ("bfloat16", "shared", 5), ("float16", "shared", 8)]
+)
+def test_atomics_of_16_bits(dtype, scope, count):
+    """Neighbours in a word are updated at once, an odd number of them too, by values of the type and of another."""
+
+    @T.prim_func
+    def kernel(
+        A: T.Tensor((256,), dtype),
+        F: T.Tensor((256,), "float32"),
+        C: T.Tensor((3, count), dtype),
+        before: T.Tensor((64,), dtype),
+    ):
+        with T.Kernel(4, threads=64) as bx:
+            tx = T.get_thread_binding()
+            C_s = T.alloc_shared((3, count), dtype)
+            if scope == "shared":
+                T.clear(C_s)
+                T.atomic_add(C_s[0, tx % count], A[bx * 64 + tx])
+                T.atomic_max(C_s[1, tx % count], A[bx * 64 + tx])
+                T.atomic_min(C_s[2, tx % count], A[bx * 64 + tx])
+                for i, j in T.Parallel(3, count):
+                    T.atomic_add(C[i, j], C_s[i, j])
+            else:
+                T.atomic_add(C[0, tx % count], F[bx * 64 + tx])
+                T.atomic_max(C[1, tx % count], A[bx * 64 + tx])
+                T.atomic_min(C[2, tx % count], A[bx * 64 + tx])
+            if bx == 0:
+                before[tx] = T.atomic_add(C_s[0, tx % count], T.cast(0, dtype), return_prev=True)
+
+    a = torch.randint(-3, 4, (256,), generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
+    out, before = torch.zeros(3, count, dtype=a.dtype), torch.full((64,), torch.nan, dtype=a.dtype)
+    program = lower(kernel)
+    assert "atomic_update_half<SumOp>" in program.source
+    report = simulate(program, a, a.float(), out, before)
+    assert {finding.kind for finding in report.findings} <= ({"uninitialised"} if scope == "global" else set()), str(report)
+    place = (torch.arange(256) % 64 % count).long()
+    of = torch.zeros(4, 3, count, dtype=torch.float64)  # of each block
+    for block, at, value in zip(torch.arange(256) // 64, place, a.double(), strict=True):
+        of[block, 0, at] += value
+        of[block, 1, at] = max(of[block, 1, at], value)
+        of[block, 2, at] = min(of[block, 2, at], value)
+    expected = of.sum(0) if scope == "shared" else torch.stack([of[:, 0].sum(0), of[:, 1].amax(0), of[:, 2].amin(0)])
+    assert torch.equal(out.double(), expected)
+    if scope == "shared":
+        assert torch.equal(before.double(), of[0, 0][place[:64]])
+
+
 def test_atomic_add_of_a_tile():
     @T.prim_func
     def kernel(

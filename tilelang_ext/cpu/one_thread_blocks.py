@@ -17,6 +17,7 @@ from tvm.ir import Op, PointerType
 from tvm.tirx.transform import prim_func_pass
 
 from tilelang_ext.cpu.narrow_floats import is_carried
+from tilelang_ext.cpu.scans import has_scans
 from tilelang_ext.passes.wide_indices import is_large
 
 _TILES = ("shared", "shared.dyn", "local.fragment")
@@ -45,8 +46,8 @@ def _name(node) -> str:
 
 def needs_one_thread_blocks(func: tirx.PrimFunc) -> bool:
     """Whether upstream's lowering for `c` would refuse `func`, or get its indices wrong: it has fragments, fp8, bfloat16,
-    several dynamic shared buffers, a fill of shared memory, a function of halves, or a tensor of more elements than 32 bits
-    count."""
+    several dynamic shared buffers, a fill of shared memory, a scan, a function of halves, or a tensor of more elements than 32
+    bits count."""
     buffers = [*func.buffer_map.values()]
     dtypes = set()
     filled, half_functions = [], []
@@ -67,6 +68,7 @@ def needs_one_thread_blocks(func: tirx.PrimFunc) -> bool:
     return (
         "local.fragment" in scopes
         or bool(half_functions)
+        or has_scans(func)
         or scopes.count("shared.dyn") > 1
         or any(scope.startswith("shared") for scope in filled)
         or any(is_large(buffer) for buffer in buffers)

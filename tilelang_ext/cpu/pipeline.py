@@ -12,6 +12,7 @@ from tvm.target import Target
 from tilelang_ext.cpu.narrow_floats import CarryNarrowFloats
 from tilelang_ext.cpu.one_thread_blocks import OneThreadBlocks
 from tilelang_ext.cpu.operators import RULES
+from tilelang_ext.cpu.scans import SpellScans
 from tilelang_ext.cpu.workspace import PlaceLargeArrays
 from tilelang_ext.formats import E2M1
 from tilelang_ext.passes.booleans import SpellBooleans
@@ -40,7 +41,7 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = expand_block_scaled_gemms(mod, without=(E2M1.dtype,))
     mod = tirx.transform.BindTarget(target)(mod)
     mod = _materialize_kernel_launch()(mod)
-    mod = OneThreadBlocks(mod)
+    mod = OneThreadBlocks(SpellScans(mod))
     mod = spell_operators(mod, RULES)
     mod = SelectLanes(mod)
     mod = SpellBooleans(mod)

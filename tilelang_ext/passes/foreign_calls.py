@@ -114,7 +114,6 @@ _TABLE = (
         "a block has one thread here, and no warps", "use tile operators and T.Parallel", "c",
     ),
     _Foreign("all_of any_of", "reductions of conditions need threads", "use T.reduce_max or T.reduce_min of a bool", "c"),
-    _Foreign("cummax cumsum", "target c has no scans", "write the loop with T.serial", "c"),
     _Foreign(
         "finalize_reducer finalize_reducer_v2 reducer_init reducer_update", "target c has no reducers",
         "use T.reduce_sum, or add in a T.serial loop", "c",

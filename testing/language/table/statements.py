@@ -76,8 +76,8 @@ ROWS = [
            lambda A, B, f=f: np.broadcast_to(f.reduce(A.astype(np.int32), 1)[:, None], A.shape))
       for name, f in (("and", np.bitwise_and), ("or", np.bitwise_or), ("xor", np.bitwise_xor))),
     _row("reduce", macros.reduction("reduce", reduce_type="sum", clear=True), _row_sums),
-    _row("cumsum", macros.scan("cumsum"), refused=_not_on_c("cumsum"), want=lambda A, B: A.cumsum(1)),
-    _row("cummax", macros.scan("cummax"), refused=_not_on_c("cummax"), want=lambda A, B: np.maximum.accumulate(A, 1)),
+    _row("cumsum", macros.scan("cumsum"), lambda A, B: A.cumsum(1)),
+    _row("cummax", macros.scan("cummax"), lambda A, B: np.maximum.accumulate(A, 1)),
     _row("atomic_add", macros.atomic("atomic_add"), _sum),
     _row("atomic_max", macros.atomic("atomic_max"), lambda A, B: np.maximum(A, B)),
     _row("atomic_min", macros.atomic("atomic_min"), lambda A, B: np.minimum(A, B)),
