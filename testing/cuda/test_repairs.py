@@ -3,6 +3,8 @@
 # ruff: noqa: SIM102  conditions within conditions are what is tested
 
 import pytest
+import torch
+from cuda.execute import execute, needs_compiler
 from cuda.kernels import lower
 from tilelang import tvm
 
@@ -97,6 +99,39 @@ def test_a_constant_index_beyond_32_bits_still_wraps():
                 C[j] = A[69999, 39900 + j]
 
     assert "1494967396" in body_of(kernel)
+
+
+@T.prim_func
+def small_tiles(A: T.Tensor((4, 16), "float32"), B: T.Tensor((16,), "float32")):
+    """In place: eight threads of 128 hold an element. A count in shared memory, which each of them would add 1 to."""
+    with T.Kernel(4, threads=128) as bx:
+        a, b = T.alloc_fragment((1, 16), "float32"), T.alloc_fragment((16,), "float32")
+        b_s = T.alloc_shared((16,), "float32")
+        T.copy(A[bx, 0], a)
+        for i, j in T.Parallel(1, 16):
+            a[i, j] += 1
+        T.copy(a, A[bx, 0])
+        T.copy(A[bx, 0], b_s)
+        for i in T.Parallel(16):
+            b_s[i] = b_s[i] + 1
+            b[i] = b_s[i]
+        if bx == 3:
+            T.copy(b, B)
+
+
+@needs_compiler
+def test_memory_is_updated_once_and_in_order():
+    text = lower(small_tiles, ARCH)
+    body = text[text.rindex("__global__") :]
+    read, store = body.index("a[0] = A["), body.index("] = a[0];")
+    assert "__syncthreads();" in body[read:store], "what another thread stores is read before"
+    assert "b_s_old[0] = b_s[" in body
+    assert "] = b_s_old[0];" in body
+    A, B = torch.arange(64.0).reshape(4, 16), torch.full((16,), torch.nan)
+    tensors = {"A": A.clone(), "B": B}
+    execute(text, (4, 1), tensors)
+    assert torch.equal(tensors["A"], A + 1)
+    assert torch.equal(tensors["B"], A[3] + 2)
 
 
 def unaffected():

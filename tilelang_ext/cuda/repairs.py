@@ -17,6 +17,7 @@ from tilelang_ext.passes.region_shapes import is_region, refuse_unlike_regions
 from tilelang_ext.passes.rewrite import rewritten
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.shifted_indices import HideShiftedTileIndices
+from tilelang_ext.passes.updates import PartUpdates
 from tilelang_ext.passes.wrapping_casts import KeepWrappingCasts
 
 _NARROW = ("int8", "uint8", "int16", "uint16")
@@ -28,15 +29,21 @@ def repair(mod: IRModule) -> IRModule:
     """Rewrite what would be wrong; runs on tile programs, before everything else."""
     mod = refuse_unlike_regions(mod)
     mod = WrapNarrowShifts(JoinGuardsOfCasts(HideShiftedTileIndices(KeepWrappingCasts(KeepFloatArithmetic(mod)))))
-    if not any(_has_scalar_atomic(func) for _, func in mod.functions_items()):
-        return mod
     # Which threads there are must be known; upstream's own pass finds nothing left to do.
     launch = tilelang.transform.MaterializeKernelLaunch
     try:
-        mod = launch(lower_thread_binding=True, default_threads=128)(mod)
+        launched = launch(lower_thread_binding=True, default_threads=128)(mod)
     except TypeError:  # 0.1.14
-        mod = launch()(mod)
-    return SpellScalarAtomics(mod)
+        launched = launch()(mod)
+    parted = PartUpdates(launched)
+    if any(_has_scalar_atomic(func) for _, func in mod.functions_items()):
+        return SpellScalarAtomics(parted)
+    return mod if _bodies(parted) == _bodies(launched) else parted
+
+
+def _bodies(mod: IRModule) -> list[tirx.Stmt]:
+    """Return what the functions run: a pass that has nothing to do leaves these objects."""
+    return [func.body for _, func in mod.functions_items()]
 
 
 def _has_scalar_atomic(func: tirx.PrimFunc) -> bool:
