@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "testing")) if p not in sys.path]
 
+import c_compiler  # noqa: E402
 from cpu_time import CpuTime  # noqa: E402
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -27,6 +28,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.register(CpuTime())
+    if folder := c_compiler.with_precompiled_header():
+        config.add_cleanup(folder.cleanup)
     gc.disable()  # until what is imported and collected, which stays, is out of the collector's sight
 
 

@@ -7,13 +7,14 @@ from tvm.target import Target
 
 from tilelang_ext import language as T
 from tilelang_ext import metal
+from tilelang_ext.cpu import pipeline as cpu_pipeline
 from tilelang_ext.cuda import pipeline as cuda_pipeline
 from tilelang_ext.metal import pipeline as metal_pipeline
 from tilelang_ext.passes import hidden_conditions
 from tilelang_ext.rocm import pipeline as rocm_pipeline
 from tilelang_ext.rocm import program as rocm_program
 
-PIPELINES = {"metal": metal_pipeline, "hip": rocm_pipeline, "cuda": cuda_pipeline}
+PIPELINES = {"metal": metal_pipeline, "hip": rocm_pipeline, "cuda": cuda_pipeline, "c": cpu_pipeline}
 
 
 @T.prim_func
@@ -34,15 +35,26 @@ def copy_once(flags: T.Tensor((64,), "int32"), A: T.Tensor((64,), "float32"), C:
         flags[i] = 1
 
 
+@T.prim_func
+def shift(A: T.Tensor((77,), "float32"), C: T.Tensor((77,), "float32")):
+    with T.Kernel(3, threads=32) as block:
+        A_f = T.alloc_fragment((32,), "float32")
+        T.copy(A[block * 32 + 5], A_f)
+        for i in T.Parallel(32):
+            C[block * 32 + i] = T.if_then_else(A[i // 2] > 0.0, A_f[i], 0.0)
+
+
 def program(kernel, target):
     return metal.lower(kernel) if target == "metal" else rocm_program.lower(kernel, {"kind": "hip", "mcpu": "gfx942"})
 
 
 def text(target):
-    if target != "cuda":
+    if target in ("metal", "hip"):
         return program(choose, target).source
-    with Target({"kind": "cuda", "arch": "sm_90a"}) as sm_90a:
-        return tilelang.lower(choose, target=sm_90a, enable_device_compile=False).kernel_source
+    # Target c has no index of a thread, hence a kernel of its own.
+    kernel, options = (shift, "c") if target == "c" else (choose, {"kind": "cuda", "arch": "sm_90a"})
+    with Target(options) as whole:
+        return tilelang.lower(kernel, target=whole, enable_device_compile=False).kernel_source
 
 
 @pytest.mark.parametrize("target", PIPELINES)

@@ -28,6 +28,7 @@ from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic, ReleaseFlo
 from tilelang_ext.passes.float_constants import SpellFloatConstants, by_ldexp
 from tilelang_ext.passes.foreign_calls import naming_unknown, refuse_foreign
 from tilelang_ext.passes.held_bounds import HoldBounds
+from tilelang_ext.passes.hidden_conditions import restore_conditions
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
@@ -154,7 +155,7 @@ def _wrap_builder() -> None:
     generate = naming_unknown(upstream, "c")
 
     def build(mod: IRModule, target: Target):
-        mod = SpellFloatConstants(ReleaseFloatArithmetic(mod), by_ldexp)
+        mod = SpellFloatConstants(ReleaseFloatArithmetic(restore_conditions(mod)), by_ldexp)
         return generate(WrapNarrowIntegers(mod), registration.without_key(target))
 
     tvm_ffi.register_global_func(_BUILD, build, override=True)

@@ -20,6 +20,7 @@ from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.held_bounds import HoldBounds
+from tilelang_ext.passes.hidden_conditions import hide_conditions
 from tilelang_ext.passes.operators import spell_operators
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
 from tilelang_ext.passes.single_rounds import EndSingleRounds
@@ -101,4 +102,4 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     mod = transform.Simplify()(mod)
     mod = transform.LowerDeviceKernelLaunch()(mod)
     mod = CarryNarrowFloats(mod)
-    return PlaceLargeArrays(mod)
+    return hide_conditions(PlaceLargeArrays(mod))

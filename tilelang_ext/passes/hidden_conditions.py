@@ -13,12 +13,13 @@ function. `restore_conditions` puts them back where text is generated, and lower
 from __future__ import annotations
 
 import tilelang
-from tilelang.engine.lower import has_device_kernel_launch
+from tilelang.engine.lower import is_device_call, is_device_call_c_device
 from tvm import IRModule, tirx
 from tvm.ir import Op
 from tvm.tirx.stmt_functor import post_order_visit, substitute
 
 from tilelang_ext.passes.rewrite import rewritten
+from tilelang_ext.passes.solver import linear_arithmetic
 
 _CONDITIONS = "tilelang_ext.conditions"  # {variable: condition}; `program/lowered.py` reads it
 _DEFINITIONS = "tilelang_ext.definitions"  # {variable: value} of the function whose conditions were hidden
@@ -27,14 +28,19 @@ _CHOICE = "tirx.if_then_else"
 
 def hide_conditions(mod: IRModule) -> IRModule:
     """Put variables in place of the conditions of the functions that run on a device."""
-    functions = {var: _hidden(func) if has_device_kernel_launch(func.attrs) else func for var, func in mod.functions.items()}
+    functions = {var: _hidden(func) if _is_on_device(func) else func for var, func in mod.functions.items()}
     return IRModule(functions, attrs=mod.attrs)
 
 
 def restore_conditions(mod: IRModule) -> IRModule:
     """Put the conditions back that `hide_conditions` hid, with their intrinsics lowered as the rest is already."""
     functions = {var: _restored(func) for var, func in mod.functions.items()}
-    return tilelang.transform.LowerIntrin()(IRModule(functions, attrs=mod.attrs))
+    with linear_arithmetic():
+        return tilelang.transform.LowerIntrin()(IRModule(functions, attrs=mod.attrs))
+
+
+def _is_on_device(func: tirx.PrimFunc) -> bool:
+    return is_device_call(func) or is_device_call_c_device(func)
 
 
 def _hidden(func: tirx.PrimFunc) -> tirx.PrimFunc:

@@ -37,7 +37,7 @@ def in_linear_arithmetic(lower: _Lower) -> _Lower:
     @functools.wraps(lower)
     def lowered(*arguments):
         given = PassContext.current()
-        with _arithmetic(is_linear=True), contextlib.ExitStack() as full:
+        with linear_arithmetic(), contextlib.ExitStack() as full:
             instruments = [*(given.instruments or ()), _AsUpstream(full)]
             with PassContext(given.opt_level, given.required_pass, given.disabled_pass, instruments, dict(given.config)):
                 try:
@@ -48,6 +48,11 @@ def in_linear_arithmetic(lower: _Lower) -> _Lower:
             return lower(*arguments)
 
     return lowered
+
+
+def linear_arithmetic() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which z3 tries linear arithmetic, unless another thread lowers as upstream does."""
+    return _arithmetic(is_linear=True)
 
 
 @pass_instrument
