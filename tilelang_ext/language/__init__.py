@@ -6,11 +6,8 @@ import tilelang.language as _upstream
 from tilelang.language import *  # noqa: F403
 
 from tilelang_ext.formats import BlockScaledLayout
-<<<<<<< HEAD
-from tilelang_ext.language.bounds import max_value, min_value  # noqa: F401 (upstream's names)
-=======
 from tilelang_ext.language import parsing as _parsing
->>>>>>> 68ca9ca (The source of a macro or kernel is parsed once, however often a kernel is made of it)
+from tilelang_ext.language.bounds import max_value, min_value  # noqa: F401 (upstream's names)
 from tilelang_ext.language.e8m0 import e8m0_to_float
 from tilelang_ext.language.fp8_scaled_matmul import fp8_scaled_matmul
 from tilelang_ext.language.gemm_blockscaled import gemm_blockscaled
