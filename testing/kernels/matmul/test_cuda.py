@@ -5,6 +5,7 @@ Kernels are compiled in parallel first; on Hopper sizes are no constants of them
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from kernels.matmul.operands import ALL, BF16, FP16, FP32, NONE, name, operands
 from numeric import assert_close
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.matmul import launch
+from tilelang_ext.kernels.matmul import launch, sm90_config
 from tilelang_ext.kernels.matmul.operator import matmul
 from tilelang_ext.kernels.matmul.problem import Epilogue, Problem
 from tilelang_ext.launch.device import target_of
@@ -90,6 +91,33 @@ def test_every_order_of_few_rows():
     """One row to a few tiles of them; K of one block and of many, in splits."""
     rows = (1, 8, 16, 24, 40, 64, 72, 136)
     check_all([problem(M, N, K, layout=layout) for M in rows for N, K in ((72, 4104), (4104, 200)) for layout in LAYOUTS])
+
+
+def test_every_kind_of_tile(monkeypatch):
+    """Swapped operands, tiles of 256 rows, K in splits that one block adds: the best of each kind, whatever is picked."""
+    sizes = [(24, 264, 1032), (200, 520, 2056), (520, 776, 520), (1032, 392, 4104)]
+    kinds = {
+        "swapped": lambda tile: tile.is_swapped and not tile.adds,
+        "wide": lambda tile: tile.block_M == 256 and tile.block_N > 128 and not tile.adds,
+        "added": lambda tile: tile.adds and not tile.is_swapped,
+        "both": lambda tile: tile.adds and tile.is_swapped,
+    }
+    for of_kind in kinds.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(sm90_config, "choices", partial(_choices_of_kind, of_kind, sm90_config.choices))
+            forget()
+            check_all([problem(*size, layout=layout) for size, layout in zip(sizes, LAYOUTS, strict=True)])
+    forget()
+
+
+def _choices_of_kind(of_kind, choices, of: Problem) -> list:
+    every = list(choices(of))
+    return [choice for choice in every if of_kind(choice[0])] or every
+
+
+def forget() -> None:
+    sm90_config._pick.cache_clear()
+    launch.plan.cache_clear()
 
 
 def test_every_epilogue():

@@ -1,5 +1,7 @@
 """The plan of `matmul` on a driver that writes down its launches: which kernels, with which tensors, and for which rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernels.matmul.operands import BF16, problem
@@ -10,19 +12,22 @@ from tilelang_ext.kernels.matmul import operator, sm90_config, sm90_persistent
 from tilelang_ext.kernels.matmul.arguments import number_of
 from tilelang_ext.launch.device import Target
 
-# Tile, stages, rows of A of a stage, tiles of a cluster, splits; and the rows that have the same choice.
+# Tile, stages, rows of A of a stage, tiles of a cluster, splits, whether operands are swapped, whether one block adds; the rows
+# that have the same choice.
 PICKS = {
-    (1, 4096, 4096): ((64, 32), 20, 16, 1, 1, (1, 16)),
-    (20, 4096, 4096): ((64, 32), 20, 32, 1, 1, (17, 32)),
-    (16, 1024, 8192): ((64, 32), 20, 16, 1, 4, (1, 16)),
-    (64, 4096, 4096): ((64, 32), 12, 64, 1, 1, (33, 64)),
-    (100, 4096, 4096): ((64, 64), 12, 64, 1, 1, (65, 128)),
-    (256, 4096, 4096): ((64, 128), 8, 64, 2, 1, (129, 256)),
-    (300, 7168, 2048): ((128, 192), 4, 128, 1, 1, (257, 384)),
-    (1000, 5120, 2048): ((128, 160), 5, 128, 2, 1, (961, 1024)),
-    (2048, 4096, 4096): ((128, 256), 4, 128, 1, 1, (1921, 2048)),
-    (4096, 2048, 2056): ((128, 256), 4, 128, 2, 1, (3329, 4096)),
-    (8192, 8192, 8192): ((128, 224), 4, 128, 1, 1, (7809, 8192)),
+    (1, 4096, 4096): ((64, 32), 20, 16, 1, 1, False, False, (1, 16)),
+    (20, 4096, 4096): ((64, 32), 20, 32, 1, 1, False, False, (17, 32)),
+    (16, 1024, 8192): ((64, 16), 16, 64, 1, 8, True, False, (1, 16)),
+    (64, 4096, 4096): ((64, 32), 12, 64, 1, 1, False, False, (33, 64)),
+    (76, 4840, 5536): ((128, 80), 7, 128, 1, 3, True, True, (65, 80)),
+    (100, 4096, 4096): ((64, 112), 9, 64, 1, 2, True, True, (97, 112)),
+    (256, 4096, 4096): ((64, 128), 8, 64, 2, 1, False, False, (225, 256)),
+    (300, 7168, 2048): ((128, 160), 5, 128, 1, 1, True, False, (289, 320)),
+    (1000, 5120, 2048): ((256, 160), 4, 256, 1, 1, False, False, (833, 1024)),
+    (2048, 4096, 4096): ((128, 256), 4, 128, 1, 1, False, False, (1921, 2048)),
+    (4096, 2048, 2056): ((128, 256), 4, 128, 2, 1, False, False, (3329, 4096)),
+    (5091, 848, 5720): ((256, 144), 4, 256, 2, 1, False, False, (4609, 5632)),
+    (8192, 8192, 8192): ((256, 144), 4, 256, 1, 1, False, False, (7809, 8192)),
 }
 
 
@@ -30,7 +35,8 @@ def test_picks():
     """Whatever moves a choice was meant to: the model's numbers are measured on an H200."""
     for shape, wanted in PICKS.items():
         config, splits = sm90_config.pick_config(problem(*shape))
-        got = (config.block_M, config.block_N), config.num_stages, config.a_rows, config.cluster, splits
+        tile = (config.block_M, config.block_N), config.num_stages, config.a_rows, config.cluster
+        got = *tile, splits, config.is_swapped, config.adds
         assert (*got, sm90_config.rows_of_choice(problem(*shape))) == wanted, shape
 
 
@@ -38,7 +44,7 @@ def test_tiles_fit():
     """64 rows of an MMA for each consumer, columns in multiples of 16, and stages of two bytes an element in shared memory."""
     for tile in sm90_config.TILES:
         assert tile.block_M % (64 * tile.num_consumers) == 0, tile
-        assert tile.block_N % (16 if tile.cluster == 1 else 32) == 0, tile
+        assert tile.block_N % 16 == 0, tile  # halves of a cluster begin at multiples of eight rows
         assert tile.num_stages * (tile.a_rows + tile.block_N) * sm90_config.BLOCK_K * 2 <= 226 * 1024, tile
         assert tile.a_rows in (16, 32, tile.block_M), tile
 
@@ -96,6 +102,18 @@ def test_launches(cuda):
     assert splits > 1
     assert splits in product.parameters
     assert splits in total.parameters
+
+
+def test_one_block_adds(cuda, monkeypatch):
+    """One kernel with the accumulators' memory, of as many tiles as this call has, here of swapped operands."""
+    tile = next(tile for tile in sm90_config.TILES if (tile.block_M, tile.block_N, tile.is_swapped) == (64, 64, True))
+    config = sm90_config.config_of(replace(tile, adds=True), problem(70, 200, 512), 3)
+    monkeypatch.setattr(sm90_persistent, "pick_config", lambda of: (config, 3))
+    given = arguments(70, 200, 512, row_scale=torch.ones(70))
+    operator._matmul_out(*given)
+    [done] = cuda.launches()
+    assert done.kernel == "added_matmul_kernel"
+    assert {3, 8, given[2].data_ptr()} <= set(done.parameters)  # splits, two by four tiles
 
 
 def test_no_k(cuda, monkeypatch):

@@ -18,6 +18,12 @@ from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config
 from tilelang_ext.kernels.matmul.sm90_persistent import ARCH, PASS_CONFIGS, WGMMA_M
 
 needs_clusters = pytest.mark.skipif(not sm90_config.CLUSTERS, reason="tilelang 0.1.14 has no clusters")
+# What one block gives another, for blocks that run one after the other; a word that nobody has given is an error.
+GIVEN = 0x7FB5C1D97FA3E2F1
+GIVING = f"""
+static void tilelang_ext_give(void* word) {{ *(long long*)word = {GIVEN}LL; }}
+static void tilelang_ext_await(void* word) {{ if (*(long long*)word != {GIVEN}LL) std::abort(); *(long long*)word = 0; }}
+"""
 DTYPES = {"bfloat16": BF16, "float16": FP16, "float32": FP32}
 
 
@@ -33,16 +39,27 @@ def run(of, config, splits=1):
     tensors = {"a": a if of.a_is_k_major else a.t(), "b": b.t() if of.b_is_k_major else b}
     tensors |= {name: tensor for name, tensor in given.items() if tensor is not None}
     out = tensors["out"] = torch.full((of.M, of.N), torch.nan, dtype=DTYPES[of.out_dtype])
+    first, second = ("b", "a") if config.is_swapped else ("a", "b")
+    layout = {"a": of.a_is_k_major, "b": of.b_is_k_major}
     boxes = {
-        "a": Box(config.a_rows, BLOCK_K) if of.a_is_k_major else Box(BLOCK_K, WGMMA_M),
-        "b": Box((config.block_N if of.b_is_k_major else BLOCK_K) // config.cluster, 64),
-        "out": Box(WGMMA_M, config.subtile_N),
+        first: Box(config.a_rows, BLOCK_K) if layout[first] else Box(BLOCK_K, WGMMA_M),
+        second: Box((config.block_N if layout[second] else BLOCK_K) // config.cluster, 64),
+        "out": Box(config.subtile_N, WGMMA_M) if config.is_swapped else Box(WGMMA_M, config.subtile_N),
     }
     scalars = {"M": of.M, "M_in_8": of.M // 8, "N_in_8": of.N // 8, "K_in_8": of.K // 8, "splits": splits}
     scalars |= {"K": of.K, "groups": of.N // 8}
     general = of.without_sizes("M", "N", "K")
     grid = (config.num_blocks, 1)
-    if splits == 1:
+    if config.adds:
+        rows, columns = (of.N, of.M) if config.is_swapped else (of.M, of.N)
+        tiles = -(-rows // (config.block_M * config.cluster)) * config.cluster * -(-columns // config.block_N)
+        tensors["partial"] = torch.full((splits, tiles, config.block_M * config.block_N), torch.nan)
+        given = tensors["given"] = torch.full((splits, tiles, config.num_consumers), -1)
+        text = text_of(sm90_persistent.added_matmul, general, config)
+        execute(text, grid, tensors, boxes, scalars | {"tiles": tiles}, config.cluster, GIVING)
+        assert (given[:-1] == 0).all(), "what was given has been taken"
+        assert (given[-1] == -1).all()
+    elif splits == 1:
         execute(text_of(sm90_persistent.matmul, general, config), grid, tensors, boxes, scalars, config.cluster)
     else:
         tensors["partial"] = torch.full((splits, of.M, of.N), torch.nan)
@@ -67,6 +84,21 @@ def run(of, config, splits=1):
         (problem(13, 72, 328, BF16, b_is_k_major=False), Config(64, 64, 1, 3, 64, 0, False, 3, 16), 1),
         # five subtiles of 16 columns, so that a buffer begins and ends a tile
         (problem(13, 168, 264, FP16, FP32), Config(64, 80, 1, 3, 16, 0, False, 2, 16), 1),
+        # swapped: rows of out that fill no multiple of 64 are columns of MMAs; two consumers, two MMA tiles; either order
+        (problem(13, 136, 264, epilogue=ALL), Config(128, 16, 2, 3, 16, 0, False, 2, 128, is_swapped=True), 1),
+        (
+            problem(88, 168, 136, a_is_k_major=False, b_is_k_major=False),
+            Config(128, 64, 1, 2, 64, 0, False, 3, 128, is_swapped=True),
+            1,
+        ),
+        (problem(37, 72, 328, BF16, FP32, epilogue=ALL), Config(64, 48, 1, 3, 0, 0, True, 3, 64, is_swapped=True), 2),
+        # one block adds what the others have multiplied of its tile; here each runs after those before it
+        (problem(72, 136, 456, epilogue=ALL), Config(128, 80, 2, 3, 16, 0, True, 6, 128, adds=True), 3),
+        (
+            problem(40, 72, 328, FP16, BF16, b_is_k_major=False),
+            Config(64, 32, 1, 3, 32, 0, True, 8, 64, is_swapped=True, adds=True),
+            2,
+        ),
         # the blocks of a cluster share B of either order; the last one has no row of A
         pytest.param(problem(88, 104, 200), Config(64, 96, 1, 2, 0, 0, True, 4, 64, 2), 2, marks=needs_clusters),
         pytest.param(

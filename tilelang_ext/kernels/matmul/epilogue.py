@@ -51,12 +51,14 @@ def finished(epilogue: Epilogue, operands: Operands, value, row, column, row_sca
     return value
 
 
-def finish(epilogue: Epilogue, operands: Operands, sizes: tuple, accumulator, row, column) -> None:
+def finish(epilogue: Epilogue, operands: Operands, sizes: tuple, accumulator, row, column, is_swapped: bool = False) -> None:
     """Do the epilogue of an accumulator (rows, columns) that begins at (row, column) of a result of sizes (M, N).
 
-    All elements come before the first store: the compiler moves no load across a store.
+    With `is_swapped`, that result is the transpose of `out`. All elements come before the first store: the compiler moves no
+    load across a store.
     """
     (M, N), (rows, columns) = sizes, map(int, accumulator.shape)
+    bias_dtype = "float32" if epilogue.bias_dtype is None else epilogue.bias_dtype
 
     @T.macro
     def emit():
@@ -70,4 +72,25 @@ def finish(epilogue: Epilogue, operands: Operands, sizes: tuple, accumulator, ro
                 epilogue, operands, accumulator[i, j], T.min(row + i, M - 1), (T.min(column + j, N - 1),), row_scales[i]
             )
 
-    emit()
+    @T.macro
+    def emit_swapped():
+        column_scales, biases = T.alloc_fragment((rows,), "float32"), T.alloc_fragment((rows,), bias_dtype)
+        if epilogue.column_scale:
+            for i in T.Parallel(rows):
+                column_scales[i] = operands.column_scale[T.min(row + i, M - 1)]
+        if epilogue.bias_dtype is not None:
+            for i in T.Parallel(rows):
+                biases[i] = operands.bias[T.min(row + i, M - 1)]
+        for i, j in T.Parallel(rows, columns):
+            accumulator[i, j] = finished(
+                epilogue,
+                operands,
+                accumulator[i, j],
+                T.min(column + j, N - 1),
+                (T.min(row + i, M - 1),),
+                None,
+                column_scales[i],
+                biases[i],
+            )
+
+    emit_swapped() if is_swapped else emit()

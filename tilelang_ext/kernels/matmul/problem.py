@@ -66,6 +66,10 @@ class Problem:
         """Elements of a row of b in memory."""
         return self.K if self.b_is_k_major else self.N
 
+    def swapped(self) -> Problem:
+        """Return the problem of the transposed product, b^T a^T, whose operands lie in memory as those of this one."""
+        return replace(self, M=self.N, N=self.M, a_is_k_major=self.b_is_k_major, b_is_k_major=self.a_is_k_major)
+
     def without_sizes(self, *sizes: str) -> Problem:
         """Return the problem of a kernel for all of these sizes."""
         return replace(self, **dict.fromkeys(sizes, 0))
@@ -99,3 +103,4 @@ class Operands:
     bias: Any
     residual: Any
     out: Any
+    split: Any = None  # SplitTiles, through which blocks give accumulators to others

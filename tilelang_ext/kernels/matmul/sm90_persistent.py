@@ -24,7 +24,12 @@ Steady state:
 
 A unit is a tile and one of `splits` ranges of K. With one range a unit ends with the epilogue. With more, it writes its float32
 accumulators to `partial` (splits, M, N), and `sum_splits` adds them and does the epilogue: that kernel starts while the
-last units run (PDL), and its order of additions is always the same.
+last units run (PDL). Or, where config.adds, the block that has a tile's last range waits for the accumulators of the others
+(`SplitTiles`), adds them and finishes the tile. Either way the order of additions is always the same.
+
+An MMA has 64 rows and any multiple of 8 columns. With `is_swapped`, columns of out are its rows and rows of out its columns, so
+that few rows, or such as fill no multiple of 64, take no more time than they need: the kernel then multiplies b^T by a^T, and
+subtiles are stored transposed.
 
 Sizes are no constants of the kernel: a new M, N or K compiles nothing. Takes rows in memory of multiples of 16 bytes.
 Floors on an H200: 2 M N K / 9.9e14 s, and the bytes of a, b and out at 4.25e12 bytes/s (docs/log/matmul.md).
@@ -43,7 +48,7 @@ from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Epilogue, Operand
 from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config, is_turned, pick_config, rows_of_choice
 from tilelang_ext.kernels.matmul.sum_splits import before_sum
 from tilelang_ext.kernels.matmul.turn import after_turn
-from tilelang_ext.kernels.sm90 import pdl
+from tilelang_ext.kernels.sm90 import pdl, split_tiles
 from tilelang_ext.kernels.sm90.epilogue import (
     DeferredSubtiles,
     SubtileStores,
@@ -56,6 +61,7 @@ from tilelang_ext.kernels.sm90.multicast import multicast
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch
 from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler
+from tilelang_ext.kernels.sm90.split_tiles import SplitTiles
 
 ARCH = "sm_90a"
 WGMMA_M = 64  # rows of one MMA of a warpgroup
@@ -75,7 +81,7 @@ _K_BLOCKS_PER_STORE = 2  # of the next unit, from one deferred subtile to the ne
 
 @dataclass(frozen=True, eq=False)
 class _Traits:
-    """The host's constants of one kernel, and the sizes."""
+    """The host's constants of one kernel, and the sizes; those of the transposed product where operands are swapped."""
 
     problem: Problem
     config: Config
@@ -91,6 +97,11 @@ class _Traits:
     @property
     def is_split(self) -> bool:
         return self.config.is_split
+
+    @property
+    def leaves_sum(self) -> bool:
+        """Whether accumulators go to `partial`, which another kernel sums."""
+        return self.is_split and not self.config.adds
 
     @property
     def mma_tiles(self) -> int:
@@ -159,12 +170,13 @@ class _Unit:
     split: Any
     first_k: Any
     num_k: Any
+    tile: Any  # its number
 
 
 def matmul(problem: Problem, config: Config):
     """The prim_func (a, b, row_scale, column_scale, bias, residual, out)."""
     M, N, K = _sizes(problem)
-    traits = _Traits(problem, config, M, N, K, 1)
+    traits = _traits(problem, config, M, N, K, 1)
     types = problem.types(M, N, K)
     a_type, b_type, row_scale_type, column_scale_type, bias_type, residual_type, out_type = types
 
@@ -178,7 +190,7 @@ def matmul(problem: Problem, config: Config):
         residual: residual_type,
         out: out_type,
     ):
-        _matmul(traits, Operands(a, b, row_scale, column_scale, bias, residual, out))
+        _matmul(traits, _in_order(config, Operands(a, b, row_scale, column_scale, bias, residual, out)))
 
     return matmul
 
@@ -187,14 +199,43 @@ def partial_matmul(problem: Problem, config: Config):
     """The prim_func (a, b, partial): accumulators of each range of K, float32 (splits, M, N)."""
     M, N, K = _sizes(problem)
     splits = T.dynamic("splits")
-    traits = _Traits(problem, config, M, N, K, splits)
+    traits = _traits(problem, config, M, N, K, splits)
     a_type, b_type, *_ = problem.types(M, N, K)
 
     @T.prim_func
     def partial_matmul(a: a_type, b: b_type, partial: T.Tensor((splits, M, N), "float32")):
-        _matmul(traits, Operands(a, b, None, None, None, None, partial))
+        _matmul(traits, _in_order(config, Operands(a, b, None, None, None, None, partial)))
 
     return partial_matmul
+
+
+def added_matmul(problem: Problem, config: Config):
+    """The prim_func (a, b, row_scale, column_scale, bias, residual, partial, given, out): one block adds those of each tile.
+
+    partial (splits, tiles, elements of a tile), float32, and given (splits, tiles, consumers), int64: see `SplitTiles`.
+    """
+    M, N, K = _sizes(problem)
+    splits, tiles = T.dynamic("splits"), T.dynamic("tiles")
+    traits = _traits(problem, config, M, N, K, splits)
+    types = problem.types(M, N, K)
+    a_type, b_type, row_scale_type, column_scale_type, bias_type, residual_type, out_type = types
+
+    @T.prim_func
+    def added_matmul(
+        a: a_type,
+        b: b_type,
+        row_scale: row_scale_type,
+        column_scale: column_scale_type,
+        bias: bias_type,
+        residual: residual_type,
+        partial: T.Tensor((splits, tiles, config.block_M * config.block_N), "float32"),
+        given: T.Tensor((splits, tiles, config.num_consumers), "int64"),
+        out: out_type,
+    ):
+        operands = Operands(a, b, row_scale, column_scale, bias, residual, out, SplitTiles(partial, given))
+        _matmul(traits, _in_order(config, operands))
+
+    return added_matmul
 
 
 def _sizes(problem: Problem) -> tuple:
@@ -204,6 +245,17 @@ def _sizes(problem: Problem) -> tuple:
     return M, T.dynamic("N_in_8") * TMA_ALIGNMENT, T.dynamic("K_in_8") * TMA_ALIGNMENT if has_k_rows else T.dynamic("K")
 
 
+def _traits(problem: Problem, config: Config, M, N, K, splits) -> _Traits:
+    if config.is_swapped:
+        return _Traits(problem.swapped(), config, N, M, K, splits)
+    return _Traits(problem, config, M, N, K, splits)
+
+
+def _in_order(config: Config, operands: Operands) -> Operands:
+    """Return the operands with that first whose rows are rows of the MMAs."""
+    return replace(operands, a=operands.b, b=operands.a) if config.is_swapped else operands
+
+
 # --- block: shared memory, barriers, scheduler, roles ----------------------------------------------------------------
 
 
@@ -211,6 +263,8 @@ def _sizes(problem: Problem) -> tuple:
 def _matmul(traits, operands):
     cluster = traits.config.cluster
     with T.Kernel(traits.config.num_blocks, threads=traits.roles.threads, **traits.cluster_dims) as block:
+        if traits.config.adds:
+            split_tiles.declare()
         A_s = T.alloc_shared(traits.shape_a, traits.problem.dtype)
         B_s = T.alloc_shared(traits.shape_b, traits.problem.dtype)
         stores = _alloc_stores(traits, operands)
@@ -234,9 +288,12 @@ def _matmul(traits, operands):
 
 
 def _alloc_stores(traits: _Traits, operands: Operands) -> list:
-    if traits.is_split:
+    if traits.leaves_sum:
         return [None] * traits.config.num_consumers
-    return alloc_stores(operands.out, traits.config.num_consumers, WGMMA_M, traits.config.subtile_N)
+    rows, columns = WGMMA_M, traits.config.subtile_N
+    if traits.config.is_swapped:
+        rows, columns = columns, rows
+    return alloc_stores(operands.out, traits.config.num_consumers, rows, columns)
 
 
 def _alloc_accumulators(traits: _Traits) -> list[list]:
@@ -262,7 +319,7 @@ def _dispatch_roles(traits: _Traits, operands: Operands, block: _Block, accumula
 
 
 def _alloc_unit() -> _Unit:
-    return _Unit(*(T.alloc_local((1,), "int32") for _ in range(5)))
+    return _Unit(*(T.alloc_local((1,), "int32") for _ in range(6)))
 
 
 @T.macro
@@ -276,7 +333,8 @@ def _find_unit(traits, block, wave, unit):
         k_blocks = T.truncdiv(all_k_blocks + traits.splits - 1, traits.splits)
         unit.first_k[0] = unit.split[0] * k_blocks
         unit.num_k[0] = T.min(k_blocks, all_k_blocks - unit.first_k[0])
-        block.tiles.tile_coord(number - unit.split[0] * block.tiles.num_tiles, unit.tile_row, unit.tile_column)
+        unit.tile[0] = number - unit.split[0] * block.tiles.num_tiles
+        block.tiles.tile_coord(unit.tile[0], unit.tile_row, unit.tile_column)
     else:
         unit.first_k[0], unit.num_k[0] = 0, all_k_blocks
         block.tiles.tile_coord(number, unit.tile_row, unit.tile_column)
@@ -361,14 +419,7 @@ def _consume(traits, operands, block, number, accumulators, stores):
         T.wait_wgmma(0)
         block.pipeline.release(block.pipeline.stage(step - 1), block.thread % WARP)
         _fence(traits, accumulators)
-        _store_unit(
-            traits,
-            operands,
-            consumer,
-            unit.split[0],
-            _row_of(traits, block, unit),
-            unit.tile_column[0] * traits.config.block_N,
-        )
+        _finish_unit(traits, operands, block, consumer, unit)
     _store_rest(consumer, block)
 
 
@@ -437,33 +488,60 @@ def _store_rest(consumer: _Consumer, block: _Block) -> None:
         consumer.stores.drain()
 
 
+def _finish_unit(traits: _Traits, operands: Operands, block: _Block, consumer: _Consumer, unit: _Unit) -> None:
+    """Store a unit; where one block adds those of a tile, give the accumulators to it, or add those of the others first."""
+    row, column = _row_of(traits, block, unit), unit.tile_column[0] * traits.config.block_N
+    # The blocks of a cluster have a tile each of the number.
+    tile = unit.tile[0] * traits.config.cluster + block.rank
+    place = consumer.row // (traits.mma_tiles * WGMMA_M), consumer.row, consumer.accumulators, block.thread
+
+    @T.macro
+    def emit():
+        # The last range of K is that of the blocks of highest index, and no block has more units than one.
+        if unit.split[0] < traits.splits - 1:
+            operands.split.give((unit.split[0], tile), *place)
+        else:
+            for split in T.serial(traits.splits - 1):
+                operands.split.add((split, tile), *place)
+            _store_unit(traits, operands, consumer, 0, row, column)
+
+    emit() if traits.config.adds else _store_unit(traits, operands, consumer, unit.split[0], row, column)
+
+
 def _store_unit(traits: _Traits, operands: Operands, consumer: _Consumer, split, row, column) -> None:
     """Finish the consumer's rows of a unit that begins at (row, column)."""
     for m in range(traits.mma_tiles):
         first_row = row + consumer.row + m * WGMMA_M
-        if traits.is_split:
+        if traits.leaves_sum:
             _store_partial(traits, operands.out, consumer.accumulators[m], split, first_row, column)
             continue
-        if traits.problem.epilogue != Epilogue():
-            finish(traits.problem.epilogue, operands, (traits.M, traits.N), consumer.accumulators[m], first_row, column)
+        epilogue, is_swapped = traits.problem.epilogue, traits.config.is_swapped
+        if epilogue != Epilogue():
+            finish(epilogue, operands, (traits.M, traits.N), consumer.accumulators[m], first_row, column, is_swapped)
         for n in range(traits.subtiles):
-            if m < traits.mma_tiles - 1 or n < consumer.deferred.first:
-                consumer.stores.round_and_store(m * traits.subtiles + n, consumer.accumulators[m], n, first_row, column)
+            number = m * traits.subtiles + n
+            if is_swapped:
+                consumer.stores.round_and_store_transposed(number, consumer.accumulators[m], n, column, first_row)
+            elif m < traits.mma_tiles - 1 or n < consumer.deferred.first:
+                consumer.stores.round_and_store(number, consumer.accumulators[m], n, first_row, column)
             else:
                 round_subtile(consumer.accumulators[m], n, consumer.deferred.values[n - consumer.deferred.first])
-    if not traits.is_split:
+    if not traits.leaves_sum:
         consumer.deferred.defer(row + consumer.row + (traits.mma_tiles - 1) * WGMMA_M, column)
 
 
 def _store_partial(traits: _Traits, partial, accumulator, split, row, column) -> None:
-    """Write the accumulator of an MMA tile, two neighbours of a thread at once."""
-    M, N, block_N = traits.M, traits.N, traits.config.block_N
+    """Write the accumulator of an MMA tile, two neighbours of a thread at once, or of swapped operands columns of eight."""
+    M, N, block_N, is_swapped = traits.M, traits.N, traits.config.block_N, traits.config.is_swapped
 
     @T.macro
     def emit():
         for i, j in T.Parallel(WGMMA_M, block_N, loop_layout=accumulator_layout(WGMMA_M, block_N)):
             if row + i < M and column + j < N:
-                partial[split, row + i, column + j] = accumulator[i, j]
+                if is_swapped:
+                    partial[split, column + j, row + i] = accumulator[i, j]
+                else:
+                    partial[split, row + i, column + j] = accumulator[i, j]
 
     emit()
 
@@ -494,6 +572,27 @@ def _compile_product(problem: Problem, device) -> Callable:
     general = problem.without_sizes("M", "N", "K")
     if splits == 1:
         return device.compile(matmul, general, config, pass_configs=PASS_CONFIGS)
+    if config.adds:
+        multiply = device.compile(added_matmul, general, config, pass_configs=PASS_CONFIGS)
+        return _with_memory(problem, config, splits, device, multiply)
     of_operands = replace(general, out_dtype="float32", epilogue=Epilogue())  # all that this kernel depends on
     multiply = device.compile(partial_matmul, of_operands, config, pass_configs=PASS_CONFIGS)
     return before_sum(general, splits, device, multiply, PASS_CONFIGS)
+
+
+def _with_memory(problem: Problem, config: Config, splits: int, device, multiply: Callable) -> Callable:
+    """Return a function of the problem's tensors that launches `multiply` with the memory of `SplitTiles`."""
+    elements = config.block_M * config.block_N
+
+    def run(*tensors):
+        *inputs, out = tensors
+        M, N = out.shape if not config.is_swapped else reversed(out.shape)
+        tiles = _ceildiv(M, config.block_M * config.cluster) * config.cluster * _ceildiv(N, config.block_N)
+        partial = device.empty(splits, tiles, elements, dtype="float32")
+        multiply(*inputs, partial, device.empty(splits, tiles, config.num_consumers, dtype="int64"), out)
+
+    return run
+
+
+def _ceildiv(value, divisor: int):
+    return -(-value // divisor)

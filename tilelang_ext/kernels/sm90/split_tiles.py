@@ -42,20 +42,20 @@ def declare() -> None:
 
 @dataclass(frozen=True, eq=False)
 class SplitTiles:
-    """The two tensors of the module's table."""
+    """The two tensors of the module's table; a block's place in them may be several indices."""
 
     partial: Any
     given: Any
 
     def give(self, block, consumer: int, row: int, accumulators: list, thread) -> None:
         """Write the accumulators of a consumer, MMA tiles below each other from `row` of the tile on, and say so."""
-        given = self.given
+        given, at = self.given, (*_indices(block), consumer)
 
         @T.macro
         def emit():
             warpgroup_sync(consumer)
             if thread % WARPGROUP == 0:
-                T.evaluate(T.call_extern("handle", "tilelang_ext_give", T.address_of(given[block, consumer])))
+                T.evaluate(T.call_extern("handle", "tilelang_ext_give", T.address_of(given[at])))
 
         for m, accumulator in enumerate(accumulators):
             self._each(accumulator, m, row, block, False)
@@ -63,12 +63,12 @@ class SplitTiles:
 
     def add(self, block, consumer: int, row: int, accumulators: list, thread) -> None:
         """Wait for what consumer `consumer` of another block gives, and add it to these accumulators."""
-        given = self.given
+        given, at = self.given, (*_indices(block), consumer)
 
         @T.macro
         def emit():
             if thread % WARPGROUP == 0:
-                T.evaluate(T.call_extern("handle", "tilelang_ext_await", T.address_of(given[block, consumer])))
+                T.evaluate(T.call_extern("handle", "tilelang_ext_await", T.address_of(given[at])))
             warpgroup_sync(consumer)
 
         emit()
@@ -77,17 +77,21 @@ class SplitTiles:
 
     def _each(self, accumulator, m: int, row: int, block, is_added: bool) -> None:
         rows, columns = map(int, accumulator.shape)
-        partial, first = self.partial, (row // rows + m) * rows * columns
+        partial, first, of_block = self.partial, (row // rows + m) * rows * columns, _indices(block)
 
         @T.macro
         def emit():
             for i, j in T.Parallel(rows, columns, loop_layout=accumulator_layout(rows, columns)):
                 if is_added:
-                    accumulator[i, j] += partial[block, first + _place(i, j)]
+                    accumulator[i, j] += partial[(*of_block, first + _place(i, j))]
                 else:
-                    partial[block, first + _place(i, j)] = accumulator[i, j]
+                    partial[(*of_block, first + _place(i, j))] = accumulator[i, j]
 
         emit()
+
+
+def _indices(block) -> tuple:
+    return block if isinstance(block, tuple) else (block,)
 
 
 def _place(i, j):
