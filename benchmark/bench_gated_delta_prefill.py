@@ -126,7 +126,7 @@ def check(places: list, wanted: tuple, results: tuple) -> Error:
     """Compare what a provider returned with what is expected at some (sequence, head); return the error of out."""
     out = torch.stack([results[0][batch, :, head] for batch, head in places])
     states = torch.stack([results[1][batch, head] for batch, head in places])
-    limits = {"max_error": 5e-2, "rms_error": 5e-3}  # as the tests', but for the largest of a million elements: 4.1e-2 was seen
+    limits = {"max_error": 5e-2, "rms_error": 5e-3}  # as the tests', but for the largest of a million elements: 4.6e-2 was seen
     assert_close(states, wanted[1], dtype="float32", **limits)
     return assert_close(out, wanted[0], dtype="bfloat16", **limits)
 
