@@ -213,6 +213,18 @@ def test_torch_compile_and_gradients():
         o.sum().backward()
 
 
+@pytest.mark.parametrize("file", [sm90_decode, sm90_decode_mma])
+@pytest.mark.parametrize("cache", [None, E4M3])
+def test_stages(file, cache):
+    """Each has one consumer, or all: a consumer that comes to another's would take an older phase for its own."""
+    for D in range(16, 520, 8):
+        of = problem(D, ARCH, cache=cache, has_few_rows=True)
+        if file.takes(of):
+            config = file.pick_config(of)
+            taking_turns = config.ranges if file is sm90_decode else config.warps
+            assert config.num_stages % taking_turns == 0
+
+
 def test_number_of_ranges():
     """As many as fill the SMs once, or else several times; none with less than four blocks of keys, and one at least."""
     of = replace(problem(128, ARCH), num_sms=132)

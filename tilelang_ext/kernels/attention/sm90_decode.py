@@ -96,13 +96,20 @@ __device__ __forceinline__ void tilelang_ext_e4m3x8_to_f16(const void* codes, vo
 
 @dataclass(frozen=True)
 class Config:
-    """Keys of a block, stages of the pipeline, consumers of one block's value columns; rows are WGMMA_M."""
+    """Keys of a block, stages of the pipeline, consumers of one block's value columns; rows are WGMMA_M.
+
+    The stages are a multiple of the consumers that take turns, so that one consumer has all blocks of a stage. Of another's
+    block in its stage, which is loaded late, a consumer would not know: two phases look alike.
+    """
 
     block_N: int
     num_stages: int
     halves: int
     columns: int  # value columns of a thread block, for the number of ranges
     block_M: int = WGMMA_M
+
+    def __post_init__(self):
+        assert self.num_stages % self.ranges == 0
 
     @property
     def ranges(self) -> int:
@@ -115,7 +122,7 @@ class Config:
 
 
 def pick_config(problem: DecodeProblem) -> Config:
-    """Return the block of keys by head_dim: stages of 32 to 64 KB, as many as 227 KB of shared memory hold."""
+    """Return the block of keys by head_dim: stages of 32 KB or more, as many as 227 KB of shared memory hold."""
     of_codes = [  # stages of 16 to 32 KB, beside what the consumers convert to
         (64, Config(128, 6, 1, MAX_COLUMNS)),
         (128, Config(64, 6, 1, MAX_COLUMNS)),
@@ -129,7 +136,7 @@ def pick_config(problem: DecodeProblem) -> Config:
         (64, Config(128, 6, 1, MAX_COLUMNS)),
         (128, Config(64, 6, 1, MAX_COLUMNS)),
         (192, Config(64, 4, 1, MAX_COLUMNS)),
-        (256, Config(64, 3, 1, MAX_COLUMNS)),
+        (256, Config(32, 6, 1, MAX_COLUMNS)),
         (384, Config(32, 3, 2, MAX_COLUMNS)),
         (512, Config(32, 2, 2, MAX_COLUMNS)),
     ]

@@ -91,7 +91,11 @@ __device__ __forceinline__ unsigned tilelang_ext_transpose(unsigned pair) {
 
 @dataclass(frozen=True)
 class Config:
-    """Keys of a block, stages of the pipeline, and consumer warps."""
+    """Keys of a block, stages of the pipeline, and consumer warps.
+
+    The stages are a multiple of the warps, so that one warp has all blocks of a stage. Of another warp's block in its stage,
+    which is loaded late, a warp would not know: two phases look alike.
+    """
 
     block_N: int
     num_stages: int
@@ -101,16 +105,19 @@ class Config:
     ranges: int = 1
     blocks_per_sm: int = 1
 
+    def __post_init__(self):
+        assert self.num_stages % self.warps == 0
+
 
 def pick_config(problem: DecodeProblem) -> Config:
-    """Return the block of keys by head_dim: stages of 8 or 16 KB, as many as fit beside O of all warps."""
+    """Return the block of keys by head_dim: stages of 8 to 16 KB, as many as fit beside O of all warps."""
     table = [
         # (head_dim up to, config)
-        (64, Config(64, 22, 8)),
-        (128, Config(32, 22, 8)),
-        (256, Config(32, 9, 8)),
+        (64, Config(64, 24, 8)),
+        (128, Config(32, 24, 8)),
+        (256, Config(16, 16, 8)),
         (384, Config(16, 12, 4)),
-        (512, Config(16, 9, 4)),
+        (512, Config(16, 8, 4)),
     ]
     return next(config for most, config in table if problem.head_dim <= most)
 

@@ -42,7 +42,7 @@ from tilelang_ext.kernels.attention import sm90_parts, sm90_transpose
 from tilelang_ext.kernels.attention.probabilities import KEY_UNIT
 from tilelang_ext.kernels.attention.problem import FP8, Operands, Problem
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax, store_part, store_rows
-from tilelang_ext.kernels.attention.tiles import PANEL, PARTS, Tile, TileOrder, alloc_tile, of_head, prim_func
+from tilelang_ext.kernels.attention.tiles import PANEL, PARTS, SHORT_WINDOW, Tile, TileOrder, alloc_tile, of_head, prim_func
 from tilelang_ext.kernels.sm90 import multicast, pdl
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch, warpgroup_sync
@@ -66,7 +66,6 @@ _FIRST_TURN = 8  # number of the named barrier of consumer 0's turn
 SWIZZLE_128B, SWIZZLE_ATOM = 1, 1024 // 16  # of a descriptor: its mode, and the stride between eight rows of 128 bytes
 _ROW_BYTES, _UNIT = 128, 16  # of a row of shared memory; of a descriptor
 _STEP_BYTES = 32  # of an MMA's K
-_SHORT_WINDOW = 512
 _FP8_BITS = 8  # P is up to 2^8 where it is rounded to e4m3, whose largest number is 448, and whose least 2^-9
 PACK_SOURCE = r"""
 __device__ __forceinline__ unsigned tilelang_ext_e4m3x4(float x, float y, float z, float w) {
@@ -97,7 +96,7 @@ class Config:
 
 def pick_config(problem: Problem) -> Config:
     """Return the tile by head_dim, as large as registers and shared memory allow."""
-    if 0 < problem.window <= _SHORT_WINDOW and problem.head_dim <= 128 and not problem.is_fp8:
+    if 0 < problem.window <= SHORT_WINDOW and problem.head_dim <= 128 and not problem.is_fp8:
         # One tile's windows in as few blocks of keys as registers and shared memory allow, and these no longer than needed.
         most, consumers = (176, 2) if problem.head_dim <= 64 else (144, 2)
         span = problem.window + consumers * WGMMA_M // problem.pack - 1

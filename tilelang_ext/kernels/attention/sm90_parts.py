@@ -12,6 +12,7 @@ from tilelang_ext.kernels.attention.tiles import PARTS, alloc_remainder, divided
 from tilelang_ext.kernels.sm90 import pdl
 
 _ROWS, _THREADS = 16, 128  # of a block
+_TOGETHER = 8  # parts whose loads are under way together
 
 
 def sum_parts(problem: Problem, part: tuple[int, int], block_N: int):
@@ -35,54 +36,68 @@ def sum_parts(problem: Problem, part: tuple[int, int], block_N: int):
         with T.Kernel(block_M // _ROWS, T.max(tiles, 1), threads=_THREADS) as (bx, tile):
             remainder = alloc_remainder(num_tiles, key_blocks, problem.num_sms)
             O_f = T.alloc_fragment((_ROWS, D), "float32")
-            peak_s = T.alloc_shared((_ROWS,), "float32")
-            total_s = T.alloc_shared((_ROWS,), "float32")
+            slot_s = T.alloc_shared((_TOGETHER,), "int32")  # of parts that are loaded together, -1 where there is none
+            lse_s = T.alloc_shared((_TOGETHER, _ROWS), "float32")
+            peak_f = T.alloc_fragment((_ROWS,), "float32")
+            old_f = T.alloc_fragment((_ROWS,), "float32")
+            total_f = T.alloc_fragment((_ROWS,), "float32")
             pdl.trigger()
             pdl.wait()
-            if tile < remainder.tiles:
-                number = remainder.full_waves * problem.num_sms + tile
-                batch = T.truncdiv(number, of_head * out.shape[2])
-                head = T.truncmod(T.truncdiv(number, of_head), out.shape[2])
-                query = T.truncmod(number, of_head) * block_M + bx * _ROWS
-                first = T.alloc_var("int32", remainder.block_of(tile * remainder.key_blocks))
-                last = T.alloc_var("int32", remainder.block_of((tile + 1) * remainder.key_blocks - 1))
-                slot = T.alloc_var("int32", 0)
-                for i in T.Parallel(_ROWS):
-                    peak_s[i] = T.float32(-1e30)
-                    total_s[i] = T.float32(0)
-                    if problem.has_sinks:
-                        peak_s[i] = T.max(peak_s[i], sinks[head] * T.float32(LOG2_E))
-                for block in T.serial(last - first + 1):
-                    begin = remainder.begin(first + block)
-                    if remainder.begin(first + block + 1) > begin:
-                        slot = PARTS * (first + block) + tile - T.truncdiv(begin, remainder.key_blocks)
-                        for i in T.Parallel(_ROWS):
-                            peak_s[i] = T.max(peak_s[i], partial_lse[slot, bx * _ROWS + i])
+            number = remainder.full_waves * problem.num_sms + tile
+            batch = T.truncdiv(number, of_head * out.shape[2])
+            head = T.truncmod(T.truncdiv(number, of_head), out.shape[2])
+            query = T.truncmod(number, of_head) * block_M + bx * _ROWS
+            first = T.alloc_var("int32", 0)
+            last = T.alloc_var("int32", -1)
+            if tile < remainder.tiles:  # nothing else stands in it: the barriers below are for all threads
+                first = remainder.block_of(tile * remainder.key_blocks)
+                last = remainder.block_of((tile + 1) * remainder.key_blocks - 1)
+            for i in T.Parallel(_ROWS):
+                peak_f[i] = T.float32(-1e30)
+                total_f[i] = T.float32(0)
                 if problem.has_sinks:
-                    for i in T.Parallel(_ROWS):
-                        total_s[i] = T.exp2(sinks[head] * T.float32(LOG2_E) - peak_s[i])
-                T.fill(O_f, 0)
-                for block in T.serial(last - first + 1):
-                    begin = remainder.begin(first + block)
-                    if remainder.begin(first + block + 1) > begin:
-                        slot = PARTS * (first + block) + tile - T.truncdiv(begin, remainder.key_blocks)
-                        for i in T.Parallel(_ROWS):
-                            total_s[i] = total_s[i] + T.exp2(partial_lse[slot, bx * _ROWS + i] - peak_s[i])
-                        for i, j in T.Parallel(_ROWS, D):
-                            O_f[i, j] = O_f[i, j] + (
-                                T.exp2(partial_lse[slot, bx * _ROWS + i] - peak_s[i]) * partial[slot, bx * _ROWS + i, j]
-                            )
-                for i, j in T.Parallel(_ROWS, D):
-                    if query + i < out.shape[1]:
-                        out[batch, query + i, head, j] = T.cast(
-                            T.if_then_else(total_s[i] > T.float32(0), O_f[i, j] / total_s[i], T.float32(0)), dtype
-                        )
+                    peak_f[i] = T.max(peak_f[i], sinks[head] * T.float32(LOG2_E))
+                    total_f[i] = T.exp2(sinks[head] * T.float32(LOG2_E) - peak_f[i])
+            T.fill(O_f, 0)
+            for step in T.serial(T.ceildiv(last - first + 1, _TOGETHER)):
+                for p in T.Parallel(_TOGETHER):
+                    block = first + step * _TOGETHER + p
+                    begin = remainder.begin(block)
+                    slot_s[p] = T.if_then_else(
+                        (block <= last) & (remainder.begin(block + 1) > begin),
+                        PARTS * block + tile - T.truncdiv(begin, remainder.key_blocks),
+                        -1,
+                    )
+                for p, i in T.Parallel(_TOGETHER, _ROWS):
+                    lse_s[p, i] = T.if_then_else(
+                        slot_s[p] >= 0, partial_lse[T.max(slot_s[p], 0), bx * _ROWS + i], -T.infinity("float32")
+                    )
+                T.copy(peak_f, old_f)
                 for i in T.Parallel(_ROWS):
-                    if query + i < out.shape[1]:
-                        lse[batch, head, query + i] = T.if_then_else(
-                            total_s[i] > T.float32(0),
-                            (peak_s[i] + T.log2(total_s[i])) * T.float32(1 / LOG2_E),
-                            -T.infinity("float32"),
+                    for p in T.unroll(_TOGETHER):
+                        peak_f[i] = T.max(peak_f[i], lse_s[p, i])
+                for i in T.Parallel(_ROWS):
+                    total_f[i] = total_f[i] * T.exp2(old_f[i] - peak_f[i])
+                    for p in T.unroll(_TOGETHER):
+                        total_f[i] = total_f[i] + T.exp2(lse_s[p, i] - peak_f[i])
+                for i, j in T.Parallel(_ROWS, D):
+                    O_f[i, j] = O_f[i, j] * T.exp2(old_f[i] - peak_f[i])
+                for p in T.unroll(_TOGETHER):
+                    for i, j in T.Parallel(_ROWS, D):
+                        O_f[i, j] = O_f[i, j] + T.exp2(lse_s[p, i] - peak_f[i]) * T.if_then_else(
+                            slot_s[p] >= 0, partial[T.max(slot_s[p], 0), bx * _ROWS + i, j], T.float32(0)
                         )
+            for i, j in T.Parallel(_ROWS, D):
+                if (last >= first) and (query + i < out.shape[1]):
+                    out[batch, query + i, head, j] = T.cast(
+                        T.if_then_else(total_f[i] > T.float32(0), O_f[i, j] / total_f[i], T.float32(0)), dtype
+                    )
+            for i in T.Parallel(_ROWS):
+                if (last >= first) and (query + i < out.shape[1]):
+                    lse[batch, head, query + i] = T.if_then_else(
+                        total_f[i] > T.float32(0),
+                        (peak_f[i] + T.log2(total_f[i])) * T.float32(1 / LOG2_E),
+                        -T.infinity("float32"),
+                    )
 
     return sum_parts

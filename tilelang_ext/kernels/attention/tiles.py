@@ -18,6 +18,7 @@ from tilelang_ext.kernels.attention.probabilities import KEY_UNIT
 from tilelang_ext.kernels.attention.problem import Operands, Problem
 
 PARTS = 2  # of tiles that the range of a persistent block lies in, at most
+SHORT_WINDOW = 512  # keys, up to which heads are packed into tiles, and tiles come head by head
 MIN_DIVIDED_BLOCKS = 12  # key blocks of a tile, below which parts and their sum cost more than idle blocks
 PANEL = 64  # elements of 16 bits in a swizzled row of 128 bytes of shared memory
 
@@ -230,9 +231,9 @@ def alloc_remainder(num_tiles, key_blocks, num_blocks: int) -> Remainder:
 class TileOrder:
     """The tiles of one persistent block, wave by wave.
 
-    Causal tiles come by the number of their keys, longest first, and every other wave is dealt out backwards, so that all
-    blocks end at about the same time. Others come head by head, whose keys and values stay in the L2 cache; with a
-    `remainder` those that do not fill a wave in parts.
+    Causal tiles, and those of long windows, come by the number of their keys, longest first, and every other wave is dealt out
+    backwards, so that all blocks end at about the same time. Others come head by head, whose keys and values stay in the L2
+    cache; with a `remainder` those that do not fill a wave in parts.
     """
 
     problem: Problem
@@ -276,7 +277,7 @@ class TileOrder:
         )
         batch_heads, num_tiles = operands.q.shape[0] * self.packs, self.num_tiles
         of_head = row_tiles(problem, operands, block_M)
-        is_by_length = problem.has_lengths or (problem.causal and not problem.window)
+        is_by_length = problem.has_lengths or (problem.is_causal and not 0 < problem.window <= SHORT_WINDOW)
         remainder, registers, block_N = self.remainder, tile.registers, tile.block_N
 
         @T.macro
