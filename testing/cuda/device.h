@@ -2,6 +2,7 @@
 // matrix instructions, swizzles and descriptors are those of the PTX ISA (9.7.15 mma, 9.7.16 wgmma), written from it,
 // not from the generator. Instructions of a warp meet at a barrier, so a kernel needs as many of them in each lane as
 // it would on a GPU.
+#pragma once
 #include <algorithm>
 #include <atomic>
 #include <barrier>
@@ -36,19 +37,13 @@ struct Block {
 inline thread_local Block* block;
 inline thread_local uint8_t* shared_memory;
 constexpr int kSharedBytes = 227 * 1024;
-inline void __syncthreads() { block->meet.arrive_and_wait(); }
+void meet(std::barrier<>& barrier);
+inline void __syncthreads() { meet(block->meet); }
 inline Warp& warp() { return block->warps[threadIdx.x / 32]; }
 inline int lane() { return threadIdx.x % 32; }
 
-inline void __syncwarp() { warp().meet.arrive_and_wait(); }
-inline int __shfl_sync(uint32_t, int value, int source) {
-  Warp& w = warp();
-  w.a[lane()][0] = value;
-  w.meet.arrive_and_wait();
-  value = w.a[source][0];
-  w.meet.arrive_and_wait();
-  return value;
-}
+inline void __syncwarp() { meet(warp().meet); }
+int __shfl_sync(uint32_t, int value, int source);
 
 // --- numbers ---
 struct fp8_e4_t {
@@ -112,27 +107,9 @@ using std::max;
 using std::min;
 
 // A binary float of so many exponent and mantissa bits; the largest exponent is infinity and NaN but in E4M3.
-inline float decode(uint bits, int exponent_bits, int mantissa_bits, bool e4m3 = false) {
-  const int largest = (1 << exponent_bits) - 1, bias = largest / 2;
-  const int exponent = (bits >> mantissa_bits) & largest, mantissa = bits & ((1 << mantissa_bits) - 1);
-  const float sign = (bits >> (exponent_bits + mantissa_bits)) & 1 ? -1.0f : 1.0f;
-  if (e4m3 && exponent == largest && mantissa == 7) return NAN;
-  if (!e4m3 && exponent == largest) return mantissa ? NAN : sign * INFINITY;
-  if (exponent == 0) return sign * std::ldexp(float(mantissa), 1 - bias - mantissa_bits);
-  return sign * std::ldexp(float((1 << mantissa_bits) + mantissa), exponent - bias - mantissa_bits);
-}
+float decode(uint bits, int exponent_bits, int mantissa_bits, bool e4m3 = false);
 inline float half_value(uint bits) { return decode(bits & 0xffff, 5, 10); }
-inline uint half_bits(float value) {  // of a value that a half holds
-  const uint sign = std::signbit(value) ? 0x8000 : 0;
-  if (std::isnan(value)) return sign | 0x7e00;
-  if (std::isinf(value)) return sign | 0x7c00;
-  const float magnitude = std::fabs(value);
-  const int exponent = magnitude < std::ldexp(1.0f, -14) ? -15 : std::ilogb(magnitude);
-  const int least = exponent == -15 ? -24 : exponent - 10;  // of the mantissa's last bit
-  const uint bits = uint(exponent + 15) * 1024 + (uint(std::ldexp(magnitude, -least)) & 1023);
-  if (half_value(bits) != magnitude) std::abort();
-  return sign | bits;
-}
+uint half_bits(float value);  // of a value that a half holds
 struct half_t {
   uint16_t bits;
   explicit half_t(float value) : bits(half_bits(value)) {}
@@ -143,12 +120,7 @@ struct __half2 {
 };
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline uint __byte_perm(uint x, uint y, uint selector) {
-  const uint64_t bytes = uint64_t(y) << 32 | x;
-  uint result = 0;
-  for (int i = 0; i < 4; ++i) result |= uint(bytes >> ((selector >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
-  return result;
-}
+uint __byte_perm(uint x, uint y, uint selector);
 
 inline float bfloat16_value(uint bits) {
   const uint word = bits << 16;
@@ -173,14 +145,7 @@ inline __nv_bfloat162 __float22bfloat162_rn(float2 value) { return {bfloat16_t(v
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {float(v.x), float(v.y)}; }
 using __nv_fp8x2_storage_t = uint16_t;
 enum { __NV_SATFINITE, __NV_E4M3 };
-inline uint e4m3_code(float value) {  // the nearest, ties to even, the largest for what is larger
-  const uint sign = std::signbit(value) ? 0x80 : 0;
-  if (std::isnan(value)) return 0x7f;
-  const float magnitude = std::min(std::fabs(value), 448.0f);
-  const int least = std::max(magnitude == 0 ? -9 : std::ilogb(magnitude) - 3, -9);  // of the mantissa's last bit
-  const uint units = uint(std::nearbyint(std::ldexp(magnitude, -least)));
-  return sign | (units + 8 * uint(least + 9));
-}
+uint e4m3_code(float value);  // the nearest, ties to even, the largest for what is larger
 inline __nv_fp8x2_storage_t __nv_cvt_float2_to_fp8x2(float2 v, int, int) {
   return uint16_t(e4m3_code(v.x) | e4m3_code(v.y) << 8);
 }
@@ -192,11 +157,7 @@ inline uint __pack_nv_bfloat162(bfloat16_t low, bfloat16_t high) { return low.bi
 inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
-inline void AtomicAdd(float* sum, float value) {
-  std::atomic_ref<float> shared(*sum);
-  for (float old = shared; !shared.compare_exchange_weak(old, old + value);) {
-  }
-}
+void AtomicAdd(float* sum, float value);
 
 inline int AtomicAddRet(int* sum, int value) { return std::atomic_ref<int>(*sum).fetch_add(value); }
 inline void AtomicAdd(int* sum, int value) { AtomicAddRet(sum, value); }
@@ -241,25 +202,18 @@ template <int>
 void cp_async_wait() {}
 inline void fence_proxy_async() {}
 
-inline int warp_reduce_max(int value) {
-  Warp& w = warp();
-  w.a[lane()][0] = value;
-  w.meet.arrive_and_wait();
-  for (const auto& of_lane : w.a) value = std::max(value, int(of_lane[0]));
-  w.meet.arrive_and_wait();
-  return value;
-}
+int warp_reduce_max(int value);
 
 // --- matrix instructions of a warp ---
 template <int N>
 void ldmatrix(const void* row, void* to) {
   Warp& w = warp();
   w.pointer[lane()] = row;
-  w.meet.arrive_and_wait();
+  meet(w.meet);
   for (int i = 0; i < N; ++i)
     std::memcpy(static_cast<char*>(to) + 4 * i,
                 static_cast<const char*>(w.pointer[8 * i + lane() / 4]) + lane() % 4 * 4, 4);
-  w.meet.arrive_and_wait();
+  meet(w.meet);
 }
 inline void ptx_ldmatrix_x4(const void* row, void* to) { ldmatrix<4>(row, to); }
 inline void ptx_ldmatrix_x2(const void* row, void* to) { ldmatrix<2>(row, to); }
@@ -285,7 +239,7 @@ void mma_sync(float* c, const unsigned* a, const unsigned* b) {
   Warp& w = warp();
   std::memcpy(w.a[lane()], a, 16);
   std::memcpy(w.b[lane()], b, 8);
-  w.meet.arrive_and_wait();
+  meet(w.meet);
   for (int e = 0; e < 4; ++e) {
     const int row = lane() / 4 + e / 2 * 8, col = lane() % 4 * 2 + e % 2;
     for (int k = 0; k < K; ++k) {
@@ -294,7 +248,7 @@ void mma_sync(float* c, const unsigned* a, const unsigned* b) {
               value<TB>(w.b[col * 4 + quarter][half] >> shift);
     }
   }
-  w.meet.arrive_and_wait();
+  meet(w.meet);
 }
 
 // --- matrix instructions of four warps, which read shared memory through descriptors ---
@@ -352,42 +306,32 @@ template <DataType TA, DataType TB, DataType TC, int M, int N, int K, bool X, bo
 void wgmma_rs(const uint32_t* a, uint64_t b, uint32_t* c, int accumulate) {
   Warp& w = warp();
   std::memcpy(w.a[lane()], a, 16);
-  w.meet.arrive_and_wait();
+  meet(w.meet);
   constexpr int per_word = K / 8, bits = 32 / per_word;
   auto code_of_a = [&](int row, int k) {
     return w.a[row % 8 * 4 + k % (K / 2) / per_word][row / 8 + k / (K / 2) * 2] >> k % per_word * bits;
   };
   wgmma<TA, TB, TC, M, N, K, X, Y, S, T>(code_of_a, b, c, accumulate);
-  w.meet.arrive_and_wait();
+  meet(w.meet);
 }
 template <typename T>
 void warpgroup_fence_operand(T*, int) {}
-inline void warpgroup_arrive() { warp().meet.arrive_and_wait(); }  // .sync.aligned: the lanes of a warp meet
+inline void warpgroup_arrive() { meet(warp().meet); }  // .sync.aligned: the lanes of a warp meet
 inline void warpgroup_commit_batch() {}
 template <int>
 void warpgroup_wait() {
-  warp().meet.arrive_and_wait();
+  meet(warp().meet);
 }
 }  // namespace tl
 
-// --- launches ---
-template <typename Kernel>
-void launch(int grid_x, int grid_y, int threads, Kernel kernel) {
-  for (int y = 0; y < grid_y; ++y)
-    for (int x = 0; x < grid_x; ++x) {
-      alignas(1024) static uint8_t memory[kSharedBytes];
-      std::memset(memory, 0xff, kSharedBytes);  // NaN in every format
-      Block own(threads);
-      std::vector<std::thread> running;
-      for (int t = 0; t < threads; ++t)
-        running.emplace_back([=, &own] {
-          block = &own;
-          shared_memory = memory;
-          threadIdx.x = t;
-          blockIdx.x = x;
-          blockIdx.y = y;
-          kernel();
-        });
-      for (std::thread& thread : running) thread.join();
-    }
-}
+// --- a program ---
+// Its tensors, which come from files of their names and go back to them, and what it runs: a function that launches
+// kernels.
+struct Tensor {
+  const char* name;
+  size_t size;
+  char* bytes = nullptr;
+  char* data() const { return bytes; }
+};
+void launch(int grid_x, int grid_y, int threads, void (*kernel)());
+int run_on_files(Tensor* tensors, int count, void (*run)());

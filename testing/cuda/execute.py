@@ -27,36 +27,27 @@ def execute(text: str, grid: tuple[int, int], tensors: dict[str, torch.Tensor], 
     device = re.sub(r"extern __shared__ __align__\(1024\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", device)
     assert "__shared__" not in device
     values = [f"({pointers[each]}*){each}.data()" if each in pointers else str(scalars[each]) for each in names]
-    call = f"launch({grid[0]}, {grid[1]}, {threads}, [&] {{ {name}({', '.join(values)}); }});"
+    call = f"launch({grid[0]}, {grid[1]}, {threads}, [] {{ {name}({', '.join(values)}); }});"
     run_program("device.h", device, {tensor: tensors[tensor] for tensor in pointers}, call)
 
 
 def run_program(header: str, device: str, tensors: dict[str, torch.Tensor], call: str) -> None:
     """Compile `device` under a header of this folder, run `call` on the tensors, and write back what it left in them."""
-    reads = "\n".join(f'  std::vector<char> {tensor} = read("{tensor}", {value.nbytes});' for tensor, value in tensors.items())
-    writes = "\n".join(f'  write("{tensor}", {tensor});' for tensor in tensors)
+    entries = ", ".join(f'{{"{tensor}", {value.nbytes}}}' for tensor, value in tensors.items())
+    names = "".join(f"  static const Tensor& {tensor} = tensors[{i}];\n" for i, tensor in enumerate(tensors))
     program = f"""{device}
-std::vector<char> read(const char* name, size_t size) {{
-  std::vector<char> bytes(size);
-  FILE* file = std::fopen(name, "rb");
-  if (!file || std::fread(bytes.data(), 1, size, file) != size) std::abort();
-  std::fclose(file);
-  return bytes;
+namespace program {{
+Tensor tensors[] = {{{entries}}};
+void run() {{
+{names}  {call}
 }}
-void write(const char* name, const std::vector<char>& bytes) {{
-  FILE* file = std::fopen(name, "wb");
-  if (!file || std::fwrite(bytes.data(), 1, bytes.size(), file) != bytes.size()) std::abort();
-  std::fclose(file);
-}}
-int main() {{
-{reads}
-  {call}
-{writes}
-}}
+}}  // namespace program
+int main() {{ return run_on_files(program::tensors, {len(tensors)}, program::run); }}
 """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "kernel.cc").write_text(program)
-        _compile("-include", str(Path(_precompiled(header).name, header)), "kernel.cc", "-o", "kernel", folder=folder)
+        compiled = Path(_precompiled(header).name, header)
+        _compile("-include", str(compiled), "kernel.cc", str(compiled.with_suffix(".o")), "-o", "kernel", folder=folder)
         for tensor, value in tensors.items():
             Path(folder, tensor).write_bytes(value.contiguous().view(torch.uint8).numpy().tobytes())
         done = subprocess.run(["./kernel"], cwd=folder, capture_output=True, text=True, timeout=120)
@@ -68,10 +59,15 @@ int main() {{
 
 @functools.cache
 def _precompiled(header: str) -> tempfile.TemporaryDirectory:
-    """A folder, until the tests end, with a header that includes this one and its compiled form: half of a compile's time."""
+    """A folder, until the tests end: a header that includes this one, its compiled form, and an object of what it declares.
+
+    Both save two thirds of the CPU time of compiling a program.
+    """
     folder = tempfile.TemporaryDirectory()
-    Path(folder.name, header).write_text(f'#include "{Path(__file__).with_name(header)}"\n')
+    here = Path(__file__).with_name(header)
+    Path(folder.name, header).write_text(f'#include "{here}"\n')
     _compile("-x", "c++-header", header, "-o", f"{header}.gch", folder=folder.name)
+    _compile("-c", str(here.with_suffix(".cc")), "-o", Path(header).with_suffix(".o").name, folder=folder.name)
     return folder
 
 

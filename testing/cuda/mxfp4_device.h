@@ -5,17 +5,17 @@
 inline unsigned __shfl_xor_sync(unsigned, unsigned value, int lanes) {
   Warp& w = warp();
   w.a[lane()][0] = value;
-  w.meet.arrive_and_wait();
+  meet(w.meet);
   value = w.a[lane() ^ lanes][0];
-  w.meet.arrive_and_wait();
+  meet(w.meet);
   return value;
 }
 inline bool __all_sync(unsigned, bool holds) {
   Warp& w = warp();
   w.a[lane()][0] = holds;
-  w.meet.arrive_and_wait();
+  meet(w.meet);
   for (const auto& of_lane : w.a) holds = holds && of_lane[0];
-  w.meet.arrive_and_wait();
+  meet(w.meet);
   return holds;
 }
 inline float __uint_as_float(unsigned bits) {
@@ -41,7 +41,8 @@ namespace tilelang_ext {
 inline unsigned times_bfloat16(unsigned pair, unsigned factors) {
   unsigned result = 0;
   for (int i = 0; i < 32; i += 16)
-    result |= unsigned(bfloat16_t(bfloat16_value(pair >> i & 0xffff) * bfloat16_value(factors >> i & 0xffff)).bits) << i;
+    result |= unsigned(bfloat16_t(bfloat16_value(pair >> i & 0xffff) * bfloat16_value(factors >> i & 0xffff)).bits)
+              << i;
   return result;
 }
 inline unsigned select_bytes(unsigned low, unsigned high, unsigned selectors) {

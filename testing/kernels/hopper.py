@@ -72,7 +72,7 @@ def execute(
             arguments.append(f"({kind.split('*')[0].removeprefix('const ')}*){parameter_name}.data()")
         else:
             arguments.append(str(scalars[parameter_name]))
-    kernel = f"[&, z] {{ blockIdx.z = z; {name}({', '.join(arguments)}); }}"
+    kernel = f"[] {{ blockIdx.z = z; {name}({', '.join(arguments)}); }}"
     launch = f"launch_clusters({grid[0]}, {grid[1]}, {cluster}, {threads}, {kernel});"
-    call = f"for (int z = 0; z < {grid[2] if len(grid) > 2 else 1}; ++z) {launch}"
+    call = f"static int z; for (z = 0; z < {grid[2] if len(grid) > 2 else 1}; ++z) {launch}"
     run_program("hopper.h", functions + device, own, call)
