@@ -74,12 +74,19 @@ def _multiply_k_blocks(traits: Traits, block: Block, consumer: Consumer, wave, c
 
 
 def _multiply_tail(traits: Traits, block: Block, consumer: Consumer, column, step) -> None:
-    """Multiply the K blocks behind the main loop, and pass the other stages on."""
-    for n in range(traits.unroll):
-        if n < traits.tail:
+    """Multiply the K blocks behind the main loop, and pass the other stages on.
+
+    One K block's code for all of them: with code for each, ptxas keeps too much of them at once and spills accumulators.
+    """
+
+    @T.macro
+    def emit():
+        for n in T.serial(traits.tail):
             _multiply_and_promote(traits, block, consumer, column, step + n, n)
-        else:
-            _pass_on(traits, block, step + n)
+        for n in T.serial(traits.unroll - traits.tail):
+            _pass_on(traits, block, step + traits.tail + n)
+
+    emit()
 
 
 def _pass_on(traits: Traits, block: Block, step) -> None:
@@ -131,7 +138,7 @@ def _multiply_if_any(traits: Traits, block: Block, consumer: Consumer, column, k
     emit()
 
 
-def _multiply_and_promote(traits: Traits, block: Block, consumer: Consumer, column, step, n: int) -> None:
+def _multiply_and_promote(traits: Traits, block: Block, consumer: Consumer, column, step, n) -> None:
     """Add the MMAs of a K block, the n-th of an iteration, to the accumulators in registers, one MMA tile after the other."""
     pipeline = block.pipeline
     stage = n if traits.unroll == traits.config.num_stages else pipeline.stage(step)
