@@ -83,10 +83,10 @@ def _multiply_tail(traits: Traits, block: Block, consumer: Consumer, column, ste
     def emit():
         for n in T.serial(traits.tail):
             _multiply_and_promote(traits, block, consumer, column, step + n, n)
-        for n in T.serial(traits.unroll - traits.tail):
-            _pass_on(traits, block, step + traits.tail + n)
 
     emit()
+    for n in range(traits.tail, traits.unroll):
+        _pass_on(traits, block, step + n)
 
 
 def _pass_on(traits: Traits, block: Block, step) -> None:
@@ -141,8 +141,10 @@ def _multiply_if_any(traits: Traits, block: Block, consumer: Consumer, column, k
 def _multiply_and_promote(traits: Traits, block: Block, consumer: Consumer, column, step, n) -> None:
     """Add the MMAs of a K block, the n-th of an iteration, to the accumulators in registers, one MMA tile after the other."""
     pipeline = block.pipeline
-    stage = n if traits.unroll == traits.config.num_stages else pipeline.stage(step)
-    pipeline.wait(stage, pipeline.full_phase(step))
+    # An iteration of all stages begins with the first one, so that all its K blocks have one phase.
+    has_all = traits.unroll == traits.config.num_stages
+    stage = n if has_all else pipeline.stage(step)
+    pipeline.wait(stage, pipeline.full_phase(step - n if has_all else step))
     if traits.blockwise:
         _read_scales(traits, block, consumer, stage)
     for m in range(traits.mma_tiles):
