@@ -87,7 +87,7 @@ MODELS = {
     "fast": Model(0.01654, 0.02608, 1.0, 1.025, 1.017, 0.01392, 0.2887, 0.03, 0.0007107, 0.3985, 0.226, 0.0, 1.02),
     # Those of blocks as they were fitted before their last fit: rows without fast accumulation were not.
     "rows": Model(0.02268, 0.03737, 1.145, 1.115, 1.019, 0.0, 0.7572, 0.0, 0.001102, 0.0, 0.5381, 0.04133, 1.02),
-    "blocks": Model(0.01962, 0.08678, 1.317, 1.15, 1.113, 0.0, 0.5646, 0.0, 0.001639, 0.0, 0.007588, 0.02209, 1.019),
+    "blocks": Model(0.01954, 0.09301, 1.29, 1.132, 1.096, 0.0, 0.5361, 0.0, 0.001643, 0.0, 0.001315, 0.0217, 1.017),
 }
 SHARED = Shared(
     launch=2.305,
@@ -175,13 +175,15 @@ def choices(problem: Problem) -> Iterator[Choice]:
 
 def _tiles(problem: Problem) -> Iterator[tuple[int, int, int, bool]]:
     """Yield rows, columns, consumers and whether operands are swapped, of tiles that fit in registers."""
-    kind = kind_of(problem)
-    for block_M in (128,) if kind == "fast" else (128, 256):
+    kind, may_swap = kind_of(problem), problem.out_dtype != "float32"  # a transposed subtile would have rows of 256 bytes
+    # Of up to 64 rows half of such a tile or more is empty: wherever both have been measured, swapped operands were faster.
+    plain = () if may_swap and problem.max_M <= WGMMA_M else (128,) if kind == "fast" else (128, 256)
+    for block_M in plain:
         for block_N in _WIDTHS:
             straddles = kind == "blocks" and block_N > FP8_BLOCK + math.gcd(block_N, FP8_BLOCK)
             if _registers(kind, block_M // 128, block_N, 4) <= _limit(kind) and not straddles:
                 yield block_M, block_N, 2, False
-    if problem.out_dtype == "float32":  # a transposed subtile would have rows of 256 bytes
+    if not may_swap:
         return
     most = _ceildiv(problem.max_M, 16) * 16
     for block_N, num_consumers in ((64, 1), (128, 2), (256, 2)):
