@@ -151,6 +151,7 @@ def test_values_of_gathered_rows():
             "mxfp4_consume<tl::DataType::kFloat8_e5m2, 128, 128, 1, 8>",
         ),
         (scaled_matmul(16, 512, 1024, Tile(16, 64, 128)), "mxfp4_consume<tl::DataType::kBFloat16, 16, 64, 1, 8>"),
+        (scaled_matmul(16, 512, 1024, Tile(16, 64, 128), chained=True), "mxfp4_mma<16, 64, 128>"),  # which waits
         (scaled_matmul(300, 512, 1024, SOME), "mxfp4_mma<16, 32, 512>"),
         (scaled_matmul(300, 512, 1024, FEW), "mxfp4_mma<8, 16, 512>"),
         (by_tiles.dequant_matmul(16, 512, 1024, SOME), "mxfp4_mma<16, 32, 512>"),

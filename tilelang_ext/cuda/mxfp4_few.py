@@ -17,19 +17,17 @@ from tvm.tirx.stmt_functor import ir_transform, substitute
 
 from tilelang_ext.cuda.mxfp4_form import Product, device_call, first_of, rows_of, stride_of
 from tilelang_ext.cuda.statements import bound_values, is_call, nodes_of, parallel, sequence, shared, store
-from tilelang_ext.cuda.warp_roles import WARP, WARPGROUP, OtherForm
+from tilelang_ext.cuda.warp_roles import WARP, OtherForm
 
 _MAX_TOKENS = 16
 _BAND = 16  # rows of weights of a product of a warp
-_WARPGROUP_ROWS = 64  # of weights, of a product of a warpgroup
 _MMA_TOKENS = 8  # of a product of a warp
 _MANY_THREADS = 512  # two blocks of which have 64 registers a thread
 
 
-def takes(product: Product, threads: int) -> bool:
-    """Return whether a product is one for the matrix instructions of warps: rows of weights that fill no warpgroup's."""
-    fills = product.N % (_WARPGROUP_ROWS * threads // WARPGROUP) == 0
-    return product.M <= _MAX_TOKENS and str(product.A.buffer.dtype) == "bfloat16" and product.ids is None and not fills
+def takes(product: Product) -> bool:
+    """Return whether a product is one for the matrix instructions of warps."""
+    return product.M <= _MAX_TOKENS and str(product.A.buffer.dtype) == "bfloat16" and product.ids is None
 
 
 def _with_values(product: Product, values: dict) -> Product:

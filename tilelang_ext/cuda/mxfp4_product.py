@@ -1,7 +1,7 @@
 """Products of tokens and MXFP4 weights on Hopper: one device function for all of K, weights decoded in registers.
 
     Before                   for t in serial(K / step), BLOCK_SCALED [total, A, None, W, scale, K]: decode a step, multiply
-    After, up to 16 tokens   products of warps, see mxfp4_few.py
+    After, up to 16 tokens   products of warps, see mxfp4_few.py; or as below, if rows fill what warpgroups multiply
     else                     consumers and a producer, see mxfp4_roles.py
 
 The mark of `language.block_scaled` says what a loop computes. Weights are the left operand of the matrix unit, so that what a
@@ -25,7 +25,15 @@ from tilelang_ext.cuda import mxfp4_few, mxfp4_loop, mxfp4_roles
 from tilelang_ext.cuda.column_pairs import with_pairs_in_registers
 from tilelang_ext.cuda.mxfp4_form import Product, checked
 from tilelang_ext.cuda.statements import contains, nodes_of, with_body
-from tilelang_ext.cuda.warp_roles import OtherForm, check_beside, in_place_of, launch_of, read_by_producer, specialized
+from tilelang_ext.cuda.warp_roles import (
+    WARPGROUP,
+    OtherForm,
+    check_beside,
+    in_place_of,
+    launch_of,
+    read_by_producer,
+    specialized,
+)
 from tilelang_ext.marks import BLOCK_SCALED
 
 _HEADERS = ("mxfp4_device.h", "mxfp4_decode.h", "mxfp4_mma.h", "mxfp4_wgmma.h")
@@ -59,18 +67,29 @@ def _lower_function(func: tirx.PrimFunc) -> tirx.PrimFunc:
     ]
     if not whole and not marked:
         return func
+    reasons = []
     try:
         products = [(loop, products[loop]) for loop in whole] + [(loop, _recognised(loop)) for loop in marked]
-        few = all(mxfp4_few.takes(product, threads) for _, product in products)
-        products = [(loop, checked(product, 1 if few else mxfp4_roles.groups_of(product))) for loop, product in products]
         _check_threads(block, [loop for loop, _ in products], thread)
-        if few:
-            return _with_mma(func, block, products, threads)
-        return _with_roles(func, block, products, thread, threads)
+        for few in _forms([product for _, product in products], threads):
+            try:
+                own = [(loop, checked(product, 1 if few else mxfp4_roles.groups_of(product))) for loop, product in products]
+                return _with_mma(func, block, own, threads) if few else _with_roles(func, block, own, thread, threads)
+            except OtherForm as reason:
+                reasons.append(reason)
     except OtherForm as reason:
-        name = func.attrs.get("global_symbol", "kernel") if func.attrs else "kernel"
-        _log.info("%s: MXFP4 weights are decoded to shared memory: %s", name, reason)
-        return func
+        reasons.append(reason)
+    name = func.attrs.get("global_symbol", "kernel") if func.attrs else "kernel"
+    _log.info("%s: MXFP4 weights are decoded to shared memory: %s", name, "; ".join(map(str, reasons)))
+    return func
+
+
+def _forms(products: list[Product], threads: int) -> list[bool]:
+    """Return whether to try products of warps, of few tokens: first or last, where rows fill what warpgroups multiply."""
+    if not all(mxfp4_few.takes(product) for product in products):
+        return [False]
+    fills = all(product.N % (mxfp4_roles.BAND * (threads // WARPGROUP)) == 0 for product in products)
+    return [False, True] if fills else [True]
 
 
 def _recognised(loop: tirx.For) -> Product:

@@ -34,7 +34,7 @@ from tilelang_ext.formats import MX_GROUP
 
 _TYPES = {"bfloat16": "kBFloat16", "float8_e4m3fn": "kFloat8_e4m3", "float8_e5m2": "kFloat8_e5m2"}  # of A, for the matrix unit
 _TOKEN_BYTES = 128  # in a stage
-_BAND = 64  # rows of weights of a product of a warpgroup
+BAND = 64  # rows of weights of a product of a warpgroup
 _GROUPS = 4  # of scales, a word, that are copied at once
 _MAX_ROWS = 256  # of a box that TMA copies, and of tokens in a product
 _SUM_REGISTERS = {1: 128, 2: 128, 3: 80, 4: 32}  # of a thread, by warpgroups
@@ -58,7 +58,7 @@ class Tile(NamedTuple):
     @property
     def bands(self) -> int:
         """Products of 64 rows of a warpgroup."""
-        return self.rows // (_BAND * self.warpgroups)
+        return self.rows // (BAND * self.warpgroups)
 
     @property
     def step(self) -> int:
@@ -75,9 +75,9 @@ class Tile(NamedTuple):
 
     def place(self, i, j):
         """Return the thread and the register that hold an element of the product, (tokens, rows)."""
-        row = j % _BAND
-        thread = j // (_BAND * self.bands) * WARPGROUP + row // 16 * 32 + row % 16 // 2 * 4 + i % 8 // 2
-        return thread, j // _BAND % self.bands * (self.tokens // 2) + i // 8 * 4 + i % 2 * 2 + row % 2
+        row = j % BAND
+        thread = j // (BAND * self.bands) * WARPGROUP + row // 16 * 32 + row % 16 // 2 * 4 + i % 8 // 2
+        return thread, j // BAND % self.bands * (self.tokens // 2) + i // 8 * 4 + i % 2 * 2 + row % 2
 
 
 def groups_of(product: Product) -> int:
@@ -104,7 +104,7 @@ def tile_of(products: list[Product], threads: int) -> Tile:
     if tile.dtype not in _TYPES:
         raise OtherForm(f"A is {tile.dtype}")
     M, N = tile.tokens, tile.rows
-    if warpgroups not in _SUM_REGISTERS or N % (_BAND * warpgroups) or N > _MAX_ROWS or M % 8 or M > _MAX_ROWS:
+    if warpgroups not in _SUM_REGISTERS or N % (BAND * warpgroups) or N > _MAX_ROWS or M % 8 or M > _MAX_ROWS:
         raise OtherForm(f"a tile of {M} x {N} is not divided among {threads} threads")
     for product in products:
         _check_end(product, tile.step)
