@@ -76,4 +76,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'KeepFloatArithmetic = prim_func_pass(_keep_all, opt_level=0, name="tilelang_ext.KeepFloatArithmetic")',
         'KeepFloatArithmetic = prim_func_pass(_keep_all, opt_level=1, name="tilelang_ext.KeepFloatArithmetic")',
     ): "TVM runs passes of up to level 2 unless it is told otherwise, and tilelang those of up to 3",
+    (
+        "tilelang_ext/program/arguments.py",
+        "if not isinstance(factor, tirx.IntImm) or not isinstance(rest, tirx.IntImm) or not int(factor):",
+        "if not isinstance(factor, tirx.IntImm) or not isinstance(rest, tirx.IntImm) and not int(factor):",
+    ): "all other variables being known the rest is a number; upstream refuses an extent that its variable does not change",
 }

@@ -40,6 +40,8 @@ _ROWS = (
     ),
     (r"tilelang_ext/(simulator/|simulation)", "simulator/test_errors simulator/test_language simulator"),
     (r"tilelang_ext/cuda/(\w+)", "cuda/test_{0} cuda/test_repairs cuda/test_codes cuda"),
+    (r"tilelang_ext/cpu/one_thread_blocks", "cpu/test_vectors cpu/test_backend cpu/test_views_and_functions cpu"),
+    (r"tilelang_ext/cpu/scans", "cpu/test_tile_programs cpu"),
     (r"tilelang_ext/cpu/(\w+)", "cpu/test_{0} cpu"),
     (r"tilelang_ext/(rocm|metal)/all_reduce", "passes/test_reduction_groups {0}"),
     (r"tilelang_ext/rocm/(\w+)", "rocm/test_{0} rocm/test_repairs rocm/test_spelling rocm/test_values rocm"),
@@ -48,6 +50,11 @@ _ROWS = (
     (r"tilelang_ext/metal/(memory_limit|threadgroup_memory)", "metal/test_errors metal/test_codegen_text metal"),
     (r"tilelang_ext/metal/parameter_order", "test_several_kernels metal/test_arguments metal"),
     (r"tilelang_ext/metal/(\w+)", "metal/test_{0} metal/test_gemm metal/test_reduce metal/test_arguments metal"),
+    (r"tilelang_ext/language/bounds", "language/test_upstreams_limits"),
+    (
+        r"tilelang_ext/language/(scaled_product|block_scaled)",
+        "language/test_fp8_scaled_matmul language/test_gemm_blockscaled language",
+    ),
     (r"tilelang_ext/language/tile", "language/test_mxfp4_dequant language/test_messages language"),
     (
         r"tilelang_ext/language/(\w+)",
@@ -66,6 +73,10 @@ _ROWS = (
     (r"tilelang_ext/export/", "export"),
     (r"tilelang_ext/(\w+)", "test_{0} test_registration test_public_names test_ahead export kernels/mxfp4_moe/test_mlx"),
     (r"src/launch/(\w+)", "launch/test_{0} launch/test_direct launch/test_plan launch"),
+    (
+        r"src/metal/(prelude_threads|prelude_simdgroups|tile_operators)",
+        "metal/test_codegen_operations metal/test_warp_functions metal/test_reduce metal/test_barriers metal",
+    ),
     (r"src/metal/prelude_matrices", "metal/test_metal4 metal/test_gemm metal"),
     (
         r"src/metal/",

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from tvm import DataType, tirx
 from tvm.ir import Op
-from tvm.tirx.stmt_functor import ir_transform, post_order_visit
+from tvm.tirx.stmt_functor import post_order_visit
 from tvm.tirx.transform import prim_func_pass
+
+from tilelang_ext.passes.rewrite import rewritten, with_buffers
 
 _COMBINE = {"tl.tileop.cumsum": lambda total, value: total + value, "tl.tileop.cummax": tirx.max}
 
@@ -67,20 +69,9 @@ def _spell(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
         call = _scan(stmt)
         return None if call is None else _loops(call, held)
 
-    def allocate(block):
-        if not held:
-            return None
-        buffers = [*block.alloc_buffers, *held]
-        held.clear()
-        return tirx.SBlock(
-            block.iter_vars, block.reads, block.writes, block.name_hint, block.body, block.init, buffers, block.match_buffers,
-            block.annotations,
-        )  # fmt: skip
-
     if not has_scans(func):
         return func
-    body = ir_transform(func.body, None, replace, ["tirx.Evaluate"])
-    return func.with_body(ir_transform(body, None, allocate, ["tirx.SBlock"]))
+    return func.with_body(with_buffers(rewritten(func.body, replace, ["tirx.Evaluate"]), held))
 
 
 SpellScans = prim_func_pass(_spell, opt_level=0, name="tilelang_ext.cpu.SpellScans")

@@ -14,6 +14,7 @@ from tvm.tirx.transform import prim_func_pass
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.joined_guards import JoinGuardsOfCasts
 from tilelang_ext.passes.region_shapes import is_region, refuse_unlike_regions
+from tilelang_ext.passes.repeated_atomics import PartAtomics
 from tilelang_ext.passes.rewrite import rewritten
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.shifted_indices import HideShiftedTileIndices
@@ -35,7 +36,7 @@ def repair(mod: IRModule) -> IRModule:
         launched = launch(lower_thread_binding=True, default_threads=128)(mod)
     except TypeError:  # 0.1.14
         launched = launch()(mod)
-    parted = PartUpdates(launched)
+    parted = PartUpdates(PartAtomics(launched))
     if any(_has_scalar_atomic(func) for _, func in mod.functions_items()):
         return SpellScalarAtomics(parted)
     return mod if _bodies(parted) == _bodies(launched) else parted

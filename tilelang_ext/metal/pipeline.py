@@ -45,6 +45,7 @@ from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.pipelines import pipelined
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
+from tilelang_ext.passes.repeated_atomics import PartAtomics
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.scalar_parameters import refuse_narrow_scalars
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
@@ -113,7 +114,7 @@ def _lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     mod = StageReads(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.metal.fragment_to_simdgroup.
-    mod = PartUpdates(HoldBounds(DropOperandLayouts(mod)))
+    mod = PartUpdates(PartAtomics(HoldBounds(DropOperandLayouts(mod))))
     mod = transform.LayoutInference()(lay_out(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)

@@ -28,3 +28,20 @@ def rewritten(stmt: tirx.Stmt, rewrite: Callable, kinds: list[str]) -> tirx.Stmt
     if errors:
         raise errors[0]
     return stmt
+
+
+def with_buffers(stmt: tirx.Stmt, buffers: list[tirx.Buffer]) -> tirx.Stmt:
+    """Return `stmt` whose innermost first block allocates `buffers` too."""
+    held = list(buffers)
+
+    def allocate(block):
+        if not held:
+            return None
+        allocated = [*block.alloc_buffers, *held]
+        held.clear()
+        return tirx.SBlock(
+            block.iter_vars, block.reads, block.writes, block.name_hint, block.body, block.init, allocated, block.match_buffers,
+            block.annotations,
+        )  # fmt: skip
+
+    return ir_transform(stmt, None, allocate, ["tirx.SBlock"])

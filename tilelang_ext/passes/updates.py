@@ -26,7 +26,7 @@ from tvm.tirx.stmt_functor import ir_transform, post_order_visit, pre_order_visi
 from tvm.tirx.transform import prim_func_pass
 
 from tilelang_ext.passes.launched_blocks import LaunchedBlock, launched_blocks
-from tilelang_ext.passes.rewrite import rewritten
+from tilelang_ext.passes.rewrite import rewritten, with_buffers
 
 _COPY, _REGION, _SYNC = "tl.tileop.copy", "tl.region", Op.get("tirx.tvm_storage_sync")
 _READ, _WRITE = 1, 2
@@ -147,10 +147,6 @@ def _around(loops: list[tirx.For], body: tirx.Stmt, own: dict[tirx.Var, tirx.Var
     return body
 
 
-def _barrier() -> tirx.Stmt:
-    return tirx.Evaluate(tirx.Call("int32", _SYNC, [tirx.StringImm("shared")]))
-
-
 def _tile_statements(block: LaunchedBlock) -> tuple[dict[tirx.Stmt, _Uses], set[tirx.Stmt]]:
     """Return the loops and copies of a block with what they use, and those that not all threads come to."""
     uses: dict[tirx.Stmt, _Uses] = {}
@@ -179,18 +175,18 @@ def _is_copy(node) -> bool:
     return isinstance(call, tirx.Call) and isinstance(call.op, Op) and call.op.name == _COPY
 
 
-def _has_copies(uses: _Uses, threads: int) -> bool:
+def may_have_copies(fragment: tirx.Buffer, threads: int) -> bool:
     """Whether a fragment may lie in several threads, as far as its own extents say: of 64 rows of 100, two of 128 threads have
     each."""
+    if not all(isinstance(extent, tirx.IntImm) for extent in fragment.shape):
+        return False
+    extents = [int(extent) for extent in fragment.shape]
+    return math.prod(extents) < threads or any(extent & (extent - 1) for extent in (*extents, threads))
 
-    def may_have(extents: list[int]) -> bool:
-        return math.prod(extents) < threads or any(extent & (extent - 1) for extent in (*extents, threads))
 
-    return any(
-        all(isinstance(extent, tirx.IntImm) for extent in buffer.shape) and may_have([int(extent) for extent in buffer.shape])
-        for buffer in uses.buffers.values()
-        if buffer.scope() == "local.fragment"
-    )
+def block_barrier() -> tirx.Stmt:
+    """Return a barrier of the block's threads."""
+    return tirx.Evaluate(tirx.Call("int32", _SYNC, [tirx.StringImm("shared")]))
 
 
 def _part(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
@@ -200,12 +196,13 @@ def _part(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
         statements, conditional = _tile_statements(block)
         read = {data for uses in statements.values() for data in uses.loads if uses.buffers[data].scope() == "global"}
         for stmt, uses in statements.items():
-            if not _has_copies(uses, block.threads):
+            fragments = [buffer for buffer in uses.buffers.values() if buffer.scope() == "local.fragment"]
+            if not any(may_have_copies(fragment, block.threads) for fragment in fragments):
                 continue
             parts = _through_fragments(stmt, uses, held) if isinstance(stmt, tirx.For) else [stmt]
             works_in_place = not read.isdisjoint(uses.stores)
             if (works_in_place or len(parts) > 1) and stmt not in conditional:
-                parts = [*parts[:-1], _barrier(), parts[-1], *([_barrier()] if works_in_place else [])]
+                parts = [*parts[:-1], block_barrier(), parts[-1], *([block_barrier()] if works_in_place else [])]
             if len(parts) > 1:
                 replaced[stmt] = parts
     if not replaced:
@@ -214,18 +211,8 @@ def _part(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     def replace(node):
         return tirx.SeqStmt(replaced[node]) if node in replaced else None
 
-    def allocate(block):
-        if not held:
-            return None
-        buffers = [*block.alloc_buffers, *held]
-        held.clear()
-        return tirx.SBlock(
-            block.iter_vars, block.reads, block.writes, block.name_hint, block.body, block.init, buffers, block.match_buffers,
-            block.annotations,
-        )  # fmt: skip
-
     body = ir_transform(func.body, replace, None, ["tirx.For", "tirx.Evaluate"])
-    return func.with_body(ir_transform(body, None, allocate, ["tirx.SBlock"]))
+    return func.with_body(with_buffers(body, held))
 
 
 PartUpdates = prim_func_pass(_part, opt_level=0, name="tilelang_ext.PartUpdates")

@@ -39,6 +39,7 @@ from tilelang_ext.passes.pipelined_scalars import ForwardPipelinedScalars
 from tilelang_ext.passes.pipelines import pipelined
 from tilelang_ext.passes.reduction_groups import CountFromFirstThread
 from tilelang_ext.passes.region_shapes import refuse_unlike_regions
+from tilelang_ext.passes.repeated_atomics import PartAtomics
 from tilelang_ext.passes.scalar_atomics import SpellScalarAtomics
 from tilelang_ext.passes.scalar_parameters import refuse_narrow_scalars
 from tilelang_ext.passes.shifted_indices import HideShiftedIndices, ReleaseShiftedIndices
@@ -114,7 +115,7 @@ def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     mod = transform.Simplify()(mod)
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.rocm.gemm.
-    mod = PartUpdates(HoldBounds(mod))
+    mod = PartUpdates(PartAtomics(HoldBounds(mod)))
     mod = transform.LayoutInference()(lay_out(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)

@@ -1,0 +1,132 @@
+"""Atomics beside stores to a fragment that several threads hold: each is done once, and in the order of the statements."""
+
+# Without `from __future__ import annotations`: prim_funcs read their annotations.
+
+import pytest
+import torch
+from cuda.kernels import lower as lower_for_cuda
+from passes.run import run
+
+from tilelang_ext import language as T
+from tilelang_ext import metal
+
+N = 8
+
+
+@T.prim_func
+def routing(
+    A: T.Tensor((N, 64), "float32"),
+    total: T.Tensor((N,), "float32"),
+    doubled: T.Tensor((N,), "float32"),
+    taken: T.Tensor((2,), "int32"),
+    places: T.Tensor((N,), "int32"),
+    kept: T.Tensor((N,), "int32"),
+):
+    """16 threads hold a row's sum: one of them adds it, and all read the sum back."""
+    with T.Kernel(1, threads=128):
+        a, row = T.alloc_fragment((N, 64), "float32"), T.alloc_fragment((N,), "float32")
+        place, keep = T.alloc_fragment((N,), "int32"), T.alloc_fragment((N,), "int32")
+        T.copy(A, a)
+        T.reduce_sum(a, row, dim=1)
+        for i in T.Parallel(N):
+            T.atomic_add(total[i], row[i])
+            row[i] = total[i] * 2.0
+        T.copy(row, doubled)
+        for i in T.Parallel(N):
+            factor = i + 1
+            slot = T.atomic_add(taken[0], 1, return_prev=True)
+            place[i] = slot
+            if i % 2 == 0:
+                T.atomic_add(taken[1], slot * factor)
+                keep[i] = slot * factor
+            else:
+                keep[i] = T.atomic_max(taken[0], 0, return_prev=True)
+        T.copy(place, places)
+        T.copy(keep, kept)
+
+
+@pytest.mark.parametrize("target", ["metal", "hip -mcpu=gfx942", "hip -mcpu=gfx1100"])
+def test_values(target):
+    A = torch.arange(N * 64).reshape(N, 64).float()
+    total, doubled = torch.ones(N), torch.full((N,), torch.nan)
+    taken, places, kept = torch.zeros(2, dtype=torch.int32), torch.full((N,), -1).int(), torch.full((N,), -1).int()
+    run(routing, A, total, doubled, taken, places, kept, target=target)
+    assert torch.equal(total, 1 + A.sum(1))
+    assert torch.equal(doubled, 2 * total)
+    assert sorted(places.tolist()) == list(range(N))
+    assert taken[0] == N
+    weighted = (places * torch.arange(1, N + 1)).int()
+    assert torch.equal(kept, torch.where(torch.arange(N) % 2 == 0, weighted, N).int())
+    assert taken[1] == weighted[::2].sum()
+
+
+def test_one_thread_of_those_that_hold_a_row_adds_on_cuda():
+    text = lower_for_cuda(routing, "sm_90")
+    body = text[text.rindex("__global__") :]
+    guard = body.rindex("if (", 0, body.index("AtomicAdd(")), body.index("AtomicAdd(")
+    assert "threadIdx.x) % 16) == 0" in body[slice(*guard)]
+    assert body.count("AtomicAdd") == 3
+
+
+def beside(body):
+    @T.prim_func
+    def kernel(C: T.Tensor((N,), "int32"), P: T.Tensor((N,), "int32")):
+        with T.Kernel(1, threads=128):
+            x = T.alloc_fragment((N,), "int32")
+            T.clear(x)
+            for i in T.Parallel(N):
+                body(i, x, C)
+            T.copy(x, P)
+
+    return kernel
+
+
+@T.macro
+def in_an_inner_loop(i, x, C):
+    for k in T.serial(3):
+        T.atomic_add(C[i], k)
+        x[i] = x[i] + 1
+
+
+@T.macro
+def under_what_it_changes(i, x, C):
+    if x[i] == 0:
+        T.atomic_add(C[i], 1)
+        x[i] = 1
+
+
+@T.macro
+def a_value_of_what_it_changes(i, x, C):
+    before = x[i]
+    x[i] = before + i
+    T.atomic_add(C[i], before + x[i])
+
+
+@T.macro
+def a_binding_under_a_condition(i, x, C):
+    if i < 3:
+        slot = T.atomic_add(C[i], 1, return_prev=True)
+        x[i] = slot
+
+
+@pytest.mark.parametrize("target", ["metal", "hip -mcpu=gfx942"])
+@pytest.mark.parametrize(
+    ("body", "counts", "values"),
+    [
+        (under_what_it_changes, [1] * N, [1] * N),
+        (a_value_of_what_it_changes, list(range(N)), list(range(N))),
+    ],
+)
+def test_conditions_and_values_are_those_of_before(body, counts, values, target):
+    C, P = torch.zeros(N, dtype=torch.int32), torch.full((N,), -1).int()
+    run(beside(body), C, P, target=target)
+    assert (C.tolist(), P.tolist()) == (counts, values)
+
+
+@pytest.mark.parametrize(
+    ("body", "got"),
+    [(in_an_inner_loop, "a loop that has both"), (a_binding_under_a_condition, "a binding under a condition")],
+)
+def test_what_cannot_be_parted_is_refused(body, got):
+    with pytest.raises(NotImplementedError, match=f"T.Parallel: an atomic beside a store .*; got {got}; put the atomic into"):
+        metal.lower(beside(body))
