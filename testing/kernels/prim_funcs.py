@@ -106,13 +106,15 @@ class Listed:
 
 
 def matmuls() -> Iterator[Case]:
-    """The kernels of `matmul`: tiled, persistent, in splits, after a transpose; with every part of the epilogue."""
+    """The kernels of `matmul`: tiled, persistent, swapped, in splits, after a transpose; with every part of the epilogue."""
     ALL, BF16 = matmul_operands.ALL, matmul_operands.BF16
     for name, of in {
         "tiled": matmul_operands.problem(200, 136, 100, epilogue=ALL),
         "large": matmul_operands.problem(4096, 4096, 4096, b_is_k_major=False, epilogue=ALL),
         "cluster": matmul_operands.problem(4096, 4096, 4104),
-        "split": matmul_operands.problem(128, 4096, 7168, epilogue=ALL),
+        "swapped": matmul_operands.problem(300, 7168, 2048, epilogue=ALL),
+        "split": matmul_operands.problem(16, 1024, 8192, epilogue=ALL),
+        "added": matmul_operands.problem(128, 4096, 7168, epilogue=ALL),
         "turned": matmul_operands.problem(8, 16384, 16384, BF16, a_is_k_major=False),
     }.items():
         listed = Listed()
