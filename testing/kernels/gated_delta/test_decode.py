@@ -1,5 +1,7 @@
 """The kernel of `gated_delta_decode` from its Metal and HIP texts, in the simulator, beside the reference in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from numeric import assert_close
 from tilelang_ext import metal, simulate
 from tilelang_ext.kernels.gated_delta.decode import decode
 from tilelang_ext.kernels.gated_delta.problem import Problem
-from tilelang_ext.kernels.gated_delta.rows import Config, pick_config
+from tilelang_ext.kernels.gated_delta.rows import MAX_WEIGHED, PASS_CONFIGS, Config, pick_config
+from tilelang_ext.launch import recipe
+from tilelang_ext.launch.expression import recipe_of
 from tilelang_ext.rocm import program as rocm
 
 SCALE = 0.125
@@ -106,11 +110,26 @@ def test_state_is_read_and_written_once():
     assert 0 <= beside_state <= 4 * 4 * (2 * 2 * 128 + 32 * 2 * 32)  # q and k by each warp, v by each lane
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8, 64, 1000])
-@pytest.mark.parametrize(("heads", "V", "tokens"), [(8, 128, 1), (3, 20, 1), (32, 128, 8), (1, 4, 2)])
-def test_configurations_cover_all_rows(batch, heads, V, tokens):
-    of = Problem("cuda", 132, tokens, 1, heads, 128, V, "bfloat16", "float32")
-    config = pick_config(of, batch)
-    assert min(config.rows_per_lane, config.warps) >= 1
-    assert V % (config.rows * config.warps) == 0
-    assert config.rows % config.groups == 0
+@pytest.mark.parametrize("options", [{}, {"in_place": True}, {"limit": 8}, {"limit": 64}, {"state_dtype": "bfloat16"}])
+@pytest.mark.parametrize(("heads", "K", "V", "tokens"), [(8, 128, 128, 1), (3, 512, 20, 1), (32, 128, 128, 8), (1, 32, 4, 2)])
+def test_configurations_cover_all_rows(heads, K, V, tokens, options):
+    of = Problem("cuda", 132, tokens, 1, heads, K, V, "bfloat16", **{"state_dtype": "float32", **options})
+    for batch in (1, 2, 8, 64, 1000):
+        config = pick_config(of, batch)
+        assert min(config.rows_per_lane, config.warps, config.turns) >= 1
+        assert V % (config.rows * config.warps * config.turns) == 0
+        assert config.rows % config.groups == 0
+        if of.limit:
+            assert 2 * config.rows_per_lane <= config.lanes
+            assert config.turns == 1 or of.limit <= min(config.lanes, MAX_WEIGHED)
+
+
+def test_blocks_per_sm():
+    """Few sequences: shared memory for six blocks; in place and with many sequences none. Text for Hopper alone."""
+    of = Problem("cuda", 132, 1, 1, 2, 32, 128, "bfloat16", "float32")
+    few, many = pick_config(of, 1), pick_config(of, 4096)
+    assert (few.max_blocks_per_sm, many.max_blocks_per_sm) == (6, 0)
+    assert pick_config(replace(of, in_place=True), 1).max_blocks_per_sm == 0
+    assert pick_config(replace(of, target_kind="hip"), 1).max_blocks_per_sm == 0
+    lowered = recipe.lower(decode(of, few), "sm_90a", PASS_CONFIGS)
+    assert [step["shared_bytes"] for step in lowered.variant["steps"]] == [recipe_of(228 * 1024 // 6 - 1024)]

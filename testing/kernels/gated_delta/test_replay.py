@@ -5,24 +5,25 @@ import torch
 from kernels.gated_delta.operands import expected, inputs
 from numeric import assert_close
 
-from tilelang_ext import metal, simulate
+from tilelang_ext import ReplayCache, gated_delta_replay, metal, simulate
 from tilelang_ext.kernels.gated_delta.problem import Problem
 from tilelang_ext.kernels.gated_delta.replay import replay
 from tilelang_ext.kernels.gated_delta.rows import Config
 from tilelang_ext.rocm import program as rocm
 
 SCALE, LIMIT = 0.2, 4
+UNUSED = torch.zeros(1, dtype=torch.int32)
 
 
 class Replay:
     """A pool of states and rings on one target; poisoned where nothing was written."""
 
-    def __init__(self, target, batch, tokens, qk_heads, heads, K, V, per_channel=False, l2_norm=False):
+    def __init__(self, target, batch, tokens, qk_heads, heads, K, V, per_channel=False, l2_norm=False, turns=1):
         sizes = {"tokens": tokens, "qk_heads": qk_heads, "heads": heads, "K": K, "V": V}
         dtypes = {"dtype": "bfloat16", "state_dtype": "float32"}
         options = {"per_channel": per_channel, "l2_norm": l2_norm, "scale": SCALE, "limit": LIMIT}
         problem = Problem("metal", 0, **sizes, **dtypes, **options)
-        prim_func = replay(problem, Config(1, 4))
+        prim_func = replay(problem, Config(1, 4, turns=turns))
         self.target = target
         self.program = metal.lower(prim_func) if target == "metal" else rocm.lower(prim_func, target)
         nan = torch.nan
@@ -35,8 +36,7 @@ class Replay:
     def step(self, given, accepted):
         """Compute the tokens of each sequence, and move the windows past the accepted ones."""
         out = torch.full(given["v"].shape, torch.nan, dtype=torch.bfloat16)
-        unused = torch.zeros(1, dtype=torch.int32)
-        tensors = *given.values(), unused, self.windows, self.k, self.r, self.decay, out
+        tensors = *given.values(), UNUSED, self.windows, self.k, self.r, self.decay, out
         report = simulate(self.program, *tensors, target=self.target, check=True, timeout=300)
         assert not report.findings, str(report)
         first, count = self.windows.T
@@ -49,7 +49,7 @@ class Replay:
 @pytest.mark.parametrize(
     ("target", "sizes", "options"),
     [
-        ("metal", (2, 1, 2, 4, 64, 8), {}),
+        ("metal", (2, 1, 2, 4, 64, 8), {"turns": 2}),
         ("metal", (2, 1, 1, 2, 32, 4), {"per_channel": True, "l2_norm": True}),
         ("hip -mcpu=gfx942", (1, 1, 1, 2, 64, 8), {}),
     ],
@@ -90,3 +90,31 @@ def test_verify_keeps_accepted_tokens_alone():
             assert_close(out[i], wanted[0, -3:], dtype="bfloat16")
             for name in "qkvab":
                 history[name][i].append(given[name][i, : accepted[i]])
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_long_windows(per_channel):
+    """Windows of many entries, none, one, and the most that are not written, beside the operator on the CPU; NaN elsewhere."""
+    limit, K, V = 20, 32, 8
+    given = inputs(4, 1, 1, 2, K, V, per_channel=per_channel)
+    windows = torch.tensor([[17, 13], [20, 0], [20, 1], [0, 19]], dtype=torch.int32)
+    cache = ReplayCache.empty(given["state"], limit + 1, 1, torch.bfloat16, per_channel=per_channel)
+    for tensor in cache:
+        tensor.fill_(torch.nan)
+    for i, (first, count) in enumerate(windows.tolist()):
+        entries = [(first + n) % (limit + 1) for n in range(count)]
+        cache.k[i, entries], cache.r[i, entries] = torch.randn(count, 1, K).bfloat16() / 4, torch.randn(count, 2, V)
+        cache.decay[i, entries] = -torch.rand_like(cache.decay[i, entries]).cumsum(0) / 4
+    options = {"per_channel": per_channel, "scale": SCALE, "limit": limit}
+    problem = Problem("metal", 0, 1, 1, 2, K, V, "bfloat16", "float32", **options)
+    wanted, kept = torch.full_like(given["v"], torch.nan), ReplayCache(*(tensor.clone() for tensor in cache))
+    gated_delta_replay(**given, windows=windows, cache=kept, scale=SCALE, out=wanted)
+    out = torch.full_like(given["v"], torch.nan)
+    tensors = *given.values(), UNUSED, windows, *cache, out
+    report = simulate(metal.lower(replay(problem, Config(1, 4))), *tensors, target="metal", check=True, timeout=300)
+    assert not report.findings, str(report)
+    assert_close(out, wanted.double(), dtype="bfloat16")
+    for i, (first, count) in enumerate(windows.tolist()):
+        for ours, theirs in zip(cache, kept, strict=True):
+            entry = (first + count) % (limit + 1)
+            assert_close(ours[i, entry], theirs[i, entry].double(), dtype=str(ours.dtype).removeprefix("torch."))

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tilelang_ext.kernels.gated_delta.problem import V_UNIT
+
 MAX_TOKENS = 8  # of a sequence in one call: their q, k and v stay in registers
 DTYPES = (torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 _K_SIZES = (32, 64, 128, 256, 512)  # 1 to 16 neighbouring channels per lane, loaded together
-_V_UNIT = 4
 
 
 class Arguments(NamedTuple):
@@ -89,8 +90,8 @@ def _check_shapes(given: Arguments | ReplayArguments) -> None:
         )
     if K not in _K_SIZES:
         raise ValueError(f"K, the last dimension of q, must be one of {_K_SIZES}; got {K}; pad it with zeros")
-    if V == 0 or V % _V_UNIT:
-        raise ValueError(f"V, the last dimension of v, must be a multiple of {_V_UNIT}; got {V}; pad it")
+    if V == 0 or V % V_UNIT:
+        raise ValueError(f"V, the last dimension of v, must be a multiple of {V_UNIT}; got {V}; pad it")
     per_channel = given.a.dim() == 4
     of_gates = (heads, K) if per_channel else (heads,)
     wanted = {

@@ -11,6 +11,8 @@ from tilelang_ext.kernels.gated_delta.problem import WARP, Problem
 from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS, Config, assume_units, macros, pick_config
 from tilelang_ext.kernels.sm90 import pdl, prefetch
 
+SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of an SM of Hopper, and of each of its blocks
+
 
 def decode(problem: Problem, config: Config):
     """The prim_func: (q, k, v, state, A_log, dt_bias, a, b, indices, accepted, out, new_state)."""
@@ -23,6 +25,12 @@ def decode(problem: Problem, config: Config):
     types = problem.types()
     new_state_type = problem.state_type("new_state")
     num_accepted = T.dynamic("num_accepted")
+
+    @T.macro
+    def occupy(thread):
+        """Allocate so much shared memory that no more blocks fit on an SM. It is written so that it is not left out."""
+        room = T.alloc_shared((SHARED_BYTES // config.max_blocks_per_sm - RESERVED_BYTES,), "uint8")
+        room[thread] = T.uint8(0)
 
     @T.macro
     def run(q, k, v, state, A_log, dt_bias, a, b, indices, accepted, out, target):
@@ -49,6 +57,8 @@ def decode(problem: Problem, config: Config):
                 pdl.trigger()
                 if not problem.has_indices and thread % WARP == 0:
                     prefetch.prefetch(state[sequence, head, first_row, 0], config.rows * problem.K * state_bytes)
+                if not problem.in_place:
+                    of_warp.ask_for_inputs(q, k, v, a, b, sequence, head, first_row, thread)
                 pdl.wait()
             if problem.has_indices:
                 slot = indices[sequence]
@@ -75,6 +85,8 @@ def decode(problem: Problem, config: Config):
                     of_warp.store_rows(target, slot, head, first_row, group, lane, S)
             else:
                 of_warp.store_nothing(out, sequence, head, first_row, group, lane, slot)
+                if config.max_blocks_per_sm:
+                    occupy(thread)
 
     @T.prim_func
     def gated_delta_decode(

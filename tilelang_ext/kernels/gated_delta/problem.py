@@ -28,6 +28,7 @@ from types import SimpleNamespace
 from tilelang_ext import language as T
 
 STRIDE_UNIT = 8  # elements: of the widest load of 16-bit types
+V_UNIT = 4  # rows: V is a multiple
 WARP = 32  # of T.warp_reduce_sum: on AMD's waves of 64, each half by itself
 
 

@@ -12,28 +12,38 @@ Few lanes per row mean few shuffles: with 8 lanes a warp adds up four rows in th
 then needs more registers for q and k.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from tvm import tirx
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.gated_delta.problem import STRIDE_UNIT, WARP, Problem
+from tilelang_ext.kernels.gated_delta.problem import STRIDE_UNIT, V_UNIT, WARP, Problem
+from tilelang_ext.kernels.sm90 import prefetch
 
 # A kernel that uses PDL: its accesses are inside by construction, and it has no shared memory to order.
 PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True, "tl.disable_thread_storage_sync": True}
 _LOAD_BYTES = 16
+MAX_WEIGHED = 16  # entries of a window whose weights a warp computes together
 LINEAR_FROM = 20.0  # softplus(x) is x in float32 from here on
 NORM_EPS = 1e-6  # as flash-linear-attention has it
 
 
 @dataclass(frozen=True)
 class Config:
-    """A block has `warps` warps, each with `rows` rows of a head's state, in groups of `lanes` lanes per row."""
+    """A block has `warps` warps, each with `rows` rows of a head's state at a time, in groups of `lanes` lanes per row.
+
+    In the replay kernel a warp has as many rows again in each of `turns` turns. On CUDA registers suffice for
+    `min_blocks_per_sm` blocks, and shared memory for no more than `max_blocks_per_sm`; 0 leaves either open.
+    """
 
     warps: int
     rows: int
     lanes: int = 8
+    turns: int = 1
+    min_blocks_per_sm: int = 0
+    max_blocks_per_sm: int = 0
 
     @property
     def groups(self) -> int:
@@ -45,39 +55,78 @@ class Config:
         return self.rows // self.groups
 
 
+class _Choice(NamedTuple):
+    rows: int  # of a warp at a time
+    warps: int
+    channels: int  # of a lane
+    turns: int = 1
+    min_blocks_per_sm: int = 0
+    max_blocks_per_sm: int = 0
+
+
 _TABLES = {
-    # rows of the state per SM up to here: rows per warp, warps, channels per lane; measured on an H200, 8 heads of 128 x 128
+    # rows of the state per SM up to here; measured on an H200, 8 heads of 128 x 128
     "float32": [
-        (16, (8, 2, 8)),  # one sequence: a block per SM
-        (48, (4, 4, 8)),  # smaller blocks spread more evenly
-        (float("inf"), (8, 2, 8)),
+        # PDL lets blocks of several launches in, which ask for rows long before they may use them
+        (48, _Choice(8, 2, 8, max_blocks_per_sm=6)),
+        (float("inf"), _Choice(8, 4, 8)),
+    ],
+    "float32, in place": [
+        (16, _Choice(8, 2, 8)),  # one sequence: a block per SM
+        (48, _Choice(4, 4, 8)),  # smaller blocks spread more evenly
+        (float("inf"), _Choice(8, 2, 8)),
     ],
     "bfloat16": [
-        (96, (8, 2, 8)),
-        (float("inf"), (16, 2, 16)),  # as many bytes in flight as in float32
+        (96, _Choice(8, 2, 8)),
+        (float("inf"), _Choice(16, 2, 16)),  # as many bytes in flight as in float32
+    ],
+    "replay": [
+        (96, _Choice(8, 2, 8, min_blocks_per_sm=12)),
+        (float("inf"), _Choice(8, 4, 8, turns=2, min_blocks_per_sm=4)),  # weights serve two turns; four leave SMs idle
     ],
 }
+
+
+def _table_of(problem: Problem) -> list:
+    if problem.limit:
+        return _TABLES["replay"]
+    in_place = problem.in_place and problem.state_dtype == "float32"
+    return _TABLES["float32, in place" if in_place else problem.state_dtype]
 
 
 def regime_of(problem: Problem, batch: int) -> int:
     """Return the row of the table that a batch has; a larger batch has the same or a later one."""
     rows_per_sm = batch * problem.heads * problem.V / max(problem.num_sms, 1)
-    return next(i for i, (limit, _) in enumerate(_TABLES[problem.state_dtype]) if rows_per_sm <= limit)
+    return next(i for i, (limit, _) in enumerate(_table_of(problem)) if rows_per_sm <= limit)
 
 
 def pick_config(problem: Problem, batch: int) -> Config:
     """Return how many rows of the state a warp and a block have."""
-    _, (rows, warps, channels) = _TABLES[problem.state_dtype][regime_of(problem, batch)]
-    if problem.limit:
-        rows, warps, channels = 8, 2, 16  # a lane per entry of a window of 8, and few registers
-    lanes = min(max(8, problem.K // channels), WARP)
+    _, choice = _table_of(problem)[regime_of(problem, batch)]
+    rows, warps, turns = choice.rows, choice.warps, choice.turns
+    lanes = min(max(8, problem.K // choice.channels), WARP)
     groups = WARP // lanes
     if problem.tokens > 2:
         rows = min(rows, 4)  # registers hold the tokens' q, k and v too
+    if problem.tokens > 1 or problem.limit > min(lanes, MAX_WEIGHED):
+        turns = 1  # there are no weights, or more than a lane keeps
     rows = max(rows, groups)
-    while problem.V % (warps * rows):
-        rows, warps = (rows // 2, warps) if rows > groups else (groups, warps // 2)
-    return Config(warps, rows, lanes)
+    while problem.V % (warps * rows * turns):
+        if turns > 1:
+            turns //= 2
+        else:
+            rows, warps = (rows // 2, warps) if rows > groups else (groups, warps // 2)
+    config = Config(warps, rows, lanes, turns)
+    if not problem.uses_pdl:
+        return config
+    if problem.tokens > 1 or (rows, warps) != (choice.rows, choice.warps):
+        return config  # not as it was measured
+    few_registers = not problem.per_channel and problem.K <= 128
+    return replace(
+        config,
+        min_blocks_per_sm=choice.min_blocks_per_sm if few_registers else 0,
+        max_blocks_per_sm=choice.max_blocks_per_sm,
+    )
 
 
 def assume_units(*tensors) -> None:
@@ -108,6 +157,9 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
     loads = channels // width
     gates, per_channel = channels if problem.per_channel else 1, problem.per_channel
     steps = lanes.bit_length() - 1  # of a sum over the lanes of a group
+    heads_per_qk = problem.heads // problem.qk_heads
+    side_by_side = not problem.in_place  # the rows of a group; in place they alternate, as they do where it was measured
+    together = min(rows, V_UNIT) if side_by_side else 1  # rows of one load of v
 
     def channel(lane, i):
         """Return the channel of K that element i of a lane is."""
@@ -115,7 +167,28 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
 
     def row(first_row, group, i):
         """Return the row of V that element i of a group is."""
-        return first_row + i * config.groups + group
+        return first_row + (group * rows + i if side_by_side else i * config.groups + group)
+
+    def row_of_lane(lane):
+        """Return the element whose sums a lane has after `share_sums`: with rows <= lanes / 2, neighbours have the same."""
+        return lane // (lanes // rows)
+
+    @T.macro
+    def ask_for_inputs(q, k, v, a, b, sequence, head, first_row, thread):
+        """Ask for a block's inputs in L2, thread t for those of token t; what still writes them may go on.
+
+        Not for A_log and dt_bias, which all blocks read: L2 answers requests for one line one after the other.
+        """
+        t = thread
+        if t < tokens:
+            prefetch.prefetch(k[sequence, t, head // heads_per_qk, 0], problem.K * 2)
+            prefetch.prefetch(q[sequence, t, head // heads_per_qk, 0], problem.K * 2)
+            prefetch.prefetch_line(v[sequence, t, head, first_row])
+            prefetch.prefetch_line(b[sequence, t, head])
+            if per_channel:
+                prefetch.prefetch_line(a[sequence, t, head, 0])
+            else:
+                prefetch.prefetch_line(a[sequence, t, head])
 
     @T.macro
     def load_vector(source, sequence, t, head, lane, loaded, number):
@@ -143,8 +216,9 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
     @T.macro
     def load_values(v, sequence, head, first_row, group, loaded):
         for t in T.unroll(tokens):
-            for i in T.unroll(rows):
-                loaded[t * rows + i] = v[sequence, t, head, row(first_row, group, i)]
+            for part in T.unroll(rows // together):
+                for i in T.vectorized(together):
+                    loaded[t * rows + part * together + i] = v[sequence, t, head, row(first_row, group, part * together + i)]
 
     @T.macro
     def load_rows(state, slot, head, first_row, group, lane, raw):
@@ -173,6 +247,32 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
         for s in T.unroll(steps):
             for i in T.unroll(count):
                 values[i] += T.shfl_xor(values[i], lanes >> (s + 1))
+
+    def sharing(count, distance):
+        """Return the macro that adds up `count` values over lanes up to twice `distance` apart."""
+        half = max(count // 2, 1)
+
+        @T.macro
+        def share(values, lane):
+            is_upper = lane // distance % 2 == 1
+            if count == 1:
+                values[0] += T.shfl_xor(values[0], distance)
+            else:
+                for i in T.unroll(half):
+                    given = T.if_then_else(is_upper, values[i], values[half + i])
+                    kept = T.if_then_else(is_upper, values[half + i], values[i])
+                    values[i] = kept + T.shfl_xor(given, distance)
+            if distance > 1:
+                sharing(half, distance // 2)(values, lane)
+
+        return share
+
+    def share_sums(values, count, lane):
+        """Make values[0] a sum over the lanes of the group: in lane l that of value l // (lanes / count); count <= lanes.
+
+        Lanes exchange halves of what they have: about `count` shuffles, where `add_over_lanes` has `steps` times as many.
+        """
+        sharing(count, lanes // 2)(values, lane)
 
     @T.macro
     def log_gates(a, dt_bias, A_log, sequence, t, head, lane, log_g):
@@ -237,6 +337,17 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
             r_f[j] = r
 
     @T.macro
+    def products(raw, k_f, q_f, sums):
+        """The parts of this lane of S k and S q for each row, from the state as it was loaded."""
+        for j in T.unroll(rows):
+            sums[2 * j] = 0
+            sums[2 * j + 1] = 0
+            for i in T.unroll(channels):
+                x = T.cast(raw[j * channels + i], "float32")
+                sums[2 * j] += x * k_f[i]
+                sums[2 * j + 1] += x * q_f[i]
+
+    @T.macro
     def step(S, q_f, k_f, v_raw, t, log_g, beta, o, r_f):
         """One token: the result and the r of each row, and S becomes the state after the token."""
         sums = T.alloc_local((2 * rows + 1,), "float32")
@@ -266,6 +377,7 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
         gates=gates,
         channel=channel,
         row=row,
+        ask_for_inputs=ask_for_inputs,
         load_vector=load_vector,
         load_vectors=load_vectors,
         store_vector=store_vector,
@@ -276,6 +388,9 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
         add_over_lanes=add_over_lanes,
         add_up=add_up,
         update=update,
+        row_of_lane=row_of_lane,
+        share_sums=share_sums,
+        products=products,
         vectors=vectors,
         step=step,
         store_values=store_values,
