@@ -12,9 +12,10 @@ from tilelang_ext.kernels.attention import decode_launch
 from tilelang_ext.kernels.attention.launch import KERNELS as ATTENTION_KERNELS
 from tilelang_ext.kernels.attention.problem import DecodeProblem
 from tilelang_ext.kernels.gated_delta import decode, prefill_launch, replay, solve_chunks
+from tilelang_ext.kernels.gated_delta.config import pick_config
 from tilelang_ext.kernels.gated_delta.prefill_problem import PrefillProblem
 from tilelang_ext.kernels.gated_delta.problem import Problem as GatedDelta
-from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS, pick_config
+from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS
 from tilelang_ext.kernels.matmul.operator import KERNELS as MATMUL_KERNELS
 from tilelang_ext.kernels.mxfp4_moe import formats, sm90_mma, sm90_scatter, sm90_wgmma, tiled
 from tilelang_ext.kernels.mxfp4_moe.activation import Activation

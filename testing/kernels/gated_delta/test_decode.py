@@ -9,9 +9,10 @@ from kernels.gated_delta.operands import expected, inputs, poisoned
 from numeric import assert_close
 
 from tilelang_ext import metal, simulate
+from tilelang_ext.kernels.gated_delta.config import MAX_WEIGHED, Config, pick_config
 from tilelang_ext.kernels.gated_delta.decode import decode
 from tilelang_ext.kernels.gated_delta.problem import Problem
-from tilelang_ext.kernels.gated_delta.rows import MAX_WEIGHED, PASS_CONFIGS, Config, pick_config
+from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS
 from tilelang_ext.launch import recipe
 from tilelang_ext.launch.expression import recipe_of
 from tilelang_ext.rocm import program as rocm

@@ -6,9 +6,9 @@ from kernels.gated_delta.operands import expected, inputs
 from numeric import assert_close
 
 from tilelang_ext import ReplayCache, gated_delta_replay, metal, simulate
+from tilelang_ext.kernels.gated_delta.config import Config
 from tilelang_ext.kernels.gated_delta.problem import Problem
 from tilelang_ext.kernels.gated_delta.replay import replay
-from tilelang_ext.kernels.gated_delta.rows import Config
 from tilelang_ext.rocm import program as rocm
 
 SCALE, LIMIT = 0.2, 4

@@ -7,8 +7,9 @@ Loads of all rows and tokens are issued before any arithmetic, since the time is
 from collections.abc import Callable
 
 from tilelang_ext import language as T
+from tilelang_ext.kernels.gated_delta.config import Config, pick_config
 from tilelang_ext.kernels.gated_delta.problem import WARP, Problem
-from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS, Config, assume_units, macros, pick_config
+from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS, assume_units, macros
 from tilelang_ext.kernels.sm90 import pdl, prefetch
 
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of an SM of Hopper, and of each of its blocks

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tilelang_ext.kernels.gated_delta import decode, replay
 from tilelang_ext.kernels.gated_delta.arguments import Arguments, ReplayArguments
+from tilelang_ext.kernels.gated_delta.config import regime_of
 from tilelang_ext.kernels.gated_delta.problem import STRIDE_UNIT, Problem
-from tilelang_ext.kernels.gated_delta.rows import regime_of
 from tilelang_ext.launch.compile import compiled
 from tilelang_ext.launch.device import Target, current, is_for_nvidia, target_of
 from tilelang_ext.launch.expression import fact, recipe_of, shape, stride

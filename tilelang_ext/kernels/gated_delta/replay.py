@@ -18,8 +18,9 @@ from collections.abc import Callable
 from tvm import tirx
 
 from tilelang_ext import language as T
+from tilelang_ext.kernels.gated_delta.config import MAX_WEIGHED, Config, pick_config
 from tilelang_ext.kernels.gated_delta.problem import V_UNIT, WARP, Problem
-from tilelang_ext.kernels.gated_delta.rows import MAX_WEIGHED, PASS_CONFIGS, Config, assume_units, macros, pick_config
+from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS, assume_units, macros
 from tilelang_ext.kernels.sm90 import pdl, prefetch
 
 _AT_ONCE = 4  # entries whose loads are in flight together where S is restored

@@ -7,126 +7,22 @@ are sums over the lanes of its group. With S' = g S,
 
 both sums come from the state as it was read, in one pass. Warps are independent of one another: there is no shared memory and
 no barrier. CUDA, HIP and Metal share this source.
-
-Few lanes per row mean few shuffles: with 8 lanes a warp adds up four rows in three steps, with 32 one row in five. But a lane
-then needs more registers for q and k.
 """
 
-from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import NamedTuple
 
 from tvm import tirx
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.gated_delta.problem import STRIDE_UNIT, V_UNIT, WARP, Problem
+from tilelang_ext.kernels.gated_delta.config import Config
+from tilelang_ext.kernels.gated_delta.problem import STRIDE_UNIT, V_UNIT, Problem
 from tilelang_ext.kernels.sm90 import prefetch
 
 # A kernel that uses PDL: its accesses are inside by construction, and it has no shared memory to order.
 PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True, "tl.disable_thread_storage_sync": True}
 _LOAD_BYTES = 16
-MAX_WEIGHED = 16  # entries of a window whose weights a warp computes together
 LINEAR_FROM = 20.0  # softplus(x) is x in float32 from here on
 NORM_EPS = 1e-6  # as flash-linear-attention has it
-
-
-@dataclass(frozen=True)
-class Config:
-    """A block has `warps` warps, each with `rows` rows of a head's state at a time, in groups of `lanes` lanes per row.
-
-    In the replay kernel a warp has as many rows again in each of `turns` turns. On CUDA registers suffice for
-    `min_blocks_per_sm` blocks, and shared memory for no more than `max_blocks_per_sm`; 0 leaves either open.
-    """
-
-    warps: int
-    rows: int
-    lanes: int = 8
-    turns: int = 1
-    min_blocks_per_sm: int = 0
-    max_blocks_per_sm: int = 0
-
-    @property
-    def groups(self) -> int:
-        """Rows that a warp loads at a time."""
-        return WARP // self.lanes
-
-    @property
-    def rows_per_lane(self) -> int:
-        return self.rows // self.groups
-
-
-class _Choice(NamedTuple):
-    rows: int  # of a warp at a time
-    warps: int
-    channels: int  # of a lane
-    turns: int = 1
-    min_blocks_per_sm: int = 0
-    max_blocks_per_sm: int = 0
-
-
-_TABLES = {
-    # rows of the state per SM up to here; measured on an H200, 8 heads of 128 x 128
-    "float32": [
-        # PDL lets blocks of several launches in, which ask for rows long before they may use them
-        (48, _Choice(8, 2, 8, max_blocks_per_sm=6)),
-        (float("inf"), _Choice(8, 4, 8)),
-    ],
-    "float32, in place": [
-        (16, _Choice(8, 2, 8)),  # one sequence: a block per SM
-        (48, _Choice(4, 4, 8)),  # smaller blocks spread more evenly
-        (float("inf"), _Choice(8, 2, 8)),
-    ],
-    "bfloat16": [
-        (96, _Choice(8, 2, 8)),
-        (float("inf"), _Choice(16, 2, 16)),  # as many bytes in flight as in float32
-    ],
-    "replay": [
-        (96, _Choice(8, 2, 8, min_blocks_per_sm=12)),
-        (float("inf"), _Choice(8, 4, 8, turns=2, min_blocks_per_sm=4)),  # weights serve two turns; four leave SMs idle
-    ],
-}
-
-
-def _table_of(problem: Problem) -> list:
-    if problem.limit:
-        return _TABLES["replay"]
-    in_place = problem.in_place and problem.state_dtype == "float32"
-    return _TABLES["float32, in place" if in_place else problem.state_dtype]
-
-
-def regime_of(problem: Problem, batch: int) -> int:
-    """Return the row of the table that a batch has; a larger batch has the same or a later one."""
-    rows_per_sm = batch * problem.heads * problem.V / max(problem.num_sms, 1)
-    return next(i for i, (limit, _) in enumerate(_table_of(problem)) if rows_per_sm <= limit)
-
-
-def pick_config(problem: Problem, batch: int) -> Config:
-    """Return how many rows of the state a warp and a block have."""
-    _, choice = _table_of(problem)[regime_of(problem, batch)]
-    rows, warps, turns = choice.rows, choice.warps, choice.turns
-    lanes = min(max(8, problem.K // choice.channels), WARP)
-    groups = WARP // lanes
-    if problem.tokens > 2:
-        rows = min(rows, 4)  # registers hold the tokens' q, k and v too
-    if problem.tokens > 1 or problem.limit > min(lanes, MAX_WEIGHED):
-        turns = 1  # there are no weights, or more than a lane keeps
-    rows = max(rows, groups)
-    while problem.V % (warps * rows * turns):
-        if turns > 1:
-            turns //= 2
-        else:
-            rows, warps = (rows // 2, warps) if rows > groups else (groups, warps // 2)
-    config = Config(warps, rows, lanes, turns)
-    if not problem.uses_pdl:
-        return config
-    if problem.tokens > 1 or (rows, warps) != (choice.rows, choice.warps):
-        return config  # not as it was measured
-    few_registers = not problem.per_channel and problem.K <= 128
-    return replace(
-        config,
-        min_blocks_per_sm=choice.min_blocks_per_sm if few_registers else 0,
-        max_blocks_per_sm=choice.max_blocks_per_sm,
-    )
 
 
 def assume_units(*tensors) -> None:
