@@ -11,8 +11,6 @@ import pytest
 import torch
 from numeric import assert_close
 from safetensors.torch import load_model, save_file
-from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssModel
 
 from tilelang_ext import reference
 from tilelang_ext.formats import E2M1, BlockScaledLayout
@@ -52,12 +50,19 @@ def inputs(device="cpu"):
     return x.to(device), router_indices.to(device), routing_weights.to(device)
 
 
-def hf_experts(tensors) -> GptOssExperts:
+def gpt_oss():
+    """transformers' module of gpt-oss, imported where a test needs it, since that takes seconds."""
+    from transformers.models.gpt_oss import modeling_gpt_oss
+
+    return modeling_gpt_oss
+
+
+def hf_experts(tensors):
     """transformers' module in float64, with the checkpoint's weights dequantised and transposed, as it loads them."""
-    config = GptOssConfig(
+    config = gpt_oss().GptOssConfig(
         num_local_experts=E, hidden_size=H, intermediate_size=I, num_experts_per_tok=TOP_K, experts_implementation="eager"
     )
-    experts = GptOssExperts(config).double()
+    experts = gpt_oss().GptOssExperts(config).double()
     state = {}
     for name in ("gate_up_proj", "down_proj"):
         codes, scale = tensors[f"{name}_blocks"].flatten(-2), tensors[f"{name}_scales"]
@@ -92,9 +97,9 @@ def test_in_a_model():
         "num_experts_per_tok": TOP_K,
     }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 8, "vocab_size": 64}
-    config = GptOssConfig(**sizes, **heads, attn_implementation="eager", experts_implementation="eager")
+    config = gpt_oss().GptOssConfig(**sizes, **heads, attn_implementation="eager", experts_implementation="eager")
     torch.manual_seed(4)
-    model, layers = GptOssModel(config).eval(), [checkpoint(seed) for seed in range(2)]
+    model, layers = gpt_oss().GptOssModel(config).eval(), [checkpoint(seed) for seed in range(2)]
     for layer, tensors in zip(model.layers, layers, strict=True):
         torch.nn.init.normal_(layer.mlp.router.weight, std=0.5)
         layer.mlp.experts.load_state_dict(hf_experts(tensors).state_dict())
@@ -409,12 +414,12 @@ def by_copying_into_buffers(tensors, folder):
 
 def by_from_pretrained(tensors, folder):
     """transformers' loader, which calls no hook of the module either."""
-    config = GptOssConfig(
+    config = gpt_oss().GptOssConfig(
         num_hidden_layers=2, num_local_experts=E, hidden_size=H, intermediate_size=I, num_experts_per_tok=TOP_K, vocab_size=64,
         num_attention_heads=2, num_key_value_heads=1, head_dim=32, pad_token_id=0,
     )  # fmt: skip
 
-    class WithMXFP4(GptOssModel):
+    class WithMXFP4(gpt_oss().GptOssModel):
         def __init__(self, config):
             super().__init__(config)
             for layer in self.layers:
