@@ -1,6 +1,7 @@
 """The compile gate: T.gemm and T.fp8_scaled_matmul through the real compiler for every architecture, with their instructions
 counted, no spills, and LDS within the chip's limit."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from rocm.gates import E4M3, E4M3_FNUZ, GEMM, SCALED, WAVE, gate, gated
 from rocm.kernels import ARCHS, SCALED_LAYOUTS, SCALED_SIZE, attention_products, gemm, lower, scaled_matmul
 
-from tilelang_ext.rocm import CompileError, compile_hip
+from tilelang_ext.rocm import CompileError, compile, compile_hip, find_compiler
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import gemm_blockscaled as example
@@ -45,6 +46,32 @@ def test_operands_that_do_not_lie_along_k_or_are_registers(arch):
     kernels = {"not_along_k": {"trans_A": True, "trans_B": False}, "registers": {"A_scope": "fragment"}}
     instruction, tiles = GEMM[E4M3, E4M3][arch], 4 * 4 // (128 // WAVE[arch])
     gate({name: gated(gemm(E4M3, E4M3, **options), arch, instruction, tiles) for name, options in kernels.items()}, arch)
+
+
+def test_headers_are_compiled_once(monkeypatch):
+    """The second text compiles the headers alone, those that follow read them, and code does not depend on that."""
+    commands, run = [], compile._run
+
+    def noted(command, files, folder, arch):
+        commands.append((*command, *files))
+        return run(command, files, folder, arch)
+
+    monkeypatch.setattr(compile, "_run", noted)
+    source = """#include <hip/hip_runtime.h>
+#include <stdint.h>
+
+extern "C" __global__ void store(uint32_t* p) { p[threadIdx.x] = COUNT; }
+"""
+    compiled = [compile_hip(source.replace("COUNT", count), "gfx90a") for count in ("7", "9", "7")]
+    assert ["-include-pch" in command for command in commands if "kernel.hip" in command] == [False, True, True]
+    assert sum("-emit-pch" in command for command in commands) == 1
+    first, second, third = (re.sub("__hip_cuid_[0-9a-f]+", "", each.isa) for each in compiled)
+    assert first == third != second
+    assert compiled[0].kernels == compiled[2].kernels
+    # Headers that do not fit are passed over.
+    folder = compile._headers(find_compiler(), "gfx90a", source[: source.index("extern")])
+    Path(folder.name, "headers.pch").write_bytes(b"")
+    assert re.sub("__hip_cuid_[0-9a-f]+", "", compile_hip(source.replace("COUNT", "7"), "gfx90a").isa) == first
 
 
 def test_figures():

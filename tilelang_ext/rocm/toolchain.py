@@ -18,6 +18,7 @@ MINIMUM_CLANG = 20  # the first that knows gfx950 and gfx12
 ADVICE = "`apt-get install clang-22 lld-22` (Debian) and `pip install triton`, or install ROCm"
 _ROCM_HIPCC = "/opt/rocm/bin/hipcc"
 _PROBE_SECONDS = 20
+CODE_OBJECT_VERSION = "-mcode-object-version=6"
 
 
 class CompilerMissingError(RuntimeError):
@@ -26,10 +27,11 @@ class CompilerMissingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A driver that compiles HIP: the start of its command line, and its version."""
+    """A driver that compiles HIP: the start of its command line, its version, and whether it is a clang, no hipcc."""
 
     command: tuple[str, ...]
     version: str
+    is_clang: bool = True
 
 
 def include_directory() -> Path:
@@ -50,7 +52,7 @@ def find_compiler() -> Compiler:
     if hipcc := shutil.which("hipcc") or shutil.which(_ROCM_HIPCC):
         version = _output(hipcc, "--version")
         if match := re.search(r"HIP version.*", version):
-            return Compiler((hipcc,), match[0])
+            return Compiler((hipcc,), match[0], is_clang=False)
     clang, version = _find_clang()
     amd = _amd_directory()
     device_libraries = [
@@ -59,7 +61,7 @@ def find_compiler() -> Compiler:
         for argument in ("-Xclang", "-mlink-builtin-bitcode", "-Xclang", str(amd / "lib" / name))
     ]
     command = (
-        clang, "-fuse-ld=lld", "-nogpulib", "-nogpuinc", "-mcode-object-version=6", "-include", "__clang_hip_runtime_wrapper.h",
+        clang, "-fuse-ld=lld", "-nogpulib", "-nogpuinc", CODE_OBJECT_VERSION, "-include", "__clang_hip_runtime_wrapper.h",
         "-include", "oclc_controls.h", "-D__HIP_PLATFORM_AMD__",
         f"-I{include_directory()}", f"-I{amd / 'include'}", *device_libraries,
     )  # fmt: skip
