@@ -60,6 +60,48 @@ def test_values(target):
     assert taken[1] == weighted[::2].sum()
 
 
+@T.prim_func
+def rows(
+    A: T.Tensor((128, 32), "float32"),
+    total: T.Tensor((128,), "float32"),
+    sums: T.Tensor((128,), "float32"),
+    counts: T.Tensor((128,), "int32"),
+    before: T.Tensor((128,), "int32"),
+):
+    """More rows than threads, and still 8 threads to a row; an update of memory, held in a fragment, beside an atomic."""
+    with T.Kernel(1, threads=32):
+        a, row = T.alloc_fragment((128, 32), "float32"), T.alloc_fragment((128,), "float32")
+        count, s = T.alloc_fragment((128,), "int32"), T.alloc_shared((128,), "float32")
+        T.copy(A, a)
+        T.reduce_sum(a, row, dim=1)
+        T.clear(count)
+        T.clear(s)
+        for i in T.Parallel(128):
+            s[i] = s[i] + row[i]
+            T.atomic_add(total[i], row[i])
+        for i in T.Parallel(128):
+            if i % 3 == 0:
+                row[i] = row[i] - 1.0
+            else:
+                count[i] = count[i] + i
+            count[i] = count[i] + T.atomic_add(counts[i], 2, return_prev=True)
+        for i in T.Parallel(128):
+            total[i] = total[i] + row[i]
+        T.copy(s, sums)
+        T.copy(count, before)
+
+
+@pytest.mark.parametrize("target", ["metal", "hip -mcpu=gfx950"])
+def test_rows_that_several_threads_hold(target):
+    A, total, sums = torch.arange(128 * 32).reshape(128, 32).float(), torch.zeros(128), torch.full((128,), torch.nan)
+    counts, before, i = torch.ones(128).int(), torch.full((128,), -1).int(), torch.arange(128)
+    run(rows, A, total, sums, counts, before, target=target)
+    assert torch.equal(sums, A.sum(1))
+    assert torch.equal(total, 2 * A.sum(1) - (i % 3 == 0).float())
+    assert torch.equal(counts, torch.full((128,), 3).int())
+    assert torch.equal(before, torch.where(i % 3 == 0, 1, i + 1).int())
+
+
 def test_one_thread_of_those_that_hold_a_row_adds_on_cuda():
     text = lower_for_cuda(routing, "sm_90")
     body = text[text.rindex("__global__") :]
@@ -123,9 +165,21 @@ def test_conditions_and_values_are_those_of_before(body, counts, values, target)
     assert (C.tolist(), P.tolist()) == (counts, values)
 
 
+@T.macro
+def a_variable(i, x, C):
+    slot = T.alloc_var("int32")
+    slot = i + 1
+    T.atomic_add(C[i], slot)
+    x[i] = slot
+
+
 @pytest.mark.parametrize(
     ("body", "got"),
-    [(in_an_inner_loop, "a loop that has both"), (a_binding_under_a_condition, "a binding under a condition")],
+    [
+        (in_an_inner_loop, "a loop that has both"),
+        (a_binding_under_a_condition, "a binding under a condition"),
+        (a_variable, "slot, a variable that the loop sets"),
+    ],
 )
 def test_what_cannot_be_parted_is_refused(body, got):
     with pytest.raises(NotImplementedError, match=f"T.Parallel: an atomic beside a store .*; got {got}; put the atomic into"):

@@ -5,9 +5,10 @@
                 x[i] = p                                ...     the last loop in two, as well
                 atomic_add(D[i], x[i])
 
-A loop that stores to a fragment is run by every thread that holds a copy, and each would add; one that stores to memory alone
-is run by one of them. So atomics get loops of their own, in the order of the statements, and what they return goes through
-shared memory. Rounds of a T.Parallel have no order among each other, so its statements may be taken one after another.
+A loop that stores to a fragment, or updates memory (`updates.py`), is run by every thread with a copy, and each would add;
+one that stores to memory alone is run by one of them. So atomics get loops of their own, in the order of the statements, and
+what they return goes through shared memory. Rounds of a T.Parallel have no order among each other, so its statements may be
+taken one after another.
 
 An atomic in an inner loop that stores to a fragment too, or bound to a name under a condition beside such a store, is refused.
 
@@ -23,7 +24,7 @@ from tvm.tirx.transform import prim_func_pass
 
 from tilelang_ext.passes.launched_blocks import launched_blocks
 from tilelang_ext.passes.rewrite import with_buffers
-from tilelang_ext.passes.updates import block_barrier, may_have_copies
+from tilelang_ext.passes.updates import block_barrier, fragments_with_copies
 
 _ONCE = ("tl.atomic_load", "tl.atomic_store")  # of every thread alike: the same as once
 
@@ -55,9 +56,14 @@ def _fragments(node) -> list[tirx.Buffer]:
     return found
 
 
-def _stored(node) -> set[tirx.Var]:
-    found = set()
-    post_order_visit(node, lambda inner: found.add(inner.buffer.data) if isinstance(inner, tirx.BufferStore) else None)
+def _stored(node) -> dict[tirx.Var, tirx.Buffer]:
+    found = {}
+
+    def visit(inner):
+        if isinstance(inner, tirx.BufferStore):
+            found[inner.buffer.data] = inner.buffer
+
+    post_order_visit(node, visit)
     return found
 
 
@@ -65,6 +71,18 @@ def _loaded(node) -> set[tirx.Var]:
     found = set()
     post_order_visit(node, lambda inner: found.add(inner.buffer.data) if isinstance(inner, tirx.BufferLoad) else None)
     return found
+
+
+def _is_run_alike(loop: tirx.For, copied: set[tirx.Var]) -> bool:
+    """Whether threads that hold copies of a fragment all run a loop: it stores to one, or updates memory, whose old value
+    `updates.py` holds in one."""
+    stored, loaded = _stored(loop), _loaded(loop)
+    if copied.isdisjoint(stored.keys() | loaded):
+        return False
+    return any(
+        buffer.scope() == "local.fragment" or (data in loaded and not buffer.scope().startswith("local"))
+        for data, buffer in stored.items()
+    )
 
 
 def _updated_and_read(node) -> bool:
@@ -104,7 +122,10 @@ class _Fission:
             self.loops.append(body)
             body = body.body
         self.body = body
-        self.stored = _stored(body)
+        self.stored = set(_stored(body))
+        for buffer in _stored(body).values():
+            if buffer.scope() in ("local", "local.var"):  # of one round: another loop would find the last one's
+                raise _refuse(f"{buffer.name}, a variable that the loop sets")
         self.results: list[tirx.Buffer] = []
         self.bindings: list[tirx.Stmt] = []  # so far; each group repeats those that it uses
 
@@ -213,8 +234,9 @@ def _part(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
             return False
 
         pre_order_visit(block.body, visit)
+        copied = fragments_with_copies(block)
         for loop in loops:
-            if _has_atomic(loop) and any(may_have_copies(fragment, block.threads) for fragment in _fragments(loop)):
+            if _has_atomic(loop) and _is_run_alike(loop, copied):
                 fission = _Fission(loop)
                 replaced[loop] = _sequence(fission.parts())
                 held.extend(fission.results)

@@ -28,7 +28,8 @@ from tvm.tirx.transform import prim_func_pass
 from tilelang_ext.passes.launched_blocks import LaunchedBlock, launched_blocks
 from tilelang_ext.passes.rewrite import rewritten, with_buffers
 
-_COPY, _REGION, _SYNC = "tl.tileop.copy", "tl.region", Op.get("tirx.tvm_storage_sync")
+_COPY, _GEMM, _REGION = "tl.tileop.copy", "tl.tileop.gemm", "tl.region"
+_SYNC = Op.get("tirx.tvm_storage_sync")
 _READ, _WRITE = 1, 2
 
 
@@ -40,10 +41,16 @@ class _Uses:
         self.stores: dict[tirx.Var, list] = {}
         self.buffers: dict[tirx.Var, tirx.Buffer] = {}
         self.others: set[tirx.Var] = set()  # whose address is taken
+        self.atomics: set[tirx.Var] = set()
+        targets: set[tirx.BufferLoad] = set()  # of atomics, which are no loads
         regions: dict[tirx.BufferLoad, int] = {}
 
         def find_regions(node):
             if isinstance(node, tirx.Call) and isinstance(node.op, Op):
+                if node.op.name.startswith("tl.atomic_"):
+                    for pointer in node.args:
+                        if isinstance(pointer, tirx.Call):
+                            targets.update(arg for arg in pointer.args if isinstance(arg, tirx.BufferLoad))
                 if node.op.name == _REGION:
                     regions[node.args[0]] = int(node.args[1])
                 elif node.op.name in ("tirx.address_of", "tl.access_ptr"):
@@ -52,6 +59,9 @@ class _Uses:
         def visit(node):
             if isinstance(node, (tirx.BufferLoad, tirx.BufferStore)):
                 self.buffers.setdefault(node.buffer.data, node.buffer)
+                if node in targets:
+                    self.atomics.add(node.buffer.data)
+                    return
                 access = regions.get(node, _READ) if isinstance(node, tirx.BufferLoad) else _WRITE
                 for bit, found in ((_READ, self.loads), (_WRITE, self.stores)):
                     if access & bit:
@@ -175,13 +185,32 @@ def _is_copy(node) -> bool:
     return isinstance(call, tirx.Call) and isinstance(call.op, Op) and call.op.name == _COPY
 
 
-def may_have_copies(fragment: tirx.Buffer, threads: int) -> bool:
-    """Whether a fragment may lie in several threads, as far as its own extents say: of 64 rows of 100, two of 128 threads have
-    each."""
-    if not all(isinstance(extent, tirx.IntImm) for extent in fragment.shape):
-        return False
-    extents = [int(extent) for extent in fragment.shape]
-    return math.prod(extents) < threads or any(extent & (extent - 1) for extent in (*extents, threads))
+def fragments_with_copies(block: LaunchedBlock) -> set[tirx.Var]:
+    """Return the memory of the fragments of a block that may lie in several threads, as far as the program says.
+
+    Those of fewer elements than threads, or than another fragment, whose rows they may follow; those whose rows threads do not
+    divide, as 100 columns: of 64 such rows, two of 128 threads have each; and operands of T.gemm.
+    """
+    sizes: dict[tirx.Var, list[int]] = {}
+    operands: set[tirx.Var] = set()
+
+    def visit(node):
+        buffer = node.buffer if isinstance(node, (tirx.BufferLoad, tirx.BufferStore)) else None
+        if buffer is not None and buffer.scope() == "local.fragment":
+            extents = [int(extent) if isinstance(extent, tirx.IntImm) else 0 for extent in buffer.shape]
+            sizes[buffer.data] = extents
+        if isinstance(node, tirx.Call) and isinstance(node.op, Op) and node.op.name == _GEMM:
+            for region in node.args[:2]:
+                operands.add(region.args[0].buffer.data)
+
+    post_order_visit(block.body, visit)
+    largest = max(map(math.prod, sizes.values()), default=0)
+
+    def may_have(extents: list[int]) -> bool:
+        size = math.prod(extents)
+        return size < block.threads or size < largest or any(extent & (extent - 1) for extent in (*extents, block.threads))
+
+    return {data for data, extents in sizes.items() if data in operands or may_have(extents)}
 
 
 def block_barrier() -> tirx.Stmt:
@@ -194,13 +223,13 @@ def _part(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     held: list[tirx.Buffer] = []
     for block in launched_blocks(func.body):
         statements, conditional = _tile_statements(block)
+        copied = fragments_with_copies(block)
         read = {data for uses in statements.values() for data in uses.loads if uses.buffers[data].scope() == "global"}
         for stmt, uses in statements.items():
-            fragments = [buffer for buffer in uses.buffers.values() if buffer.scope() == "local.fragment"]
-            if not any(may_have_copies(fragment, block.threads) for fragment in fragments):
+            if copied.isdisjoint(uses.buffers):
                 continue
             parts = _through_fragments(stmt, uses, held) if isinstance(stmt, tirx.For) else [stmt]
-            works_in_place = not read.isdisjoint(uses.stores)
+            works_in_place = not read.isdisjoint({*uses.stores, *uses.atomics})
             if (works_in_place or len(parts) > 1) and stmt not in conditional:
                 parts = [*parts[:-1], block_barrier(), parts[-1], *([block_barrier()] if works_in_place else [])]
             if len(parts) > 1:
