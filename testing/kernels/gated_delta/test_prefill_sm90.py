@@ -8,7 +8,8 @@ from kernels.gated_delta.operands import Prefill, prefill_problem
 from kernels.hopper import Box, execute
 
 from tilelang_ext.kernels.gated_delta.prefill_problem import HOPPER
-from tilelang_ext.kernels.gated_delta.sm90_scan import PASS_CONFIGS, Config, scan_chunks
+from tilelang_ext.kernels.gated_delta.sm90_config import Config
+from tilelang_ext.kernels.gated_delta.sm90_scan import PASS_CONFIGS, scan_chunks
 
 # Two consumers, of which each has a slice of V; sequences of some chunks, of no token, and of one, ahead of NaNs
 PROBLEM = prefill_problem(HOPPER, 1, 1, 128, 128, l2_norm=True, has_initial=True, has_lengths=True)
