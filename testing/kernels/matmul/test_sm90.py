@@ -14,8 +14,9 @@ from numeric import assert_close
 from tilelang_ext import reference
 from tilelang_ext.kernels.matmul import operator, sm90_config, sm90_persistent, sum_splits, tiled, turn
 from tilelang_ext.kernels.matmul.problem import Epilogue
+from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M
 from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config
-from tilelang_ext.kernels.matmul.sm90_persistent import ARCH, PASS_CONFIGS, WGMMA_M
+from tilelang_ext.kernels.matmul.sm90_persistent import ARCH, PASS_CONFIGS
 
 needs_clusters = pytest.mark.skipif(not sm90_config.CLUSTERS, reason="tilelang 0.1.14 has no clusters")
 # What one block gives another, for blocks that run one after the other; a word that nobody has given is an error.

@@ -1,0 +1,59 @@
+"""The producer of the persistent kernel for Hopper: TMA loads of A and B."""
+
+from tilelang_ext import language as T
+from tilelang_ext.kernels.matmul.problem import Operands
+from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Traits, alloc_unit, find_unit, row_of
+from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K
+from tilelang_ext.kernels.sm90.multicast import multicast
+from tilelang_ext.kernels.sm90.roles import WARP
+
+
+@T.macro
+def produce(traits, operands, block):
+    """Keep the pipeline filled, unit after unit."""
+    traits.roles.begin_producer()
+    step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
+    unit = alloc_unit()
+    # One warp: nobody waits for the others, and a thread that is late by all stages would miss a phase and wait for ever.
+    if block.thread < WARP:
+        for wave in T.serial(block.scheduler.num_waves):
+            find_unit(traits, block, wave, unit)
+            row, column = row_of(traits, block, unit), unit.tile_column[0] * traits.config.block_N
+            for k in T.serial(unit.num_k[0]):
+                _load_k_block(traits, operands, block, row, column, (unit.first_k[0] + k) * BLOCK_K, step)
+                step = step + 1
+
+
+def _load_k_block(traits: Traits, operands: Operands, block: Block, row, column, k, step) -> None:
+    """Fill the stage of a step with the K block that begins at k."""
+    pipeline, a, b, A_s, B_s = block.pipeline, operands.a, operands.b, block.A_s, block.B_s
+    stage, a_rows = pipeline.stage(step), traits.config.a_rows
+    ks, columns = slice(k, k + BLOCK_K), slice(column, column + traits.config.block_N)
+
+    @T.macro
+    def load_rows(rows, to):
+        # The last block of a cluster may have no row, and TMA takes long to fill rows past the end with zeros.
+        if traits.config.cluster == 1 or row < traits.M:
+            T.tma_copy(rows, to, barrier=pipeline.full[stage])
+
+    def load_a():
+        if traits.problem.a_is_k_major:
+            to = A_s[stage * a_rows : (stage + 1) * a_rows, :] if traits.is_thin else A_s[stage, :, :]
+            load_rows(a[row : row + a_rows, ks], to)
+            return
+        for m in range(a_rows // WGMMA_M):
+            rows = slice(row + m * WGMMA_M, row + (m + 1) * WGMMA_M)
+            T.evaluate(T.tma_copy(a[ks, rows], A_s[stage, m, :, :], barrier=pipeline.full[stage]))
+
+    def load_b():
+        if traits.config.cluster > 1:
+            multicast(b, B_s, stage, pipeline.full[stage], (k, column), traits.problem.b_is_k_major, block.rank)
+            return
+        from_b = b[columns, ks] if traits.problem.b_is_k_major else b[ks, columns]
+        T.evaluate(T.tma_copy(from_b, B_s[stage, :, :], barrier=pipeline.full[stage]))
+
+    pipeline.acquire(stage, pipeline.empty_phase(step))
+    T.evaluate(T.sync_warp())
+    load_a()
+    load_b()
+    pipeline.commit_once(stage)
