@@ -72,7 +72,10 @@ _ROWS = (
     (r"tilelang_ext/(quantization|reference|checkpoints)", "formats"),
     (r"tilelang_ext/export/", "export"),
     (r"tilelang_ext/(\w+)", "test_{0} test_registration test_public_names test_ahead export kernels/mxfp4_moe/test_mlx"),
-    (r"src/launch/(\w+)", "launch/test_{0} launch/test_direct launch/test_plan launch/test_plan_memory launch/test_plan_targets launch"),
+    (
+        r"src/launch/(\w+)",
+        "launch/test_{0} launch/test_direct launch/test_plan launch/test_plan_memory launch/test_plan_targets launch",
+    ),
     (
         r"src/metal/(prelude_threads|prelude_simdgroups|tile_operators)",
         "metal/test_codegen_operations metal/test_warp_functions metal/test_reduce metal/test_barriers metal",
