@@ -11,6 +11,9 @@ BLOCK_SCALED = "block_scaled"
 # On a T.gemm: a target whose matrix unit takes no fp8 must refuse the product instead of decoding the codes.
 REQUIRE_NATIVE_FP8 = "require_native_fp8"
 
+# On a T.gemm: its loop over K stays a loop. Unrolled, its loads keep so many addresses in registers on RDNA 3 that they spill.
+ROLLED_K = "rolled_k"
+
 # On a T.gemm and the loops behind it that together add a product times its scales to a fragment: the value is what
 # `language.scaled_product.scaled_product` returns, and an empty list on all but the first. CUDA keeps the sum of a loop over K
 # across its steps (`cuda/scaled_loop.py`).

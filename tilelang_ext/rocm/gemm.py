@@ -6,7 +6,7 @@
                                                 for i, j in 2x2: mfma_f32_16x16x16f16(&C[(i*2+j)*4], &a[i*4], &b[j*4])
 
 tilelang gives an fp8 GEMM to the instruction of the type's name, even if the chip lacks it or reads another flavour.
-Here the table of `instructions.py` decides; every other GEMM is tilelang's own, unchanged.
+Here the table of `instructions.py` decides; every other GEMM is tilelang's own, unchanged but for ROLLED_K.
 """
 
 from __future__ import annotations
@@ -22,15 +22,29 @@ from tilelang.rocm.op.gemm.gemm_wmma import GEMM_INST_WMMA, GemmWMMA
 from tilelang.rocm.target import target_get_mcpu
 from tilelang.transform.simplify import _Simplify
 from tilelang.utils.language import is_fragment, is_full_region, is_shared
+from tvm import tirx
 from tvm.error import InternalError
+from tvm.tirx.stmt_functor import ir_transform
 
-from tilelang_ext.marks import REQUIRE_NATIVE_FP8
+from tilelang_ext.marks import REQUIRE_NATIVE_FP8, ROLLED_K
 from tilelang_ext.rocm.device_text import decoder_name, decoder_text, product_name, product_text
 from tilelang_ext.rocm.instructions import FP8_DTYPES, MFMA, TILE, Product, select_product
 from tilelang_ext.rocm.layout import Partition, accumulator_layout, operand_layout
 
 _UPSTREAM_K = {8: 32, 16: 16, 32: 4}  # of the instructions that tilelang takes, by bits of an element
 _LOAD_BYTES = 16  # the widest LDS access
+_ROUNDS = """
+#ifndef TILELANG_EXT_ROUNDS
+#define TILELANG_EXT_ROUNDS
+static __device__ inline int tilelang_ext_rounds(int rounds) {
+#if __has_builtin(__builtin_amdgcn_workgroup_size_x)
+  return rounds + (int)(__builtin_amdgcn_workgroup_size_x() & 1);
+#else
+  return rounds;
+#endif
+}
+#endif
+"""  # the same number, since blocks are whole waves: what the compiler does not know
 
 
 @dataclass(frozen=True)
@@ -286,6 +300,29 @@ class WmmaGemm(MatrixUnitGemm):
 
     upstream = GemmWMMA
     instruction_key = GEMM_INST_WMMA
+
+    def lower(self, *arguments, **options):
+        func = super().lower(*arguments, **options)
+        return roll_outer_loop(func) if ROLLED_K in self.gemm_node.annotations else func
+
+
+def roll_outer_loop(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Hide the number of rounds of the outermost loops, those over K, so that the compiler does not unroll them.
+
+    Before: for k in range(8)    After: for k in range(tilelang_ext_rounds(8))
+    """
+
+    def roll(node):
+        if isinstance(node, tirx.For):
+            rounds = tirx.call_extern("int32", "tilelang_ext_rounds", node.extent)
+            return tirx.For(node.loop_var, node.min, rounds, node.kind, node.body)
+        return node
+
+    def enter(node):
+        return roll(node) if isinstance(node, tirx.For) and node.kind == tirx.ForKind.SERIAL else None
+
+    body = ir_transform(func.body, enter, None, ["tirx.For"])
+    return func.with_body(tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_c", tirx.StringImm(_ROUNDS), body))
 
 
 def reader(buffer, region, k_is_first: bool):

@@ -18,6 +18,7 @@ from typing import Any
 from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.problem import LOG2_E, DecodeOperands, DecodeProblem
 from tilelang_ext.kernels.sm90 import pdl
+from tilelang_ext.marks import ROLLED_K
 
 PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_tma_lower": True}
 _LANES = 64  # channels come in multiples of these: what lies past head_dim is zero
@@ -127,6 +128,7 @@ def split_kv(problem: DecodeProblem, config: Config):
     block_M, block_N, block_K, columns = config.block_M, config.block_N, config.block_K, config.columns
     k_steps = -(-D // block_K)
     window = problem.window
+    annotations = {ROLLED_K: True} if problem.arch.startswith("gfx11") else None
     most_distance, has_scales, is_per_page = window or NO_WINDOW, problem.scales != "", problem.scales == "page"
 
     def alloc():
@@ -188,13 +190,16 @@ def split_kv(problem: DecodeProblem, config: Config):
             load(operands.cache_k, sequence, head, key, 0, of.k_s)
         load(operands.cache_v, sequence, head, key, column, of.v_s)
         if k_steps == 1:
-            T.gemm(of.q_s, of.k_s, of.S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True)
+            T.gemm(
+                of.q_s, of.k_s, of.S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True,
+                annotations=annotations,
+            )  # fmt: skip
         else:
             T.fill(of.S, 0)
             for step in T.serial(k_steps):
                 load_q(operands.q, sequence, head, group, row, step * block_K, of.q_s)
                 load(operands.cache_k, sequence, head, key, step * block_K, of.k_s)
-                T.gemm(of.q_s, of.k_s, of.S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                T.gemm(of.q_s, of.k_s, of.S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, annotations=annotations)
         if has_scales:
             load_scales(operands, sequence, head, key, of.k_scale_s, of.v_scale_s)
         for i, j in T.Parallel(block_M, block_N):

@@ -14,6 +14,7 @@ from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.probabilities import round_to_fragment, round_to_shared
 from tilelang_ext.kernels.attention.problem import LOG2_E, Problem
 from tilelang_ext.kernels.attention.tiles import alloc_tile, locate, of_head, prim_func, row_tiles
+from tilelang_ext.marks import ROLLED_K
 
 _LANES = 64  # channels come in multiples of these: what lies past head_dim is zero
 
@@ -49,6 +50,7 @@ def attention(problem: Problem, config: Config):
     dtype, D = problem.result, problem.head_dim
     block_M, block_N, block_K, columns = config.block_M, config.block_N, config.block_K, config.columns
     k_steps = -(-D // block_K)
+    annotations = {ROLLED_K: True} if problem.arch.startswith("gfx11") else None
 
     @T.macro
     def load(source, batch, row, head, channel, to_s):
@@ -114,7 +116,7 @@ def attention(problem: Problem, config: Config):
                     if k_steps > 1:
                         load(q, tile.batch, tile.query, tile.head, step * block_K, q_s)
                     load(k, tile.batch, key, tile.kv_head, step * block_K, k_s)
-                    T.gemm(q_s, k_s, S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                    T.gemm(q_s, k_s, S, transpose_B=True, policy=T.GemmWarpPolicy.FullRow, annotations=annotations)
                 load_values(v, tile, key, bz * columns, v_s)
                 for i, j in T.Parallel(block_M, block_N):
                     S[i, j] = T.if_then_else(
