@@ -142,6 +142,12 @@ ACC = ((32, 64), "float32")
             TypeError,
             "T.moe_gather: out must be fragm",
         ),
+        (
+            lambda A, B, C, D: T.moe_gather(T.alloc_shared((13, 64), "bfloat16"), B, T.alloc_shared((32, 64), "bfloat16")),
+            (X, IDS),
+            TypeError,
+            "T.moe_gather: X must be global",
+        ),
         (lambda A, B, C, D: T.moe_gather(A, B, C), (X, IDS, ACC), TypeError, "T.moe_gather: out must be bfloat16; got float32"),
         (lambda A, B, C, D: T.moe_scatter(A, B, C, D, "add"), (ACC, IDS, WEIGHTS), ValueError, "T.moe_scatter: mode must be"),
         (

@@ -81,4 +81,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if not isinstance(factor, tirx.IntImm) or not isinstance(rest, tirx.IntImm) or not int(factor):",
         "if not isinstance(factor, tirx.IntImm) or not isinstance(rest, tirx.IntImm) and not int(factor):",
     ): "all other variables being known the rest is a number; upstream refuses an extent that its variable does not change",
+    (
+        "tilelang_ext/language/gemm_blockscaled.py",
+        "if not equal(first, second):",
+        "if not equal(second, first):",
+    ): "equality has no order",
 }

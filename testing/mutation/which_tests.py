@@ -42,6 +42,8 @@ _ROWS = (
     (r"tilelang_ext/cuda/(\w+)", "cuda/test_{0} cuda/test_repairs cuda/test_codes cuda"),
     (r"tilelang_ext/cpu/one_thread_blocks", "cpu/test_vectors cpu/test_backend cpu/test_views_and_functions cpu"),
     (r"tilelang_ext/cpu/scans", "cpu/test_tile_programs cpu"),
+    (r"tilelang_ext/cpu/operators", "passes/test_single_rounds cpu/test_arithmetic cpu"),
+    (r"tilelang_ext/cpu/(pipeline|backend)", "cpu/test_backend cpu"),
     (r"tilelang_ext/cpu/(\w+)", "cpu/test_{0} cpu"),
     (r"tilelang_ext/(rocm|metal)/all_reduce", "passes/test_reduction_groups {0}"),
     (r"tilelang_ext/rocm/(\w+)", "rocm/test_{0} rocm/test_repairs rocm/test_spelling rocm/test_values rocm"),
@@ -51,9 +53,11 @@ _ROWS = (
     (r"tilelang_ext/metal/parameter_order", "test_several_kernels metal/test_arguments metal"),
     (r"tilelang_ext/metal/(\w+)", "metal/test_{0} metal/test_gemm metal/test_reduce metal/test_arguments metal"),
     (r"tilelang_ext/language/bounds", "language/test_upstreams_limits"),
+    (r"tilelang_ext/language/moe", "language/test_moe_tiles language"),
+    (r"tilelang_ext/language/mx_quantize", "language/test_mxfp4_quantize language"),
     (
         r"tilelang_ext/language/(scaled_product|block_scaled)",
-        "language/test_fp8_scaled_matmul language/test_gemm_blockscaled language",
+        "language/test_fp8_scaled_matmul rocm/test_block_scaled language/test_gemm_blockscaled language",
     ),
     (r"tilelang_ext/language/tile", "language/test_mxfp4_dequant language/test_messages language"),
     (
@@ -68,7 +72,8 @@ _ROWS = (
         "kernels/{operator}/test_{0} kernels/{operator}/test_plan kernels/{operator}/test_operator "
         "kernels/{operator}/test_{operator} kernels/{operator}",
     ),
-    (r"tilelang_ext/(formats|codes)", "formats cpu/test_narrow_floats"),
+    (r"tilelang_ext/codes", "language/test_mxfp4_dequant language/test_mxfp4_quantize cpu/test_narrow_floats formats"),
+    (r"tilelang_ext/formats", "formats cpu/test_narrow_floats"),
     (r"tilelang_ext/(quantization|reference|checkpoints)", "formats"),
     (r"tilelang_ext/export/", "export"),
     (r"tilelang_ext/(\w+)", "test_{0} test_registration test_public_names test_ahead export kernels/mxfp4_moe/test_mlx"),
