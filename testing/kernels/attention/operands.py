@@ -5,7 +5,7 @@ from cuda.kernels import lower
 
 from tilelang_ext import reference
 from tilelang_ext.kernels.attention.problem import Problem
-from tilelang_ext.kernels.attention.sm90_forward import ARCH, PASS_CONFIGS
+from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS
 
 BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 FUNCTIONS = """

@@ -11,7 +11,7 @@ from kernels.hopper import Box, execute
 from tilelang_ext import attention_decode, reference, simulate
 from tilelang_ext.kernels.attention import decode_launch, sm90_decode, sm90_decode_mma, split_kv
 from tilelang_ext.kernels.attention.problem import DecodeProblem
-from tilelang_ext.kernels.attention.sm90_forward import ARCH
+from tilelang_ext.kernels.attention.sm90_block import ARCH
 from tilelang_ext.launch.expression import apply
 
 E4M3 = torch.float8_e4m3fn

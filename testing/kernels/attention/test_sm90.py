@@ -10,8 +10,9 @@ from kernels.attention.operands import E4M3, FUNCTIONS, check, expected, operand
 from kernels.hopper import Box, execute
 
 from tilelang_ext.kernels.attention import sm90_forward, sm90_parts, sm90_transpose, sm90_wide
-from tilelang_ext.kernels.attention.sm90_forward import ARCH, Config
-from tilelang_ext.kernels.attention.sm90_forward import SIMPLE_CONFIGS as SIMPLE
+from tilelang_ext.kernels.attention.sm90_block import ARCH
+from tilelang_ext.kernels.attention.sm90_block import SIMPLE_CONFIGS as SIMPLE
+from tilelang_ext.kernels.attention.sm90_config import Config
 
 FORWARD = problem(64, num_sms=3, causal=True, has_sinks=True, has_lengths=True), Config(2, 32, 2, 1)
 WIDE = problem(264, num_sms=2, causal=True, has_sinks=True, has_lengths=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tilelang_ext.kernels.attention import sm90_forward, sm90_wide, tiled
 from tilelang_ext.kernels.attention.arguments import FP8_DTYPE, Arguments
 from tilelang_ext.kernels.attention.problem import Problem
+from tilelang_ext.kernels.attention.sm90_block import ARCH
 from tilelang_ext.kernels.attention.tiles import SHORT_WINDOW
 from tilelang_ext.launch.cache import until_reload
 from tilelang_ext.launch.compile import compiled
@@ -63,11 +64,7 @@ def problem_of(given: Arguments, causal: int, window: int, scale: float, target:
     has_lengths = given.cu_seqlens_q is not None
     group = given.q.shape[-2] // given.k.shape[-2]
     packs = (
-        0 < window <= SHORT_WINDOW
-        and not has_lengths
-        and target.arch == sm90_forward.ARCH
-        and group in PACKS
-        and given.q.shape[-1] <= 256
+        0 < window <= SHORT_WINDOW and not has_lengths and target.arch == ARCH and group in PACKS and given.q.shape[-1] <= 256
     )
     return Problem(
         target_kind=target.kind,

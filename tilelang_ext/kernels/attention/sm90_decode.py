@@ -37,16 +37,8 @@ from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem
-from tilelang_ext.kernels.attention.sm90_forward import (
-    ARCH,
-    PASS_CONFIGS,
-    PTX_TYPES,
-    SWIZZLE_128B,
-    SWIZZLE_ATOM,
-    WGMMA_K,
-    WGMMA_M,
-    uniform,
-)
+from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS, PTX_TYPES, SWIZZLE_128B, SWIZZLE_ATOM, uniform
+from tilelang_ext.kernels.attention.sm90_config import WGMMA_K, WGMMA_M
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax, log2
 from tilelang_ext.kernels.attention.tiles import PANEL
 from tilelang_ext.kernels.sm90 import pdl

@@ -46,8 +46,8 @@ from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem
+from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS
 from tilelang_ext.kernels.attention.sm90_decode import MAX_COLUMNS, MIN_BOX, Range, produce
-from tilelang_ext.kernels.attention.sm90_forward import ARCH, PASS_CONFIGS
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, exp2, log2
 from tilelang_ext.kernels.sm90 import pdl
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline

@@ -44,15 +44,8 @@ from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.problem import Operands, Problem
-from tilelang_ext.kernels.attention.sm90_forward import (
-    ARCH,
-    PASS_CONFIGS,
-    PTX_TYPES,
-    SWIZZLE_128B,
-    SWIZZLE_ATOM,
-    WGMMA_K,
-    uniform,
-)
+from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS, PTX_TYPES, SWIZZLE_128B, SWIZZLE_ATOM, uniform
+from tilelang_ext.kernels.attention.sm90_config import WGMMA_K
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax, store_rows
 from tilelang_ext.kernels.attention.tiles import PANEL, Tile, TileOrder, alloc_tile, prim_func
 from tilelang_ext.kernels.sm90 import multicast, pdl
