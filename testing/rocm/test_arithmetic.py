@@ -53,3 +53,32 @@ def test_ramps_of_eight_bits(dtype):
     simulate(counted(dtype), x, a, b, target="hip -mcpu=gfx942")
     assert torch.equal(a, (t * 8 + i * 3).to(to))
     assert torch.equal(b, (x.long() * 3 + t + i).to(to))
+
+
+def chosen(dtype):
+    """Clamped between constants, and the greater of two by a Select, eight elements of a thread."""
+
+    @T.prim_func
+    def kernel(
+        X: T.Tensor((512,), dtype),
+        Y: T.Tensor((512,), dtype),
+        Clamped: T.Tensor((512,), dtype),
+        Chosen: T.Tensor((512,), dtype),
+    ):
+        with T.Kernel(1, threads=64):
+            for i in T.Parallel(512):
+                Clamped[i] = T.clamp(X[i], T.cast(0, dtype), T.cast(1, dtype))
+            for i in T.Parallel(512):
+                Chosen[i] = T.Select(X[i] > Y[i], X[i], Y[i])
+
+    return kernel
+
+
+@pytest.mark.parametrize(("dtype", "arch"), [("float16", "gfx942"), ("bfloat16", "gfx1201")])
+def test_choices_between_halves(dtype, arch):
+    to, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
+    x, y = (torch.randn(512, generator=generator).to(to) for _ in range(2))
+    x[3] = torch.nan
+    clamped, chosen_of = (torch.full((512,), -7, dtype=to) for _ in range(2))
+    pairs = [(clamped, x.clamp(0, 1)), (chosen_of, torch.where(x > y, x, y))]
+    check(chosen(dtype), (x, y, clamped, chosen_of), pairs, arch)

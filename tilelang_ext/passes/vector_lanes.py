@@ -9,6 +9,8 @@ Upstream's vectoriser has no rule for a Shuffle, and the generators of AMD and C
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm import DataType, tirx
 from tvm.ir import Op
 from tvm.tirx.stmt_functor import ir_transform, post_order_visit
@@ -90,19 +92,25 @@ def _select_lanes(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     return func.with_body(rewritten(func.body, _select, ["tirx.Shuffle", "tirx.Call"]))
 
 
-def _holds_shuffle(stmt: tirx.Stmt) -> bool:
+def _holds(stmt: tirx.Stmt, wanted: Callable[[object], bool]) -> bool:
     found = []
-    post_order_visit(stmt, lambda node: found.append(node) if isinstance(node, tirx.Shuffle) else None)
+    post_order_visit(stmt, lambda node: found.append(node) if wanted(node) else None)
     return bool(found)
 
 
-def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
+def serialized(body: tirx.Stmt, is_scalar: Callable[[object], bool]) -> tirx.Stmt:
+    """Return the statement with every vectorised loop serial that holds a node for which `is_scalar` is true."""
+
     def serial(loop: tirx.For) -> tirx.For | None:
-        if loop.kind != tirx.ForKind.VECTORIZED or not _holds_shuffle(loop.body):
+        if loop.kind != tirx.ForKind.VECTORIZED or not _holds(loop.body, is_scalar):
             return None
         return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
 
-    return func.with_body(ir_transform(func.body, None, serial, ["tirx.For"]))
+    return ir_transform(body, None, serial, ["tirx.For"])
+
+
+def _serialize(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
+    return func.with_body(serialized(func.body, lambda node: isinstance(node, tirx.Shuffle)))
 
 
 # Runs first, on tile programs; the other one just before upstream's VectorizeLoop.

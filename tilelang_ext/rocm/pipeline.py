@@ -61,7 +61,7 @@ from tilelang_ext.rocm.half_sums import SumHalvesInFloat
 from tilelang_ext.rocm.operators import rules_of
 from tilelang_ext.rocm.pair_atomics import SpellPairAtomics
 from tilelang_ext.rocm.scans import spell_scans
-from tilelang_ext.rocm.spelling import SpellEightBits
+from tilelang_ext.rocm.spelling import KeepSelectsScalar, SpellEightBits
 
 
 def _materialize_kernel_launch():
@@ -139,7 +139,7 @@ def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
     mod = ReleaseShiftedIndices(transform.FlattenBuffer()(HideShiftedIndices(mod)))
     mod = transform.ConfigIndexBitwidth()(mod)
     mod = tirx.transform.Simplify()(mod)
-    mod = KeepShufflesScalar(mod)
+    mod = KeepSelectsScalar(KeepShufflesScalar(mod))
     mod = transform.VectorizeLoop(enable_vectorize=allow_vectorize(pass_ctx=config))(mod)
     mod = PlaceMarks(mod)
     mod = transform.StorageRewrite()(mod)

@@ -17,10 +17,12 @@ from __future__ import annotations
 import math
 
 from tvm import tirx
+from tvm.ir import Op
 from tvm.tirx.stmt_functor import ir_transform
 from tvm.tirx.transform import prim_func_pass
 
 from tilelang_ext.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, format_of
+from tilelang_ext.passes.vector_lanes import serialized
 
 _E5M2 = (E5M2.dtype, E5M2_FNUZ.dtype)
 _E4M3 = (E4M3.dtype, E4M3_FNUZ.dtype)
@@ -82,4 +84,14 @@ def _spell_all(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
     return func.with_body(ir_transform(func.body, _spell, None, ["tirx.Broadcast", "tirx.Ramp", "ir.FloatImm"]))
 
 
+def _keep_selects(func: tirx.PrimFunc, mod, ctx) -> tirx.PrimFunc:
+    def becomes_select(node) -> bool:
+        is_clamp = isinstance(node, tirx.Call) and isinstance(node.op, Op) and node.op.name == "tl.clamp"
+        return (is_clamp or isinstance(node, tirx.Select)) and node.dtype in ("float16", "bfloat16")
+
+    return func.with_body(serialized(func.body, becomes_select))
+
+
 SpellEightBits = prim_func_pass(_spell_all, opt_level=0)
+# Just before upstream's VectorizeLoop: of a Select the generator makes a vector of 16-bit floats as `uint4(h, h, ...)`.
+KeepSelectsScalar = prim_func_pass(_keep_selects, opt_level=0, name="tilelang_ext.KeepSelectsScalar")
