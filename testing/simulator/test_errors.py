@@ -136,3 +136,12 @@ def test_a_target_without_simulator_names_those_that_have_one(target, advice):
     start = 'simulate: target must be "metal", "metal4" or "hip -mcpu=" with one of gfx90a, gfx940, '
     assert str(raised.value).startswith(start)
     assert str(raised.value).endswith(f"got {target!r}; pass one of these{advice}")
+
+
+def test_the_newest_compiler_is_taken(tmp_path, monkeypatch):
+    for version in (toolchain.MINIMUM_CLANG - 1, toolchain.MINIMUM_CLANG, toolchain.MINIMUM_CLANG + 2):
+        script = tmp_path / f"clang++-{version}"
+        script.write_text(f"#!/bin/sh\necho Debian clang version {version}.1.0\n")
+        script.chmod(0o755)
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: str(tmp_path / name) if (tmp_path / name).exists() else None)
+    assert find_compiler.__wrapped__().command == (str(tmp_path / f"clang++-{toolchain.MINIMUM_CLANG + 2}"),)
