@@ -188,22 +188,21 @@ def test_mixed_operands():
 def test_instructions():
     """WGMMAs that are not serialized, fed by TMA; no accumulator spilled."""
     cases = {
-        "fast": (4096, 4096, ROWS, True),
-        "rows": (4096, 4096, ROWS, False),
-        "blocks": (4445, 30848, BLOCKS, False),  # 256x128 tiles, and three K blocks behind the main loop
-        "few_rows": (16, 4096, ROWS, False),
-        "few_blocks": (128, 4096, BLOCKS, False),
-        "swapped": (8, 27648, BLOCKS, False),
-        "straddling": (200, 10240, BLOCKS, False),
+        "fast": (4096, 4096, 7168, ROWS, True),
+        "rows": (4096, 4096, 7168, ROWS, False),
+        "blocks": (4445, 30848, 7552, BLOCKS, False),  # 256x128 tiles, and three K blocks behind the main loop
+        "few_rows": (16, 4096, 7168, ROWS, False),
+        "few_blocks": (128, 4096, 7168, BLOCKS, False),
+        "swapped": (8, 27648, 7168, BLOCKS, False),
+        "straddling": (200, 10240, 7168, BLOCKS, False),
     }
     texts = {}
 
     def listed(make, *arguments, pass_configs=None):
         kernels.append((make, arguments))
 
-    for name, (M, N, recipes, fast) in cases.items():
+    for name, (M, N, K, recipes, fast) in cases.items():
         kernels = []
-        K = 7552 if name == "blocks" else 7168
         selection.compile_kernel(hopper_problem(M, N, K, recipes, out="bfloat16", fast_accum=fast), listed)
         [(make, (kernel_problem, config))] = kernels
         modules = {module.scaled_matmul: module for module in (sm90_persistent, sm90_split_k)}
