@@ -40,7 +40,7 @@ from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem
 from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS, PTX_TYPES, SWIZZLE_128B, SWIZZLE_ATOM, uniform
 from tilelang_ext.kernels.attention.sm90_config import WGMMA_K, WGMMA_M
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax, log2
-from tilelang_ext.kernels.attention.tiles import PANEL
+from tilelang_ext.kernels.attention.tiles import PANEL, decode_prim_func
 from tilelang_ext.kernels.sm90 import pdl
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch, warpgroup_sync
@@ -229,25 +229,9 @@ class _Consumer:
 
 
 def split_kv(problem: DecodeProblem, config: Config):
-    """The prim_func (q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, partial, partial_lse)."""
-    traits, types = _Traits(problem, config), problem.types()
-
-    @T.prim_func
-    def split_kv(
-        q: types.q,
-        cache_k: types.cache_k,
-        cache_v: types.cache_v,
-        seqlens: types.seqlens,
-        page_table: types.page_table,
-        k_scale: types.k_scale,
-        v_scale: types.v_scale,
-        partial: types.partial,
-        partial_lse: types.partial_lse,
-    ):
-        operands = DecodeOperands(q, cache_k, cache_v, k_scale, v_scale)
-        _split_kv(traits, operands, seqlens, page_table, partial, partial_lse)
-
-    return split_kv
+    """The prim_func of `tiles.decode_prim_func`."""
+    traits = _Traits(problem, config)
+    return decode_prim_func(problem, lambda *operands: _split_kv(traits, *operands))
 
 
 @T.macro

@@ -49,6 +49,7 @@ from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem
 from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS
 from tilelang_ext.kernels.attention.sm90_decode import MAX_COLUMNS, MIN_BOX, Range, produce
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, exp2, log2
+from tilelang_ext.kernels.attention.tiles import decode_prim_func
 from tilelang_ext.kernels.sm90 import pdl
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch
@@ -215,25 +216,9 @@ class _Consumer:
 
 
 def split_kv(problem: DecodeProblem, config: Config):
-    """The prim_func (q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, partial, partial_lse)."""
-    traits, types = _Traits(problem, config), problem.types()
-
-    @T.prim_func
-    def split_kv(
-        q: types.q,
-        cache_k: types.cache_k,
-        cache_v: types.cache_v,
-        seqlens: types.seqlens,
-        page_table: types.page_table,
-        k_scale: types.k_scale,
-        v_scale: types.v_scale,
-        partial: types.partial,
-        partial_lse: types.partial_lse,
-    ):
-        operands = DecodeOperands(q, cache_k, cache_v, k_scale, v_scale)
-        _split_kv(traits, operands, seqlens, page_table, partial, partial_lse)
-
-    return split_kv
+    """The prim_func of `tiles.decode_prim_func`."""
+    traits = _Traits(problem, config)
+    return decode_prim_func(problem, lambda *operands: _split_kv(traits, *operands))
 
 
 @T.macro

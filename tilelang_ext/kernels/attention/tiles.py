@@ -15,7 +15,7 @@ from typing import Any
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.probabilities import KEY_UNIT
-from tilelang_ext.kernels.attention.problem import Operands, Problem
+from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem, Operands, Problem
 
 PARTS = 2  # of tiles that the range of a persistent block lies in, at most
 SHORT_WINDOW = 512  # keys, up to which heads are packed into tiles, and tiles come head by head
@@ -373,6 +373,30 @@ def prim_func(problem: Problem, emit: Callable, part: tuple[int, int] | None = N
             emit(Operands(q, k, v, sinks, cu_q, cu_k, q_scale, k_scale, v_scale, out, lse))
 
     return attention
+
+
+def decode_prim_func(problem: DecodeProblem, emit: Callable):
+    """Return the prim_func (q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, partial, partial_lse).
+
+    Its body is emit(operands, seqlens, page_table, partial, partial_lse).
+    """
+    types = problem.types()
+
+    @T.prim_func
+    def split_kv(
+        q: types.q,
+        cache_k: types.cache_k,
+        cache_v: types.cache_v,
+        seqlens: types.seqlens,
+        page_table: types.page_table,
+        k_scale: types.k_scale,
+        v_scale: types.v_scale,
+        partial: types.partial,
+        partial_lse: types.partial_lse,
+    ):
+        emit(DecodeOperands(q, cache_k, cache_v, k_scale, v_scale), seqlens, page_table, partial, partial_lse)
+
+    return split_kv
 
 
 def types_of_parts(rows: int, channels: int) -> tuple:
