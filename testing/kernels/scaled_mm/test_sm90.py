@@ -190,7 +190,7 @@ def test_instructions():
     cases = {
         "fast": (4096, 4096, 7168, ROWS, True),
         "rows": (4096, 4096, 7168, ROWS, False),
-        "blocks": (4445, 30848, 7552, BLOCKS, False),  # 256x128 tiles, and three K blocks behind the main loop
+        "blocks": (4437, 23296, 15232, BLOCKS, False),
         "few_rows": (16, 4096, 7168, ROWS, False),
         "few_blocks": (128, 4096, 7168, BLOCKS, False),
         "swapped": (8, 27648, 7168, BLOCKS, False),
@@ -205,6 +205,9 @@ def test_instructions():
         kernels = []
         selection.compile_kernel(hopper_problem(M, N, K, recipes, out="bfloat16", fast_accum=fast), listed)
         [(make, (kernel_problem, config))] = kernels
+        if name == "blocks":
+            assert (config.block_M, config.block_N) == (256, 128)
+            assert K // BLOCK_K % config.num_stages == 3, "K blocks behind the main loop"
         modules = {module.scaled_matmul: module for module in (sm90_persistent, sm90_split_k)}
         texts[name] = text_of(modules[make], kernel_problem, config, name)
     for name, kernel in compile_texts(texts, ARCH).items():
