@@ -1,7 +1,11 @@
 """How the kernels of the gated delta rule are divided among warps and blocks, by what was measured.
 
 Few lanes per row mean few shuffles: with 8 lanes a warp adds up four rows in three steps, with 32 one row in five. But a lane
-then needs more registers for q and k.
+then needs more registers for q and k. With 4 it holds what an MMA takes of a state of 16 bits.
+
+PDL lets the blocks of the next launches in before they may read what the one ahead writes. Until then they can ask for their rows
+in L2, which helps where there are few. Where there are many, L2 looks for each line twice and is the busiest unit: 72% of its
+throughput, in `ncu`, of a replay of 256 sequences.
 """
 
 from dataclasses import dataclass, replace
@@ -9,6 +13,7 @@ from typing import NamedTuple
 
 from tilelang_ext.kernels.gated_delta.problem import WARP, Problem
 
+MMA_LANES = 4  # per row, as the MMA of 16x8x16 divides its operands: m16n8k16 in the PTX ISA, 9.7.14
 MAX_WEIGHED = 16  # entries of a window whose weights a warp computes together
 
 
@@ -16,8 +21,9 @@ MAX_WEIGHED = 16  # entries of a window whose weights a warp computes together
 class Config:
     """A block has `warps` warps, each with `rows` rows of a head's state at a time, in groups of `lanes` lanes per row.
 
-    In the replay kernel a warp has as many rows again in each of `turns` turns. On CUDA registers suffice for
-    `min_blocks_per_sm` blocks, and shared memory for no more than `max_blocks_per_sm`; 0 leaves either open.
+    In the replay kernel a warp has as many rows again in each of `turns` turns; with MMA_LANES lanes, MMAs compute its products. On
+    CUDA registers suffice for `min_blocks_per_sm` blocks, and shared memory for no more than `max_blocks_per_sm`; 0 leaves either
+    open. The first `asking_blocks` blocks, or with None all, ask for their rows in L2 before they may load them.
     """
 
     warps: int
@@ -26,6 +32,7 @@ class Config:
     turns: int = 1
     min_blocks_per_sm: int = 0
     max_blocks_per_sm: int = 0
+    asking_blocks: int | None = None
 
     @property
     def groups(self) -> int:
@@ -44,6 +51,7 @@ class _Choice(NamedTuple):
     turns: int = 1
     min_blocks_per_sm: int = 0
     max_blocks_per_sm: int = 0
+    asking_per_sm: int | None = None  # blocks, of a launch that asks for no more
 
 
 _TABLES = {
@@ -51,7 +59,9 @@ _TABLES = {
     "float32": [
         # PDL lets blocks of several launches in, which ask for rows long before they may use them
         (48, _Choice(8, 2, 8, max_blocks_per_sm=6)),
-        (float("inf"), _Choice(8, 4, 8)),
+        (180, _Choice(8, 4, 8)),
+        (400, _Choice(8, 4, 8, asking_per_sm=0)),
+        (float("inf"), _Choice(8, 4, 8, asking_per_sm=4)),
     ],
     "float32, in place": [
         (16, _Choice(8, 2, 8)),  # one sequence: a block per SM
@@ -60,18 +70,26 @@ _TABLES = {
     ],
     "bfloat16": [
         (96, _Choice(8, 2, 8)),
-        (float("inf"), _Choice(16, 2, 16)),  # as many bytes in flight as in float32
+        (180, _Choice(16, 2, 16)),  # as many bytes in flight as in float32
+        (float("inf"), _Choice(8, 4, 8, asking_per_sm=4)),
     ],
     "replay": [
         (96, _Choice(8, 2, 8, min_blocks_per_sm=12)),
-        (float("inf"), _Choice(8, 4, 8, turns=2, min_blocks_per_sm=4)),  # weights serve two turns; four leave SMs idle
+        (350, _Choice(8, 4, 8, turns=2, min_blocks_per_sm=4)),  # weights serve two turns; four leave SMs idle
+        (float("inf"), _Choice(8, 4, 8, turns=2, min_blocks_per_sm=4, asking_per_sm=0)),
+    ],
+    "replay by MMA": [
+        (48, _Choice(8, 2, 8, min_blocks_per_sm=12)),
+        (float("inf"), _Choice(16, 4, 32, min_blocks_per_sm=4, asking_per_sm=4)),
     ],
 }
 
 
 def _table_of(problem: Problem) -> list:
     if problem.limit:
-        return _TABLES["replay"]
+        of_16_bits = problem.uses_pdl and problem.tokens == 1 and problem.state_dtype == problem.dtype
+        by_mma = of_16_bits and not problem.per_channel and problem.K <= 128 and problem.V % (WARP // MMA_LANES) == 0
+        return _TABLES["replay by MMA" if by_mma else "replay"]
     in_place = problem.in_place and problem.state_dtype == "float32"
     return _TABLES["float32, in place" if in_place else problem.state_dtype]
 
@@ -86,7 +104,7 @@ def pick_config(problem: Problem, batch: int) -> Config:
     """Return how many rows of the state a warp and a block have."""
     _, choice = _table_of(problem)[regime_of(problem, batch)]
     rows, warps, turns = choice.rows, choice.warps, choice.turns
-    lanes = min(max(8, problem.K // choice.channels), WARP)
+    lanes = MMA_LANES if choice.channels > 16 else min(max(8, problem.K // choice.channels), WARP)
     groups = WARP // lanes
     if problem.tokens > 2:
         rows = min(rows, 4)  # registers hold the tokens' q, k and v too
@@ -108,4 +126,5 @@ def pick_config(problem: Problem, batch: int) -> Config:
         config,
         min_blocks_per_sm=choice.min_blocks_per_sm if few_registers else 0,
         max_blocks_per_sm=choice.max_blocks_per_sm,
+        asking_blocks=None if choice.asking_per_sm is None else choice.asking_per_sm * problem.num_sms,
     )

@@ -56,7 +56,7 @@ def decode(problem: Problem, config: Config):
             slot = T.alloc_var("int32", sequence)
             if problem.uses_pdl:
                 pdl.trigger()
-                if not problem.has_indices and thread % WARP == 0:
+                if not problem.has_indices and of_warp.asks_for_rows(block, thread):
                     prefetch.prefetch(state[sequence, head, first_row, 0], config.rows * problem.K * state_bytes)
                 if not problem.in_place:
                     of_warp.ask_for_inputs(q, k, v, a, b, sequence, head, first_row, thread)

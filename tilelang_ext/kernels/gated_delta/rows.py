@@ -15,12 +15,13 @@ from tvm import tirx
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.gated_delta.config import Config
-from tilelang_ext.kernels.gated_delta.problem import STRIDE_UNIT, V_UNIT, Problem
+from tilelang_ext.kernels.gated_delta.problem import STRIDE_UNIT, V_UNIT, WARP, Problem
 from tilelang_ext.kernels.sm90 import prefetch
 
 # A kernel that uses PDL: its accesses are inside by construction, and it has no shared memory to order.
 PASS_CONFIGS = {"tl.disable_safe_memory_legalize": True, "tl.disable_thread_storage_sync": True}
 _LOAD_BYTES = 16
+_MMA_TYPES = {"bfloat16": "bf16", "float16": "fp16"}
 LINEAR_FROM = 20.0  # softplus(x) is x in float32 from here on
 NORM_EPS = 1e-6  # as flash-linear-attention has it
 
@@ -68,6 +69,11 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
     def row_of_lane(lane):
         """Return the element whose sums a lane has after `share_sums`: with rows <= lanes / 2, neighbours have the same."""
         return lane // (lanes // rows)
+
+    def asks_for_rows(block, thread):
+        """Whether a thread asks for its warp's rows in L2, ahead of their loads."""
+        is_first = thread % WARP == 0
+        return is_first if config.asking_blocks is None else tirx.all(is_first, block < config.asking_blocks)
 
     @T.macro
     def ask_for_inputs(q, k, v, a, b, sequence, head, first_row, thread):
@@ -182,6 +188,9 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
             x = T.cast(a[sequence, t, head], "float32") + dt_bias[head]
             log_g[0] = -rate * _softplus(x)
 
+    def norm_factor(square):
+        return T.rsqrt(square + T.float32(NORM_EPS))
+
     @T.macro
     def normalise(x):
         """Divide the vector that the lanes of a group hold together by its norm."""
@@ -190,7 +199,7 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
         for i in T.unroll(channels):
             square[0] += x[i] * x[i]
         add_over_lanes(square, 1)
-        factor = T.rsqrt(square[0] + T.float32(NORM_EPS))
+        factor = norm_factor(square[0])
         for i in T.unroll(channels):
             x[i] *= factor
 
@@ -244,6 +253,33 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
                 sums[2 * j + 1] += x * q_f[i]
 
     @T.macro
+    def columns_of(k_raw, q_raw, group, kq):
+        """Make k and q, of 16 bits, the first two of the eight columns of an MMA; the others are zero."""
+        k_words, q_words = T.view(k_raw, (channels // 2,), "uint32"), T.view(q_raw, (channels // 2,), "uint32")
+        for i in T.unroll(channels // 2):
+            kq[i] = T.if_then_else(group == 0, k_words[i], T.if_then_else(group == 1, q_words[i], T.uint32(0)))
+
+    @T.macro
+    def multiply_rows(raw, count, kq, sums):
+        """The products of one or two rows of each group with k and q, sums[2 j] and sums[2 j + 1], in the group's first lane; 0
+        in its others. Channels are in the order of loads: the sum over them has none."""
+        of_16_bits = T.view(raw, (count * channels // 2,), "uint32")
+        words = T.alloc_local((4,), "uint32")
+        out = T.alloc_local((4,), "float32")
+        for i in T.unroll(4):
+            out[i] = 0
+        for step in T.unroll(channels // 4):
+            for i in T.unroll(2):
+                words[2 * i] = of_16_bits[2 * step + i]
+                words[2 * i + 1] = of_16_bits[channels // 2 + 2 * step + i] if count > 1 else T.uint32(0)
+            T.ptx_mma(
+                "float32", "m16n8k16", "row", "col", _MMA_TYPES[problem.dtype], _MMA_TYPES[problem.dtype], "fp32",
+                words.data, 0, kq.data, 2 * step, out.data, 0, T.bool(False),
+            )  # fmt: skip
+        for i in T.unroll(2 * count):
+            sums[i] = out[i]
+
+    @T.macro
     def step(S, q_f, k_f, v_raw, t, log_g, beta, o, r_f):
         """One token: the result and the r of each row, and S becomes the state after the token."""
         sums = T.alloc_local((2 * rows + 1,), "float32")
@@ -273,6 +309,7 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
         gates=gates,
         channel=channel,
         row=row,
+        asks_for_rows=asks_for_rows,
         ask_for_inputs=ask_for_inputs,
         load_vector=load_vector,
         load_vectors=load_vectors,
@@ -287,6 +324,9 @@ def macros(problem: Problem, config: Config) -> SimpleNamespace:
         row_of_lane=row_of_lane,
         share_sums=share_sums,
         products=products,
+        norm_factor=norm_factor,
+        columns_of=columns_of,
+        multiply_rows=multiply_rows,
         vectors=vectors,
         step=step,
         store_values=store_values,
