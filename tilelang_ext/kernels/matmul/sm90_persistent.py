@@ -39,7 +39,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 
-from tilelang.layout import make_full_bank_swizzled_layout, make_swizzled_layout
+from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Epilogue, Operands, Problem
@@ -164,7 +164,7 @@ def _matmul(traits, operands):
         B_s = T.alloc_shared(traits.shape_b, traits.problem.dtype)
         stores = _alloc_stores(traits, operands)
         accumulators = _alloc_accumulators(traits)
-        _swizzle(A_s, B_s, stores)
+        _swizzle(stores)
         pipeline = alloc_pipeline(traits.config.num_stages, 1, traits.roles.consumer_warps, cluster)
         # The blocks of a cluster have tiles below each other.
         tile_rows = T.ceildiv(traits.M, traits.config.block_M * cluster)
@@ -198,11 +198,10 @@ def _alloc_accumulators(traits: Traits) -> list[list]:
     return [[alloc() for _ in range(traits.mma_tiles)] for _ in range(traits.config.num_consumers)]
 
 
-def _swizzle(A_s, B_s, stores: list) -> None:
-    """Lay shared buffers out as TMA and WGMMA take them, without bank conflicts."""
+def _swizzle(stores: list) -> None:
+    """Lay the buffers of TMA stores out without bank conflicts; those of operands are laid out by `T.wgmma_gemm`."""
     buffers = [buffer for of_consumer in stores if of_consumer for buffer in of_consumer.buffers]
-    operands = {buffer: make_full_bank_swizzled_layout(buffer) for buffer in (A_s, B_s)}
-    T.annotate_layout({**operands, **{buffer: make_swizzled_layout(buffer) for buffer in buffers}})
+    T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in buffers})
 
 
 def _dispatch_roles(traits: Traits, operands: Operands, block: Block, accumulators: list, stores: list) -> None:

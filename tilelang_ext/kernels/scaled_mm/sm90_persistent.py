@@ -45,7 +45,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 
-from tilelang.layout import make_full_bank_swizzled_layout, make_swizzled_layout
+from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.scaled_mm.problem import Problem
@@ -158,7 +158,7 @@ def _matmul(traits, operands):
         scales_s = T.alloc_shared(traits.shared_scales, "float32")
         stores = _alloc_stores(traits, operands)
         accumulators = _alloc_accumulators(traits)
-        _swizzle(A_s, B_s, stores)
+        _swizzle(stores)
         pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, traits.roles.consumer_warps)
         tile_rows = T.ceildiv(traits.M, traits.config.block_M)
         tiles = GroupedTiles(_GROUP_ROWS, traits.tile_columns, tile_rows)
@@ -181,11 +181,10 @@ def _alloc_accumulators(traits: Traits) -> list[Accumulators]:
     return [Accumulators(tiles, alloc()) for tiles in of_tiles]
 
 
-def _swizzle(A_s, B_s, stores: list[SubtileStores]) -> None:
-    """Lay shared buffers out as TMA and WGMMA take them, without bank conflicts."""
+def _swizzle(stores: list[SubtileStores]) -> None:
+    """Lay the buffers of TMA stores out without bank conflicts; those of operands are laid out by `T.wgmma_gemm`."""
     buffers = [buffer for of_consumer in stores for buffer in of_consumer.buffers]
-    operands = {buffer: make_full_bank_swizzled_layout(buffer) for buffer in (A_s, B_s)}
-    T.annotate_layout({**operands, **{buffer: make_swizzled_layout(buffer) for buffer in buffers}})
+    T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in buffers})
 
 
 def _dispatch_roles(traits: Traits, operands: Operands, block: Block, accumulators: list, stores: list) -> None:

@@ -40,8 +40,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilelang.layout import make_swizzled_layout
-
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm.problem import Problem
@@ -213,7 +211,6 @@ def _matmul(traits, operands):
         accumulators_s = T.alloc_shared((num_splits, num_consumers, block_M, traits.split_N), "float32")
         accumulators, partials = _alloc_accumulators(traits), _alloc_accumulators(traits)
         out_f = T.alloc_fragment((block_M, traits.split_N), "float32")
-        T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in (A_s, B_s)})
         pipeline = alloc_pipeline(num_stages, WARP, WARPGROUP // WARP)
         exchange = _alloc_exchange(traits)
         thread = T.get_thread_binding()
