@@ -66,7 +66,8 @@ _TABLES = {
     "float32, in place": [
         (16, _Choice(8, 2, 8)),  # one sequence: a block per SM
         (48, _Choice(4, 4, 8)),  # smaller blocks spread more evenly
-        (float("inf"), _Choice(8, 2, 8)),
+        (180, _Choice(8, 2, 8)),
+        (float("inf"), _Choice(8, 4, 8, asking_per_sm=0)),
     ],
     "bfloat16": [
         (96, _Choice(8, 2, 8)),
