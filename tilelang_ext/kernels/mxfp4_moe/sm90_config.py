@@ -97,6 +97,7 @@ _FEW_TOKENS = {
     "fp8": (
         (6, (Config(8, 2, 11), Config(8, 1, 16))),
         (12, (Config(16, 4, 5), Config(16, 2, 11), Config(16, 1, 16))),
+        (17, (Config(24, 4, 5), Config(24, 2, 10), Config(24, 1, 15))),
         (27, (Config(32, 4, 5), Config(32, 2, 9), Config(32, 1, 14))),
         (40, (Config(48, 2, 8), Config(48, 1, 11))),
         (80, (Config(80, 2, 7), Config(80, 1, 9))),
