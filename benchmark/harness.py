@@ -171,6 +171,7 @@ def plot(path: str, rows: Sequence[dict], *, case: str, series: str, value: str,
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     rows = [row for row in rows if row.get(value) is not None]
     if not rows:
@@ -195,7 +196,10 @@ def plot(path: str, rows: Sequence[dict], *, case: str, series: str, value: str,
         axes.grid(axis="y", color="0.9", zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
     plots[0, 0].set_title(title, loc="left", fontsize=10)
-    plots[-1, 0].legend(frameon=False, fontsize=8, ncols=len(names), loc="upper left", bbox_to_anchor=(0, -0.12))
+    # Not by what the last panel shows: a series without a bar there would have lost its colour.
+    colours = [Patch(color=f"C{i}", label=name) for i, name in enumerate(names)]
+    options = {"frameon": False, "fontsize": 8, "ncols": len(names), "loc": "upper left", "bbox_to_anchor": (0, -0.12)}
+    plots[-1, 0].legend(handles=colours, **options)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

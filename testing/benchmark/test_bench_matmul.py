@@ -165,3 +165,18 @@ def test_example(capsys):
     output = capsys.readouterr().out
     assert "findings: none" in output
     assert float(output.rsplit(maxsplit=1)[1]) < 1e-3
+
+
+def test_the_legend_names_series_that_the_last_panel_lacks(tmp_path, monkeypatch):
+    """Two panels: the second series has bars in the first alone, and keeps its colour."""
+    from matplotlib.axes import Axes
+
+    legends = []
+    legend = Axes.legend
+    monkeypatch.setattr(Axes, "legend", lambda axes, **options: legends.append(legend(axes, **options)))
+    cases = [f"case {i}" for i in range(harness.BARS_IN_A_ROW // 2 + 1)]
+    rows = [{"case": case, "of": "ours", "us": 1.0} for case in cases] + [{"case": cases[0], "of": "theirs", "us": 2.0}]
+    harness.plot(str(tmp_path / "chart.png"), rows, case="case", series="of", value="us", title="t", label="us")
+    both = legends[0].get_texts(), legends[0].get_patches()
+    colours = {text.get_text(): patch.get_facecolor() for text, patch in zip(*both, strict=True)}
+    assert colours["ours"] != colours["theirs"]
