@@ -54,18 +54,25 @@ inline unsigned select_bytes(unsigned low, unsigned high, unsigned selectors) {
   }
   return result;
 }
-inline void copy_4(void* shared, const void* global, bool inside) {
-  inside ? void(std::memcpy(shared, global, 4)) : void(std::memset(shared, 0, 4));
+inline void check_begin(const void* global, int multiple) {
+  if (reinterpret_cast<uintptr_t>(global) % multiple) std::abort();
+}
+inline void copy_4(void* shared, const void* global, int bytes) {
+  check_begin(global, 4);
+  std::memset(shared, 0, 4);
+  std::memcpy(shared, global, bytes);
 }
 inline void copy_16(void* shared, const void* global, bool inside) {
+  check_begin(global, 16);
   inside ? void(std::memcpy(shared, global, 16)) : void(std::memset(shared, 0, 16));
 }
 inline void close_copies() {}
 template <int>
+inline void finish_copies() {}
+template <int>
 inline void wait_for_copies() {}
 inline void arrive_behind_copies(Barrier* barrier) { barrier->arrive(); }
 inline void keep_order_of_memory() {}
-inline uint4 load_once(const char* from) { return *reinterpret_cast<const uint4*>(from); }
 inline void prefetch(const char*) {}
 inline void wait_for_turn(int warpgroup) { tl::__sync_thread_partial(8 + warpgroup, 256); }
 inline void give_turn_to(int warpgroup) {

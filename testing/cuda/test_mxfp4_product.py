@@ -92,14 +92,15 @@ def test_values(kind, tile, K, fitting_rows):
         (partial(scaled_matmul, chained=True), Tile(16, 32, 128), 13, 1280),
         (by_tiles.dequant_matmul, Tile(8, 16, 128), 1, 640),
         (scaled_matmul, Tile(8, 16, 128), 5, 8 * 128 + 96),  # K ends inside a block, and rows of scales anywhere
+        (scaled_matmul, Tile(5, 16, 128), 9, 64 * 128 + 64),  # more than 64 blocks of K; an odd tile
     ],
 )
 def test_values_of_few_rows(make, tile, M, K):
     """Scales that fit one factor, and rows that need two; the last block of K is one warp's alone, or is cut."""
     N = tile.block_N + 8
     (A, _, x), (W, SW) = activations("bfloat16", M, K), weights(N, K)
-    SW[3], SW[tile.block_N :] = torch.randint(0, 255, (K // 32,), dtype=torch.uint8), 0
-    C = run(make(M, N, K, tile), (2, 1), A, None, W, SW, N)
+    SW[3], SW[tile.block_N :] = torch.randint(0, 248, (K // 32,), dtype=torch.uint8), 0
+    C = run(make(M, N, K, tile), (2, -(-M // tile.block_M)), A, None, W, SW, N)
     assert_close(C, reference.mxfp4_matmul(x, W, SW), dtype="bfloat16")
 
 
@@ -138,6 +139,38 @@ def test_values_of_gathered_rows():
     assert not tensors["y"].isnan().any()
 
 
+@needs_compiler
+def test_values_of_two_products_in_one_kernel():
+    """They take the same shared memory one after the other."""
+    M, N, K = 5, 32, 512
+
+    @T.prim_func
+    def gated(
+        A: T.Tensor((M, K), "bfloat16"),
+        W: T.Tensor((2 * N, K // 2), "uint8"),
+        scale_w: T.Tensor((2 * N, K // 32), "uint8"),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(T.ceildiv(N, 16), threads=128) as block:
+            j = block * 16
+            gate_f = T.alloc_fragment((8, 16), "float32")
+            up_f = T.alloc_fragment((8, 16), "float32")
+            gate, up = slice(j, j + 16), slice(N + j, N + j + 16)
+            T.mxfp4_scaled_matmul(A[0:8, 0:K], None, W[gate, 0 : K // 2], scale_w[gate, 0 : K // 32], gate_f, clear_accum=True)
+            T.mxfp4_scaled_matmul(A[0:8, 0:K], None, W[up, 0 : K // 2], scale_w[up, 0 : K // 32], up_f, clear_accum=True)
+            for i, k in T.Parallel(8, 16):
+                gate_f[i, k] *= up_f[i, k]
+            T.copy(gate_f, C[0, j])
+
+    (A, _, x), (W, SW) = activations("bfloat16", M, K), weights(2 * N, K)
+    C = torch.full((M, N), torch.nan)
+    text = text_of(gated)
+    assert calls(text) == ["mxfp4_mma<8, 16, 128, true, 1>"] * 2
+    execute(text, (2, 1), {"A": A, "W": W, "scale_w": SW, "C": C}, {}, {}, functions=FUNCTIONS)
+    both = reference.mxfp4_matmul(x, W, SW)
+    assert_close(C, both[:, :N] * both[:, N:], dtype="float32")
+
+
 # --- which kernels ---------------------------------------------------------------------------------------------------
 
 
@@ -151,10 +184,13 @@ def test_values_of_gathered_rows():
             "mxfp4_consume<tl::DataType::kFloat8_e5m2, 128, 128, 1, 8>",
         ),
         (scaled_matmul(16, 512, 1024, Tile(16, 64, 128)), "mxfp4_consume<tl::DataType::kBFloat16, 16, 64, 1, 8>"),
-        (scaled_matmul(16, 512, 1024, Tile(16, 64, 128), chained=True), "mxfp4_mma<16, 64, 128>"),  # which waits
-        (scaled_matmul(300, 512, 1024, SOME), "mxfp4_mma<16, 32, 512>"),
-        (scaled_matmul(300, 512, 1024, FEW), "mxfp4_mma<8, 16, 512>"),
-        (by_tiles.dequant_matmul(16, 512, 1024, SOME), "mxfp4_mma<16, 32, 512>"),
+        (scaled_matmul(16, 512, 1024, Tile(16, 64, 128), chained=True), "mxfp4_mma<16, 64, 128, true, 2>"),  # which waits
+        (scaled_matmul(300, 512, 1024, SOME), "mxfp4_mma<16, 32, 256, true, 1>"),
+        (scaled_matmul(300, 512, 4096, FEW), "mxfp4_mma<8, 32, 512, true, 2>"),
+        (scaled_matmul(300, 512, 4096, FEW, chained=True), "mxfp4_mma<8, 32, 512, true, 1>"),  # room for the next kernel
+        (scaled_matmul(300, 512, 4096, Tile(8, 16, 512), chained=True), "mxfp4_mma<8, 16, 512, true, 2>"),
+        (scaled_matmul(300, 512, 4096, Tile(16, 16, 512)), "mxfp4_mma<16, 16, 512, true, 1>"),  # or for another block
+        (by_tiles.dequant_matmul(16, 512, 2880, SOME), "mxfp4_mma<16, 32, 256, false, 2>"),
         (persistent.dequant_matmul(300, 512, 1024, MANY, 2), "mxfp4_consume<tl::DataType::kBFloat16, 256, 128, 2, 6>"),
     ],
 )
@@ -166,7 +202,8 @@ def test_blocks_of_few_rows_share_an_sm():
     assert "__launch_bounds__(256, 3)" in text_of(scaled_matmul(16, 512, 1024, Tile(16, 64, 128)))
     assert "__launch_bounds__(256, 1)" in text_of(scaled_matmul(16, 512, 1024, Tile(64, 64, 128)))
     assert "__launch_bounds__(512, 2)" in text_of(scaled_matmul(1, 512, 1024, FEW))
-    assert "__launch_bounds__(512, 1)" in text_of(scaled_matmul(16, 512, 1024, SOME))
+    assert "__launch_bounds__(256, 3)" in text_of(scaled_matmul(16, 512, 1024, SOME))
+    assert "__launch_bounds__(128, 3)" in text_of(scaled_matmul(16, 512, 1024, Tile(16, 64, 128), chained=True))
 
 
 def test_a_producer_copies():
@@ -197,8 +234,10 @@ def test_other_kernels_decode_to_shared_memory(kernel, arch, reason, caplog):
 def test_a_kernel_that_waits_asks_for_its_weights():
     text = text_of(by_tiles.dequant_matmul(16, 512, 1024, SOME, chained=True))
     before, _, behind = text.partition("cudaGridDependencySynchronize")
-    assert calls(before) == ["mxfp4_prefetch<32, 512>"] * 2  # weights, scales
-    assert calls(behind) == ["mxfp4_mma<16, 32, 512>"]
+    assert calls(before) == ["mxfp4_prefetch<32, 256>"] * 2  # weights, scales
+    assert "cudaTriggerProgrammaticLaunchCompletion" in behind
+    assert "cudaTrigger" not in before
+    assert calls(behind) == ["mxfp4_mma<16, 32, 256, true, 1>"]
 
 
 @pytest.mark.parametrize(

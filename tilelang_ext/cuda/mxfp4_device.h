@@ -1,8 +1,8 @@
 // What the functions for MXFP4 on Hopper do in PTX, and which the tests do on a CPU.
+#include <tl_templates/cuda/barrier.h>
 #include <tl_templates/cuda/instruction/mma.h>
 #include <tl_templates/cuda/instruction/wgmma.h>
 #include <tl_templates/cuda/intrin.h>
-#include <tl_templates/cuda/barrier.h>
 
 namespace tilelang_ext {
 
@@ -24,24 +24,29 @@ __device__ __forceinline__ unsigned address_in_shared(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-// Begins to copy 4 bytes; zeros if they are not `inside`.
-__device__ __forceinline__ void copy_4(void* shared, const void* global, bool inside) {
+// Begins to copy up to 4 bytes, and zeros to the others.
+__device__ __forceinline__ void copy_4(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address_in_shared(shared)), "l"(global),
-               "r"(inside ? 4 : 0));
+               "r"(bytes));
 }
 
-// The same of 16 bytes, past L1.
+// Begins to copy 16 bytes, past L1; zeros if they are not `inside`.
 __device__ __forceinline__ void copy_16(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address_in_shared(shared)), "l"(global),
                "r"(inside ? 16 : 0));
 }
 
-// Closes a group of copies; waits until all but the last kGroups are done, and shows them to the matrix unit.
+// Closes a group of copies; waits until all but the last kGroups are done; shows them to wgmma too.
 __device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kGroups>
-__device__ __forceinline__ void wait_for_copies() {
+__device__ __forceinline__ void finish_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies() {
+  finish_copies<kGroups>();
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -52,8 +57,8 @@ __device__ __forceinline__ void arrive_behind_copies(Barrier* barrier) {
 
 __device__ __forceinline__ void keep_order_of_memory() { asm volatile("" ::: "memory"); }
 
-// Named barriers from 8 on: upstream takes them from the first on. A turn of a warpgroup begins when that of the one before
-// it has ended.
+// Named barriers from 8 on: upstream takes them from the first on. A turn of a warpgroup begins when that of the one
+// before it has ended.
 __device__ __forceinline__ void wait_for_turn(int warpgroup) {
   asm volatile("bar.sync %0, 256;" ::"r"(8 + warpgroup) : "memory");
 }
@@ -74,18 +79,7 @@ __device__ __forceinline__ bool all_of_warpgroup(int warpgroup, bool holds) {
   return all != 0;
 }
 
-// 16 bytes that no other thread of the SM reads.
-__device__ __forceinline__ uint4 load_once(const char* from) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
-
 // Begins to bring the line of a byte to the L2 cache.
-__device__ __forceinline__ void prefetch(const char* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
+__device__ __forceinline__ void prefetch(const char* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 }  // namespace tilelang_ext

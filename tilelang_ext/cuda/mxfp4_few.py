@@ -1,28 +1,36 @@
 """Products of up to 16 tokens and MXFP4 weights by the matrix instructions of warps, for mxfp4_product.py.
 
-    Before                       After
-    total = A . (scale W)        sums[part, i, j] = mxfp4_mma(A, W, scale);  total[i, j] = sum of sums[:, i, j]
-    T.pdl_sync()                 mxfp4_prefetch(W, scale); T.pdl_sync()
+    Before                              After
+    total = A . (scale W)               sums of each warp = mxfp4_mma(A, W, scale);  total = the sum over warps
+    T.pdl_trigger(); T.pdl_sync()       mxfp4_prefetch(W, scale); T.pdl_sync(); T.pdl_trigger()
 
 A kernel that waits for the one before it (PDL) first asks for weights and scales in the L2 cache, where the other kernel's
-writes would be seen. The functions are in mxfp4_mma.h.
+writes would be seen. It lets the next one begin only then: blocks of three kernels on an SM would not be spread evenly. The
+functions are in mxfp4_mma.h.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from tilelang import language as T
 from tvm import tirx
 from tvm.ir import Range
 from tvm.tirx.stmt_functor import ir_transform, substitute
 
-from tilelang_ext.cuda.mxfp4_form import Product, device_call, first_of, rows_of, stride_of
+from tilelang_ext.cuda.mxfp4_form import Product, begins_at, device_call, first_of, rows_of, stride_of
 from tilelang_ext.cuda.statements import bound_values, is_call, nodes_of, parallel, sequence, shared, store
 from tilelang_ext.cuda.warp_roles import WARP, OtherForm
 
 _MAX_TOKENS = 16
 _BAND = 16  # rows of weights of a product of a warp
-_MMA_TOKENS = 8  # of a product of a warp
-_MANY_THREADS = 512  # two blocks of which have 64 registers a thread
+_TOKEN_BYTES, _CODE_BYTES = 256, 64  # of 128 of K of a row
+_BLOCK = 128  # of K
+_SCALE_BYTES = 260  # of a row in shared memory
+_WORD = 4
+_WAIT, _TRIGGER = "tl.pdl_sync", "tl.pdl_trigger"
+_THREADS_PER_SM = 1024  # with 64 registers each
+_SHARED_BYTES_PER_SM, _RESERVED_BYTES = 228 * 1024, 1024  # the latter of each block
 
 
 def takes(product: Product) -> bool:
@@ -40,28 +48,78 @@ def _with_values(product: Product, values: dict) -> Product:
     return product._replace(A=of(product.A), W=of(product.W), scale=of(product.scale))
 
 
-def multiply(product: Product, threads: int, room: int) -> tuple[tirx.Stmt, tirx.Buffer]:
-    """Return the statement that computes a product, and a buffer of shared memory, of which `room` bytes are left."""
-    M, N, warps = product.M, product.N, threads // WARP
+class Split(NamedTuple):
+    """How the warps of a block divide a product, and the shared memory they take for it. As in mxfp4_mma.h."""
+
+    tokens: int
+    bands: int  # of 16 rows of weights, of a warp
+    warps_of_rows: int
+    warps: int
+    stages: int  # of 128 of K, of a warp
+
+    @property
+    def rows(self) -> int:
+        return self.bands * _BAND
+
+    @property
+    def own(self) -> int:
+        """Bytes of a warp."""
+        return self.stages * (self.tokens * _TOKEN_BYTES + self.rows * _CODE_BYTES)
+
+    @property
+    def bytes(self) -> int:
+        return self.warps * self.own + self.warps_of_rows * self.rows * _SCALE_BYTES
+
+
+def split_of(product: Product, threads: int, room: int, waits: bool) -> Split:
+    """Return how the warps of a block divide a product, of a kernel that waits for another or does not.
+
+    Two stages leave room for another block, of the next kernel if this one waits. One that does not, and has rows enough for an
+    SM, takes all of it.
+    """
+    N, warps = product.N, threads // WARP
     bands = 2 if N % (2 * _BAND) == 0 and warps >= N // (2 * _BAND) else 1
     groups = N // (_BAND * bands)
     if N % _BAND or warps % groups:
         raise OtherForm(f"{N} rows of weights are not divided among {threads} threads")
-    parts = warps // groups
-    if parts * M * N * 4 > room:
+    one, two = (Split(product.M, bands, groups, warps, stages) for stages in (1, 2))
+    is_short = isinstance(product.K, (int, tirx.IntImm)) and int(product.K) <= warps // groups * _BLOCK
+    ahead = two.bytes <= room and (_blocks_that_fit(two) >= 2 or (bands == 2 and not waits))
+    split = two if ahead and not is_short else one
+    if split.bytes > room:
         raise OtherForm("the block has too little shared memory")
-    sums = shared((parts, M, N), "float32", "sums")
+    return split
+
+
+def _blocks_that_fit(split: Split) -> int:
+    return _SHARED_BYTES_PER_SM // (split.bytes + _RESERVED_BYTES)
+
+
+def staging_of(splits: list[Split]) -> tirx.Buffer:
+    """Return the buffer of shared memory that one product takes after the other."""
+    return shared((max(split.bytes for split in splits) // 4,), "float32", "staged")
+
+
+def multiply(product: Product, split: Split, threads: int, staged: tirx.Buffer) -> tirx.Stmt:
+    """Return the statement that computes a product."""
+    M, N = product.M, product.N
     operands = (product.A, product.W, product.scale)
     arguments = [*map(first_of, operands), *map(stride_of, operands), rows_of(product.A), rows_of(product.scale), product.K]
-    function = device_call(f"mxfp4_mma<{M}, {N}, {threads}>", T.access_ptr(sums, "w"), *arguments)
+    scales_in_words = str(begins_at(product.scale, _WORD)).lower()
+    function = f"mxfp4_mma<{M}, {N}, {threads}, {scales_in_words}, {split.stages}>"
 
     def total(i, j):
-        value = sums[0, i, j]
-        for part in range(1, parts):
-            value = value + sums[part, i, j]
-        return value
+        first = j // split.rows * (split.own // 4) + i * (split.rows + 4) + j % split.rows
+        parts = range(0, split.warps, split.warps_of_rows)
+        return sum((staged[first + part * (split.own // 4)] for part in parts[1:]), staged[first])
 
-    return sequence(function, parallel((M, N), lambda i, j: store(product.total, total(i, j), i, j))), sums
+    sums = parallel((M, N), lambda i, j: store(product.total, total(i, j), i, j))
+    return sequence(device_call(function, T.access_ptr(staged, "w"), *arguments), sums)
+
+
+def waits(stmt: tirx.Stmt) -> bool:
+    """Whether a kernel waits for the one before it."""
+    return bool(nodes_of(stmt, lambda node: _is_effect(node, _WAIT)))
 
 
 def with_prefetch(stmt: tirx.Stmt, products: list[Product], threads: int) -> tirx.Stmt:
@@ -77,17 +135,27 @@ def with_prefetch(stmt: tirx.Stmt, products: list[Product], threads: int) -> tir
         arguments = first_of(region), stride_of(region), rows_of(region), region.region[-1].extent
         return device_call(f"mxfp4_prefetch<{rows}, {threads}>", *arguments)
 
-    def waits(node):
-        if not isinstance(node, tirx.Evaluate) or not is_call(node.value, "tl.pdl_sync"):
+    def prefetched(node):
+        if not isinstance(node, tirx.SeqStmt):
+            return None
+        stmts = list(node.seq)
+        at = [i for i, stmt in enumerate(stmts) if _is_effect(stmt, _WAIT)]
+        if not at:
             return None
         known = [product for product in products if is_known(product)]
         read = [(region, product.N) for product in known for region in (product.W, product.scale)]
-        return sequence(*(prefetch(*one) for one in read), node)
+        before, sync, behind = stmts[: at[0]], stmts[at[0]], stmts[at[0] + 1 :]
+        triggers = [stmt for stmt in before if _is_effect(stmt, _TRIGGER)]
+        before = [stmt for stmt in before if not _is_effect(stmt, _TRIGGER)]
+        return sequence(*before, *(prefetch(*one) for one in read), sync, *triggers, *behind)
 
-    return ir_transform(stmt, None, waits, ["tirx.Evaluate"])
+    return ir_transform(stmt, None, prefetched, ["tirx.SeqStmt"])
 
 
-def blocks_per_sm(products: list[Product], threads: int) -> int:
-    """Return how many blocks an SM should hold: for one product of a warp, the compiler takes a few registers too many."""
-    narrow = all(product.M <= _MMA_TOKENS and product.N == _BAND for product in products)
-    return 2 if narrow and threads == _MANY_THREADS else 1
+def _is_effect(stmt, name: str) -> bool:
+    return isinstance(stmt, tirx.Evaluate) and is_call(stmt.value, name)
+
+
+def blocks_per_sm(splits: list[Split], threads: int) -> int:
+    """Return how many blocks an SM should hold: those of the next kernel too, which waits in the meantime."""
+    return max(1, min(_THREADS_PER_SM // threads, *map(_blocks_that_fit, splits)))

@@ -33,79 +33,98 @@ __device__ __forceinline__ void decode_eight(unsigned word, unsigned power, unsi
   }
 }
 
-// Warps split K, and rows where there are many; weights and tokens come straight from global memory. Part s of the sums
-// lies in sums[s][token][row]. With lane = 4 g + t: a lane has rows g and g + 8 of 16, and of each 128 of K the 32 codes
-// of group t, four words of eight, and as many elements of tokens; zeros where K ends before.
-template <int kTokens, int kRows, int kThreads>
+// Warps split K, and rows where there are many. Each copies the tokens and codes of its blocks of 128 of K to shared
+// memory of its own, kStages blocks ahead; scales of many blocks are copied for all warps, and begin at words of global
+// memory if kScaleWords. Behind the last block that memory holds the sums of the warp: of row r of its rows and a
+// token, at token * (kRowsOfWarp + 4) + r. With lane = 4 g + t: a lane has rows g and g + 8 of 16, and of each block
+// the 32 codes of group t, four words of eight, and as many elements of tokens. What lies past K, past the last row or
+// past the last token is zeros.
+template <int kTokens, int kRows, int kThreads, bool kScaleWords, int kStages>
 struct Mxfp4Mma {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kBands = kRows % 32 == 0 && kRows / 32 <= kWarps ? 2 : 1;  // of 16 rows, of a warp
-  static constexpr int kWarpsOfRows = kRows / 16 / kBands, kSplits = kWarps / kWarpsOfRows;
+  static constexpr int kRowsOfWarp = kBands * 16;
+  static constexpr int kWarpsOfRows = kRows / kRowsOfWarp, kSplits = kWarps / kWarpsOfRows;
   static constexpr int kColumns = (kTokens + 7) / 8;
-  // Blocks of 128 of K that are under way together.
-  static constexpr int kAhead = kColumns == 1 && kThreads <= 256 ? 4 : 2;
+  static constexpr int kTokenBytes = kTokens * 256, kCodeBytes = kRowsOfWarp * 64;              // of a block
+  static constexpr int kStageBytes = kTokenBytes + kCodeBytes, kBytes = kStages * kStageBytes;  // of a warp
+  static constexpr int kScaleBlocks = 64, kScaleStride = 4 * kScaleBlocks + 4;  // rows begin in different banks
 
   const Mxfp4Operands& p;
-  int first_row, split, blocks, groups, g, t;  // `groups` of 32 of K that there are from the lane's first on
+  char *stages, *scales;
+  int warp, lane, g, t, first_row, split, blocks;
   float sums[kBands][kColumns][4] = {};
 
-  __device__ __forceinline__ explicit Mxfp4Mma(const Mxfp4Operands& operands) : p(operands) {
-    const int warp = threadIdx.x / 32;
-    g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, blocks = (p.K + 127) / 128;
-    groups = p.K / 32 - t;
-    first_row = warp % kWarpsOfRows * kBands * 16, split = warp / kWarpsOfRows;
+  __device__ __forceinline__ Mxfp4Mma(const Mxfp4Operands& operands, void* shared) : p(operands) {
+    warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    first_row = warp % kWarpsOfRows * kRowsOfWarp, split = warp / kWarpsOfRows, blocks = (p.K + 127) / 128;
+    stages = static_cast<char*>(shared) + warp * kBytes, scales = static_cast<char*>(shared) + kWarps * kBytes;
   }
 
-  __device__ __forceinline__ int row_of(int band, int row) const { return first_row + band * 16 + row * 8 + g; }
+  // Bytes from the last word of global memory that begins before the scales of a row or with them to those scales.
+  __device__ __forceinline__ int shift_of(int row) const {
+    return kScaleWords ? 0 : reinterpret_cast<unsigned long long>(p.scale + row * p.scale_stride) & 3;
+  }
 
-  __device__ __forceinline__ void load_tokens(int block, uint4 (&tokens)[kColumns][4]) const {
+  // Begins to copy the scales of kScaleBlocks blocks: the words of each row, which may begin and end with others'
+  // bytes.
+  __device__ __forceinline__ void copy_scales(int chunk) const {
+    const int left = min(blocks - chunk, kScaleBlocks) * 4, groups = p.K / 32 - chunk * 4;
 #pragma unroll
-    for (int column = 0; column < kColumns; ++column)
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        tokens[column][part] = make_uint4(0, 0, 0, 0);
-        if (column * 8 + g < min(kTokens, p.a_rows) && block * 4 < groups)
-          tokens[column][part] =
-              *reinterpret_cast<const uint4*>(p.a + (column * 8 + g) * p.a_stride + block * 256 +
-                                              t * 64 + part * 16);
+    for (int i = 0; i < (kRows + kWarps - 1) / kWarps; ++i) {
+      const int row = i * kWarps + warp;
+      if (kRows % kWarps != 0 && row >= kRows) break;
+      const int shift = shift_of(row);
+#pragma unroll 1
+      for (int at = lane * 4; at < left + shift; at += 128) {
+        const int bytes = row < p.w_rows ? max(0, min(4, groups + shift - at)) : 0;
+        copy_4(scales + row * kScaleStride + at, p.scale + row * p.scale_stride + chunk * 4 - shift + at, bytes);
       }
+    }
   }
 
-  __device__ __forceinline__ void load_scales(int block, unsigned (&scales)[kBands][2]) const {
+  // Begins to copy tokens and codes of a block. Of a token 16 lanes copy 256 bytes, to places from which the lanes of
+  // two tokens and all t read in different banks.
+  __device__ __forceinline__ void copy(int block, char* stage) const {
+    const int unit = lane % 16;
 #pragma unroll
-    for (int band = 0; band < kBands; ++band)
+    for (int pair = 0; pair < (kTokens + 1) / 2; ++pair) {
+      const int token = pair * 2 + lane / 16;
+      if (kTokens % 2 == 0 || token < kTokens)
+        copy_16(stage + token * 256 + place_of(token, unit) * 16, p.a + token * p.a_stride + block * 256 + unit * 16,
+                token < p.a_rows && block * 128 + unit * 8 < p.K);
+    }
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const int at = row_of(band, row);
-        scales[band][row] = 0;
-        if (at < p.w_rows && block * 4 < groups)
-          scales[band][row] = static_cast<unsigned char>(p.scale[at * p.scale_stride + block * 4 + t]);
-      }
+    for (int eight = 0; eight < 2 * kBands; ++eight) {
+      const int row = first_row + eight * 8 + g;
+      copy_16(stage + kTokenBytes + eight * 512 + lane * 16, p.w + row * p.w_stride + block * 64 + t * 16,
+              row < p.w_rows && block * 128 + t * 32 < p.K);
+    }
   }
 
-  __device__ __forceinline__ void load_codes(int block, unsigned (&codes)[kBands][2][4]) const {
-#pragma unroll
-    for (int band = 0; band < kBands; ++band)
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const int at = row_of(band, row);
-        uint4 four = make_uint4(0, 0, 0, 0);
-        if (at < p.w_rows && block * 4 < groups) four = load_once(p.w + at * p.w_stride + block * 64 + t * 16);
-        codes[band][row][0] = four.x, codes[band][row][1] = four.y;
-        codes[band][row][2] = four.z, codes[band][row][3] = four.w;
-      }
-  }
+  static __device__ __forceinline__ int place_of(int token, int unit) { return unit ^ (unit / 8 | token % 2 * 2); }
 
   // 32 codes of each row of the lane by as many elements of its tokens.
   template <bool kFolds>
-  __device__ __forceinline__ void multiply(const unsigned (&codes)[kBands][2][4], const unsigned (&scales)[kBands][2],
-                                           const uint4 (&tokens)[kColumns][4]) {
+  __device__ __forceinline__ void multiply(const char* stage, const unsigned (&scale)[kBands][2]) {
+    unsigned words[kBands][2][4];
+#pragma unroll
+    for (int band = 0; band < kBands; ++band)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const uint4 four = *reinterpret_cast<const uint4*>(stage + kTokenBytes + (band * 2 + row) * 512 + lane * 16);
+        words[band][row][0] = four.x, words[band][row][1] = four.y;
+        words[band][row][2] = four.z, words[band][row][3] = four.w;
+      }
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       unsigned right[kColumns][4];
 #pragma unroll
       for (int column = 0; column < kColumns; ++column) {
-        const uint4& eight = tokens[column][part];
+        const int token = column * 8 + g;
+        uint4 eight = make_uint4(0, 0, 0, 0);
+        if (kTokens % 8 == 0 || token < kTokens)
+          eight = *reinterpret_cast<const uint4*>(stage + token * 256 + place_of(g, 4 * t + part) * 16);
         right[column][0] = select_bytes(eight.x, eight.z, 0x5410);
         right[column][1] = select_bytes(eight.x, eight.z, 0x7632);
         right[column][2] = select_bytes(eight.y, eight.w, 0x5410);
@@ -115,11 +134,10 @@ struct Mxfp4Mma {
       for (int band = 0; band < kBands; ++band) {
         unsigned left[2][4];
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          const unsigned scale = scales[band][row];
-          decode_eight<kFolds>(codes[band][row][part],
-                               kFolds ? scale * 0x00800080 + 126 * 0x00800080 : power_of(scale), left[row]);
-        }
+        for (int row = 0; row < 2; ++row)
+          decode_eight<kFolds>(words[band][row][part],
+                               kFolds ? scale[band][row] * 0x00800080 + 126 * 0x00800080 : power_of(scale[band][row]),
+                               left[row]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const unsigned a[4] = {left[0][2 * half], left[1][2 * half], left[0][2 * half + 1], left[1][2 * half + 1]};
@@ -132,41 +150,53 @@ struct Mxfp4Mma {
     }
   }
 
-  __device__ __forceinline__ void multiply_block(const unsigned (&codes)[kBands][2][4],
-                                                 const unsigned (&scales)[kBands][2],
-                                                 const uint4 (&tokens)[kColumns][4]) {
-    bool folds = true;
+  // A block, whose scales are the words `word` of the rows.
+  __device__ __forceinline__ void multiply_block(const char* stage, int word) {
+    unsigned scale[kBands][2], largest = 0;
 #pragma unroll
     for (int band = 0; band < kBands; ++band)
-      folds = folds && !any_larger(scales[band][0]) && !any_larger(scales[band][1]);
-    if (__all_sync(0xffffffff, folds))
-      multiply<true>(codes, scales, tokens);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const int at = first_row + band * 16 + row * 8 + g;
+        scale[band][row] = static_cast<unsigned char>(scales[at * kScaleStride + shift_of(at) + word * 4 + t]);
+        largest = max(largest, scale[band][row]);
+      }
+    if (__all_sync(0xffffffff, largest <= kLargestFolded))
+      multiply<true>(stage, scale);
     else
-      multiply<false>(codes, scales, tokens);
+      multiply<false>(stage, scale);
   }
 
-  // Weights of kAhead blocks are under way together, and tokens of two.
   __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (int first = split * kAhead; first < blocks; first += kSplits * kAhead) {
-      unsigned codes[kAhead][kBands][2][4], scales[kAhead][kBands][2];
+    for (int chunk = 0; chunk < blocks; chunk += kScaleBlocks) {
+      const int end = min(blocks, chunk + kScaleBlocks);
+      if (chunk > 0) __syncthreads();
+      copy_scales(chunk);
+      close_copies();
 #pragma unroll
-      for (int ahead = 0; ahead < kAhead; ++ahead) {
-        load_codes(first + ahead, codes[ahead]);
-        load_scales(first + ahead, scales[ahead]);
+      for (int stage = 0; stage < kStages; ++stage) {
+        const int block = chunk + split + stage * kSplits;
+        if (block < end) copy(block, stages + stage * kStageBytes);
+        close_copies();
       }
-      uint4 tokens[2][kColumns][4];
-      load_tokens(first, tokens[0]);
-#pragma unroll
-      for (int ahead = 0; ahead < kAhead; ++ahead) {
-        if (first + ahead >= blocks) break;
-        if (ahead + 1 < kAhead) load_tokens(first + ahead + 1, tokens[(ahead + 1) % 2]);
-        multiply_block(codes[ahead], scales[ahead], tokens[ahead % 2]);
+      finish_copies<kStages>();
+      __syncthreads();
+#pragma unroll 1
+      for (int block = chunk + split, stage = 0; block < end; block += kSplits, stage = (stage + 1) % kStages) {
+        char* const own = stages + stage * kStageBytes;
+        finish_copies<kStages - 1>();
+        __syncwarp();
+        multiply_block(own, block - chunk);
+        __syncwarp();
+        if (block + kStages * kSplits < end) copy(block + kStages * kSplits, own);
+        close_copies();
       }
     }
   }
 
-  __device__ __forceinline__ void store(float* to) const {
+  __device__ __forceinline__ void store() const {
+    float* const to = reinterpret_cast<float*>(stages);
 #pragma unroll
     for (int band = 0; band < kBands; ++band)
 #pragma unroll
@@ -174,27 +204,27 @@ struct Mxfp4Mma {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = column * 8 + t * 2 + i % 2;
-          if (token < kTokens) to[(split * kTokens + token) * kRows + row_of(band, i / 2)] = sums[band][column][i];
+          if (token < kTokens) to[token * (kRowsOfWarp + 4) + band * 16 + i / 2 * 8 + g] = sums[band][column][i];
         }
   }
 };
 
-template <int kTokens, int kRows, int kThreads, typename... Operands>
-__device__ __forceinline__ void mxfp4_mma(float* sums, Operands... tiles) {
+template <int kTokens, int kRows, int kThreads, bool kScaleWords, int kStages, typename... Operands>
+__device__ __forceinline__ void mxfp4_mma(float* shared, Operands... tiles) {
   const Mxfp4Operands operands{tiles...};
-  Mxfp4Mma<kTokens, kRows, kThreads> product(operands);
+  Mxfp4Mma<kTokens, kRows, kThreads, kScaleWords, kStages> product(operands, shared);
   product.run();
-  product.store(sums);
+  product.store();
   __syncthreads();
 }
 
-// Begins to bring bytes of a tile's rows to the L2 cache, which other kernels' writes go through. A thread asks for 128
-// bytes at a time: bulk instructions for whole rows would be issued one lane after the other.
+// Begins to bring bytes of a tile's rows to the L2 cache, which other kernels' writes go through: of all rows the first
+// 128 bytes, which the first warps multiply, then the next. Bulk instructions for whole rows would be issued one lane
+// after the other.
 template <int kRows, int kThreads>
 __device__ __forceinline__ void mxfp4_prefetch(const void* first, long long stride, int rows, int bytes) {
-  const int lines = (bytes + 127) / 128;
-  for (int i = threadIdx.x; i < min(kRows, rows) * lines; i += kThreads)
-    prefetch(static_cast<const char*>(first) + i / lines * stride + i % lines * 128);
+  for (int i = threadIdx.x; i < (bytes + 127) / 128 * kRows; i += kThreads)
+    if (i % kRows < rows) prefetch(static_cast<const char*>(first) + i % kRows * stride + i / kRows * 128);
 }
 
 }  // namespace tilelang_ext

@@ -116,14 +116,16 @@ def _check_threads(block: tirx.SBlock, loops: list, thread: tirx.Var) -> None:
 
 
 def _with_mma(func: tirx.PrimFunc, block: tirx.SBlock, products: list, threads: int) -> tirx.PrimFunc:
-    room, own = _shared_bytes(block, [loop for loop, _ in products]), [product for _, product in products]
-    computed = [mxfp4_few.multiply(product, threads, room) for product in own]
-    pairs = [(loop, product.completed(stmt)) for (loop, product), (stmt, _) in zip(products, computed, strict=True)]
+    room, waits = _shared_bytes(block, [loop for loop, _ in products]), mxfp4_few.waits(block.body)
+    own = [product for _, product in products]
+    splits = [mxfp4_few.split_of(product, threads, room, waits) for product in own]
+    staged = mxfp4_few.staging_of(splits)
+    computed = [mxfp4_few.multiply(product, split, threads, staged) for product, split in zip(own, splits, strict=True)]
+    pairs = [(loop, product.completed(stmt)) for (loop, product), stmt in zip(products, computed, strict=True)]
     body = in_place_of(mxfp4_few.with_prefetch(block.body, own, threads), pairs)
     if not _has_blocks_per_sm(func):
-        body = _with_blocks_per_sm(body, mxfp4_few.blocks_per_sm(own, threads))
-    buffers = [*block.alloc_buffers, *(sums for _, sums in computed), *_totals(products)]
-    new = _finished(with_body(block, body, buffers, dict(block.annotations)))
+        body = _with_blocks_per_sm(body, mxfp4_few.blocks_per_sm(splits, threads))
+    new = _finished(with_body(block, body, [*block.alloc_buffers, staged, *_totals(products)], dict(block.annotations)))
     return func.with_body(ir_transform(func.body, None, lambda node: new if node.same_as(block) else None, ["tirx.SBlock"]))
 
 

@@ -368,7 +368,7 @@ __device__ __forceinline__ void mxfp4_fetch_scales(void* scales, Barrier* full, 
       const int row = i * kThreads + thread;
       if (row < kRows)
         copy_4(ring.scales + *ring.stage * kRows + row,
-               from + i * kThreads * scale_stride + step * Ring::kStep / 128 * 4, row < rows);
+               from + i * kThreads * scale_stride + step * Ring::kStep / 128 * 4, row < rows ? 4 : 0);
     }
     arrive_behind_copies(&full[*ring.stage]);
     ring.advance();
