@@ -2,9 +2,11 @@
 
 import pytest
 import tilelang
+from cuda.kernels import lower
 from tvm.error import InternalError
 
 from tilelang_ext import language as T
+from tilelang_ext import metal
 from tilelang_ext.passes.upstream_errors import in_our_words
 from tilelang_ext.rocm import program as rocm
 
@@ -23,6 +25,33 @@ def largest(A: T.Tensor((64, 64), "float16"), C: T.Tensor((64,), "float16")):
 def test_nan_of_halves(target):
     with pytest.raises(NotImplementedError, match=rf"^T.reduce_max: nan_propagate .*; got it on target {target}; leave it out"):
         tilelang.compile(largest, target="c") if target == "c" else rocm.lower(largest, "hip -mcpu=gfx942")
+
+
+def lowered_for_amd(kernel):
+    return rocm.lower(kernel, "hip -mcpu=gfx942")
+
+
+def lowered_for_hopper(kernel):
+    return lower(kernel, "sm_90a")
+
+
+@T.prim_func
+def two_rows(A: T.Tensor((64,), "float32"), C: T.Tensor((2, 64), "float32")):
+    with T.Kernel(1, threads=64):
+        f = T.alloc_fragment((2, 64), "float32")
+        for i in T.Parallel(64):
+            f[0, i] = A[i]
+            f[1, i] = -A[i]
+        T.copy(f, C)
+
+
+@pytest.mark.parametrize(
+    ("target", "lowered"), [("metal", metal.lower), ("hip", lowered_for_amd), ("cuda", lowered_for_hopper)]
+)
+def test_a_fragment_at_two_places(target, lowered):
+    message = rf"^T.Parallel: .*; got f at \(0, i\) and at \(1, i\) on target {target}; write one T.Parallel"
+    with pytest.raises(ValueError, match=message):
+        lowered(two_rows)
 
 
 @pytest.mark.parametrize(

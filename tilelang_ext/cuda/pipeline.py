@@ -19,6 +19,7 @@ from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.hidden_conditions import hide_conditions
 from tilelang_ext.passes.solver import in_linear_arithmetic
+from tilelang_ext.passes.upstream_errors import in_our_words
 
 _FNUZ = tuple(format.dtype for format in OCP_OF_FNUZ)  # which upstream's generator does not spell
 _WAITS, _LAUNCH = "has_cuda_pdl_sync", "tirx.kernel_launch_params"  # attributes of a function on the device
@@ -26,6 +27,7 @@ _DEPENDENT = "tirx.use_programtic_dependent_launch"  # as TVM's launcher spells 
 
 
 @in_linear_arithmetic
+@in_our_words("cuda")
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
     mod = expand_block_scaled_gemms(mod, is_upstreams=lambda call: has_instruction(call, target), without=_FNUZ)

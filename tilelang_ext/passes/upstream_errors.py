@@ -38,6 +38,12 @@ _ERRORS: tuple[tuple[str, type[Exception], str], ...] = (
         "T.view: the elements of a fragment that make one wider element must lie next to each other in one thread; got a view "
         "as {1}-bit elements on target {0}; annotate a layout that has them so, or view a tile in shared memory",
     ),
+    (
+        r"StructuralEqual\(\)\(it->second\.indices, indices\)\) is false: (\w+): (\([^)]*\)) and (\([^)]*\))",
+        ValueError,
+        "T.Parallel: its iterations access a fragment at one place each, since that tells which thread has them; got {1} at "
+        "{3} and at {2} on target {0}; write one T.Parallel for each, or keep {1} in shared memory",
+    ),
 )
 
 

@@ -11,8 +11,8 @@ from numeric import assert_close
 
 from tilelang_ext import ReplayCache, gated_delta_replay, metal, simulate
 from tilelang_ext.kernels.gated_delta.config import Config
-from tilelang_ext.kernels.gated_delta.problem import Problem
 from tilelang_ext.kernels.gated_delta.prefill_problem import HOPPER
+from tilelang_ext.kernels.gated_delta.problem import Problem
 from tilelang_ext.kernels.gated_delta.replay import replay
 from tilelang_ext.kernels.gated_delta.rows import PASS_CONFIGS
 from tilelang_ext.rocm import program as rocm

@@ -3,9 +3,9 @@
 Few lanes per row mean few shuffles: with 8 lanes a warp adds up four rows in three steps, with 32 one row in five. But a lane
 then needs more registers for q and k. With 4 it holds what an MMA takes of a state of 16 bits.
 
-PDL lets the blocks of the next launches in before they may read what the one ahead writes. Until then they can ask for their rows
-in L2, which helps where there are few. Where there are many, L2 looks for each line twice and is the busiest unit: 72% of its
-throughput, in `ncu`, of a replay of 256 sequences.
+PDL lets the blocks of the next launches in before they may read what the one ahead writes. Until then they can ask for their
+rows in L2, which helps where there are few. Where there are many, L2 looks for each line twice and is the busiest unit: `ncu`
+has it at 72% of its throughput in a replay of 256 sequences.
 """
 
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ MAX_WEIGHED = 16  # entries of a window whose weights a warp computes together
 class Config:
     """A block has `warps` warps, each with `rows` rows of a head's state at a time, in groups of `lanes` lanes per row.
 
-    In the replay kernel a warp has as many rows again in each of `turns` turns; with MMA_LANES lanes, MMAs compute its products. On
-    CUDA registers suffice for `min_blocks_per_sm` blocks, and shared memory for no more than `max_blocks_per_sm`; 0 leaves either
-    open. The first `asking_blocks` blocks, or with None all, ask for their rows in L2 before they may load them.
+    In the replay kernel a warp has as many rows again in each of `turns` turns; with MMA_LANES lanes, MMAs compute its
+    products. On CUDA registers suffice for `min_blocks_per_sm` blocks, and shared memory for at most `max_blocks_per_sm`; 0
+    leaves either open. The first `asking_blocks` blocks, or with None all, ask for their rows in L2 before they may load them.
     """
 
     warps: int

@@ -10,9 +10,9 @@ call reads the state and writes 1 / limit of it on average. Entries that are bei
 has room for `limit` and the new tokens.
 
 For one token S is only formed where it is written: the entries' part of S k is the sum of (G / G_i) (k_i . k) r_i, and that of
-S q the same with q. These weights serve all rows of a warp, turn after turn. Four lanes per row hold a state of 16 bits, entries, k
-and q as the MMA of 16x8x16 takes them, which then computes S_0 k, S_0 q and all k_i . k and k_i . q, unless channels have decays of
-their own.
+S q the same with q. These weights serve all rows of a warp, turn after turn. Four lanes per row hold a state of 16 bits,
+entries, k and q as the MMA of 16x8x16 takes them, which then computes S_0 k, S_0 q and all k_i . k and k_i . q, unless channels
+have decays of their own.
 """
 
 from collections.abc import Callable
