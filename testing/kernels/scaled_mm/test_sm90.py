@@ -103,6 +103,7 @@ def run(
         (ROWS, Config(128, 112, 2, 16, 2), 512, False, "bfloat16"),  # constant stages; one matrix store writes a subtile
         (BLOCKS, Config(256, 128, 2, 64, 2), 512, False, "bfloat16"),  # two MMA tiles per consumer, constant stages
         (BLOCKS, Config(128, 128, 1, 32, 3), 128, False, "float32"),  # one K block, in two MMAs
+        (BLOCKS, Config(64, 80, 5, 16, 2, num_consumers=1), 896, False, "bfloat16"),  # two K blocks behind iterations of five
     ],
 )
 def test_tiles(recipes, config, K, fast, out):
@@ -130,13 +131,17 @@ SWAPPED = {"num_blocks": 2, "is_swapped": True}
         # Two rows of tiles; a K block is left over; scales come by the producer; subtiles of 40 rows, stored transposed
         (100, ROWS, Config(80, 128, 3, 40, **SWAPPED), 656, True, True),
         # Two sets of scales, of 128 columns each; the last iteration has an empty step
-        (7, BLOCKS, Config(8, 256, 2, 8, is_whole=False, **SWAPPED), 896, False, True),
+        (7, BLOCKS, Config(8, 256, 2, 8, **SWAPPED), 896, False, True),
         # Three tiles for two blocks, which share them: the second finishes the one in which the part of the first ends
-        (12, BLOCKS, Config(16, 64, 8, 16, num_consumers=1, is_whole=False, divides_k=True, **SWAPPED), 1280, False, True),
+        (12, BLOCKS, Config(16, 64, 8, 16, num_consumers=1, divides_k=True, **SWAPPED), 1280, False, True),
         (40, ROWS, Config(48, 64, 4, 48, num_consumers=1, **SWAPPED), 512, False, False),  # consumers load scales
         (70, ROWS, Config(128, 64, 3, 32, 7, divides_k=True), 1168, True, True),  # two or three blocks for a tile
+        # Two rows of tiles with four blocks each, one block is left over; a part ends behind an iteration that is not whole
+        (150, BLOCKS, Config(80, 128, 4, 40, 9, is_swapped=True, divides_k=True), 1408, False, False),
+        # One consumer; seven stages, which no iteration of four K blocks has all of
+        (60, BLOCKS, Config(64, 160, 7, 32, 2, num_consumers=1), 1280, False, True),
         # A tile meets two blocks of scale_b, and the second tile at another column
-        (140, BLOCKS, Config(128, 160, 2, 32, 2, is_whole=False), 528, False, False),
+        (140, BLOCKS, Config(128, 160, 2, 32, 2), 528, False, False),
     ],
 )
 def test_swapped_and_straddling_tiles(M, recipes, config, K, fast, dynamic):
@@ -194,6 +199,8 @@ def test_instructions():
         "few_rows": (16, 4096, 7168, ROWS, False),
         "few_blocks": (128, 4096, 7168, BLOCKS, False),
         "swapped": (8, 27648, 7168, BLOCKS, False),
+        "one_consumer": (64, 19968, 6784, BLOCKS, False),
+        "divided": (297, 1536, 22144, BLOCKS, False),
         "straddling": (200, 10240, 7168, BLOCKS, False),
     }
     texts = {}
@@ -232,7 +239,10 @@ def test_instructions():
         (16, 4096, 7168, BLOCKS, False, SplitK(16, 32, 1, 4, 32)),
         pytest.param(64, 2112, 7168, BLOCKS, False, SplitK(64, 32, 2, 4, 8), marks=needs_clusters),  # 66 tiles: two blocks each
         (128, 4096, 7168, BLOCKS, False, SplitK(128, 32, 1, 2, 8)),
-        (2, 20224, 17280, BLOCKS, False, Config(8, 128, 8, 8, 132, 0, 2, True, False, True)),  # 135 K blocks: no multiple of 4
+        (2, 20224, 17280, BLOCKS, False, Config(8, 128, 8, 8, 132, 0, 2, True, True)),  # 135 K blocks: no multiple of 4
+        (48, 10240, 8192, BLOCKS, False, Config(64, 80, 8, 16, 132, num_consumers=1)),  # 128 tiles in one wave
+        # 48 tiles of 173 K blocks: 33 blocks for each of their four rows
+        (297, 1536, 22144, BLOCKS, False, Config(80, 128, 4, 40, 132, is_swapped=True, divides_k=True)),
         (1131, 7808, 23040, BLOCKS, False, Config(128, 192, 4, 32, 132)),  # nine rows of tiles: none is divided
     ],
 )
@@ -268,7 +278,8 @@ def test_choices_fit(recipes, out):
                 stores = 2 * config.num_consumers * rows * bytes_of_row
                 assert stages + stores + scales <= 227 * 1024 - 512, (M, N, K, config)
                 assert config.deferred <= -(-K // BLOCK_K) // 2
-                assert not config.divides_k or (config.deferred == 0 and config.block_M >= kernel_problem.max_M)
+                tile_rows = -(-kernel_problem.max_M // config.block_M)
+                assert not config.divides_k or (config.deferred == 0 and tile_rows <= 8), "rows that are walked together"
                 assert config.num_stages >= min(2, -(-K // BLOCK_K)), "one is released when the next has arrived"
 
 

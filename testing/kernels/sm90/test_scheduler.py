@@ -51,50 +51,62 @@ def test_grouped_tiles(rows, columns, num_blocks, group_rows):
 
 
 def divide(num_blocks: int):
-    """The prim_func: visits (tiles, iterations), 1 + which block takes an iteration; ends (tiles, 2), 1 + which block finishes
-    a tile, and the first of those that it has accumulators from, or itself.
+    """The prim_func: visits (rows, columns, iterations), 1 + which block takes an iteration of a tile; ends (rows, columns, 2),
+    1 + which block finishes a tile, and the last of those that it has accumulators from, or itself.
     """
-    tiles, iterations = T.dynamic("tiles"), T.dynamic("iterations")
+    rows, columns, iterations = T.dynamic("rows"), T.dynamic("columns"), T.dynamic("iterations")
 
     @T.prim_func
-    def divide(visits: T.Tensor((tiles, iterations), "int32"), ends: T.Tensor((tiles, 2), "int32")):
+    def divide(visits: T.Tensor((rows, columns, iterations), "int32"), ends: T.Tensor((rows, columns, 2), "int32")):
         with T.Kernel(num_blocks, threads=32) as block:
-            work = start_stream_k(num_blocks, block, tiles, iterations)
+            row, column = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
+            tiles = GroupedTiles(8, columns, rows)
+            work = start_stream_k(num_blocks, block, columns, rows, iterations)
             for i in T.serial(work.num_segments):
                 work.take(i)
+                tiles.tile_coord(work.tile, row, column)
                 if T.get_thread_binding() == 0:
                     for k in T.serial(work.last - work.first):
-                        visits[work.tile, work.first + k] += block + 1
+                        visits[row[0], column[0], work.first + k] += block + 1
                     if not work.is_given:
-                        ends[work.tile, 0] += block + 1
-                        ends[work.tile, 1] = T.if_then_else(work.first > 0, work.first_sharer, block)
+                        ends[row[0], column[0], 0] += block + 1
+                        ends[row[0], column[0], 1] = block
+                        if work.first > 0:
+                            ends[row[0], column[0], 1] = work.giver(work.givers - 1)
 
     return divide
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("tiles", "iterations", "num_blocks"),
+    ("rows", "columns", "iterations", "num_blocks"),
     # Whole tiles ahead of divided ones; several blocks for a tile; a tile begins with a part that begins between two
-    # iterations, rounded down; parts that end with tiles; full waves
-    [(15, 5, 4), (2, 9, 7), (3, 5, 7), (6, 4, 4), (8, 3, 4)],
+    # iterations, rounded down; parts that end with tiles; full waves; rows of tiles, for which a block is left over, or none
+    [(1, 15, 5, 4), (1, 2, 9, 7), (1, 3, 5, 7), (1, 6, 4, 4), (1, 8, 3, 4), (3, 2, 9, 22), (2, 7, 5, 8), (4, 3, 4, 9)],
 )
-def test_divided_tiles(tiles, iterations, num_blocks):
-    """Every iteration once; a tile's iterations go to neighbouring blocks, the last of which finishes it."""
-    visits, ends = torch.zeros(tiles, iterations, dtype=torch.int32), torch.zeros(tiles, 2, dtype=torch.int32)
+def test_divided_tiles(rows, columns, iterations, num_blocks):
+    """Every iteration once; a tile's iterations go to neighbours of its row, the last of which finishes it."""
+    visits = torch.zeros(rows, columns, iterations, dtype=torch.int32)
+    ends = torch.zeros(rows, columns, 2, dtype=torch.int32)
     text = lower(divide(num_blocks), "sm_90a")
-    execute(text, (num_blocks, 1), {"visits": visits, "ends": ends}, {}, {"tiles": tiles, "iterations": iterations})
-    blocks = visits - 1
+    sizes = {"rows": rows, "columns": columns, "iterations": iterations}
+    execute(text, (num_blocks, 1), {"visits": visits, "ends": ends}, {}, sizes)
+    blocks, row_blocks = visits - 1, num_blocks // rows
     assert (blocks >= 0).all()
-    assert (blocks < num_blocks).all(), "an iteration was taken twice"
-    assert ((blocks[:, 1:] - blocks[:, :-1]).unique().tolist()) in ([0], [0, 1], [1], []), "neighbours, in order"
-    assert torch.equal(ends[:, 0] - 1, blocks[:, -1])
-    assert torch.equal(ends[:, 1], blocks[:, 0])
-    whole = tiles if tiles % num_blocks == 0 else max(tiles // num_blocks - 1, 0) * num_blocks
-    assert torch.equal(blocks[:whole, 0], torch.arange(whole, dtype=torch.int32) % num_blocks)
-    assert (blocks[:whole] == blocks[:whole, :1]).all()
-    parts = torch.bincount(blocks[whole:].flatten())
+    assert (blocks < row_blocks * rows).all(), "an iteration was taken twice"
+    numbers = blocks // rows
+    for row in range(rows):
+        assert (blocks[row] % rows == row).all(), "blocks of its row"
+        assert torch.equal(numbers[row], numbers[0]), "in step"
+    assert ((numbers[..., 1:] - numbers[..., :-1]).unique().tolist()) in ([0], [0, 1], [1], []), "neighbours, in order"
+    assert torch.equal(ends[..., 0] - 1, blocks[..., -1])
+    assert torch.equal(ends[..., 1], blocks[..., 0])
+    numbers = numbers[0]
+    whole = columns if columns % row_blocks == 0 else max(columns // row_blocks - 1, 0) * row_blocks
+    assert torch.equal(numbers[:whole, 0], torch.arange(whole, dtype=torch.int32) % row_blocks)
+    assert (numbers[:whole] == numbers[:whole, :1]).all()
+    parts = torch.bincount(numbers[whole:].flatten())
     taken = parts[parts > 0]
     assert not len(taken) or taken.max() - taken.min() <= 1, "equal parts"
-    givers = [block for row in blocks[whole:] for block in row.unique().tolist() if block != row[-1]]
+    givers = [number for tile in numbers[whole:] for number in tile.unique().tolist() if number != tile[-1]]
     assert len(givers) == len(set(givers)), "a block has memory for one tile's accumulators"

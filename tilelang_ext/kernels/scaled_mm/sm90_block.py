@@ -10,7 +10,7 @@ from tilelang_ext.formats import FP8_BLOCK, BlockScaledLayout
 from tilelang_ext.kernels.scaled_mm.problem import Problem
 from tilelang_ext.kernels.sm90.epilogue import DeferredSubtiles, SubtileStores
 from tilelang_ext.kernels.sm90.pipeline import Pipeline
-from tilelang_ext.kernels.sm90.roles import WARPGROUP, Roles
+from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles
 from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler, start_stream_k
 from tilelang_ext.kernels.sm90.split_tiles import SplitTiles
 
@@ -41,7 +41,6 @@ class Config:
     deferred: int = 0
     num_consumers: int = 2
     is_swapped: bool = False
-    is_whole: bool = True  # whether `steps_of` divides the K blocks; anything where accumulators are not promoted
     divides_k: bool = False  # whether blocks share the last tiles, each some of their K blocks
 
 
@@ -60,6 +59,12 @@ def scale_sets_of(block_N: int, is_swapped: bool) -> int:
 def promotes(problem: Problem) -> bool:
     """Whether partial accumulators are added in float32 registers, K block by K block."""
     return not problem.fast_accum or is_blockwise(problem)
+
+
+def is_bound_by_loads(problem: Problem, config: Config) -> bool:
+    """Whether the MMAs of a K block take less time than its loads: of tiles with few rows, or with all of a few."""
+    has_all = problem.max_M <= config.block_M <= 2 * WGMMA_M
+    return has_all or (config.is_swapped and config.block_M <= WGMMA_M)
 
 
 def is_blockwise(problem: Problem) -> bool:
@@ -134,13 +139,18 @@ class Traits:
     @property
     def has_empty_steps(self) -> bool:
         """Whether the last iteration may have fewer K blocks than `unroll`: its other stages pass by empty."""
-        return self.unroll > 1 and not self.config.is_whole
+        return self.unroll > 1 and not (self.has_constant_K and self.k_blocks % self.unroll == 0)
 
     @property
     def tail(self) -> int:
-        """K blocks of an iteration behind the main loop, which then needs no checks; 0 where the loop has the last one too."""
+        """K blocks of an iteration behind the main loop, where it is the same number for all tiles; else 0."""
         is_apart = self.has_empty_steps and self.has_constant_K and not self.config.divides_k
         return self.k_blocks % self.unroll if is_apart else 0
+
+    @property
+    def producer_arrivals(self) -> int:
+        """Arrivals that commit a stage: of each warp where its threads write scales in every stage, else of each thread."""
+        return WARPGROUP // WARP if self.blockwise else WARPGROUP
 
     @property
     def subtiles(self) -> int:
@@ -262,8 +272,8 @@ def start_walk(traits: Traits, block: Block):
     """Return a role's walk over tiles, or parts of them."""
     if not traits.config.divides_k:
         return _Tiles(block.scheduler, traits.iterations)
-    scheduler = block.scheduler
-    return start_stream_k(scheduler.num_blocks, scheduler.block, scheduler.num_tiles, traits.iterations)
+    scheduler, tiles = block.scheduler, block.tiles
+    return start_stream_k(scheduler.num_blocks, scheduler.block, tiles.tile_columns, tiles.tile_rows, traits.iterations)
 
 
 def scale_row(layout: BlockScaledLayout, row):

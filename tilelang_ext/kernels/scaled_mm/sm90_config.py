@@ -23,14 +23,24 @@ from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm import sm90_persistent, sm90_split_k, vecmat
 from tilelang_ext.kernels.scaled_mm.problem import VECMAT_MAX_M, Problem
-from tilelang_ext.kernels.scaled_mm.sm90_block import BLOCK_K, WGMMA_M, Config, fits_hopper, scale_sets_of, steps_of
+from tilelang_ext.kernels.scaled_mm.sm90_block import (
+    BLOCK_K,
+    WGMMA_M,
+    Config,
+    fits_hopper,
+    is_bound_by_loads,
+    scale_sets_of,
+    steps_of,
+)
 
 _SHARED_BYTES = 226 * 1024  # of a block, beside barriers
 _MAX_STAGES = 8
 _WIDTHS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)  # columns of a tile
 _SWAPPED_ROWS = (8, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 240, 256)  # of a tile of swapped operands
-_MOST_WAVES, _FEWEST_K_BLOCKS = 6, 16  # of products whose last tiles may be divided along K
+_MOST_WAVES, _FEWEST_K_BLOCKS, _MOST_TILE_ROWS = 6, 16, 8  # of products whose last tiles may be divided along K
+_FEWEST_PLAIN_ROWS = 17  # with fewer, more than three quarters of an MMA of operands that are not swapped are empty
 _REGISTERS, _WITHOUT_PROMOTION = 200, 128  # of a consumer's thread that accumulators and blockwise scales may take
+_WIDEST_ALONE = 160  # columns of a tile of one consumer whose operands are not swapped: of more, its MMAs are too long
 
 
 class Choice(NamedTuple):
@@ -57,6 +67,7 @@ class Model:
     latency: float  # of a load, over the stages of the pipeline
     uneven: float  # part more, where iterations of 4 K blocks do not divide them; twice it for 5, three times for 6
     divided: float  # factor, of tiles divided along K, which must be the faster by more than the model errs
+    exchange: float  # of tiles divided along K, the part of giving accumulators that nothing overlaps
 
 
 @dataclass(frozen=True)
@@ -84,10 +95,10 @@ class Shared:
 
 
 MODELS = {
-    "fast": Model(0.01654, 0.02608, 1.0, 1.025, 1.017, 0.01392, 0.2887, 0.03, 0.0007107, 0.3985, 0.226, 0.0, 1.02),
+    "fast": Model(0.01654, 0.02608, 1.0, 1.025, 1.017, 0.01392, 0.2887, 0.03, 0.0007107, 0.3985, 0.226, 0.0, 1.02, 0.0),
     # Those of blocks as they were fitted before their last fit: rows without fast accumulation were not.
-    "rows": Model(0.02268, 0.03737, 1.145, 1.115, 1.019, 0.0, 0.7572, 0.0, 0.001102, 0.0, 0.5381, 0.04133, 1.02),
-    "blocks": Model(0.01962, 0.08678, 1.317, 1.15, 1.113, 0.0, 0.5646, 0.0, 0.001639, 0.0, 0.007588, 0.02209, 1.019),
+    "rows": Model(0.02268, 0.03737, 1.145, 1.115, 1.019, 0.0, 0.7572, 0.0, 0.001102, 0.0, 0.5381, 0.04133, 1.02, 0.0),
+    "blocks": Model(0.01962, 0.08678, 1.266, 1.15, 1.113, 0.0, 0.5646, 0.0, 0.001639, 0.0, 0.00646, 0.02209, 1.01, 2.2),
 }
 SHARED = Shared(
     launch=2.305,
@@ -176,13 +187,18 @@ def choices(problem: Problem) -> Iterator[Choice]:
 def _tiles(problem: Problem) -> Iterator[tuple[int, int, int, bool]]:
     """Yield rows, columns, consumers and whether operands are swapped, of tiles that fit in registers."""
     kind, may_swap = kind_of(problem), problem.out_dtype != "float32"  # a transposed subtile would have rows of 256 bytes
-    # Of up to 64 rows half of such a tile or more is empty: wherever both have been measured, swapped operands were faster.
-    plain = () if may_swap and problem.max_M <= WGMMA_M else (128,) if kind == "fast" else (128, 256)
-    for block_M in plain:
+    # Of up to 64 rows half of a tile of 128 or more is empty: wherever both have been measured, swapped operands were faster.
+    plain = () if may_swap and problem.max_M <= WGMMA_M else ((128, 2),) if kind == "fast" else ((128, 2), (256, 2))
+    # One consumer: as many tiles as SMs, of any width, stream b without an exchange. Measured for blocks of scales alone.
+    if kind == "blocks" and _FEWEST_PLAIN_ROWS <= problem.max_M <= WGMMA_M:
+        plain = (*plain, (WGMMA_M, 1))
+    for block_M, num_consumers in plain:
         for block_N in _WIDTHS:
             straddles = kind == "blocks" and block_N > FP8_BLOCK + math.gcd(block_N, FP8_BLOCK)
-            if _registers(kind, block_M // 128, block_N, 4) <= _limit(kind) and not straddles:
-                yield block_M, block_N, 2, False
+            mma_tiles = block_M // (WGMMA_M * num_consumers)
+            is_too_wide = num_consumers == 1 and block_N > _WIDEST_ALONE
+            if _registers(kind, mma_tiles, block_N, 4) <= _limit(kind) and not straddles and not is_too_wide:
+                yield block_M, block_N, num_consumers, False
     if not may_swap:
         return
     most = _ceildiv(problem.max_M, 16) * 16
@@ -233,22 +249,29 @@ def _persistent(problem: Problem, block_M: int, block_N: int, num_consumers: int
     most = min(fitting, _MAX_STAGES, k_blocks - 1 if k_blocks > 2 else k_blocks)
     if fitting < 3:
         return
-    # Promoted: iterations of 4 K blocks, which divide most K, and of all stages where there are 5 or 6.
-    for num_stages in (most,) if kind == "fast" or most in (1, 2, 3, _MAX_STAGES) else sorted({4, min(most, 6)}):
-        is_whole = kind == "fast" or k_blocks % steps_of(num_stages) == 0
-        yield Config(block_M, block_N, num_stages, subtile, problem.num_sms, deferred, num_consumers, is_swapped, is_whole)
+    config = Config(block_M, block_N, most, subtile, problem.num_sms, deferred, num_consumers, is_swapped)
+    # Promoted: iterations of 4 K blocks, which divide most K, and of all stages where there are 5 or 6; all there are of tiles
+    # that are bound by loads.
+    is_one = kind == "fast" or most in (1, 2, 3, _MAX_STAGES) or is_bound_by_loads(problem, config)
+    for num_stages in (most,) if is_one else sorted({4, min(most, 6)}):
+        yield replace(config, num_stages=num_stages)
 
 
 def _can_divide(config: Config, problem: Problem) -> bool:
-    """Whether blocks may share tiles: their last wave is not full, and there is one row of them.
+    """Whether blocks may share tiles: the last wave of every row of tiles is not full."""
+    if config.num_consumers == 1 and not config.is_swapped:
+        return False  # narrower tiles fill the waves
+    tiles, k_blocks, tile_rows = _ceildiv(problem.N, config.block_N), _ceildiv(problem.K, BLOCK_K), _tile_rows(config, problem)
+    # Several rows of tiles have been measured for blocks of scales alone.
+    if tile_rows > (_MOST_TILE_ROWS if kind_of(problem) == "blocks" else 1) or k_blocks < _FEWEST_K_BLOCKS:
+        return False
+    row_blocks = problem.num_sms // tile_rows
+    # Of several rows of tiles, those that leave SMs without one.
+    return tiles % row_blocks != 0 and tiles < (_MOST_WAVES if tile_rows == 1 else 1) * row_blocks
 
-    Tiles below each other have the same rows of b, which blocks that are at different K blocks would load several times.
-    """
-    tiles, k_blocks = _ceildiv(problem.N, config.block_N), _ceildiv(problem.K, BLOCK_K)
-    is_one_row = problem.max_M <= config.block_M
-    return (
-        is_one_row and tiles % problem.num_sms != 0 and tiles < _MOST_WAVES * problem.num_sms and k_blocks >= _FEWEST_K_BLOCKS
-    )
+
+def _tile_rows(config: Config, problem: Problem) -> int:
+    return _ceildiv(problem.max_M, config.block_M)
 
 
 # --- times -----------------------------------------------------------------------------------------------------------
@@ -267,8 +290,9 @@ def _persistent_us(config: Config, problem: Problem) -> float:
     mma = mma_tiles * (model.mma * mma_N / 8 * config.num_consumers / 2 + model.mma_start)
     mma *= model.alone if config.num_consumers == 1 else 1.0
     mma *= model.swapped if config.is_swapped else model.straddle if FP8_BLOCK % config.block_N else 1.0
-    mma *= 1.0 if config.is_whole else 1 + model.uneven * (steps_of(config.num_stages) - 3)
-    tile_rows, num_sms = _ceildiv(M, config.block_M), problem.num_sms
+    steps = 1 if kind_of(problem) == "fast" else steps_of(config.num_stages)
+    mma *= 1.0 if k_blocks % steps == 0 else 1 + model.uneven * (steps - 3)
+    tile_rows, num_sms = _tile_rows(config, problem), problem.num_sms
     tiles = tile_rows * _ceildiv(problem.N, config.block_N)
     waves = _ceildiv(tiles, num_sms)
     # Rows past the end are in the last tiles, which set the time of one wave.
@@ -278,11 +302,12 @@ def _persistent_us(config: Config, problem: Problem) -> float:
     end = model.wave + model.end * mma_tiles * mma_N / 8 + model.store * stores
     k_block = _both(mma, loads, model.overlap_loads)
     if config.divides_k:
-        busy_sms, idle = num_sms, 0.0
-        divided = tiles - max(tiles // num_sms - 1, 0) * num_sms
-        givers = max(1, _ceildiv(num_sms, divided) - 1)  # of a divided tile
+        row_blocks, of_row, idle = num_sms // tile_rows, tiles // tile_rows, 0.0
+        busy_sms = row_blocks * tile_rows
+        divided = of_row - max(of_row // row_blocks - 1, 0) * row_blocks
+        givers = max(1, _ceildiv(row_blocks, divided) - 1)  # of a divided tile
         split = SHARED.split + SHARED.split_element * config.block_M * config.block_N * (1 + givers)
-        busy = tiles / num_sms * k_blocks * k_block + waves * end + split
+        busy = of_row / row_blocks * k_blocks * k_block + waves * end + split
     else:
         busy_sms = min(tiles, num_sms)
         missing = waves - tiles / num_sms if waves > 1 else 0.0
@@ -291,7 +316,8 @@ def _persistent_us(config: Config, problem: Problem) -> float:
     memory = _bytes_of(problem) / min(SHARED.memory, busy_sms * SHARED.sm_memory)
     memory *= 1 + SHARED.wide if config.is_swapped and config.block_N == 256 else 1.0
     memory *= 1 + idle
-    return (SHARED.launch + _both(busy, memory, SHARED.overlap)) * (model.divided if config.divides_k else 1.0)
+    us = SHARED.launch + _both(busy, memory, SHARED.overlap)
+    return us * model.divided + model.exchange if config.divides_k else us
 
 
 def _split_k_us(config: sm90_split_k.Config, problem: Problem) -> float:

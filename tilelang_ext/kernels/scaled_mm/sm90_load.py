@@ -3,7 +3,7 @@
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
 from tilelang_ext.kernels.scaled_mm.sm90_block import BLOCK_K, Block, Coord, Operands, Traits, scale_row, start_walk
-from tilelang_ext.kernels.sm90.roles import WARPGROUP, warpgroup_sync
+from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, warpgroup_sync
 
 
 @T.macro
@@ -64,28 +64,26 @@ def _load_k_block(traits: Traits, operands: Operands, block: Block, scales: list
             load()
 
     pipeline.acquire(stage, pipeline.empty_phase(step))
-    if n > 0 and (traits.blockwise or (n == 1 and traits.producer_loads_scales)):
-        _sync_producer(traits)
+    if n == 1 and traits.producer_loads_scales:
+        warpgroup_sync(traits.config.num_consumers)
     if traits.has_empty_steps and not traits.tail:
         load_if_any()
     elif not tail or n < tail:
         load()
     if traits.blockwise:
-        _sync_producer(traits)
         _store_row_scales(traits, block, scales[n], stage)
     if traits.producer_loads_scales and n == 0:
         _load_tile_scales(traits, operands, block, scales[0], tile, k)
-    pipeline.commit(stage)
+    _commit(traits, block, stage)
     _prefetch_scales(traits, operands, block, scales[n], tile, k + traits.unroll)
 
 
-def _sync_producer(traits: Traits) -> None:
-    """Wait for the producer's other threads.
-
-    The pipeline orders everything without: these are where upstream's search for missing barriers placed them, and the kernels
-    have been measured with them.
-    """
-    warpgroup_sync(traits.config.num_consumers)
+def _commit(traits: Traits, block: Block, stage) -> None:
+    """Commit a stage, which the scales that the threads of a warp have written belong to."""
+    if traits.blockwise:
+        block.pipeline.commit_warp(stage, block.thread % WARP)
+    else:
+        block.pipeline.commit(stage)
 
 
 def _prefetch_scales(traits: Traits, operands: Operands, block: Block, scales, tile: Coord, k) -> None:
@@ -132,7 +130,7 @@ def _load_tile_scales(traits: Traits, operands: Operands, block: Block, scales, 
                 scales[r] = scale_a[scale_row(problem.layout_a, T.min(row + r * WARPGROUP, traits.M - 1)), 0]
             for c in T.unroll(columns):
                 scales[rows + c] = scale_b[scale_row(problem.layout_b, T.min(column + c * WARPGROUP, traits.N - 1)), 0]
-        _sync_producer(traits)
+        warpgroup_sync(traits.config.num_consumers)
         if k == traits.config.num_stages:
             for r in T.unroll(rows):
                 if block_M % WARPGROUP == 0 or r * WARPGROUP + thread < block_M:

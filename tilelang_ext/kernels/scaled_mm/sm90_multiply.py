@@ -25,11 +25,12 @@ def consume(traits, operands, block, accumulators, stores):
         block.tiles.tile_coord(walk.tile, tile_row, tile_column)
         if traits.promotes:
             _clear(accumulators.of_tiles)
-        for k in T.serial(walk.last - walk.first):
-            _multiply_k_blocks(traits, block, consumer, wave, tile_column[0] * traits.config.block_N, k, walk.first, step)
+        whole, rest = _iterations_of(traits, walk)
+        for k in T.serial(whole):
+            _multiply_k_blocks(traits, block, consumer, wave, tile_column[0] * traits.config.block_N, k, step)
             step = step + traits.unroll
-        if traits.tail:
-            _multiply_tail(traits, block, consumer, tile_column[0] * traits.config.block_N, step)
+        if rest > 0:
+            _multiply_rest(traits, block, consumer, tile_column[0] * traits.config.block_N, step, rest)
             step = step + traits.unroll
         if not traits.promotes:
             T.wait_wgmma(0)
@@ -61,32 +62,49 @@ def _fence(traits: Traits, accumulators: list) -> None:
         T.warpgroup_fence_operand(accumulator, num_regs=WGMMA_M * traits.mma_N // WARPGROUP)
 
 
-def _multiply_k_blocks(traits: Traits, block: Block, consumer: Consumer, wave, column, k, first, step) -> None:
-    """Multiply the K blocks of iteration `first` + k, for the tile that begins at a column."""
+def _iterations_of(traits: Traits, walk) -> tuple:
+    """Return the whole iterations of a tile, or of a part of one, and the K blocks behind them."""
+    if traits.tail:
+        return traits.iterations, traits.tail
+    if not traits.has_empty_steps:
+        return walk.last - walk.first, 0
+    last = T.min(walk.last * traits.unroll, traits.k_blocks)
+    whole = T.truncdiv(last, traits.unroll)
+    return whole - walk.first, last - whole * traits.unroll
+
+
+def _multiply_k_blocks(traits: Traits, block: Block, consumer: Consumer, wave, column, k, step) -> None:
+    """Multiply the K blocks of iteration k, for the tile that begins at a column."""
     for n in range(traits.unroll):
         if not traits.promotes:
             _multiply(traits, block, consumer, k, step + n)
             consumer.deferred.store_due(k, wave > 0)
-        elif traits.has_empty_steps and not traits.tail and n > 0:  # an iteration has one K block at least
-            _multiply_if_any(traits, block, consumer, column, (first + k) * traits.unroll + n, step + n, n)
         else:
             _multiply_and_promote(traits, block, consumer, column, step + n, n)
 
 
-def _multiply_tail(traits: Traits, block: Block, consumer: Consumer, column, step) -> None:
-    """Multiply the K blocks behind the main loop, and pass the other stages on.
+def _multiply_rest(traits: Traits, block: Block, consumer: Consumer, column, step, rest) -> None:
+    """Multiply the `rest` of the K blocks, behind the main loop, and pass on the stages that they leave of an iteration.
 
     One K block's code for all of them: with code for each, ptxas keeps too much of them at once and spills accumulators.
     """
 
     @T.macro
-    def emit():
-        for n in T.serial(traits.tail):
+    def multiply():
+        for n in T.serial(rest):
             _multiply_and_promote(traits, block, consumer, column, step + n, n)
 
-    emit()
-    for n in range(traits.tail, traits.unroll):
-        _pass_on(traits, block, step + n)
+    @T.macro
+    def pass_on():
+        for n in T.serial(traits.unroll - rest):
+            _pass_on(traits, block, step + rest + n)
+
+    multiply()
+    if traits.tail:
+        for n in range(traits.tail, traits.unroll):
+            _pass_on(traits, block, step + n)
+    else:
+        pass_on()
 
 
 def _pass_on(traits: Traits, block: Block, step) -> None:
@@ -123,19 +141,6 @@ def _multiply(traits: Traits, block: Block, consumer: Consumer, k, step) -> None
     for m, accumulator in enumerate(accumulators):
         T.evaluate(_mma(traits, block, accumulator, stage, consumer.row + m * WGMMA_M, k == 0))
     release_previous()
-
-
-def _multiply_if_any(traits: Traits, block: Block, consumer: Consumer, column, k, step, n: int) -> None:
-    """The same as `_multiply_and_promote` of K block k, or, past the last one, pass the stage on."""
-
-    @T.macro
-    def emit():
-        if k < traits.k_blocks:
-            _multiply_and_promote(traits, block, consumer, column, step, n)
-        else:
-            _pass_on(traits, block, step)
-
-    emit()
 
 
 def _multiply_and_promote(traits: Traits, block: Block, consumer: Consumer, column, step, n) -> None:

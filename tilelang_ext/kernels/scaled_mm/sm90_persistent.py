@@ -13,7 +13,7 @@ Pipelines, producer role -> consumer role:
 
 | pipeline | carries | full | empty |
 | --- | --- | --- | --- |
-| producer -> consumers | A and B of a K block of 128, their scales if blockwise | 128 threads, the bytes | 4 warps of each |
+| producer -> consumers | A and B of a K block of 128, blockwise scales | the bytes, 4 warps or 128 threads | 4 warps of each |
 | consumer -> its TMA stores | subtiles of the result, two buffers per consumer | a named barrier of 128 threads | one thread |
 
 Steady state:
@@ -30,11 +30,15 @@ An MMA has 64 rows and any multiple of 8 columns. With `is_swapped`, columns of 
 that few rows, or such as fill no multiple of 64, take no more time than they need; subtiles are then stored transposed.
 
 N and K may be arguments of the kernel, which sizes share then, where K has more blocks than the pipeline has stages
-(`compile_kernel` says where). `is_whole` promises that the iterations of the main loop have all their K blocks; without it, the
-last one passes on empty stages: behind the loop if K is constant, else each step asks whether it has a K block.
+(`compile_kernel` says where). Where accumulators are promoted, an iteration of the main loop has several K blocks; those that
+are left of a tile, or of a part of one, come behind it, and the stages of that iteration that stay empty are passed on.
 
 With `divides_k` all blocks share the last tiles, each an equal number of their iterations (stream-K: `StreamKScheduler`,
-`SplitTiles`): for products whose bytes take longer than their MMAs and whose tiles do not fill the last wave.
+`SplitTiles`): for products whose bytes take longer than their MMAs and whose tiles do not fill the last wave. Where tiles lie
+below each other, each row of them has as many blocks as the others, which walk in step.
+
+A tile of 64 rows whose operands are not swapped has one consumer, and any multiple of 16 as columns: as many tiles as there are
+SMs stream b without an exchange.
 
 Takes scales that cover all of K, or 1x128 beside 128x128. Floor on an H200: 2 M N K / 1.98e15 s, and the bytes of a, b and out
 at 4.25e12 bytes/s (docs/design/performance.md). `sm90_config` picks the configuration; `sm90_block` has what the roles share,
@@ -57,6 +61,7 @@ from tilelang_ext.kernels.scaled_mm.sm90_block import (
     Config,
     Operands,
     Traits,
+    is_bound_by_loads,
     promotes,
     scale_type,
 )
@@ -159,7 +164,7 @@ def _matmul(traits, operands):
         stores = _alloc_stores(traits, operands)
         accumulators = _alloc_accumulators(traits)
         _swizzle(stores)
-        pipeline = alloc_pipeline(traits.config.num_stages, WARPGROUP, traits.roles.consumer_warps)
+        pipeline = alloc_pipeline(traits.config.num_stages, traits.producer_arrivals, traits.roles.consumer_warps)
         tile_rows = T.ceildiv(traits.M, traits.config.block_M)
         tiles = GroupedTiles(_GROUP_ROWS, traits.tile_columns, tile_rows)
         scheduler = PersistentScheduler(traits.config.num_blocks, block, tiles.num_tiles)
@@ -212,7 +217,6 @@ def compile_kernel(problem: Problem, config: Config, compile: Callable) -> Calla
     Its producer then needs fewer registers, and the consumers get them.
     """
     general = replace(problem, max_M=0)
-    is_bound_by_loads = config.is_swapped and config.block_M <= WGMMA_M
-    if config.num_stages < -(-problem.K // BLOCK_K) and (not promotes(problem) or is_bound_by_loads):
+    if config.num_stages < -(-problem.K // BLOCK_K) and (not promotes(problem) or is_bound_by_loads(problem, config)):
         general = replace(general, N=0, K=0)
     return compile(scaled_matmul, general, config, pass_configs=PASS_CONFIGS)

@@ -16,8 +16,8 @@ def finish(traits: Traits, operands: Operands, block: Block, consumer: Consumer,
             split.give(scheduler.block, *place)
         else:
             if walk.first > 0:
-                for giver in T.serial(walk.first_sharer, scheduler.block):
-                    split.add(giver, *place)
+                for i in T.serial(walk.givers):
+                    split.add(walk.giver(i), *place)
             _store_tile(traits, operands, block, consumer, tile)
 
     emit() if traits.config.divides_k else _store_tile(traits, operands, block, consumer, tile)

@@ -53,6 +53,18 @@ class Pipeline:
         """Producer: arrive after issuing the loads of a stage. Every producer thread calls it."""
         T.evaluate(T.barrier_arrive(self.full[stage]))
 
+    def commit_warp(self, stage, lane) -> None:
+        """Producer: `commit` of a pipeline with one arrival of each producer warp, whose lanes have written to the stage."""
+        full = self.full
+
+        @T.macro
+        def emit():
+            T.sync_warp()
+            if lane == 0:
+                T.barrier_arrive(full[stage])
+
+        emit()
+
     def commit_once(self, stage) -> None:
         """Producer: `commit` of a pipeline with one arrival of the producer, by the thread that issued the loads.
 

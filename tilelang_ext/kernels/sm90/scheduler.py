@@ -85,15 +85,21 @@ class StreamKScheduler:
         for i in T.serial(work.num_segments):
             work.take(i)                    # K blocks of work.first to work.last of tile work.tile, counted in iterations
 
-    Each block walks over `whole` tiles as by `PersistentScheduler`. The K blocks of the other tiles, fewer than two for each
-    block, lie in one row, tile after tile, of which every block takes an equal part. It walks over its part from the last tile
-    to the first: a block that ends inside a tile takes that first and gives its accumulators to others (`is_given`), and
-    the block that has a tile's last K blocks finishes it (`SplitTiles`), when the others have long been there. It waits for
-    blocks of lower index alone, which the GPU starts first, so that no two wait for each other.
+    Every row of tiles has equally many blocks, block % rows: those with the same number, block // rows, walk over their rows in
+    step, so that columns of B come from memory once. Blocks that remain do nothing.
+
+    Each block walks over `whole` tiles of its row as by `PersistentScheduler`. The K blocks of the row's other tiles, fewer
+    than two for each of its blocks, lie in one line, tile after tile, of which every block takes an equal part. It walks
+    over its part from the last tile to the first: a block that ends inside a tile takes that first and gives its
+    accumulators to others (`is_given`), and the block that has a tile's last K blocks finishes it (`SplitTiles`), when the
+    others have long been there. It waits for blocks of lower index alone, which the GPU starts first, so that no two wait
+    for each other.
     """
 
-    num_blocks: int
-    block: Any
+    rows: Any  # of tiles, at most as many as `GroupedTiles` walks together
+    row: Any  # of this block
+    number: Any  # of this block among those of its row
+    row_blocks: Any  # blocks of a row
     iterations: Any  # of a tile
     registers: Any  # int32 (_REGISTERS,)
 
@@ -113,7 +119,7 @@ class StreamKScheduler:
 
     @property
     def total(self):
-        """Iterations of all divided tiles."""
+        """Iterations of all divided tiles of the row."""
         return self.registers[3]
 
     @property
@@ -122,8 +128,14 @@ class StreamKScheduler:
         return self.registers[4]
 
     @property
-    def tile(self):
+    def column(self):
+        """Column of the tile that was taken."""
         return self.registers[5]
+
+    @property
+    def tile(self):
+        """The tile that was taken, by the order of `GroupedTiles`."""
+        return self.column * self.rows + self.row
 
     @property
     def first(self):
@@ -149,27 +161,31 @@ class StreamKScheduler:
         return self.last < self.iterations
 
     @property
-    def first_sharer(self):
-        """The block that has the first iteration of the divided tile that was taken."""
-        iteration = (self.tile - self.whole * self.num_blocks) * self.iterations
-        return T.truncdiv((iteration + 1) * self.sharers - 1, self.total)
+    def givers(self):
+        """Blocks that give this one their accumulators of the tile that was taken: those with the numbers before its own."""
+        iteration = (self.column - self.whole * self.row_blocks) * self.iterations
+        return self.number - T.truncdiv((iteration + 1) * self.sharers - 1, self.total)
+
+    def giver(self, i):
+        """Return the block that is the i-th of them."""
+        return (self.number - 1 - i) * self.rows + self.row
 
     def take(self, i) -> None:
         """Take the i-th segment of this block."""
-        block, num_blocks, iterations, registers = self.block, self.num_blocks, self.iterations, self.registers
+        number_of_block, row_blocks, iterations, registers = self.number, self.row_blocks, self.iterations, self.registers
 
         @T.macro
         def emit(i):
             number = T.alloc_var("int32", i - self.gives)
             if (number >= 0) & (number < self.whole):
-                registers[5] = number * num_blocks + block
+                registers[5] = number * row_blocks + number_of_block
                 registers[6] = 0
                 registers[7] = iterations
             else:
                 # Of the divided tiles: the one in which the part ends, if it ends in one, then those before it.
                 number = T.if_then_else(number < 0, 0, number - self.whole + 1)
                 divided = T.alloc_var("int32", T.truncdiv(self.end, iterations) - number)
-                registers[5] = self.whole * num_blocks + divided
+                registers[5] = self.whole * row_blocks + divided
                 registers[6] = T.max(self.begin - divided * iterations, 0)
                 registers[7] = T.min(self.end - divided * iterations, iterations)
 
@@ -180,19 +196,24 @@ _REGISTERS = 8
 _FEWEST_ITERATIONS = 2  # of a block's part
 
 
-def start_stream_k(num_blocks: int, block, num_tiles, iterations) -> StreamKScheduler:
-    """Allocate the walk of one role over `num_tiles` tiles of `iterations` each."""
+def start_stream_k(num_blocks: int, block, tile_columns, tile_rows, iterations) -> StreamKScheduler:
+    """Allocate the walk of one role over a matrix of tiles of `iterations` each."""
 
     @T.macro
     def alloc():
         registers = T.alloc_local((_REGISTERS,), "int32")
-        waves = T.alloc_var("int32", T.truncdiv(num_tiles, num_blocks))
+        row = T.alloc_var("int32", T.truncmod(block, tile_rows))
+        number = T.alloc_var("int32", T.truncdiv(block, tile_rows))
+        row_blocks = T.alloc_var("int32", T.truncdiv(num_blocks, tile_rows))
+        waves = T.alloc_var("int32", T.truncdiv(tile_columns, row_blocks))
         # Where tiles fill their waves, none is divided.
-        registers[0] = T.if_then_else(T.truncmod(num_tiles, num_blocks) == 0, waves, T.max(waves - 1, 0))
-        registers[3] = (num_tiles - registers[0] * num_blocks) * iterations
-        registers[4] = T.min(T.max(T.truncdiv(registers[3], _FEWEST_ITERATIONS), 1), num_blocks)
-        registers[1] = T.truncdiv(T.min(block, registers[4]) * registers[3], registers[4])
-        registers[2] = T.truncdiv(T.min(block + 1, registers[4]) * registers[3], registers[4])
-        return registers
+        whole = T.alloc_var("int32", T.if_then_else(T.truncmod(tile_columns, row_blocks) == 0, waves, T.max(waves - 1, 0)))
+        registers[3] = (tile_columns - whole * row_blocks) * iterations
+        registers[4] = T.min(T.max(T.truncdiv(registers[3], _FEWEST_ITERATIONS), 1), row_blocks)
+        registers[1] = T.truncdiv(T.min(number, registers[4]) * registers[3], registers[4])
+        registers[2] = T.truncdiv(T.min(number + 1, registers[4]) * registers[3], registers[4])
+        registers[0] = T.if_then_else(number < row_blocks, whole, 0)
+        return row, number, row_blocks, registers
 
-    return StreamKScheduler(num_blocks, block, iterations, alloc())
+    row, number, row_blocks, registers = alloc()
+    return StreamKScheduler(tile_rows, row, number, row_blocks, iterations, registers)
