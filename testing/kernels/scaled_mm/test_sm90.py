@@ -242,7 +242,7 @@ def test_instructions():
         (2, 20224, 17280, BLOCKS, False, Config(8, 128, 8, 8, 132, 0, 2, True, True)),  # 135 K blocks: no multiple of 4
         (48, 10240, 8192, BLOCKS, False, Config(64, 80, 8, 16, 132, num_consumers=1)),  # 128 tiles in one wave
         # 48 tiles of 173 K blocks: 33 blocks for each of their four rows
-        (297, 1536, 22144, BLOCKS, False, Config(80, 128, 4, 40, 132, is_swapped=True, divides_k=True)),
+        (297, 1536, 22144, BLOCKS, False, Config(80, 128, 7, 40, 132, is_swapped=True, divides_k=True)),
         (1131, 7808, 23040, BLOCKS, False, Config(128, 192, 4, 32, 132)),  # nine rows of tiles: none is divided
     ],
 )
