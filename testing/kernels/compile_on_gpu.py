@@ -46,8 +46,9 @@ def compile_matmul_problems(problems) -> None:
     for of in problems:
         arch = of.arch
         next(file for file in MATMUL_KERNELS if file.takes(of)).compile_kernel(of, _Listed(kernels))
-    if kernels:
-        in_processes(partial(_compile_kernel, arch=arch), list(kernels))
+    missing = [listed for listed in kernels if not record.is_compiled(*listed[:2], arch, listed[2])]
+    if missing:
+        in_processes(partial(_compile_kernel, arch=arch), missing)
 
 
 class _Listed:

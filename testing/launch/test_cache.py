@@ -52,9 +52,12 @@ def entries(folder):
 
 def test_built_once(folder):
     build = Build()
+    assert not cache.is_cached(("add", 1))
     for _ in range(3):
         assert cache.cached(("add", 1), build) == (DATA, BINARY)
     assert build.count == 1
+    assert cache.is_cached(("add", 1))
+    assert not cache.is_cached(("add", 2))
     assert {path.suffix for path in folder.iterdir()} == {".kernel", ".lock"}, "nothing else is left beside the entry"
 
 

@@ -41,10 +41,20 @@ def folder() -> Path:
 
 def cached(key: tuple, build: Callable[[], tuple[dict, bytes]]) -> tuple[dict, bytes]:
     """Return what `build` made for this key: data that JSON can hold, and a binary. `key` has a repr that tells keys apart."""
-    path = folder() / f"{hashlib.sha256(repr((*key, _sources())).encode()).hexdigest()}.kernel"
+    path = _path(key)
     if path not in _memory:
         _memory[path] = _from_disk(path, build) if env.is_cache_enabled() else build()
     return _memory[path]
+
+
+def is_cached(key: tuple) -> bool:
+    """Return whether this process or the disk has an entry for this key."""
+    path = _path(key)
+    return path in _memory or (env.is_cache_enabled() and _read(path) is not None)
+
+
+def _path(key: tuple) -> Path:
+    return folder() / f"{hashlib.sha256(repr((*key, _sources())).encode()).hexdigest()}.kernel"
 
 
 class UntilReload:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tvm import DataType
 
 from tilelang_ext.launch import expression
-from tilelang_ext.launch.cache import until_reload
+from tilelang_ext.launch.cache import is_cached, until_reload
 from tilelang_ext.launch.expression import Expression, recipe_of
 from tilelang_ext.launch.recipe import ALIGNMENT, Lowered, compile_cached
 
@@ -36,8 +36,17 @@ def kernel(make: Callable, arguments: tuple, arch: str, pass_configs: tuple) -> 
     It is compiled once in a process, and once for all processes: see `cache`. The names and values that `make` and the
     arguments show in their repr tell them apart.
     """
-    key = make.__module__, make.__qualname__, arguments, arch, pass_configs
+    key = _key(make, arguments, arch, pass_configs)
     return compile_cached(key, functools.partial(make, *arguments), arch, dict(pass_configs))
+
+
+def is_compiled(make: Callable, arguments: tuple, arch: str, pass_configs: tuple) -> bool:
+    """Return whether `kernel` would find what it returns."""
+    return is_cached(_key(make, arguments, arch, pass_configs))
+
+
+def _key(make: Callable, arguments: tuple, arch: str, pass_configs: tuple) -> tuple:
+    return make.__module__, make.__qualname__, arguments, arch, pass_configs
 
 
 @dataclass(frozen=True)
