@@ -270,12 +270,14 @@ inline uint8_t element(uint64_t descriptor, int row, int k) {
   address ^= (address >> 7 & (width / 16 - 1)) << 4;
   return shared_memory[address];
 }
-// A number of 16 bits of an operand whose rows lie side by side: panels of 64 rows, of 128 bytes for each k.
+// A number of 16 bits of an operand whose rows lie side by side: panels of 64, 32 or 16 rows, of twice as many bytes for each k.
 inline uint wide_element_of_columns(uint64_t descriptor, int row, int k) {
-  if (descriptor >> 62 != 1) std::abort();
+  const int swizzle = descriptor >> 62, width = 256 >> swizzle, panel_rows = width / 2;
   const int panel = (descriptor >> 16 & 0x3fff) << 4, eight_k = (descriptor >> 32 & 0x3fff) << 4;
-  uint64_t address = ((descriptor & 0x3fff) << 4) + row / 64 * panel + k / 8 * eight_k + k % 8 * 128 + row % 64 * 2;
-  address ^= (address >> 7 & 7) << 4;
+  if (!swizzle) std::abort();
+  uint64_t address = ((descriptor & 0x3fff) << 4) + row / panel_rows * panel + k / 8 * eight_k + k % 8 * width;
+  address += row % panel_rows * 2;
+  address ^= (address >> 7 & (width / 16 - 1)) << 4;
   return shared_memory[address] | shared_memory[address + 1] << 8;
 }
 template <DataType T, bool OfColumns>

@@ -107,10 +107,12 @@ class Listed:
 
 
 def matmuls() -> Iterator[Case]:
-    """The kernels of `matmul`: tiled, persistent, swapped, in splits, after a transpose; with every part of the epilogue."""
+    """The kernels of `matmul`: tiled, persistent, swapped, in splits, after copies; with every part of the epilogue."""
     ALL, BF16 = matmul_operands.ALL, matmul_operands.BF16
     for name, of in {
-        "tiled": matmul_operands.problem(200, 136, 100, epilogue=ALL),
+        "tiled": matmul_operands.problem(200, 136, 100, epilogue=ALL, arch="sm_80"),
+        "padded": matmul_operands.problem(200, 133, 99, epilogue=ALL),
+        "padded splits": matmul_operands.problem(16, 1027, 8193, b_is_k_major=False, epilogue=ALL),
         "large": matmul_operands.problem(4096, 4096, 4096, b_is_k_major=False, epilogue=ALL),
         "cluster": matmul_operands.problem(4096, 4096, 4104),
         "swapped": matmul_operands.problem(300, 7168, 2048, epilogue=ALL),

@@ -17,10 +17,10 @@ from __future__ import annotations
 from tilelang.contrib.nvcc import get_target_compute_version
 from tilelang.cuda.op.gemm.gemm_fma import GemmFMA
 from tilelang.cuda.op.gemm.gemm_mma import GemmMMA
-from tilelang.cuda.op.gemm.gemm_wgmma import GemmWGMMA
 from tvm.target import Target
 
 from tilelang_ext.cuda.decoded_mma import DecodedEmitter
+from tilelang_ext.cuda.sliced_wgmma import SlicedWGMMA
 from tilelang_ext.cuda.transposed_wgmma import TransposedWGMMA, needs_transposition
 from tilelang_ext.formats import FP8_OPERANDS, OCP_OF_FNUZ
 from tilelang_ext.marks import REQUIRE_NATIVE_FP8
@@ -96,7 +96,7 @@ class Fp8GemmMMA(_Fp8Operands, GemmMMA):
         return super()._make_mma_emitter(target, thread_nums, thread_var)
 
 
-class Fp8GemmWGMMA(_Fp8Operands, GemmWGMMA):
+class Fp8GemmWGMMA(_Fp8Operands, SlicedWGMMA):
     """WGMMA on Hopper."""
 
 

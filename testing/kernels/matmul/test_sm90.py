@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda.execute import needs_compiler
 from cuda.kernels import lower
 from cuda.toolkit import compile_texts, needs_nvcc
@@ -12,7 +13,7 @@ from kernels.matmul.operands import ALL, BF16, FP16, FP32, operands, problem
 from numeric import assert_close
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.matmul import operator, sm90_config, sm90_persistent, sum_splits, tiled, turn
+from tilelang_ext.kernels.matmul import operator, pad, sm90_config, sm90_persistent, sum_splits, tiled, turn
 from tilelang_ext.kernels.matmul.problem import Epilogue
 from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M
 from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config
@@ -32,28 +33,38 @@ def text_of(make, *arguments, name="matmul"):
     return lower(make(*arguments).with_attr("global_symbol", name), ARCH, **PASS_CONFIGS)
 
 
+def with_rows_for_tma(matrix):
+    """Return an operand as `pad` copies it."""
+    return F.pad(matrix, (0, -matrix.shape[1] % pad.ROW if pad.is_padded(matrix.shape[1]) else 0)).contiguous()
+
+
 def run(of, config, splits=1):
     """Check one launch, and that of the sum over splits, against float64; every other byte of memory is a NaN."""
     a, b, *others = operands(of)
     given = dict(zip(("row_scale", "column_scale", "bias", "residual"), others, strict=True))
     expected = reference.matmul(a, b, *others[:3], of.epilogue.activation, others[3])
-    tensors = {"a": a if of.a_is_k_major else a.t(), "b": b.t() if of.b_is_k_major else b}
+    tensors = {"a": with_rows_for_tma(a if of.a_is_k_major else a.t()), "b": with_rows_for_tma(b.t() if of.b_is_k_major else b)}
+    a_row, b_row = (tensors[name].shape[1] // 8 for name in "ab")
     tensors |= {name: tensor for name, tensor in given.items() if tensor is not None}
     out = tensors["out"] = torch.full((of.M, of.N), torch.nan, dtype=DTYPES[of.out_dtype])
     first, second = ("b", "a") if config.is_swapped else ("a", "b")
     layout = {"a": of.a_is_k_major, "b": of.b_is_k_major}
+    a_blocks, b_blocks = (config.cluster, 1) if config.shares_a else (1, config.cluster)  # that load a part each
+    columns = min(sm90_config.columns_loaded(config.block_N, layout[second]), BLOCK_K)
     boxes = {
-        first: Box(config.a_rows, BLOCK_K) if layout[first] else Box(BLOCK_K, WGMMA_M),
-        second: Box((config.block_N if layout[second] else BLOCK_K) // config.cluster, 64),
+        first: Box((config.a_rows if layout[first] else BLOCK_K) // a_blocks, BLOCK_K),
+        second: Box(config.block_N // b_blocks, BLOCK_K) if layout[second] else Box(BLOCK_K // b_blocks, columns),
         "out": Box(config.subtile_N, WGMMA_M) if config.is_swapped else Box(WGMMA_M, config.subtile_N),
     }
-    scalars = {"M": of.M, "M_in_8": of.M // 8, "N_in_8": of.N // 8, "K_in_8": of.K // 8, "splits": splits}
-    scalars |= {"K": of.K, "groups": of.N // 8}
-    general = of.without_sizes("M", "N", "K")
+    scalars = {"M": of.M, "N": of.N, "K": of.K, "M_in_8": of.M // 8, "N_in_8": of.N // 8, "splits": splits}
+    scalars |= {"K_in_8": a_row if of.a_is_k_major else b_row, "a_row_in_8": a_row, "b_row_in_8": b_row}
+    scalars |= {"groups": -(-of.N // 8)}
+    general = sm90_persistent._any_sizes(of)
     grid = (config.num_blocks, 1)
     if config.adds:
         rows, columns = (of.N, of.M) if config.is_swapped else (of.M, of.N)
-        tiles = -(-rows // (config.block_M * config.cluster)) * config.cluster * -(-columns // config.block_N)
+        below, beside = (1, config.cluster) if config.shares_a else (config.cluster, 1)
+        tiles = -(-rows // (config.block_M * below)) * config.cluster * -(-columns // (config.block_N * beside))
         tensors["partial"] = torch.full((splits, tiles, config.block_M * config.block_N), torch.nan)
         given = tensors["given"] = torch.full((splits, tiles, config.num_consumers), -1)
         text = text_of(sm90_persistent.added_matmul, general, config)
@@ -63,7 +74,7 @@ def run(of, config, splits=1):
     elif splits == 1:
         execute(text_of(sm90_persistent.matmul, general, config), grid, tensors, boxes, scalars, config.cluster)
     else:
-        tensors["partial"] = torch.full((splits, of.M, of.N), torch.nan)
+        tensors["partial"] = torch.full((splits, of.M, scalars["groups"] * 8), torch.nan)
         execute(text_of(sm90_persistent.partial_matmul, general, config), grid, tensors, boxes, scalars, config.cluster)
         blocks = -(-of.N // (8 * sum_splits._GROUPS)), -(-of.M // sum_splits._ROWS)
         execute(text_of(sum_splits.sum_splits, general), blocks, tensors, {}, scalars)
@@ -105,6 +116,57 @@ def run(of, config, splits=1):
         pytest.param(
             problem(136, 136, 136, b_is_k_major=False), Config(64, 128, 1, 2, 64, 0, False, 2, 64, 2), 1, marks=needs_clusters
         ),
+        # an N-major operand in narrow boxes, or in panels of which the MMAs leave columns out
+        (
+            problem(24, 136, 136, a_is_k_major=False, b_is_k_major=True),
+            Config(64, 16, 1, 2, 16, 0, False, 3, 64, is_swapped=True),
+            1,
+        ),
+        (problem(72, 72, 264, b_is_k_major=False), Config(64, 32, 1, 3, 32, 0, False, 2, 64), 1),
+        (
+            problem(88, 136, 264, FP16, BF16, a_is_k_major=False, epilogue=ALL),
+            Config(128, 48, 2, 3, 48, 0, True, 8, 128, is_swapped=True, adds=True),
+            2,
+        ),
+        (problem(72, 168, 136, b_is_k_major=False), Config(64, 80, 1, 2, 16, 0, False, 2, 64), 1),
+        # rows of operands and of out that are no multiples of 16 bytes
+        (problem(69, 75, 261, epilogue=ALL), Config(64, 64, 1, 2, 64, 1, False, 2, 64), 1),
+        (problem(69, 75, 131, b_is_k_major=False), Config(128, 32, 2, 2, 32, 0, False, 2, 128), 1),
+        (
+            problem(35, 77, 203, FP16, BF16, a_is_k_major=False, epilogue=ALL),
+            Config(64, 48, 1, 2, 48, 0, False, 2, 64, is_swapped=True),
+            1,
+        ),
+        (
+            problem(69, 75, 261, a_is_k_major=False, b_is_k_major=False, epilogue=ALL),
+            Config(64, 64, 1, 2, 0, 0, True, 2, 64),
+            3,
+        ),
+        # the blocks of a cluster share A of either order; the last one has no column of B
+        pytest.param(
+            problem(136, 136, 200, epilogue=ALL),
+            Config(128, 64, 2, 2, 64, 0, False, 2, 128, 2, shares_a=True),
+            1,
+            marks=needs_clusters,
+        ),
+        pytest.param(
+            problem(136, 136, 328, a_is_k_major=False, b_is_k_major=False),
+            Config(128, 80, 2, 2, 16, 0, True, 8, 128, 2, adds=True, shares_a=True),
+            2,
+            marks=needs_clusters,
+        ),
+        pytest.param(
+            problem(200, 136, 200, a_is_k_major=False),
+            Config(128, 80, 2, 2, 40, 0, False, 2, 128, 2, is_swapped=True, shares_a=True),
+            1,
+            marks=needs_clusters,
+        ),
+        pytest.param(
+            problem(200, 136, 200, FP16, BF16, a_is_k_major=False),
+            Config(128, 80, 2, 2, 40, 0, False, 2, 128, 2, is_swapped=True),
+            1,
+            marks=needs_clusters,
+        ),
     ],
 )
 def test_values(of, config, splits):
@@ -131,6 +193,32 @@ def test_a_store_has_read_its_buffer_before_the_next_is_written(columns, subtile
         in_flight = in_flight[len(in_flight) - at_most :] if at_most else []
         assert buffer not in in_flight
         in_flight.append(buffer)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("columns", "granule"), [(21, 1), (26, 2), (36, 4)])
+def test_pad(columns, granule):
+    matrix = torch.arange(9 * columns, dtype=torch.int16).reshape(9, columns).view(BF16)
+    longer = torch.full((9, -(-columns // 16) * 16), torch.nan, dtype=BF16)
+    tensors, groups = {"matrix": matrix, "padded": longer}, longer.shape[1] // 8
+    scalars = {"rows": 9, "groups": groups, "granules": columns // granule}
+    execute(text_of(pad.pad, "bfloat16", granule), (-(-9 * groups // 128), 1), tensors, {}, scalars)
+    assert torch.equal(longer.view(torch.int16), with_rows_for_tma(matrix).view(torch.int16))
+
+
+@needs_compiler
+def test_pad_both():
+    tensors, scalars, blocks = {}, {}, 0
+    for name, rows, columns, granule in (("a", 90, 29, 1), ("b", 11, 22, 2)):
+        tensors[name] = torch.arange(rows * columns, dtype=torch.int16).reshape(rows, columns).view(BF16)
+        longer = tensors[f"padded_{name}"] = torch.full((rows, -(-columns // 16) * 16), torch.nan, dtype=BF16)
+        groups = longer.shape[1] // 8
+        scalars |= {f"{name}_rows": rows, f"{name}_groups": groups, f"{name}_granules": columns // granule}
+        blocks += -(-rows * groups // 128)
+    execute(text_of(pad.pad_both, "bfloat16", (1, 2)), (blocks, 1), tensors, {}, scalars)
+    for name in "ab":
+        wanted = with_rows_for_tma(tensors[name])
+        assert torch.equal(tensors[f"padded_{name}"].view(torch.int16), wanted.view(torch.int16))
 
 
 @needs_compiler
@@ -162,9 +250,9 @@ def test_instructions():
 @pytest.mark.parametrize(
     ("of", "tile", "splits"),
     [
-        (problem(8192, 8192, 8192, b_is_k_major=False), (128, 256, 1, 128), 1),
-        (problem(1024, 1024, 1024), (128, 64, 1, 128), 1),  # 128 tiles: one for each SM
-        (problem(128, 4096, 7168, b_is_k_major=False), (128, 64, 1, 128), 2),
+        (problem(8192, 8192, 8192, b_is_k_major=False), (128, 176, 1, 128), 1),
+        (problem(1024, 1024, 1024), (64, 128, 1, 64), 1),  # 128 tiles: one for each SM
+        (problem(128, 4096, 7168, b_is_k_major=False), (64, 128, 1, 64), 2),
         (problem(1, 4096, 4096), (64, 32, 1, 16), 1),
         pytest.param(problem(4096, 4096, 4104), (128, 256, 2, 128), 1, marks=needs_clusters),  # rows of no 128 bytes
     ],
@@ -183,10 +271,10 @@ def test_configs_fit():
                 of = problem(-(-M // 8) * 8, N, K, BF16, out, is_k_major, is_k_major)
                 for tile, splits in sm90_config.choices(of):
                     config = sm90_config.config_of(tile, of, splits)
-                    assert is_k_major or config.block_N % 64 == 0  # panels of 64 columns
                     assert config.is_split or config.block_N % config.subtile_N == 0
                     assert config.deferred * (config.block_M // (WGMMA_M * config.num_consumers)) <= config.block_N // 32
-                    stage = (config.a_rows + config.block_N) * BLOCK_K * 2
+                    stage = (config.a_rows + sm90_config.columns_loaded(config.block_N, is_k_major)) * BLOCK_K * 2
+                    assert config.num_stages >= 2
                     subtiles = 2 * config.num_consumers * WGMMA_M * config.subtile_N * out.itemsize
                     padding = (max(WGMMA_M, config.a_rows) - config.a_rows) * BLOCK_K * 2
                     assert config.num_stages * stage + subtiles + padding <= 226 * 1024, config
@@ -200,7 +288,8 @@ def test_configs_fit():
     [*((M, True) for M in (1, 16, 17, 40, 64, 65, 700, 4096)), *((M, False) for M in (8, 24, 40, 64, 72, 704))],
 )
 def test_rows_served(M, is_k_major):
-    """Every number of rows that a variant serves would have had the same kernels."""
+    """Every number of rows that a variant serves would have had the same kernels: of an M-major a those that are alike in their
+    remainder by 16."""
 
     def kernels(rows):
         of = problem(rows, 4096, 4104, a_is_k_major=is_k_major)
@@ -208,7 +297,9 @@ def test_rows_served(M, is_k_major):
 
     first, last = sm90_persistent.sizes_served(problem(M, 4096, 4104, a_is_k_major=is_k_major))
     assert first <= M <= last
-    assert len({kernels(rows) for rows in (first, M, last)}) == 1
+    alike = range(M % 16, last + 1, 16) if not is_k_major else range(last + 1)
+    served = [rows for rows in alike if rows >= first]
+    assert len({kernels(rows) for rows in (served[0], M, served[-1])}) == 1
 
 
 @pytest.mark.parametrize(("M", "loads_by_tma"), [(58, False), (64, True)])
@@ -235,6 +326,5 @@ def test_first_kernel_that_takes_a_problem():
     def kernel_of(*sizes, **options):
         return next(file for file in operator.KERNELS if file.takes(problem(*sizes, **options)))
 
-    assert kernel_of(1, 8, 8) is kernel_of(9, 4096, 40, b_is_k_major=False) is sm90_persistent
-    assert kernel_of(9, 33, 8) is kernel_of(9, 8, 33) is kernel_of(9, 8, 8, a_is_k_major=False) is tiled
+    assert kernel_of(1, 8, 8) is kernel_of(9, 33, 41, b_is_k_major=False) is sm90_persistent
     assert kernel_of(64, 64, 64, arch="sm_80") is kernel_of(64, 64, 64, arch="gfx942") is tiled

@@ -25,7 +25,7 @@ _KEY = (
     shape("b", 1),
     _A_IS_K_MAJOR,
     stride("b", 1) == 1,
-    select(_A_IS_K_MAJOR, 0, shape("a", 0) % TMA_ALIGNMENT),
+    select(_A_IS_K_MAJOR, 0, shape("a", 0) % (2 * TMA_ALIGNMENT)),  # whether rows of a are whole sectors, and TMA takes them
     *(fact("dtype", name) for name in _TENSORS),
 )
 RECIPE = {

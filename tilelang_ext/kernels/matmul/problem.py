@@ -57,9 +57,9 @@ class Problem:
     epilogue: Epilogue = Epilogue()
 
     @property
-    def is_aligned(self) -> bool:
-        """Whether the rows of a, b and out are multiples of 16 bytes in memory, as TMA demands."""
-        return all(extent % TMA_ALIGNMENT == 0 for extent in (self.K if self.a_is_k_major else self.M, self.N, self.b_row))
+    def a_row(self) -> int:
+        """Elements of a row of a in memory."""
+        return self.K if self.a_is_k_major else self.M
 
     @property
     def b_row(self) -> int:
@@ -76,8 +76,11 @@ class Problem:
 
     def types(self, M, N, K) -> tuple:
         """Return the types of a prim_func's parameters."""
-        a = (M, K) if self.a_is_k_major else (K, M), self.dtype
-        b = (N, K) if self.b_is_k_major else (K, N), self.dtype
+        return self.types_of(M, N, (M, K) if self.a_is_k_major else (K, M), (N, K) if self.b_is_k_major else (K, N))
+
+    def types_of(self, M, N, a_shape: tuple, b_shape: tuple) -> tuple:
+        """Return the types of a prim_func's parameters, whose operands have these shapes in memory."""
+        a, b = (a_shape, self.dtype), (b_shape, self.dtype)
         return tuple(T.Tensor(shape, dtype) for shape, dtype in (a, b, *self.types_of_epilogue(M, (N,), a)))
 
     def types_of_epilogue(self, M, columns: tuple, absent: tuple) -> tuple:

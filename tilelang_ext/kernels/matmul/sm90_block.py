@@ -5,7 +5,7 @@ from typing import Any
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.problem import Problem
-from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config
+from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config, columns_loaded
 from tilelang_ext.kernels.sm90.epilogue import (
     DeferredSubtiles,
     SubtileStores,
@@ -27,6 +27,7 @@ class Traits:
     N: Any
     K: Any
     splits: Any  # 1, or the extent of `partial`
+    stores_by_tma: bool  # whether rows of out are multiples of 16 bytes
 
     @property
     def roles(self) -> Roles:
@@ -71,9 +72,19 @@ class Traits:
 
     @property
     def shape_b(self) -> tuple:
-        """Shape of `B_s`."""
-        block_N = self.config.block_N
-        return (self.config.num_stages, *((block_N, BLOCK_K) if self.problem.b_is_k_major else (BLOCK_K, block_N)))
+        """Shape of `B_s`: an N-major operand lies as panels of 64 columns, the last of which may have columns of no MMA."""
+        rows = columns_loaded(self.config.block_N, self.problem.b_is_k_major)
+        return (self.config.num_stages, *((rows, BLOCK_K) if self.problem.b_is_k_major else (BLOCK_K, rows)))
+
+    @property
+    def tiles_below(self) -> int:
+        """Blocks of a cluster below each other."""
+        return 1 if self.config.shares_a else self.config.cluster
+
+    @property
+    def tiles_beside(self) -> int:
+        """Blocks of a cluster beside each other."""
+        return self.config.cluster if self.config.shares_a else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +144,11 @@ def find_unit(traits, block, wave, unit):
         block.tiles.tile_coord(number, unit.tile_row, unit.tile_column)
 
 
-def row_of(traits: Traits, block: Block, unit: Unit):
-    """Return the first row of this block's tile."""
-    cluster, block_M = traits.config.cluster, traits.config.block_M
-    return unit.tile_row[0] * block_M if cluster == 1 else (unit.tile_row[0] * cluster + block.rank) * block_M
+def origin_of(traits: Traits, block: Block, unit: Unit) -> tuple:
+    """Return the first row and the first column of this block's tile."""
+    row, column = unit.tile_row[0], unit.tile_column[0]
+    if traits.tiles_below > 1:
+        row = row * traits.tiles_below + block.rank
+    if traits.tiles_beside > 1:
+        column = column * traits.tiles_beside + block.rank
+    return row * traits.config.block_M, column * traits.config.block_N

@@ -2,8 +2,8 @@
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.problem import Operands
-from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Traits, alloc_unit, find_unit, row_of
-from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K
+from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Traits, alloc_unit, find_unit, origin_of
+from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, columns_loaded
 from tilelang_ext.kernels.sm90.multicast import multicast
 from tilelang_ext.kernels.sm90.roles import WARP
 
@@ -18,7 +18,7 @@ def produce(traits, operands, block):
     if block.thread < WARP:
         for wave in T.serial(block.scheduler.num_waves):
             find_unit(traits, block, wave, unit)
-            row, column = row_of(traits, block, unit), unit.tile_column[0] * traits.config.block_N
+            row, column = origin_of(traits, block, unit)
             for k in T.serial(unit.num_k[0]):
                 _load_k_block(traits, operands, block, row, column, (unit.first_k[0] + k) * BLOCK_K, step)
                 step = step + 1
@@ -28,15 +28,22 @@ def _load_k_block(traits: Traits, operands: Operands, block: Block, row, column,
     """Fill the stage of a step with the K block that begins at k."""
     pipeline, a, b, A_s, B_s = block.pipeline, operands.a, operands.b, block.A_s, block.B_s
     stage, a_rows = pipeline.stage(step), traits.config.a_rows
-    ks, columns = slice(k, k + BLOCK_K), slice(column, column + traits.config.block_N)
+    b_width = columns_loaded(traits.config.block_N, traits.problem.b_is_k_major)
+    ks, columns = slice(k, k + BLOCK_K), slice(column, column + b_width)
 
     @T.macro
+    def load_if(is_inside, source, to):
+        # The last block of a cluster may have no row or no column, and TMA takes long to fill what lies past the end.
+        if is_inside:
+            T.tma_copy(source, to, barrier=pipeline.full[stage])
+
     def load_rows(rows, to):
-        # The last block of a cluster may have no row, and TMA takes long to fill rows past the end with zeros.
-        if traits.config.cluster == 1 or row < traits.M:
-            T.tma_copy(rows, to, barrier=pipeline.full[stage])
+        load_if(traits.tiles_below == 1 or row < traits.M, rows, to)
 
     def load_a():
+        if traits.config.shares_a:
+            multicast(a, A_s, stage, pipeline.full[stage], (k, row), traits.problem.a_is_k_major, block.rank)
+            return
         if traits.problem.a_is_k_major:
             to = A_s[stage * a_rows : (stage + 1) * a_rows, :] if traits.is_thin else A_s[stage, :, :]
             load_rows(a[row : row + a_rows, ks], to)
@@ -46,11 +53,11 @@ def _load_k_block(traits: Traits, operands: Operands, block: Block, row, column,
             T.evaluate(T.tma_copy(a[ks, rows], A_s[stage, m, :, :], barrier=pipeline.full[stage]))
 
     def load_b():
-        if traits.config.cluster > 1:
+        if traits.tiles_below > 1:
             multicast(b, B_s, stage, pipeline.full[stage], (k, column), traits.problem.b_is_k_major, block.rank)
             return
         from_b = b[columns, ks] if traits.problem.b_is_k_major else b[ks, columns]
-        T.evaluate(T.tma_copy(from_b, B_s[stage, :, :], barrier=pipeline.full[stage]))
+        load_if(traits.tiles_beside == 1 or column < traits.N, from_b, B_s[stage, :, :])
 
     pipeline.acquire(stage, pipeline.empty_phase(step))
     T.evaluate(T.sync_warp())

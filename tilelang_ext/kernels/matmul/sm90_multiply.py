@@ -48,7 +48,7 @@ def _multiply(traits: Traits, block: Block, consumer: Consumer, k, step) -> None
         row = consumer.row + m * WGMMA_M
         return T.wgmma_gemm(
             _rows_of_stage(traits, block.A_s, stage, row),
-            block.B_s[stage, :, :],
+            _columns_of_stage(traits, block.B_s, stage),
             consumer.accumulators[m],
             transpose_A=not problem.a_is_k_major,
             transpose_B=problem.b_is_k_major,
@@ -75,6 +75,11 @@ def _rows_of_stage(traits: Traits, A_s, stage, row: int):
     if traits.is_thin:
         return A_s[stage * traits.config.a_rows : stage * traits.config.a_rows + WGMMA_M, :]
     return A_s[stage, row : row + WGMMA_M, :]
+
+
+def _columns_of_stage(traits: Traits, B_s, stage):
+    """Return the other operand of an MMA: the columns of the tile."""
+    return B_s[stage, :, :] if traits.problem.b_is_k_major else B_s[stage, :, 0 : traits.config.block_N]
 
 
 def _fence(traits: Traits, accumulators: list) -> None:

@@ -31,7 +31,8 @@ An MMA has 64 rows and any multiple of 8 columns. With `is_swapped`, columns of 
 that few rows, or such as fill no multiple of 64, take no more time than they need: the kernel then multiplies b^T by a^T, and
 subtiles are stored transposed.
 
-Sizes are no constants of the kernel: a new M, N or K compiles nothing. Takes rows in memory of multiples of 16 bytes.
+Sizes are no constants of the kernel: a new M, N or K compiles nothing. TMA takes rows of multiples of 16 bytes: operands with
+others are copied first (`pad`), and such rows of out are stored by threads.
 Floors on an H200: 2 M N K / 9.9e14 s, and the bytes of a, b and out at 4.25e12 bytes/s (docs/log/matmul.md).
 """
 
@@ -42,6 +43,7 @@ from dataclasses import replace
 from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
+from tilelang_ext.kernels.matmul.pad import after_pad, is_padded
 from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Epilogue, Operands, Problem
 from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Traits
 from tilelang_ext.kernels.matmul.sm90_config import Config, is_turned, pick_config, rows_of_choice
@@ -72,7 +74,7 @@ def matmul(problem: Problem, config: Config):
     """The prim_func (a, b, row_scale, column_scale, bias, residual, out)."""
     M, N, K = _sizes(problem)
     traits = _traits(problem, config, M, N, K, 1)
-    types = problem.types(M, N, K)
+    types = _types(problem, M, N, K)
     a_type, b_type, row_scale_type, column_scale_type, bias_type, residual_type, out_type = types
 
     @T.prim_func
@@ -91,14 +93,15 @@ def matmul(problem: Problem, config: Config):
 
 
 def partial_matmul(problem: Problem, config: Config):
-    """The prim_func (a, b, partial): accumulators of each range of K, float32 (splits, M, N)."""
+    """The prim_func (a, b, partial): accumulators of each range of K, float32 (splits, M, N), or longer rows."""
     M, N, K = _sizes(problem)
     splits = T.dynamic("splits")
-    traits = _traits(problem, config, M, N, K, splits)
-    a_type, b_type, *_ = problem.types(M, N, K)
+    a_type, b_type, *_ = _types(problem, M, N, K)
+    row = T.dynamic("groups") * TMA_ALIGNMENT if problem.N else N
+    traits = _traits(problem, config, M, row, K, splits)
 
     @T.prim_func
-    def partial_matmul(a: a_type, b: b_type, partial: T.Tensor((splits, M, N), "float32")):
+    def partial_matmul(a: a_type, b: b_type, partial: T.Tensor((splits, M, row), "float32")):
         _matmul(traits, _in_order(config, Operands(a, b, None, None, None, None, partial)))
 
     return partial_matmul
@@ -112,7 +115,7 @@ def added_matmul(problem: Problem, config: Config):
     M, N, K = _sizes(problem)
     splits, tiles = T.dynamic("splits"), T.dynamic("tiles")
     traits = _traits(problem, config, M, N, K, splits)
-    types = problem.types(M, N, K)
+    types = _types(problem, M, N, K)
     a_type, b_type, row_scale_type, column_scale_type, bias_type, residual_type, out_type = types
 
     @T.prim_func
@@ -133,17 +136,44 @@ def added_matmul(problem: Problem, config: Config):
     return added_matmul
 
 
+# A kernel's problem has 0 in place of each size, or 1 where that size is no multiple of 16 bytes but rows in memory would be
+# that long: the rows of operands are copies then, longer by zeros, and those of out are stored without TMA.
+
+
+def _any_sizes(problem: Problem) -> Problem:
+    """Return the problem of a kernel for all sizes."""
+    is_mixed = problem.a_is_k_major != problem.b_is_k_major
+    return replace(
+        problem,
+        M=int(not problem.a_is_k_major and is_padded(problem.M)),
+        N=int(is_padded(problem.N)),
+        K=int(is_mixed and is_padded(problem.K)),  # else the K of both operands is what rows, or no rows, have
+    )
+
+
 def _sizes(problem: Problem) -> tuple:
     """Return symbols of M, N and K: what is contiguous in memory is known to be a multiple of 16 bytes."""
-    M = T.dynamic("M") if problem.a_is_k_major else T.dynamic("M_in_8") * TMA_ALIGNMENT
+    M = T.dynamic("M") if problem.a_is_k_major or problem.M else T.dynamic("M_in_8") * TMA_ALIGNMENT
+    N = T.dynamic("N") if problem.N else T.dynamic("N_in_8") * TMA_ALIGNMENT
     has_k_rows = problem.a_is_k_major or problem.b_is_k_major
-    return M, T.dynamic("N_in_8") * TMA_ALIGNMENT, T.dynamic("K_in_8") * TMA_ALIGNMENT if has_k_rows else T.dynamic("K")
+    return M, N, T.dynamic("K_in_8") * TMA_ALIGNMENT if has_k_rows else T.dynamic("K")
+
+
+def _types(problem: Problem, M, N, K) -> tuple:
+    """Return the types of a prim_func's parameters."""
+    k_rows = T.dynamic("K") if problem.K else K  # of the operand that is not K-major
+    a_row = T.dynamic("a_row_in_8") * TMA_ALIGNMENT if problem.M else M
+    b_row = T.dynamic("b_row_in_8") * TMA_ALIGNMENT if problem.N else N
+    return problem.types_of(
+        M, N, (M, K) if problem.a_is_k_major else (k_rows, a_row), (N, K) if problem.b_is_k_major else (k_rows, b_row)
+    )
 
 
 def _traits(problem: Problem, config: Config, M, N, K, splits) -> Traits:
+    stores_by_tma = not problem.N
     if config.is_swapped:
-        return Traits(problem.swapped(), config, N, M, K, splits)
-    return Traits(problem, config, M, N, K, splits)
+        return Traits(problem.swapped(), config, N, M, K, splits, stores_by_tma)
+    return Traits(problem, config, M, N, K, splits, stores_by_tma)
 
 
 def _in_order(config: Config, operands: Operands) -> Operands:
@@ -166,10 +196,10 @@ def _matmul(traits, operands):
         accumulators = _alloc_accumulators(traits)
         _swizzle(stores)
         pipeline = alloc_pipeline(traits.config.num_stages, 1, traits.roles.consumer_warps, cluster)
-        # The blocks of a cluster have tiles below each other.
-        tile_rows = T.ceildiv(traits.M, traits.config.block_M * cluster)
-        tile_columns = T.ceildiv(traits.N, traits.config.block_N)
-        tiles = GroupedTiles(traits.config.group_rows // cluster, tile_columns, tile_rows)
+        # The blocks of a cluster have tiles below or beside each other.
+        tile_rows = T.ceildiv(traits.M, traits.config.block_M * traits.tiles_below)
+        tile_columns = T.ceildiv(traits.N, traits.config.block_N * traits.tiles_beside)
+        tiles = GroupedTiles(traits.config.group_rows // traits.tiles_below, tile_columns, tile_rows)
         clusters = traits.config.num_blocks // cluster
         scheduler = PersistentScheduler(clusters, block // cluster, tiles.num_tiles * traits.splits)
         thread = T.get_thread_binding()
@@ -188,7 +218,7 @@ def _alloc_stores(traits: Traits, operands: Operands) -> list:
     rows, columns = WGMMA_M, traits.config.subtile_N
     if traits.config.is_swapped:
         rows, columns = columns, rows
-    return alloc_stores(operands.out, traits.config.num_consumers, rows, columns)
+    return alloc_stores(operands.out, traits.config.num_consumers, rows, columns, traits.stores_by_tma)
 
 
 def _alloc_accumulators(traits: Traits) -> list[list]:
@@ -216,8 +246,8 @@ def _dispatch_roles(traits: Traits, operands: Operands, block: Block, accumulato
 
 
 def takes(problem: Problem) -> bool:
-    """Hopper, where rows in memory of a, b and out are multiples of 16 bytes."""
-    return problem.arch == ARCH and problem.is_aligned
+    """Hopper."""
+    return problem.arch == ARCH
 
 
 def sizes_served(problem: Problem) -> tuple[int, int]:
@@ -226,16 +256,19 @@ def sizes_served(problem: Problem) -> tuple[int, int]:
 
 
 def compile_kernel(problem: Problem, device) -> Callable:
-    """Return a function of tensors that launches the kernel, a transpose ahead of it, and the sum over splits behind it."""
+    """Return a function of tensors that launches the kernel, copies ahead of it, and the sum over splits behind it."""
     if is_turned(problem):
         multiply = _compile_product(replace(problem, a_is_k_major=True), device)
         return after_turn(problem, device, multiply, PASS_CONFIGS)
-    return _compile_product(problem, device)
+    multiply = _compile_product(problem, device)
+    if is_padded(problem.a_row) or is_padded(problem.b_row):
+        return after_pad(problem, device, multiply, PASS_CONFIGS)
+    return multiply
 
 
 def _compile_product(problem: Problem, device) -> Callable:
     config, splits = pick_config(problem)
-    general = problem.without_sizes("M", "N", "K")
+    general = _any_sizes(problem)
     if splits == 1:
         return device.compile(matmul, general, config, pass_configs=PASS_CONFIGS)
     if config.adds:
@@ -253,7 +286,8 @@ def _with_memory(problem: Problem, config: Config, splits: int, device, multiply
     def run(*tensors):
         *inputs, out = tensors
         M, N = out.shape if not config.is_swapped else reversed(out.shape)
-        tiles = _ceildiv(M, config.block_M * config.cluster) * config.cluster * _ceildiv(N, config.block_N)
+        below, beside = (1, config.cluster) if config.shares_a else (config.cluster, 1)
+        tiles = _ceildiv(M, config.block_M * below) * _ceildiv(N, config.block_N * beside) * config.cluster
         partial = device.empty(splits, tiles, elements, dtype="float32")
         multiply(*inputs, partial, device.empty(splits, tiles, config.num_consumers, dtype="int64"), out)
 

@@ -3,7 +3,7 @@
 from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.epilogue import finish
 from tilelang_ext.kernels.matmul.problem import Epilogue, Operands
-from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Consumer, Traits, Unit, row_of
+from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Consumer, Traits, Unit, origin_of
 from tilelang_ext.kernels.sm90.epilogue import (
     accumulator_layout,
     round_subtile,
@@ -24,7 +24,7 @@ def store_rest(consumer: Consumer, block: Block) -> None:
 
 def finish_unit(traits: Traits, operands: Operands, block: Block, consumer: Consumer, unit: Unit) -> None:
     """Store a unit; where one block adds those of a tile, give the accumulators to it, or add those of the others first."""
-    row, column = row_of(traits, block, unit), unit.tile_column[0] * traits.config.block_N
+    row, column = origin_of(traits, block, unit)
     # The blocks of a cluster have a tile each of the number.
     tile = unit.tile[0] * traits.config.cluster + block.rank
     place = consumer.row // (traits.mma_tiles * WGMMA_M), consumer.row, consumer.accumulators, block.thread

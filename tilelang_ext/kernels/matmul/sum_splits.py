@@ -21,13 +21,23 @@ _LOADS = 4  # splits whose loads are in flight together
 def sum_splits(problem: Problem):
     """The prim_func (partial, row_scale, column_scale, bias, residual, out), with columns as (N / GROUP, GROUP).
 
-    partial (splits, M, N / GROUP, GROUP) stands for what the problem lacks.
+    partial (splits, M, N / GROUP, GROUP) stands for what the problem lacks. Where problem.N is not 0, N is no multiple of
+    GROUP: rows of partial are longer, and columns of the other tensors are no groups.
     """
     splits, M, groups = T.dynamic("splits"), T.dynamic("M"), T.dynamic("groups")
+    columns = (T.dynamic("N"),) if problem.N else (groups, GROUP)
     partial = (splits, M, groups, GROUP), "float32"
-    partial_type, *types = (T.Tensor(*of) for of in (partial, *problem.types_of_epilogue(M, (groups, GROUP), partial)))
+    partial_type, *types = (T.Tensor(*of) for of in (partial, *problem.types_of_epilogue(M, columns, partial)))
     row_scale_type, column_scale_type, bias_type, residual_type, out_type = types
     shape = _ROWS, _GROUPS, GROUP
+
+    def column_of(group, v) -> tuple:
+        """Return the indices of a column, or of the last one where there is none."""
+        group = T.min(group, groups - 1)
+        return (T.min(group * GROUP + v, columns[0] - 1),) if problem.N else (group, v)
+
+    def is_inside(group, v):
+        return group * GROUP + v < columns[0] if problem.N else group < groups
 
     @T.prim_func
     def sum_splits(
@@ -50,28 +60,30 @@ def sum_splits(problem: Problem):
                 for i, g, v in T.Parallel(*shape):
                     total_f[i, g, v] += partial[s, T.min(by * _ROWS + i, M - 1), T.min(bx * _GROUPS + g, groups - 1), v]
             for i, g, v in T.Parallel(*shape):
-                row, group = T.min(by * _ROWS + i, M - 1), T.min(bx * _GROUPS + g, groups - 1)
-                out_f[i, g, v] = T.cast(
-                    finished(problem.epilogue, operands, total_f[i, g, v], row, (group, v)), problem.out_dtype
-                )
+                row, column = T.min(by * _ROWS + i, M - 1), column_of(bx * _GROUPS + g, v)
+                out_f[i, g, v] = T.cast(finished(problem.epilogue, operands, total_f[i, g, v], row, column), problem.out_dtype)
             for i, g, v in T.Parallel(*shape):
-                if by * _ROWS + i < M and bx * _GROUPS + g < groups:
-                    out[by * _ROWS + i, bx * _GROUPS + g, v] = out_f[i, g, v]
+                if by * _ROWS + i < M and is_inside(bx * _GROUPS + g, v):
+                    out[(by * _ROWS + i, *column_of(bx * _GROUPS + g, v))] = out_f[i, g, v]
 
     return sum_splits
 
 
 def before_sum(problem: Problem, splits: int, device, multiply: Callable, pass_configs: dict) -> Callable:
     """Return a function of the problem's tensors that launches `multiply`, of a, b and the accumulators, and the sum."""
-    of_result = replace(problem, dtype="float32", a_is_k_major=True, b_is_k_major=True)  # all that this kernel depends on
+    of_result = replace(problem, dtype="float32", a_is_k_major=True, b_is_k_major=True, M=0, K=0)  # all that this kernel has
     add = device.compile(sum_splits, of_result, pass_configs=pass_configs)
 
+    def with_groups(tensor):
+        return tensor if problem.N else _grouped(tensor)
+
     def run(a, b, row_scale, column_scale, bias, residual, out):
-        partial = device.empty(splits, *out.shape, dtype="float32")
+        M, N = out.shape
+        partial = device.empty(splits, M, (N + GROUP - 1) // GROUP * GROUP, dtype="float32")
         multiply(a, b, partial)
         grouped = _grouped(partial)
-        others = [grouped if operand is a else _grouped(operand) for operand in (column_scale, bias, residual)]
-        add(grouped, grouped if row_scale is a else row_scale, *others, _grouped(out))
+        others = [grouped if operand is a else with_groups(operand) for operand in (column_scale, bias, residual)]
+        add(grouped, grouped if row_scale is a else row_scale, *others, with_groups(out))
 
     return run
 

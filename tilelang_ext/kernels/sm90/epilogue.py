@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.sm90.roles import warpgroup_sync
+from tilelang_ext.kernels.sm90.roles import WARPGROUP, warpgroup_sync
 
 _BUFFERS = 2  # of a consumer
+_STORES = 4  # of a thread, in flight together
 
 
 def accumulator_layout(rows: int, columns: int):
@@ -47,33 +48,60 @@ class SubtileStores:
     warpgroup: int
     out: Any  # (M, N) in global memory
     buffers: list  # of shared memory, (rows, columns) each
+    by_tma: bool = True  # else threads store rows: of any number of bytes
 
     def store(self, number: int, values_f, row, column, condition=None) -> None:
         """Copy a subtile from registers to its shared buffer and issue its TMA store to (row, column) of out.
 
         With `condition`, which is the same in all threads, the store is issued only where it holds.
         """
-        out, out_s = self.out, self.buffers[number % len(self.buffers)]
-        rows, columns = map(int, out_s.shape)
-        # The last store of the tile before may have read any buffer; its main loop lies between, so that no thread waits long.
-        in_flight, warpgroup = len(self.buffers) - 1 if number else 0, self.warpgroup
+        out_s = self.buffers[number % len(self.buffers)]
 
         @T.macro
         def issue(row, column):
-            T.tma_copy(out_s, out[row : row + rows, column : column + columns])
+            self._issue(out_s, row, column)
 
         @T.macro
         def emit():
-            # One thread waits for the store that last read this buffer, and the others for that thread.
-            T.tma_store_wait(in_flight)
-            warpgroup_sync(warpgroup)
+            self._acquire(number)
             T.copy(values_f, out_s)
-            T.fence_proxy_async()
-            warpgroup_sync(warpgroup)
+            self._publish()
             if condition is None or condition:
                 issue(row, column)
 
         emit()
+
+    def _acquire(self, number: int) -> None:
+        """Wait until a subtile's buffer has been read."""
+        # The last store of the tile before may have read any buffer; its main loop lies between, so that no thread waits long.
+        in_flight = len(self.buffers) - 1 if number else 0
+        if self.by_tma:  # one thread waits for the store that last read this buffer, and the others for that thread
+            T.evaluate(T.tma_store_wait(in_flight))
+        warpgroup_sync(self.warpgroup)
+
+    def _publish(self) -> None:
+        """Let the store see what all threads have written to a buffer."""
+        if self.by_tma:
+            T.evaluate(T.fence_proxy_async())
+        warpgroup_sync(self.warpgroup)
+
+    def _issue(self, out_s, row, column) -> None:
+        """Store a buffer to (row, column) of out."""
+        out, (rows, columns) = self.out, map(int, out_s.shape)
+
+        @T.macro
+        def by_threads():
+            # Neighbouring threads have neighbouring columns. Not unrolled: addresses would take registers of accumulators.
+            for n in T.unroll(rows * columns // WARPGROUP, unroll_factor=_STORES):
+                i = (n * WARPGROUP + T.get_thread_binding() % WARPGROUP) // columns
+                j = (n * WARPGROUP + T.get_thread_binding() % WARPGROUP) % columns
+                if row + i < out.shape[0] and column + j < out.shape[1]:
+                    out[row + i, column + j] = out_s[i, j]
+
+        if self.by_tma:
+            T.evaluate(T.tma_copy(out_s, out[row : row + rows, column : column + columns]))
+        else:
+            by_threads()
 
     def round_and_store(self, number: int, accumulator, n: int, row, column) -> None:
         """Round subtile n of an accumulator that begins at (row, column), and store it."""
@@ -92,26 +120,23 @@ class SubtileStores:
 
         The subtile has as many columns of the accumulator as a shared buffer has rows.
         """
-        out, out_s = self.out, self.buffers[number % len(self.buffers)]
+        out_s = self.buffers[number % len(self.buffers)]
         (rows, columns), dtype = map(int, out_s.shape), out_s.dtype
-        in_flight, warpgroup = len(self.buffers) - 1 if number else 0, self.warpgroup  # as in `store`
-        row = row + n * rows
 
         @T.macro
         def emit():
-            T.tma_store_wait(in_flight)
-            warpgroup_sync(warpgroup)
+            self._acquire(number)
             for i, j in T.Parallel(columns, rows, loop_layout=accumulator_layout(columns, rows)):
                 out_s[j, i] = T.cast(accumulator[i, n * rows + j], dtype)
-            T.fence_proxy_async()
-            warpgroup_sync(warpgroup)
-            T.tma_copy(out_s, out[row : row + rows, column : column + columns])
+            self._publish()
+            self._issue(out_s, row + n * rows, column)
 
         emit()
 
     def drain(self) -> None:
         """Wait until every store has read its buffer; a block must not end before."""
-        T.evaluate(T.tma_store_wait(0))
+        if self.by_tma:
+            T.evaluate(T.tma_store_wait(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,10 +187,10 @@ class DeferredSubtiles:
         self.stores.store(number, self.values[i], self.coord[0], self.coord[1] + number * columns, condition)
 
 
-def alloc_stores(out, num_consumers: int, rows: int, columns: int) -> list[SubtileStores]:
+def alloc_stores(out, num_consumers: int, rows: int, columns: int, by_tma: bool = True) -> list[SubtileStores]:
     """Allocate the shared buffers of every consumer, for subtiles (rows, columns) of out."""
     return [
-        SubtileStores(warpgroup, out, [T.alloc_shared((rows, columns), out.dtype) for _ in range(_BUFFERS)])
+        SubtileStores(warpgroup, out, [T.alloc_shared((rows, columns), out.dtype) for _ in range(_BUFFERS)], by_tma)
         for warpgroup in range(num_consumers)
     ]
 

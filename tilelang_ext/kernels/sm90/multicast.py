@@ -4,6 +4,8 @@ A row of a matrix that begins between multiples of 128 bytes takes TMA two reque
 would take longer than the MMAs; shared, they take half the requests.
 """
 
+import math
+
 from tilelang import tvm
 from tvm import tirx
 
@@ -52,10 +54,11 @@ def multicast(matrix, shared, stage, barrier, origin: tuple, is_k_major: bool, r
     """Load this block's half of a tile into a stage of both blocks; every thread of the producer warpgroup calls it.
 
     `matrix` is (N, K) or, if it is not K-major, (K, N), of 16-bit elements; `shared` (stages, block_N, 64) or
-    (stages, 64, block_N), swizzled by 128 bytes; `origin` the first k and the first row n of the tile. The barrier of the stage
-    then expects the bytes of the whole tile.
+    (stages, 64, block_N), which may be (stages, block_N / 64, 64, 64), swizzled by 128 bytes; `origin` the first k and the
+    first row n of the tile. The barrier of the stage then expects the bytes of the whole tile.
     """
-    _, rows, columns = map(int, shared.shape)
+    _, *panels_of_shape, rows, columns = map(int, shared.shape)
+    columns *= math.prod(panels_of_shape)
     size = rows * columns
     # What this block loads: rows of a K-major tile, or rows of every panel of 64 columns of the other.
     panels, box = columns // _ROW, rows // BLOCKS
