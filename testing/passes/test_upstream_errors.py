@@ -61,7 +61,8 @@ def test_a_fragment_at_two_places(target, lowered):
             "[ThreadSync] Cannot lower a required shared-memory sync inside the then branch: its participating threads are not "
             "warp-uniform.\nCondition: 32 <= tx and tx < 96\n  more",
             ValueError,
-            r"^T.sync_threads: .* whole warps or waves; got the condition 32 <= tx and tx < 96 on target hip; let the branch",
+            r"^T.sync_threads: .* whole warps or waves; got the condition 32 <= tx and tx < 96 on target hip; let the branch "
+            r".* with {\"tl.disable_thread_storage_sync\": True} in pass_configs$",
         ),
         (
             "Check failed: finalize_reducer: batch (8) exceeds total output elements (4)",
