@@ -35,6 +35,40 @@ def test_narrow_integers_wrap_at_their_width():
     assert "((ushort)(((int)A[((int)threadIdx.x)]) << 8)) >> (ushort)8" in text
 
 
+# Of what has bits beyond 8 or 16 in C, and what sees them
+NARROW = [
+    (lambda x: T.if_then_else(x + x > x, x, x - x * x), lambda x, wrap: torch.where(wrap(x + x) > x, x, x - x * x)),
+    (lambda x: (x * x) // T.cast(7, x.dtype), lambda x, wrap: wrap(x * x) // 7),
+    (lambda x: (x - x * x) % T.cast(7, x.dtype), lambda x, wrap: wrap(x - x * x) % 7),
+    (lambda x: T.max(x * x, x + x), lambda x, wrap: torch.maximum(wrap(x * x), wrap(x + x))),
+    (lambda x: T.min(~x, T.cast(9, x.dtype)), lambda x, wrap: wrap(~x).clamp(max=9)),
+    (lambda x: T.cast(T.cast(x * x, "int32") // 3, x.dtype), lambda x, wrap: wrap(x * x) // 3),
+    (lambda x: T.cast(T.cast(x + x, "float32") * 0.5, x.dtype), lambda x, wrap: (wrap(x + x) * 0.5).trunc().long()),
+    (lambda x: T.if_then_else(x > x // T.cast(2, x.dtype), x * x, x) >> T.cast(1, x.dtype),
+     lambda x, wrap: wrap(torch.where(x > x // 2, x * x, x)) >> 1),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["int16", "uint8"])
+def test_values_of_narrow_integers(dtype):
+    functions = tuple(enumerate(function for function, _ in NARROW))
+
+    @T.prim_func
+    def kernel(A: T.Tensor((32,), dtype), O: T.Tensor((len(NARROW), 32), dtype)):
+        with T.Kernel(1, threads=32):
+            for i in T.Parallel(32):
+                for row, function in functions:
+                    O[row, i] = function(A[i])
+
+    bounds = torch.iinfo(getattr(torch, dtype))
+    A = torch.linspace(bounds.min, bounds.max, 32).to(getattr(torch, dtype))
+    O = torch.zeros(len(NARROW), 32, dtype=A.dtype)
+    execute(lower(kernel.with_attr("global_symbol", "kernel"), ARCH), (1, 1), {"A": A, "O": O})
+    for (_, wanted), got in zip(NARROW, O, strict=True):
+        assert torch.equal(got, wanted(A.long(), lambda x: x.to(A.dtype).long()).to(A.dtype))
+
+
 def test_floats_are_no_numbers_of_algebra():
     text = body_of(elementwise(lambda x: T.if_then_else(x != x, 1.0, x - x), "float32"))
     assert "A[((int)threadIdx.x)] != A[((int)threadIdx.x)]" in text

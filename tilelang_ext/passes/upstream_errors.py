@@ -18,8 +18,8 @@ _ERRORS: tuple[tuple[str, type[Exception], str], ...] = (
         r"\[ThreadSync\] Cannot lower a required shared-memory sync.*Condition: ([^\n]*)",
         ValueError,
         "T.sync_threads: threads that meet inside of a branch must be whole warps or waves; got the condition {1} on target "
-        "{0}; let the branch begin and end at multiples of their size. If the branch has no T.sync_threads, its accesses seem to "
-        'need one: place all of them yourself, with {{"tl.disable_thread_storage_sync": True}} in pass_configs',
+        "{0}; let the branch begin and end at multiples of their size. If the branch has no T.sync_threads, its accesses seem "
+        'to need one: place all of them yourself, with {{"tl.disable_thread_storage_sync": True}} in pass_configs',
     ),
     (
         r"nan_propagate=True for (?:fp16|float16)",
