@@ -250,10 +250,10 @@ def test_instructions():
 @pytest.mark.parametrize(
     ("of", "tile", "splits"),
     [
-        (problem(8192, 8192, 8192, b_is_k_major=False), (128, 176, 1, 128), 1),
+        (problem(8192, 8192, 8192, b_is_k_major=False), (128, 256, 1, 128), 1),
         (problem(1024, 1024, 1024), (64, 128, 1, 64), 1),  # 128 tiles: one for each SM
         (problem(128, 4096, 7168, b_is_k_major=False), (64, 128, 1, 64), 2),
-        (problem(1, 4096, 4096), (64, 32, 1, 16), 1),
+        (problem(1, 4096, 4096), (64, 16, 1, 64), 1),
         pytest.param(problem(4096, 4096, 4104), (128, 256, 2, 128), 1, marks=needs_clusters),  # rows of no 128 bytes
     ],
 )

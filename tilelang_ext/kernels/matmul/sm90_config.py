@@ -1,12 +1,13 @@
 """Which tile, and how many splits of K, `sm90_persistent` takes for a matmul: the fastest by a small model of an H200.
 
-    busy   = waves * (K blocks of a unit * both(MMAs, loads) + end of a unit)
-    memory = bytes of a, b and out / rate
-    time   = launch + both(busy, memory) + what the sum over splits takes
+    K block = both(greater of MMAs and shared memory, loads)
+    busy    = waves * (K blocks of a unit * K block + end of a unit), or longer at the power limit
+    memory  = bytes of a, b and out / rate
+    time    = launch + both(busy, memory) + what the sum over splits takes
 
 where both(x, y) is the greater and a part of the lesser, which does not overlap.
 
-The constants were fitted to measured times of 201 sizes and layouts (docs/log/matmul.md). Only their order matters: the model
+The constants were fitted to measured times of 202 sizes and layouts (docs/log/matmul.md). Only their order matters: the model
 chooses, it does not promise.
 """
 
@@ -125,23 +126,25 @@ TILES = (
         if blocks == 1 or block_N >= 64
     ),
 )
-_LAUNCH_US, _CLUSTER_US = 1.863, 0.918
+_LAUNCH_US, _CLUSTER_US = 1.785, 0.8374
 _DOUBT = 1.01  # of a cluster, which must be the faster by more than the model errs between much the same tiles
-_MEMORY = 4.538e6  # bytes per microsecond
-_POWER = 7.974e8  # operations per microsecond at the power limit, whatever the tile
-_OVERLAP, _OVERLAP_LOADS = 0.447, 0.08571
-_SUM_US, _SUM = 1.637, 4e6  # of the second kernel, beside its bytes; bytes per microsecond of accumulators, out and in
-_GIVE_US, _ADDED = 2.436, 9.931e4  # where one block adds: until accumulators are there, and bytes of them per microsecond
-_TURN_US = 1.618  # of the copy of `a` to another order
-_MMA_US, _MMA_ELEMENT_US = 0.02711, 1.739e-5  # MMAs of a K block: of each, and of an element of the tile
-_SHARED_MEMORY_US = 0.0005292  # of a row of 128 bytes
+_MEMORY = 4.535e6  # bytes per microsecond
+# Operations per microsecond at the power limit, and operations that take as much as a row of 128 bytes of shared memory
+_POWER, _ROW_OPERATIONS = 8.952e8, 771.4
+_OVERLAP, _OVERLAP_LOADS = 0.4281, 0.1626
+_SUM_US, _SUM = 1.689, 4.403e6  # of the second kernel, beside its bytes; bytes per microsecond of accumulators, out and in
+_GIVE_US, _ADDED = 1.919, 6.154e4  # where one block adds: until accumulators are there, and bytes of them per microsecond
+_TURN_US = 1.474  # of the copy of `a` to another order
+_MMA_US, _MMA_ELEMENT_US = 0.05811, 1.602e-5  # MMAs of a K block: of each, and of an element of the tile
+_SHARED_MEMORY_US = 0.000421  # of a row of 128 bytes
 # The end of a unit, and the stores of an element of the tile, of swapped operands by single elements
-_UNIT_US, _UNIT_ELEMENT_US, _SWAPPED_ELEMENT_US = 0.05045, 3.636e-5, 6.548e-5
+_STORE_ROW_US = 0.0008559  # of a row of a subtile
+_UNIT_US, _UNIT_ELEMENT_US, _SWAPPED_ELEMENT_US = 0.03972, 2.334e-5, 0.000101
 # Of TMA, for a row of 128 bytes: one that begins at a multiple of 32 bytes, another, past the end, and with its last part there
-_ROW_US, _SPLIT_ROW_US, _EMPTY_ROW_US, _CUT_ROW_US = 0.001003, 0.002126, 0.002011, 0.001737
-_NARROW_ROW_US, _SHARED_NARROW_US = 0.001405, 0.002586  # of a row of at most 64 bytes
-_SHARED_ROW_US = 0.009023  # of those that all SMs load at the same time, since they are all that the operand has
-_CACHE_ROW_US, _SPLIT_BYTES = 0.001077, 2.103  # of the L2 cache, where all SMs load; bytes of it beside those of a row
+_ROW_US, _SPLIT_ROW_US, _EMPTY_ROW_US, _CUT_ROW_US = 0.001052, 0.002135, 0.002122, 0.001938
+_NARROW_ROW_US, _SHARED_NARROW_US = 0.001337, 4.442e-5  # of a row of at most 64 bytes
+_SHARED_ROW_US = 0.01007  # of those that all SMs load at the same time, since they are all that the operand has
+_CACHE_ROW_US, _SPLIT_BYTES = 0.0002658, 1.256  # of the L2 cache, where all SMs load; bytes of it beside those of a row
 _SECTOR = 16  # elements of 32 bytes, the L2 cache's unit
 
 
@@ -290,9 +293,12 @@ def predicted_us(tile: Tile, splits: int, problem: Problem) -> float:
     rows = tile.block_M // _ROWS * (_ROWS + tile.block_N) + tile.a_rows + columns
     mma = max(_MMA_US + _MMA_ELEMENT_US * area, rows * _SHARED_MEMORY_US)
     store = _SWAPPED_ELEMENT_US if tile.is_swapped else _UNIT_ELEMENT_US
-    end = _UNIT_US + (store * area if splits == 1 or tile.adds else 0.0)
+    stores = store * area
+    if not tile.is_swapped:
+        stores += _STORE_ROW_US * area / math.gcd(tile.block_N, _SUBTILE_BYTES // 2)
+    end = _UNIT_US + (stores if splits == 1 or tile.adds else 0.0)
     busy = waves * (k_blocks * (max(mma, loads) + _OVERLAP_LOADS * min(mma, alone)) + end)
-    busy = max(busy, 2 * M * N * K / _POWER)
+    busy = max(busy, units * k_blocks * (2 * area * BLOCK_K + _ROW_OPERATIONS * rows) / _POWER)
     memory = (2 * (M * K + N * K) + _bytes_of(problem.out_dtype) * M * N) / _MEMORY
     if tile.adds:
         add = _GIVE_US + (splits - 1) * 4 * area / _ADDED
