@@ -18,6 +18,8 @@ from tilelang_ext.formats import OCP_OF_FNUZ
 from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.hidden_conditions import hide_conditions
+from tilelang_ext.passes.instruments import instrumented
+from tilelang_ext.passes.known_layouts import InferLayouts
 from tilelang_ext.passes.narrow_integers import WrapNarrowIntegers
 from tilelang_ext.passes.solver import in_linear_arithmetic
 from tilelang_ext.passes.upstream_errors import in_our_words
@@ -33,7 +35,9 @@ def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
     mod = expand_block_scaled_gemms(mod, is_upstreams=lambda call: has_instruction(call, target), without=_FNUZ)
     mod = lower_mxfp4_products(repair(GuardEmptyLoops(mod)), target)
-    mod = CUDAPassPipelineBody(specialize_scaled_loops(mod, target), target)
+    mod = specialize_scaled_loops(mod, target)
+    with instrumented(InferLayouts()):
+        mod = CUDAPassPipelineBody(mod, target)
     return hide_conditions(WrapNarrowIntegers(with_dependent_launches(mod)))
 
 

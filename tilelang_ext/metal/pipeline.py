@@ -36,6 +36,7 @@ from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.held_bounds import HoldBounds
 from tilelang_ext.passes.hidden_conditions import hide_conditions
 from tilelang_ext.passes.hoisting import hoist_guards
+from tilelang_ext.passes.known_layouts import infer_layouts
 from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.layouts import LayOut, with_plain_layouts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
@@ -115,7 +116,7 @@ def _lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.metal.fragment_to_simdgroup.
     mod = PartUpdates(PartAtomics(HoldBounds(DropOperandLayouts(mod))))
-    mod = transform.LayoutInference()(lay_out(mod))
+    mod = infer_layouts(lay_out(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)
     mod = transform.LowerTileOp()(mod)

@@ -20,7 +20,9 @@ import z3
 from tvm import IRModule
 from tvm.error import InternalError
 from tvm.ir.instrument import pass_instrument
-from tvm.ir.transform import PassContext, PassInfo
+from tvm.ir.transform import PassInfo
+
+from tilelang_ext.passes.instruments import instrumented
 
 _LINEAR = {"smt.arith.solver": "2", "smt.arith.nl": "false"}  # of the process: upstream's contexts are out of reach
 _AS_UPSTREAM = ("tl.ThreadSync",)
@@ -36,14 +38,11 @@ def in_linear_arithmetic(lower: _Lower) -> _Lower:
 
     @functools.wraps(lower)
     def lowered(*arguments):
-        given = PassContext.current()
-        with linear_arithmetic(), contextlib.ExitStack() as full:
-            instruments = [*(given.instruments or ()), _AsUpstream(full)]
-            with PassContext(given.opt_level, given.required_pass, given.disabled_pass, instruments, dict(given.config)):
-                try:
-                    return lower(*arguments)
-                except InternalError:
-                    pass
+        with linear_arithmetic(), contextlib.ExitStack() as full, instrumented(_AsUpstream(full)):
+            try:
+                return lower(*arguments)
+            except InternalError:
+                pass
         with _arithmetic(is_linear=False):
             return lower(*arguments)
 

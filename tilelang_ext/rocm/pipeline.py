@@ -29,6 +29,7 @@ from tilelang_ext.passes.guarded_casts import MoveGuardsOfCasts
 from tilelang_ext.passes.held_bounds import HoldBounds
 from tilelang_ext.passes.hidden_conditions import hide_conditions, restore_conditions
 from tilelang_ext.passes.hoisting import hoist_guards
+from tilelang_ext.passes.known_layouts import infer_layouts
 from tilelang_ext.passes.lane_indices import CountLanes
 from tilelang_ext.passes.layouts import LayOut, with_plain_layouts
 from tilelang_ext.passes.missing_barriers import PlaceMissingBarriers
@@ -116,7 +117,7 @@ def lower(mod: IRModule, target: Target, lay_out: LayOut) -> IRModule:
 
     # Tile operations become loops over threads; T.gemm through tilelang_ext.rocm.gemm.
     mod = PartUpdates(PartAtomics(HoldBounds(mod)))
-    mod = transform.LayoutInference()(lay_out(mod))
+    mod = infer_layouts(lay_out(mod))
     mod = transform.ReducerPlanAndMaterialize()(mod)
     LayoutVisual(mod)
     mod = transform.LowerTileOp()(mod)
