@@ -69,6 +69,22 @@ def test_values_of_narrow_integers(dtype):
         assert torch.equal(got, wanted(A.long(), lambda x: x.to(A.dtype).long()).to(A.dtype))
 
 
+@needs_compiler
+def test_a_strided_loop_that_some_threads_skip():
+    """Threads from 40 on have no round of a loop whose extent is at most 1: that follows from the range of the thread index."""
+
+    @T.prim_func
+    def kernel(A: T.Tensor((40,), "int32"), O: T.Tensor((64,), "int32")):
+        with T.Kernel(1, threads=64):
+            tx = T.get_thread_binding()
+            for k in T.serial(T.ceildiv(40 - tx, 64)):
+                O[tx] = A[tx + k * 64] + 1
+
+    A, O = torch.arange(40, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    execute(lower(kernel.with_attr("global_symbol", "kernel"), ARCH), (1, 1), {"A": A, "O": O})
+    assert O.tolist() == [*range(1, 41), *[0] * 24]
+
+
 def test_floats_are_no_numbers_of_algebra():
     text = body_of(elementwise(lambda x: T.if_then_else(x != x, 1.0, x - x), "float32"))
     assert "A[((int)threadIdx.x)] != A[((int)threadIdx.x)]" in text

@@ -15,7 +15,6 @@ from tilelang_ext.cuda.mxfp4_product import lower_mxfp4_products
 from tilelang_ext.cuda.repairs import repair
 from tilelang_ext.cuda.scaled_loop import specialize_scaled_loops
 from tilelang_ext.formats import OCP_OF_FNUZ
-from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.expand_block_scaled import expand_block_scaled_gemms
 from tilelang_ext.passes.hidden_conditions import hide_conditions
 from tilelang_ext.passes.instruments import instrumented
@@ -34,7 +33,7 @@ _DEPENDENT = "tirx.use_programtic_dependent_launch"  # as TVM's launcher spells 
 def lower(mod: IRModule, target: Target) -> IRModule:
     """Lower tile programs to flat device functions and their host code."""
     mod = expand_block_scaled_gemms(mod, is_upstreams=lambda call: has_instruction(call, target), without=_FNUZ)
-    mod = lower_mxfp4_products(repair(GuardEmptyLoops(mod)), target)
+    mod = lower_mxfp4_products(repair(mod), target)
     mod = specialize_scaled_loops(mod, target)
     with instrumented(InferLayouts()):
         mod = CUDAPassPipelineBody(mod, target)

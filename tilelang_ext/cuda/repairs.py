@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import tilelang
 from tvm import IRModule, tirx
-from tvm.ir import Op
+from tvm.ir import Op, structural_equal
 from tvm.tirx.stmt_functor import post_order_visit
 
+from tilelang_ext.passes.empty_loops import GuardEmptyLoops
 from tilelang_ext.passes.float_arithmetic import KeepFloatArithmetic
 from tilelang_ext.passes.joined_guards import JoinGuardsOfCasts
 from tilelang_ext.passes.region_shapes import is_region, refuse_unlike_regions
@@ -33,6 +34,9 @@ def repair(mod: IRModule) -> IRModule:
     except TypeError:  # 0.1.14
         launched = launch()(mod)
     parted = PartUpdates(PartAtomics(launched))
+    guarded = GuardEmptyLoops(parted)
+    if not structural_equal(guarded, parted):
+        parted = guarded
     if any(_has_scalar_atomic(func) for _, func in mod.functions_items()):
         return SpellScalarAtomics(parted)
     return mod if _bodies(parted) == _bodies(launched) else parted
