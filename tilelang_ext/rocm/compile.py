@@ -15,9 +15,10 @@ from pathlib import Path
 from tilelang_ext.rocm.toolchain import CODE_OBJECT_VERSION, Compiler, find_compiler
 
 _LIMIT_SECONDS = 300
-_INCLUDES = re.compile(r"(?:#include[^\n]*\n|[ \t]*\n)*")  # with which a text begins
+# HIP's header, where a text begins with it behind nothing but definitions of names that it does not read.
+_HEADER = re.compile(r"(?:[ \t]*(?://.*|#(?:ifndef|define) (?:TL|TILELANG_EXT)_.*|#endif.*)?\n)*(#include <hip/.*>\n)")
 _lock = threading.Lock()
-_met: Counter = Counter()  # how many texts began with these headers
+_met: Counter = Counter()  # how many texts began with this header
 # A kernel's figures in the metadata that clang writes below its instructions.
 _FIGURES = {
     "vgprs": "vgpr_count",
@@ -87,8 +88,8 @@ def compile_hip(source: str, arch: str) -> CodeObject:
             isa = next(folder.glob("kernel-hip-*.s"))
         else:
             isa, compiled = folder / "kernel.s", ("-S", "kernel.hip", "-o", "kernel.s")
-            headers = _precompiled(compiler, arch, _INCLUDES.match(source)[0])
-            if headers is None or _run((*flags, *headers), compiled, folder, arch).returncode:
+            header = _precompiled(compiler, arch, source)
+            if header is None or _run((*flags, *header), compiled, folder, arch).returncode:
                 _check(_run(flags, compiled, folder, arch), compiler, arch)
             linker = (compiler.command[0], "-target", "amdgcn-amd-amdhsa", f"-mcpu={arch}", CODE_OBJECT_VERSION, "-fuse-ld=lld")
             _check(_run(linker, ("kernel.s", "-o", "kernel.co"), folder, arch), compiler, arch)
@@ -120,24 +121,27 @@ def _check(done: subprocess.CompletedProcess, compiler: Compiler, arch: str) -> 
 
 
 @functools.cache
-def _headers(compiler: Compiler, arch: str, includes: str) -> tempfile.TemporaryDirectory | None:
-    """A folder, until the process ends, with these headers compiled for one architecture; None where clang does not do that."""
+def _header(compiler: Compiler, arch: str, include: str) -> tempfile.TemporaryDirectory | None:
+    """A folder, until the process ends, with this header compiled for one architecture; None where clang does not do that."""
     folder = tempfile.TemporaryDirectory(prefix="tilelang_ext-hip-")
-    Path(folder.name, "headers.hip").write_text(includes)
-    files = "-S", "-Xclang", "-emit-pch", "headers.hip", "-o", "headers.pch"
+    Path(folder.name, "header.hip").write_text(include)
+    files = "-S", "-Xclang", "-emit-pch", "header.hip", "-o", "header.pch"
     return None if _run(_flags(compiler, arch), files, Path(folder.name), arch).returncode else folder
 
 
-def _precompiled(compiler: Compiler, arch: str, includes: str) -> tuple[str, ...] | None:
-    """Return the flags that read a text's headers compiled, from the second text of a process that begins with them.
+def _precompiled(compiler: Compiler, arch: str, source: str) -> tuple[str, ...] | None:
+    """Return the flags that read HIP's header compiled, from the second text of a process that begins with it.
 
-    They take three quarters of the time of compiling a small kernel, and as long to compile on their own.
+    It takes three quarters of the time of compiling a small kernel, and as long to compile on its own.
     """
-    key = compiler, arch, includes
+    found = _HEADER.match(source)
+    if found is None:
+        return None
+    key = compiler, arch, found[1]
     with _lock:
         _met[key] += 1
-        folder = _headers(*key) if _met[key] > 1 and includes.strip() else None
-    return folder and ("-Xclang", "-include-pch", "-Xclang", str(Path(folder.name, "headers.pch")))
+        folder = _header(*key) if _met[key] > 1 else None
+    return folder and ("-Xclang", "-include-pch", "-Xclang", str(Path(folder.name, "header.pch")))
 
 
 def _kernels(isa: str) -> tuple[KernelResources, ...]:
