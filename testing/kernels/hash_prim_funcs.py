@@ -5,7 +5,8 @@
     ... --texts FOLDER                                       also write the texts there, to compare two of them
 
 A tool for moves, which no test runs, since it lowers for minutes: `prim_func_hashes.json` is of the commit that wrote it last.
-Write a file at the commit before the move, and check against it after.
+Write a file at the commit before the move, and check against it after. What only host code says is not compared, such as how a
+tensor map swizzles.
 
 CUDA text for sm_90a, and Metal text of what Metal takes; no GPU is needed. Each text has two hashes: as it is emitted, and up
 to the names of its variables. Upstream places shared buffers of one size in an order that differs from run to run, so their
@@ -83,8 +84,9 @@ def texts_of(family: str) -> dict[str, str]:
     texts = {}
     for case in getattr(prim_funcs, family)():
         kernel = case.make(*case.arguments).with_attr("global_symbol", "kernel")
-        texts[f"{case.name} cuda"] = lower(kernel, prim_funcs.ARCH, **case.pass_configs)
-        if case.portable:
+        if "cuda" in case.targets:
+            texts[f"{case.name} cuda"] = lower(kernel, prim_funcs.ARCH, **case.pass_configs)
+        if "metal" in case.targets:
             texts[f"{case.name} metal"] = metal.lower(kernel).source
     return texts
 

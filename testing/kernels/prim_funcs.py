@@ -26,6 +26,7 @@ from tilelang_ext.kernels.scaled_mm.operator import KERNELS
 
 ACTIVATION, EPILOGUES = Activation(), ("reduce", "atomic")
 ARCH, NUM_SMS = "sm_90a", 132  # of an H200
+CUDA, METAL, BOTH = ("cuda",), ("metal",), ("cuda", "metal")
 
 
 class Case(NamedTuple):
@@ -35,7 +36,7 @@ class Case(NamedTuple):
     make: Callable
     arguments: tuple
     pass_configs: dict
-    portable: bool  # whether Metal takes it too
+    targets: tuple[str, ...]  # that take it
 
 
 def tiled_moe() -> Iterator[Case]:
@@ -43,26 +44,26 @@ def tiled_moe() -> Iterator[Case]:
     config = tiled.Config(16)
     for a_format in ("bfloat16", "fp8", "mxfp8", "mxfp4"):
         hidden_format = formats.hidden_format(a_format)
-        yield Case(f"moe gate_up {a_format}", tiled.gate_up, (config, ACTIVATION, a_format), {}, True)
+        yield Case(f"moe gate_up {a_format}", tiled.gate_up, (config, ACTIVATION, a_format), {}, BOTH)
         for epilogue in EPILOGUES:
-            yield Case(f"moe down {a_format} {epilogue}", tiled.down, (config, hidden_format, epilogue), {}, True)
+            yield Case(f"moe down {a_format} {epilogue}", tiled.down, (config, hidden_format, epilogue), {}, BOTH)
         if a_format == "fp8":
-            yield Case("moe quantize_rows", formats.quantize_rows, ("bfloat16",), {}, True)
+            yield Case("moe quantize_rows", formats.quantize_rows, ("bfloat16",), {}, BOTH)
         elif a_format != "bfloat16":
-            yield Case(f"moe quantize_groups {a_format}", formats.quantize_groups, (a_format, "bfloat16"), {}, True)
+            yield Case(f"moe quantize_groups {a_format}", formats.quantize_groups, (a_format, "bfloat16"), {}, BOTH)
 
 
 def around_moe() -> Iterator[Case]:
     """What runs before, between and after the GEMMs of `mxfp4_moe`."""
     pass_configs = sm90_scatter.PASS_CONFIGS
-    yield Case("moe sort", moe_sort, (16, 64), {}, True)
-    yield Case("moe sort int64", moe_sort, (16, 1024, "int64", True), {}, False)
-    yield Case("moe count", count_slots, (64,), {}, True)
-    yield Case("moe sum_slots", sum_slots, ("bfloat16",), {}, True)
-    yield Case("moe sm90 sum_slots", sum_slots, ("bfloat16", "bfloat16", True), PDL_PASS_CONFIGS, False)
-    yield Case("moe sm90 scatter", sm90_scatter.scatter, (), pass_configs, False)
-    yield Case("moe sm90 scatter_quantized", sm90_scatter.scatter_quantized, (7168,), pass_configs, False)
-    yield Case("moe sm90 quantize_sorted", sm90_scatter.quantize_sorted, (2048,), pass_configs, False)
+    yield Case("moe sort", moe_sort, (16, 64), {}, BOTH)
+    yield Case("moe sort int64", moe_sort, (16, 1024, "int64", True), {}, CUDA)
+    yield Case("moe count", count_slots, (64,), {}, BOTH)
+    yield Case("moe sum_slots", sum_slots, ("bfloat16",), {}, BOTH)
+    yield Case("moe sm90 sum_slots", sum_slots, ("bfloat16", "bfloat16", True), PDL_PASS_CONFIGS, CUDA)
+    yield Case("moe sm90 scatter", sm90_scatter.scatter, (), pass_configs, CUDA)
+    yield Case("moe sm90 scatter_quantized", sm90_scatter.scatter_quantized, (7168,), pass_configs, CUDA)
+    yield Case("moe sm90 quantize_sorted", sm90_scatter.quantize_sorted, (2048,), pass_configs, CUDA)
 
 
 def moe_on_hopper() -> Iterator[Case]:
@@ -77,10 +78,10 @@ def moe_on_hopper() -> Iterator[Case]:
     for a_format, module, config, tile_format in kernels:
         name, blocks = f"moe sm90 {a_format} {config.block_M}", (NUM_SMS,) if tile_format else ()
         first = config, *blocks, ACTIVATION, *tile_format
-        yield Case(f"{name} gate_up", module.gate_up, first, module.PASS_CONFIGS, False)
+        yield Case(f"{name} gate_up", module.gate_up, first, module.PASS_CONFIGS, CUDA)
         for epilogue in EPILOGUES:
             second = config, *blocks, epilogue, *tile_format
-            yield Case(f"{name} down {epilogue}", module.down, second, module.PASS_CONFIGS, False)
+            yield Case(f"{name} down {epilogue}", module.down, second, module.PASS_CONFIGS, CUDA)
 
 
 def scaled_matmuls() -> Iterator[Case]:
@@ -93,7 +94,7 @@ def scaled_matmuls() -> Iterator[Case]:
             next(module for module in KERNELS if module.takes(of_shape)).compile_kernel(of_shape, listed.compile)
             [(make, arguments, configs)] = listed.kernels
             name = f"scaled_mm {recipes[0].name} {M}x{N}x{K}{' fast' if fast_accum else ''}"
-            yield Case(name, make, arguments, configs, False)
+            yield Case(name, make, arguments, configs, CUDA)
 
 
 class Listed:
@@ -123,7 +124,7 @@ def matmuls() -> Iterator[Case]:
         listed = Listed()
         next(file for file in MATMUL_KERNELS if file.takes(of)).compile_kernel(of, listed)
         for make, arguments, pass_configs in listed.kernels:
-            yield Case(f"matmul {name} {make.__name__}", make, arguments, pass_configs, False)
+            yield Case(f"matmul {name} {make.__name__}", make, arguments, pass_configs, CUDA)
 
 
 def gated_delta() -> Iterator[Case]:
@@ -137,14 +138,14 @@ def gated_delta() -> Iterator[Case]:
         ):
             problem = GatedDelta(kind, num_sms, **{**sizes, **options})
             configs = PASS_CONFIGS if kind == "cuda" else {}
-            yield Case(f"gated_delta {name} for {kind}", make, (problem, pick_config(problem, 8)), configs, kind == "metal")
+            yield Case(f"gated_delta {name} for {kind}", make, (problem, pick_config(problem, 8)), configs, (kind,))
     for name, kind, arch in (("hopper", "cuda", ARCH), ("metal", "metal", "")):
         of = PrefillProblem(kind, arch, NUM_SMS, 4, 8, 128, 128, "bfloat16", "float32", has_initial=True, has_lengths=True)
         listed = Listed()
         solve_chunks.compile_kernel(of, listed)
         prefill_launch.implementation_of(of).compile_kernel(of, 1, listed)
         for make, arguments, pass_configs in listed.kernels:
-            yield Case(f"gated_delta_prefill {name} {make.__name__}", make, arguments, pass_configs, not arch)
+            yield Case(f"gated_delta_prefill {name} {make.__name__}", make, arguments, pass_configs, CUDA if arch else METAL)
 
 
 def attentions() -> Iterator[Case]:
@@ -159,7 +160,7 @@ def attentions() -> Iterator[Case]:
         listed = Listed()
         next(file for file in ATTENTION_KERNELS if file.takes(of)).compile_kernel(of, listed)
         for make, arguments, pass_configs in listed.kernels:
-            yield Case(f"attention {name} {make.__name__}", make, arguments, pass_configs, not of.arch)
+            yield Case(f"attention {name} {make.__name__}", make, arguments, pass_configs, CUDA if of.arch else METAL)
     for name, arch, options in (
         ("hopper", ARCH, {"page_size": 16, "window": 128}),
         ("wide", ARCH, {"head_dim": 512}),
@@ -171,7 +172,7 @@ def attentions() -> Iterator[Case]:
         listed = Listed()
         decode_launch.compile_kernels(of, None, listed)
         for make, arguments, pass_configs in listed.kernels:
-            yield Case(f"attention_decode {name} {make.__name__}", make, arguments, pass_configs, not arch)
+            yield Case(f"attention_decode {name} {make.__name__}", make, arguments, pass_configs, CUDA if arch else METAL)
 
 
 FAMILIES = (tiled_moe, around_moe, moe_on_hopper, scaled_matmuls, matmuls, gated_delta, attentions)
