@@ -85,6 +85,40 @@ def test_a_strided_loop_that_some_threads_skip():
     assert O.tolist() == [*range(1, 41), *[0] * 24]
 
 
+def uneven(rows, columns, threads, reduces=False):
+    @T.prim_func
+    def kernel(A: T.Tensor((rows, columns), "float32"), O: T.Tensor((rows, columns), "float32")):
+        with T.Kernel(1, threads=threads):
+            f = T.alloc_fragment((rows, columns), "float32")
+            g = T.alloc_fragment((rows, columns), "float32")
+            m = T.alloc_fragment((rows,), "float32")
+            T.copy(A, f)
+            if reduces:
+                T.reduce_max(f, m, dim=1)
+            for i, j in T.Parallel(rows, columns):
+                g[i, j] = f[i, j] + 1
+            T.copy(g, O)
+
+    return kernel.with_attr("global_symbol", "kernel")
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(12, 40, 64), (20, 40, 96)])
+def test_tiles_whose_elements_threads_do_not_divide(sizes):
+    """Upstream has no layout for these."""
+    A = torch.arange(sizes[0] * sizes[1], dtype=torch.float32).reshape(sizes[:2])
+    O = torch.full_like(A, torch.nan)
+    execute(lower(uneven(*sizes), ARCH), (1, 1), {"A": A, "O": O})
+    assert torch.equal(O, A + 1)
+
+
+def test_such_tiles_that_are_reduced():
+    with pytest.raises(
+        ValueError, match=r"^T.Parallel: fragments .* got f \(20, 40\) of float32, .* and 96 threads; take threads"
+    ):
+        lower(uneven(20, 40, 96, reduces=True), ARCH)
+
+
 def test_floats_are_no_numbers_of_algebra():
     text = body_of(elementwise(lambda x: T.if_then_else(x != x, 1.0, x - x), "float32"))
     assert "A[((int)threadIdx.x)] != A[((int)threadIdx.x)]" in text

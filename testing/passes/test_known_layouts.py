@@ -146,7 +146,7 @@ def test_in_upstreams_list(arch, monkeypatch):
     assert asked
 
     asked.clear()
-    monkeypatch.setattr(cuda_pipeline, "InferLayouts", Nothing)
+    monkeypatch.setattr(cuda_pipeline, "InferLayouts", lambda lay_out: Nothing())
     assert text == lower()
     assert not asked
 

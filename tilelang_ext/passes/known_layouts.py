@@ -46,7 +46,8 @@ class InferLayouts:
     The pass is skipped; the module that it would have got, which only the list holds, gets the functions that it would return.
     """
 
-    def __init__(self):
+    def __init__(self, lay_out: Callable[[IRModule], IRModule]):
+        self.lay_out = lay_out  # what is to be done to the module before, see `layouts.py`
         self.is_inferring = False
 
     def should_run(self, mod: IRModule, info: PassInfo) -> bool:
@@ -54,7 +55,7 @@ class InferLayouts:
             return True
         self.is_inferring = True
         try:
-            mod.update(infer_layouts(mod))
+            mod.update(infer_layouts(self.lay_out(mod)))
         finally:
             self.is_inferring = False
         return False
