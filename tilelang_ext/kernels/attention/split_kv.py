@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.attention.problem import LOG2_E, DecodeOperands, DecodeProblem
+from tilelang_ext.kernels.attention.problem import LOG2_E, DecodeProblem
+from tilelang_ext.kernels.attention.tiles import decode_prim_func
 from tilelang_ext.kernels.sm90 import pdl
 from tilelang_ext.marks import ROLLED_K
 
@@ -124,7 +125,7 @@ class _Buffers:
 
 def split_kv(problem: DecodeProblem, config: Config):
     """The prim_func (q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, partial, partial_lse)."""
-    types, dtype, D = problem.types(), problem.dtype, problem.head_dim
+    dtype, D = problem.dtype, problem.head_dim
     block_M, block_N, block_K, columns = config.block_M, config.block_N, config.block_K, config.columns
     k_steps = -(-D // block_K)
     window = problem.window
@@ -228,24 +229,17 @@ def split_kv(problem: DecodeProblem, config: Config):
         T.copy(of.S, of.P)
         T.gemm(of.P, of.v_s, of.O, policy=T.GemmWarpPolicy.FullRow)
 
-    @T.prim_func
-    def split_kv(
-        q: types.q,
-        cache_k: types.cache_k,
-        cache_v: types.cache_v,
-        seqlens: types.seqlens,
-        page_table: types.page_table,
-        k_scale: types.k_scale,
-        v_scale: types.v_scale,
-        partial: types.partial,
-        partial_lse: types.partial_lse,
-    ):
-        operands = DecodeOperands(q, cache_k, cache_v, k_scale, v_scale)
-        kv_heads, tokens = cache_k.shape[2], q.shape[1]
-        group = T.truncdiv(q.shape[2], kv_heads)
+    @T.macro
+    def emit(operands, seqlens, page_table, partial, partial_lse):
+        kv_heads, tokens = operands.cache_k.shape[2], operands.q.shape[1]
+        group = T.truncdiv(operands.q.shape[2], kv_heads)
         row_tiles = T.ceildiv(tokens * group, block_M)
-        parts = -(-D // columns)
-        with T.Kernel(partial.shape[0], kv_heads * row_tiles * parts, q.shape[0], threads=config.threads) as (split, by, batch):
+        parts, batches = -(-D // columns), operands.q.shape[0]
+        with T.Kernel(partial.shape[0], kv_heads * row_tiles * parts, batches, threads=config.threads) as (
+            split,
+            by,
+            batch,
+        ):
             of = alloc()
             part = by % parts
             row = T.truncdiv(by // parts, kv_heads) * block_M
@@ -264,7 +258,7 @@ def split_kv(problem: DecodeProblem, config: Config):
             T.fill(of.l, 0)
             T.fill(of.m, -T.infinity("float32"))
             if k_steps == 1:
-                load_q(q, sequence, head, group, row, 0, of.q_s)
+                load_q(operands.q, sequence, head, group, row, 0, of.q_s)
             for n in T.serial(end - begin):
                 attend(operands, of, sequence, head, group, row, (begin + n) * block_N, part * columns)
             for i in T.Parallel(block_M):
@@ -281,7 +275,7 @@ def split_kv(problem: DecodeProblem, config: Config):
                             T.if_then_else(of.l[i] > T.float32(0), of.m[i] + T.log2(of.l[i]), -T.infinity("float32"))
                         )
 
-    return split_kv
+    return decode_prim_func(problem, emit)
 
 
 def sum_ranges(problem: DecodeProblem):
