@@ -26,7 +26,7 @@ _LANGUAGE = (
     "-std=c++20", "-O2", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-exceptions", "-fno-rtti",
     "-fno-threadsafe-statics", "-fno-omit-frame-pointer", "-fno-stack-protector", "-fno-sanitize=undefined", "-fsigned-char",
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
-    "-w", "-Wno-reserved-user-defined-literal", "-Wno-c++11-narrowing",
+    "-w", "-Wno-reserved-user-defined-literal", "-Wno-c++11-narrowing", "-fno-addrsig",
 )  # fmt: skip
 _CHECK = (
     "-DSIM_CHECK", "-fsanitize=thread", "-Xclang", "-fsanitize=array-bounds", "-Xclang", "-fsanitize-recover=array-bounds",
@@ -78,14 +78,12 @@ METAL = Dialect(
 
 @dataclass(frozen=True)
 class Compiler:
-    """A clang that builds kernels: the start of its command line, its front end alone, its flags for this machine, and the
-    flags that choose its linker."""
+    """A clang that builds kernels: the start of its command line, its front end alone, and its flags for this machine."""
 
     command: tuple[str, ...]
     frontend: tuple[str, ...]
     version: str
     machine: tuple[str, ...]
-    linker: tuple[str, ...]
 
 
 def include_directory() -> Path:
@@ -110,23 +108,31 @@ def find_compiler() -> Compiler:
         # Apple counts its clang by Xcode: 15 is LLVM 16.
         if major and int(major[1]) >= MINIMUM_CLANG - ("Apple" in version):
             machine = ("-march=x86-64-v3", "-mno-red-zone") if _is_x86() else ()
-            return Compiler((path,), (path, "-cc1"), version, machine, _linker(path))
+            return Compiler((path,), (path, "-cc1"), version, machine)
         seen.append(version)
     if importlib.util.find_spec("ziglang") is not None:
         version = subprocess.run([sys.executable, "-m", "ziglang", "version"], capture_output=True, text=True).stdout.strip()
         machine = ("-march=x86_64_v3", "-mno-red-zone") if _is_x86() else ()
         zig = (sys.executable, "-m", "ziglang")
-        return Compiler((*zig, "cc"), (*zig, "clang", "-cc1"), f"ziglang {version}", machine, ())
+        return Compiler((*zig, "cc"), (*zig, "clang", "-cc1"), f"ziglang {version}", machine)
     raise CompilerMissingError(
         f"compiler: the simulator needs clang >= {MINIMUM_CLANG}; got {', '.join(seen) or 'none'} on PATH and no ziglang; "
         "run `pip install ziglang` or `apt-get install clang-19`"
     )
 
 
-def _linker(clang: str) -> tuple[str, ...]:
-    """Return the flags for LLVM's linker where clang has it: it takes two thirds of the time per kernel."""
-    lld = subprocess.run([clang, "-print-prog-name=ld.lld"], capture_output=True, text=True).stdout.strip()
-    return ("-fuse-ld=lld",) if sys.platform != "darwin" and shutil.which(lld) else ()
+@functools.cache
+def _linkers() -> tuple[tuple[str, ...], ...]:
+    """Return the commands that assemble and link, the cheapest first; one that fails is followed by the next.
+
+    GNU's take less than half the time of clang's, three processes each of which loads all of LLVM first.
+    """
+    command = find_compiler().command
+    if sys.platform != "linux" or len(command) > 1:
+        return (command,)
+    lld = subprocess.run([*command, "-print-prog-name=ld.lld"], capture_output=True, text=True).stdout.strip()
+    gnu = shutil.which("gcc")
+    return (*(((gnu,),) if gnu else ()), (*command, *(("-fuse-ld=lld",) if shutil.which(lld) else ())))
 
 
 def _is_x86() -> bool:
@@ -191,9 +197,16 @@ def cached(name: str, key: Sequence[str], build) -> Path:
 
 def run_compiler(arguments: Sequence[str | Path], what: str) -> str:
     """Run the compiler and return its standard output; CompileError holds its messages."""
-    compiler = find_compiler()
-    done = subprocess.run([*compiler.command, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
+    return _run((find_compiler().command,), arguments, what)
+
+
+def _run(commands: Sequence[Sequence[str]], arguments: Sequence[str | Path], what: str) -> str:
+    """Run the first of the commands that succeeds; CompileError holds the messages of the last."""
+    for command in commands:
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+        if not done.returncode:
+            break
+    else:
         raise CompileError(
             f"source: must be text that the shim compiles; got an error in {what}; correct the line named\n{done.stderr}"
         )
@@ -234,7 +247,7 @@ def _build(folder: Path, dialect: Dialect, text: str, check: bool) -> Path:
     run_compiler(("-S", "-x", "c++", *flags, "-include-pch", _shim(dialect, flags), source, "-o", assembly), "compiling")
     assembly.write_text(add_line_table(assembly.read_text()))
     libraries = ("-lm", *(() if sys.platform == "darwin" else ("-ldl",)))
-    run_compiler((assembly, _runtime(dialect), "-o", program, *libraries, *find_compiler().linker), "linking")
+    _run(_linkers(), (assembly, _runtime(dialect), "-o", program, *libraries), "linking")
     return program
 
 
