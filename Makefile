@@ -25,6 +25,9 @@ CPP_FILES := $(shell find src -name '*.cc' -o -name '*.h' 2>/dev/null)
 UNTRACED := $(CPP_FILES) $(shell find testing tilelang_ext -name '*.h' -o -name '*.json' 2>/dev/null)
 MYPY_FILES := tilelang_ext/language $(wildcard tilelang_ext/formats.py)
 
+# Byte code is kept: otherwise each worker, and each Python that a test starts, compiles what it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 ifeq ($(wildcard requirements/tilelang-$(TILELANG).txt),)
 $(error TILELANG: must be one of $(patsubst requirements/tilelang-%.txt,%,$(wildcard requirements/tilelang-*.txt)); got $(TILELANG); pass one of these)
 endif
