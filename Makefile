@@ -107,8 +107,8 @@ $(VENV)/.requirements: $(wildcard requirements/*)
 	@rm -f $@
 	@$(PYTHON) -m venv $(VENV)
 	@requirements/install_torch.sh $(CURDIR)/$(BIN)/python
-	@$(PIP) -r requirements/tilelang-$(TILELANG).txt -r requirements/build.txt -r requirements/dev.txt
-	@requirements/has_clang.sh || $(PIP) -r requirements/simulator.txt
+	@requirements/install.sh $(CURDIR)/$(BIN)/python -r tilelang-$(TILELANG).txt -r build.txt -r dev.txt
+	@requirements/has_clang.sh || requirements/install.sh $(CURDIR)/$(BIN)/python -r simulator.txt
 	@touch $@
 
 # The native libraries go to tilelang_ext/lib; a second build compiles only what changed. The environment gets the path of the
