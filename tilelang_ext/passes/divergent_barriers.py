@@ -42,15 +42,40 @@ def _meets_barrier(stmt: tirx.Stmt, wave: int) -> bool:
     return found
 
 
+def _parts(stmt: tirx.Stmt) -> tuple[list[tirx.Stmt], list[tirx.Stmt | tirx.PrimExpr]]:
+    """Return the statements inside a statement, and what else it consists of: itself if it has none."""
+    if isinstance(stmt, tirx.SeqStmt):
+        return list(stmt.seq), []
+    if isinstance(stmt, tirx.AttrStmt):
+        return [stmt.body], [stmt.value]
+    if isinstance(stmt, tirx.For):
+        return [stmt.body], [stmt.min, stmt.extent]
+    if isinstance(stmt, tirx.While):
+        return [stmt.body], [stmt.condition]
+    if isinstance(stmt, tirx.IfThenElse):
+        return [case for case in (stmt.then_case, stmt.else_case) if case is not None], [stmt.condition]
+    return [], [stmt]
+
+
 class _Parting:
     def __init__(self, body: tirx.Stmt, wave: int, with_participants: WithParticipants):
         self.wave = wave
         self.uniformity = Uniformity(body)
         self.with_participants = with_participants
+        self._meeting: dict[tirx.Stmt, bool] = {}
+
+    def meets_barrier(self, stmt: tirx.Stmt) -> bool:
+        """Whether a statement holds a barrier, or calls what does; what stands in it is looked at once."""
+        if stmt not in self._meeting:
+            bodies, expressions = _parts(stmt)
+            self._meeting[stmt] = any(self.meets_barrier(body) for body in bodies) or any(
+                _meets_barrier(part, self.wave) for part in expressions
+            )
+        return self._meeting[stmt]
 
     def part(self, stmt: tirx.Stmt) -> tirx.Stmt:
         """Return `stmt`, which every thread of the block runs."""
-        if not _meets_barrier(stmt, self.wave):
+        if not self.meets_barrier(stmt):
             return stmt
         if is_barrier(stmt):
             return barrier()
@@ -86,7 +111,7 @@ class _Parting:
         for case, body in cases:
             if taken is not None:
                 case = tirx.And(taken, case)
-            if not _is_free(case) and _meets_barrier(body, self.wave):
+            if not _is_free(case) and self.meets_barrier(body):
                 variable = tirx.Var("taken", "bool")
                 statements.append(tirx.Bind(variable, case))
                 case = variable
@@ -95,7 +120,7 @@ class _Parting:
 
     def _push(self, taken: tirx.PrimExpr, stmt: tirx.Stmt) -> list[tirx.Stmt]:
         """Return statements that all threads run and that do what `if taken: stmt` does."""
-        if not _meets_barrier(stmt, self.wave):
+        if not self.meets_barrier(stmt):
             return [_if(taken, stmt)]
         if is_barrier(stmt):
             return [barrier()]
@@ -137,7 +162,7 @@ class _Parting:
             elif isinstance(child, (tirx.AllocBuffer, tirx.DeclBuffer)):
                 close()
                 statements.append(child)
-            elif _meets_barrier(child, self.wave):
+            elif self.meets_barrier(child):
                 close()
                 statements += self._push(taken, child)
             else:

@@ -74,6 +74,7 @@ class _Planner:
         self.wave = wave
         self.found = False
         self._met: dict[tuple, bool] = {}
+        self._inner: dict[Node, tuple[bool, bool]] = {}  # of the statements in a loop, which is walked until nothing changes
         self._leaving: list[dict[str, list[_State]]] = []  # of the loops around, the states at their `break` and `continue`
         self._walk(self.program.root, {})
 
@@ -93,7 +94,7 @@ class _Planner:
             if self._leaving and _JUMPS[call.op.name] in self._leaving[-1]:
                 self._leaving[-1][_JUMPS[call.op.name]].append(state)
             return {}
-        begins, ends = (False, False) if node.children or not node.accesses else inner_barriers(stmt, self.wave)
+        begins, ends = self._inner_barriers(node)
         state = self._come_to(node, {} if begins else state)
         if isinstance(stmt, tirx.For):
             return self._for(node, state)
@@ -101,6 +102,13 @@ class _Planner:
             paths = [self._walk(child, state) for child in node.children]
             return _join(*paths, *([state] if len(paths) == 1 else []))
         return {} if ends else state
+
+    def _inner_barriers(self, node: Node) -> tuple[bool, bool]:
+        if node.children or not node.accesses:
+            return False, False
+        if node not in self._inner:
+            self._inner[node] = inner_barriers(node.stmt, self.wave)
+        return self._inner[node]
 
     def _come_to(self, node: Node, state: _State) -> _State:
         """Put a barrier before `node` if its own accesses may meet one of `state`; return the state behind them."""
