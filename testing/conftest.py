@@ -1,6 +1,7 @@
 """What every test shares: the checkout on the path, which tests a machine can run, and the same random numbers each time."""
 
 import gc
+import os
 import random
 import sys
 import zlib
@@ -11,6 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "testing")) if p not in sys.path]
+
+# Before torch and numpy are imported. There is a worker for each core, so that threads of theirs would wait for each other in
+# spinning loops: half of the CPU time of tests that compute with torch.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
 
 import c_compiler  # noqa: E402
 from cpu_time import CpuTime  # noqa: E402
