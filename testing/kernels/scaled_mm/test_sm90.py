@@ -138,6 +138,8 @@ SWAPPED = {"num_blocks": 2, "is_swapped": True}
         (70, ROWS, Config(128, 64, 3, 32, 7, divides_k=True), 1168, True, True),  # two or three blocks for a tile
         # Two rows of tiles with four blocks each, one block is left over; a part ends behind an iteration that is not whole
         (150, BLOCKS, Config(80, 128, 4, 40, 9, is_swapped=True, divides_k=True), 1408, False, False),
+        # Two rows of tiles, of which four blocks share all six in one line
+        (150, BLOCKS, Config(128, 128, 4, 32, 4, divides_k=True), 1408, False, False),
         # One consumer; seven stages, which no iteration of four K blocks has all of
         (60, BLOCKS, Config(64, 160, 7, 32, 2, num_consumers=1), 1280, False, True),
         # A tile meets two blocks of scale_b, and the second tile at another column
@@ -243,6 +245,8 @@ def test_instructions():
         (48, 10240, 8192, BLOCKS, False, Config(64, 80, 8, 16, 132, num_consumers=1)),  # 128 tiles in one wave
         # 48 tiles of 173 K blocks: 33 blocks for each of their four rows
         (297, 1536, 22144, BLOCKS, False, Config(80, 128, 7, 40, 132, is_swapped=True, divides_k=True)),
+        # 540 tiles, 12 more than fill four waves: the last 144 are divided, all in one line
+        (1475, 11520, 10624, BLOCKS, False, Config(256, 128, 4, 32, 132, divides_k=True)),
         (1131, 7808, 23040, BLOCKS, False, Config(128, 192, 4, 32, 132)),  # nine rows of tiles: none is divided
     ],
 )
@@ -279,7 +283,11 @@ def test_choices_fit(recipes, out):
                 assert stages + stores + scales <= 227 * 1024 - 512, (M, N, K, config)
                 assert config.deferred <= -(-K // BLOCK_K) // 2
                 tile_rows = -(-kernel_problem.max_M // config.block_M)
-                assert not config.divides_k or (config.deferred == 0 and tile_rows <= 8), "rows that are walked together"
+                if config.divides_k:
+                    in_step = sm90_config._rows_in_step(config, kernel_problem)
+                    assert config.deferred == 0
+                    assert in_step <= 8, "rows that are walked together"
+                    assert in_step == tile_rows or config.block_M == 256, "all tiles in one line"
                 assert config.num_stages >= min(2, -(-K // BLOCK_K)), "one is released when the next has arrived"
 
 

@@ -23,6 +23,8 @@ BLOCKWISE = (BlockScaledLayout.block(1, FP8_BLOCK), BlockScaledLayout.block(FP8_
 # producer and of the consumers. Where K is constant, only producers that load many scales ahead need more of them.
 _REGISTERS = (180, 120, 192), (256, 88, 208)
 _REGISTERS_OF_CONSTANT, _FEW_SCALES = ((130, 120, 192), (172, 88, 208)), 16
+_REGISTERS_OF_COPIES = 56, 224  # of a thread of a producer that copies blockwise scales, and of the consumers
+SCALES_OF_B = 4  # floats of a stage for scale_b, of which a tile meets one block or two: stages begin at whole 16 bytes
 _MAX_STEPS, _STEPS = 6, 4  # of an iteration of a promoted main loop: all stages up to the first number, or so many
 
 
@@ -56,6 +58,11 @@ def scale_sets_of(block_N: int, is_swapped: bool) -> int:
     return 1 if FP8_BLOCK % block_N == 0 else 2
 
 
+def stage_scales(block_M: int) -> int:
+    """Return the floats of a stage for blockwise scales: of the tile's rows of A, then of the blocks of B."""
+    return -(-block_M // 4) * 4 + SCALES_OF_B
+
+
 def promotes(problem: Problem) -> bool:
     """Whether partial accumulators are added in float32 registers, K block by K block."""
     return not problem.fast_accum or is_blockwise(problem)
@@ -84,6 +91,8 @@ class Traits:
     @property
     def roles(self) -> Roles:
         """The producer keeps blockwise scales of some K blocks in registers, and of dynamic sizes their addresses."""
+        if self.copies_scales:
+            return Roles(self.config.num_consumers, *_REGISTERS_OF_COPIES)
         has_few_scales = self.has_constant_K and self.unroll * (1 + self.producer_rows + self.scale_sets) <= _FEW_SCALES
         if not self.blockwise or has_few_scales:
             return Roles(self.config.num_consumers)
@@ -132,7 +141,7 @@ class Traits:
     def unroll(self) -> int:
         """K blocks of one iteration of the main loop: the number of stages makes every stage a constant.
 
-        It is also how many K blocks ahead the producer loads scales.
+        It is also how many K blocks ahead the producer loads scales that it does not copy.
         """
         return steps_of(self.config.num_stages) if self.promotes else 1
 
@@ -149,8 +158,18 @@ class Traits:
 
     @property
     def producer_arrivals(self) -> int:
-        """Arrivals that commit a stage: of each warp where its threads write scales in every stage, else of each thread."""
+        """Arrivals that commit a stage: of the thread that loads and each that copies scales, of each warp, or each thread."""
+        if self.copies_scales:
+            return 1 + WARP
         return WARPGROUP // WARP if self.blockwise else WARPGROUP
+
+    @property
+    def copies_scales(self) -> bool:
+        """Whether blockwise scales are copied asynchronously, by a warp of their own, and multiplied by the consumers.
+
+        Where MMAs are the limit, and K is a constant, the producer multiplies them: less is left to the consumers.
+        """
+        return self.blockwise and not self.has_constant_K
 
     @property
     def subtiles(self) -> int:
@@ -159,13 +178,15 @@ class Traits:
 
     @property
     def scale_sets(self) -> int:
-        """Blocks of scale_b that a tile meets: scales of rows are stored times each of them."""
+        """Blocks of scale_b that a tile meets."""
         return scale_sets_of(self.config.block_N, self.config.is_swapped)
 
     @property
     def shared_scales(self) -> tuple:
         """Shape of `scales_s`."""
         config = self.config
+        if self.copies_scales:
+            return config.num_stages, stage_scales(config.block_M)
         return (config.num_stages, self.scale_sets, config.block_M) if self.blockwise else (config.block_M + config.block_N,)
 
     @property
@@ -216,7 +237,9 @@ class Block:
 
     A_s: Any  # (num_stages, block_M, BLOCK_K)
     B_s: Any  # (num_stages, block_N, BLOCK_K)
-    scales_s: Any  # blockwise: (num_stages, scale_sets, block_M), a's scale times b's; otherwise (block_M + block_N,)
+    # blockwise: (num_stages, scale_sets, block_M), a's scale times b's; copied: (num_stages, stage_scales), a's and then b's;
+    # otherwise (block_M + block_N,)
+    scales_s: Any
     pipeline: Pipeline
     tiles: GroupedTiles
     scheduler: PersistentScheduler
@@ -273,7 +296,27 @@ def start_walk(traits: Traits, block: Block):
     if not traits.config.divides_k:
         return _Tiles(block.scheduler, traits.iterations)
     scheduler, tiles = block.scheduler, block.tiles
-    return start_stream_k(scheduler.num_blocks, scheduler.block, tiles.tile_columns, tiles.tile_rows, traits.iterations)
+    rows, columns = tiles.tile_rows, tiles.tile_columns
+    if traits.blockwise:
+        rows = _rows_in_step(scheduler.num_blocks, rows, columns)
+        columns = T.truncdiv(tiles.num_tiles, rows)
+    return start_stream_k(scheduler.num_blocks, scheduler.block, columns, rows, traits.iterations)
+
+
+def walks_in_step(num_blocks: int, tile_rows, tile_columns):
+    """Whether blocks that share tiles walk over each row of them in step: where some blocks of a row have no tile.
+
+    Columns of B then come from memory once. Otherwise all tiles lie in one line: MMAs are the limit, and no block is left over.
+    """
+    return tile_rows * (tile_columns + 1) <= num_blocks
+
+
+def _rows_in_step(num_blocks: int, tile_rows, tile_columns):
+    @T.macro
+    def alloc():
+        return T.alloc_var("int32", T.if_then_else(walks_in_step(num_blocks, tile_rows, tile_columns), tile_rows, 1))
+
+    return alloc()
 
 
 def scale_row(layout: BlockScaledLayout, row):

@@ -30,7 +30,9 @@ from tilelang_ext.kernels.scaled_mm.sm90_block import (
     fits_hopper,
     is_bound_by_loads,
     scale_sets_of,
+    stage_scales,
     steps_of,
+    walks_in_step,
 )
 
 _SHARED_BYTES = 226 * 1024  # of a block, beside barriers
@@ -38,6 +40,7 @@ _MAX_STAGES = 8
 _WIDTHS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256)  # columns of a tile
 _SWAPPED_ROWS = (8, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 240, 256)  # of a tile of swapped operands
 _MOST_WAVES, _FEWEST_K_BLOCKS, _MOST_TILE_ROWS = 6, 16, 8  # of products whose last tiles may be divided along K
+_MOST_WAVES_IN_LINE, _FEWEST_ROWS_IN_LINE = 12, 4  # where rows of tiles do not walk in step
 _FEWEST_PLAIN_ROWS = 17  # with fewer, more than three quarters of an MMA of operands that are not swapped are empty
 _REGISTERS, _WITHOUT_PROMOTION = 200, 128  # of a consumer's thread that accumulators and blockwise scales may take
 _WIDEST_ALONE = 160  # columns of a tile of one consumer whose operands are not swapped: of more, its MMAs are too long
@@ -239,7 +242,8 @@ def _persistent(problem: Problem, block_M: int, block_N: int, num_consumers: int
         # Registers hold few deferred subtiles beside the accumulators; the next tile must have the K blocks to store them in.
         count = 3 if block_N == 256 else 2 if block_N == 128 or subtile * bits <= 512 else 1
         deferred = min(count, block_N // subtile, k_blocks // 2) if kind == "fast" else 0
-    scales = 4 * block_M * scale_sets_of(block_N, is_swapped) if kind == "blocks" else 0  # of a stage
+    of_stage = max(stage_scales(block_M), block_M * scale_sets_of(block_N, is_swapped))  # copied or multiplied
+    scales = 4 * of_stage if kind == "blocks" else 0
     fixed = 2 * num_consumers * subtile_bytes + (0 if kind == "blocks" else 4 * (block_M + block_N)) + 256
     fitting = (_SHARED_BYTES - fixed) // ((block_M + block_N) * BLOCK_K + scales)
     # With fewer stages than K blocks, N and K need not be constants of the kernel. A stage is released a K block later where
@@ -250,22 +254,33 @@ def _persistent(problem: Problem, block_M: int, block_N: int, num_consumers: int
     config = Config(block_M, block_N, most, subtile, problem.num_sms, deferred, num_consumers, is_swapped)
     # Where MMAs that are promoted are the limit, 5 or 6 stages, all of an iteration, were slower in 48 of 59 measured pairs.
     has_all = kind == "fast" or is_bound_by_loads(problem, config) or most == _MAX_STAGES
-    yield config if has_all else replace(config, num_stages=min(most, 4))
+    whole = config if has_all else replace(config, num_stages=min(most, 4))
+    yield whole
     if _can_divide(config, problem):
-        yield replace(config, divides_k=True, deferred=0)
+        in_line = kind == "blocks" and _tile_rows(config, problem) > _rows_in_step(config, problem)
+        yield replace(whole if in_line else config, divides_k=True, deferred=0)
 
 
 def _can_divide(config: Config, problem: Problem) -> bool:
     """Whether blocks may share tiles: the last wave of every row of tiles is not full."""
     if config.num_consumers == 1 and not config.is_swapped:
         return False  # narrower tiles fill the waves
-    tiles, k_blocks, tile_rows = _ceildiv(problem.N, config.block_N), _ceildiv(problem.K, BLOCK_K), _tile_rows(config, problem)
+    columns, tile_rows = _ceildiv(problem.N, config.block_N), _tile_rows(config, problem)
     # Several rows of tiles have been measured for blocks of scales alone.
-    if tile_rows > (_MOST_TILE_ROWS if kind_of(problem) == "blocks" else 1) or k_blocks < _FEWEST_K_BLOCKS:
+    if (tile_rows > 1 and kind_of(problem) != "blocks") or _ceildiv(problem.K, BLOCK_K) < _FEWEST_K_BLOCKS:
         return False
-    row_blocks = problem.num_sms // tile_rows
-    # Of several rows of tiles, those that leave SMs without one.
-    return tiles % row_blocks != 0 and tiles < (_MOST_WAVES if tile_rows == 1 else 1) * row_blocks
+    in_step = _rows_in_step(config, problem)
+    row_blocks, tiles = problem.num_sms // in_step, columns * tile_rows // in_step
+    if tile_rows > in_step:  # all tiles in one line: where many of them are divided, bytes that blocks do not share take longer
+        is_large = tile_rows >= _FEWEST_ROWS_IN_LINE and config.block_M == 256  # measured for tiles of 256x128
+        return is_large and row_blocks < tiles < _MOST_WAVES_IN_LINE * row_blocks and 0 < tiles % row_blocks <= row_blocks // 6
+    return tiles % row_blocks != 0 and tiles < _MOST_WAVES * row_blocks and in_step <= _MOST_TILE_ROWS
+
+
+def _rows_in_step(config: Config, problem: Problem) -> int:
+    """Return the rows of tiles that blocks walk over in step where they share tiles; 1 if all tiles lie in one line."""
+    tile_rows, columns = _tile_rows(config, problem), _ceildiv(problem.N, config.block_N)
+    return tile_rows if walks_in_step(problem.num_sms, tile_rows, columns) else 1
 
 
 def _tile_rows(config: Config, problem: Problem) -> int:
@@ -300,8 +315,9 @@ def _persistent_us(config: Config, problem: Problem) -> float:
     end = model.wave + model.end * mma_tiles * mma_N / 8 + model.store * stores
     k_block = _both(mma, loads, model.overlap_loads)
     if config.divides_k:
-        row_blocks, of_row, idle = num_sms // tile_rows, tiles // tile_rows, 0.0
-        busy_sms = row_blocks * tile_rows
+        in_step = _rows_in_step(config, problem)
+        row_blocks, of_row, idle = num_sms // in_step, tiles // in_step, 0.0
+        busy_sms = row_blocks * in_step
         divided = of_row - max(of_row // row_blocks - 1, 0) * row_blocks
         givers = max(1, _ceildiv(row_blocks, divided) - 1)  # of a divided tile
         split = SHARED.split + SHARED.split_element * config.block_M * config.block_N * (1 + givers)

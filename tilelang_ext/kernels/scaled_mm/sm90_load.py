@@ -2,14 +2,38 @@
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
-from tilelang_ext.kernels.scaled_mm.sm90_block import BLOCK_K, Block, Coord, Operands, Traits, scale_row, start_walk
+from tilelang_ext.kernels.scaled_mm.sm90_block import (
+    BLOCK_K,
+    SCALES_OF_B,
+    Block,
+    Coord,
+    Operands,
+    Traits,
+    scale_row,
+    stage_scales,
+    start_walk,
+)
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, warpgroup_sync
 
 
 @T.macro
 def produce(traits, operands, block):
-    """Keep the pipeline filled, tile after tile."""
+    """Keep the pipeline filled, tile after tile.
+
+    Where loads are the limit and stages have blockwise scales, one warp loads A and B and another one copies the scales: a load
+    by TMA after other loads of the warp has a fence before it, behind which the warp waits for those.
+    """
     traits.roles.begin_producer()
+    if not traits.copies_scales:
+        _produce(traits, operands, block)
+    elif block.thread < WARP:
+        _fill_stages(traits, operands, block, _load)
+    elif block.thread < 2 * WARP:
+        _fill_stages(traits, operands, block, _copy_scales)
+
+
+@T.macro
+def _produce(traits, operands, block):
     step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
     tile_row, tile_column = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
     scales = _alloc_producer_scales(traits)
@@ -48,15 +72,11 @@ def _load_k_blocks(traits: Traits, operands: Operands, block: Block, scales: lis
 
 def _load_k_block(traits: Traits, operands: Operands, block: Block, scales: list, tile: Coord, k, step, n: int, tail: int):
     """Fill the stage of K block k + n."""
-    pipeline, a, b, A_s, B_s = block.pipeline, operands.a, operands.b, block.A_s, block.B_s
-    block_M, block_N = traits.config.block_M, traits.config.block_N
-    k, step = k + n, step + n
-    stage, rows, columns = pipeline.stage(step), slice(tile.row, tile.row + block_M), slice(tile.column, tile.column + block_N)
+    pipeline, k, step = block.pipeline, k + n, step + n
+    stage = pipeline.stage(step)
 
-    @T.macro
-    def load():
-        T.tma_copy(a[rows, k * BLOCK_K : (k + 1) * BLOCK_K], A_s[stage, :, :], barrier=pipeline.full[stage])
-        T.tma_copy(b[columns, k * BLOCK_K : (k + 1) * BLOCK_K], B_s[stage, :, :], barrier=pipeline.full[stage])
+    def load() -> None:
+        _load(traits, operands, block, tile, stage, k)
 
     @T.macro
     def load_if_any():
@@ -113,6 +133,69 @@ def _store_row_scales(traits: Traits, block: Block, scales, stage) -> None:
             if block_M % WARPGROUP == 0 or r * WARPGROUP + thread < block_M:
                 for s in T.unroll(traits.scale_sets):
                     scales_s[stage, s, r * WARPGROUP + thread] = scales[r] * scales[rows + s]
+
+    emit()
+
+
+@T.macro
+def _fill_stages(traits, operands, block, fill):
+    """Have one warp fill its part of every stage, K block by K block."""
+    step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
+    tile_row, tile_column = T.alloc_local((1,), "int32"), T.alloc_local((1,), "int32")
+    walk = start_walk(traits, block)
+    for wave in T.serial(walk.num_segments):
+        walk.take(wave)
+        block.tiles.tile_coord(walk.tile, tile_row, tile_column)
+        tile = Coord(tile_row[0] * traits.config.block_M, tile_column[0] * traits.config.block_N)
+        # One K block's code: of several beside each other, the compiler would keep the addresses of all scales.
+        for k in T.unroll((walk.last - walk.first) * traits.unroll, unroll_factor=1):
+            _fill_stage(traits, operands, block, tile, walk.first * traits.unroll + k, step, fill)
+            step = step + 1
+
+
+def _fill_stage(traits: Traits, operands: Operands, block: Block, tile: Coord, k, step, fill) -> None:
+    """Fill the warp's part of the stage of K block k, and commit it; behind the last K block the stage stays empty."""
+    pipeline = block.pipeline
+    stage = pipeline.stage(step)
+
+    @T.macro
+    def fill_if_any():
+        if k < traits.k_blocks:
+            fill(traits, operands, block, tile, stage, k)
+
+    pipeline.acquire(stage, pipeline.empty_phase(step))
+    fill_if_any()
+    pipeline.commit_copies(stage) if fill is _copy_scales else pipeline.commit_once(stage)
+
+
+def _load(traits: Traits, operands: Operands, block: Block, tile: Coord, stage, k) -> None:
+    """Issue the TMA loads of a stage."""
+    a, b, A_s, B_s, full = operands.a, operands.b, block.A_s, block.B_s, block.pipeline.full
+    rows, columns = slice(tile.row, tile.row + traits.config.block_M), slice(tile.column, tile.column + traits.config.block_N)
+
+    @T.macro
+    def emit():
+        T.tma_copy(a[rows, k * BLOCK_K : (k + 1) * BLOCK_K], A_s[stage, :, :], barrier=full[stage])
+        T.tma_copy(b[columns, k * BLOCK_K : (k + 1) * BLOCK_K], B_s[stage, :, :], barrier=full[stage])
+
+    emit()
+
+
+def _copy_scales(traits: Traits, operands: Operands, block: Block, tile: Coord, stage, k) -> None:
+    """Issue the copies of a stage's blockwise scales: a lane those of some rows of A, and the first lanes B's."""
+    scale_a, scale_b, scales_s, lane = operands.scale_a, operands.scale_b, block.scales_s, block.thread - WARP
+    block_M, first_b, last = traits.config.block_M, tile.column // FP8_BLOCK, T.ceildiv(traits.N, FP8_BLOCK) - 1
+
+    def copy(to: int, source):
+        return T.ptx_cp_async(T.access_ptr(scales_s[stage, to + lane], "w", 1), T.access_ptr(source, "r", 1), 1)
+
+    @T.macro
+    def emit():
+        for r in T.unroll(-(-block_M // WARP)):
+            if block_M % WARP == 0 or r * WARP + lane < block_M:
+                T.evaluate(copy(r * WARP, scale_a[T.min(tile.row + r * WARP + lane, traits.M - 1), k]))
+        if lane < traits.scale_sets:
+            T.evaluate(copy(stage_scales(block_M) - SCALES_OF_B, scale_b[T.min(first_b + lane, last), k]))
 
     emit()
 

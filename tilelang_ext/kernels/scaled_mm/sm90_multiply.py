@@ -4,7 +4,18 @@ import math
 
 from tilelang_ext import language as T
 from tilelang_ext.formats import FP8_BLOCK
-from tilelang_ext.kernels.scaled_mm.sm90_block import BLOCK_K, WGMMA_M, Accumulators, Block, Consumer, Coord, Traits, start_walk
+from tilelang_ext.kernels.scaled_mm.sm90_block import (
+    BLOCK_K,
+    SCALES_OF_B,
+    WGMMA_M,
+    Accumulators,
+    Block,
+    Consumer,
+    Coord,
+    Traits,
+    stage_scales,
+    start_walk,
+)
 from tilelang_ext.kernels.scaled_mm.sm90_store import finish
 from tilelang_ext.kernels.sm90.epilogue import SubtileStores, alloc_deferred
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP
@@ -160,20 +171,26 @@ def _multiply_and_promote(traits: Traits, block: Block, consumer: Consumer, colu
 def _read_scales(traits: Traits, block: Block, consumer: Consumer, stage) -> None:
     """Load the scales of a stage: of the MMAs' rows, or of swapped operands of their columns."""
     if traits.config.is_swapped:
-        _read(block.scales_s, stage, consumer.row // FP8_BLOCK, 0, consumer.column_scales, traits.mma_N // 4)
+        _read(traits, block, stage, consumer.row // FP8_BLOCK, 0, consumer.column_scales, traits.mma_N // 4)
         return
     for m, of_tile in enumerate(consumer.row_scales):
         for s, row_scales in enumerate(of_tile):
-            _read(block.scales_s, stage, s, consumer.row + m * WGMMA_M, row_scales, 2)
+            _read(traits, block, stage, s, consumer.row + m * WGMMA_M, row_scales, 2)
 
 
-def _read(scales_s, stage, scale_set: int, first: int, scales_f, num_regs: int) -> None:
-    (count,) = map(int, scales_f.shape)
+def _read(traits: Traits, block: Block, stage, block_of_b: int, first: int, scales_f, num_regs: int) -> None:
+    (count,), scales_s = map(int, scales_f.shape), block.scales_s
+    of_b = stage_scales(traits.config.block_M) - SCALES_OF_B + block_of_b
+
+    def scale(i):
+        if traits.copies_scales:
+            return scales_s[stage, first + i] * scales_s[stage, of_b]
+        return scales_s[stage, block_of_b, first + i]
 
     @T.macro
     def emit():
         for i in T.Parallel(count):
-            scales_f[i] = scales_s[stage, scale_set, first + i]
+            scales_f[i] = scale(i)
         # The compiler would otherwise load them between the MMAs, which stall then.
         T.warpgroup_fence_operand(scales_f, num_regs=num_regs)
 

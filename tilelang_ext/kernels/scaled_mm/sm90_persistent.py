@@ -6,19 +6,20 @@ Warp roles, one block per SM:
 
 | warpgroup | role | registers |
 | --- | --- | --- |
-| 0 | producer: TMA loads of A and B, and the scales | 40 |
-| 1, and 2 if there are two | consumers: each has a part of the MMAs' rows and its epilogue | 232 |
+| 0 | producer: TMA loads of A and B, and the scales | 40; with blockwise scales 56 where accumulators leave them |
+| 1, and 2 if there are two | consumers: each has a part of the MMAs' rows and its epilogue | 232, then 224 |
 
 Pipelines, producer role -> consumer role:
 
 | pipeline | carries | full | empty |
 | --- | --- | --- | --- |
-| producer -> consumers | A and B of a K block of 128, blockwise scales | the bytes, 4 warps or 128 threads | 4 warps of each |
+| producer -> consumers | A and B of a K block of 128, its blockwise scales | the bytes and the producer | 4 warps of each |
 | consumer -> its TMA stores | subtiles of the result, two buffers per consumer | a named barrier of 128 threads | one thread |
 
 Steady state:
 
-    producer   acquire | TMA A, TMA B | scales to shared memory | commit | prefetch the next scales ; on to the next tile
+    producer   acquire | TMA A, TMA B | commit ; on to the next tile
+    its other warps, for blockwise scales: acquire | copies of the scales, asynchronous | commit when they are done
     consumers  wait | issue the MMA of K block k | MMA k - 1 is complete: release | a deferred subtile of the tile before
                after the last K block: scale, add the bias, round | store most subtiles, defer the others
 
@@ -34,8 +35,8 @@ N and K may be arguments of the kernel, which sizes share then, where K has more
 are left of a tile, or of a part of one, come behind it, and the stages of that iteration that stay empty are passed on.
 
 With `divides_k` all blocks share the last tiles, each an equal number of their iterations (stream-K: `StreamKScheduler`,
-`SplitTiles`): for products whose bytes take longer than their MMAs and whose tiles do not fill the last wave. Where tiles lie
-below each other, each row of them has as many blocks as the others, which walk in step.
+`SplitTiles`): for products whose tiles do not fill the last wave. Where each row of tiles has more blocks than tiles, each row
+has as many blocks as the others, which walk in step; otherwise all tiles lie in one line.
 
 A tile of 64 rows whose operands are not swapped has one consumer, and any multiple of 16 as columns: as many tiles as there are
 SMs stream b without an exchange.

@@ -65,6 +65,10 @@ class Pipeline:
 
         emit()
 
+    def commit_copies(self, stage) -> None:
+        """Producer: `commit` that counts once the thread's asynchronous copies, `T.ptx_cp_async`, are done."""
+        T.evaluate(T.cp_async_barrier_noinc(self.full[stage]))
+
     def commit_once(self, stage) -> None:
         """Producer: `commit` of a pipeline with one arrival of the producer, by the thread that issued the loads.
 
