@@ -96,27 +96,29 @@ def test_every_order_of_few_rows():
     check_all([problem(M, N, K, layout=layout) for M in rows for N, K in ((72, 4104), (4104, 200)) for layout in LAYOUTS])
 
 
-def test_every_kind_of_tile(monkeypatch):
+KINDS = {
+    "swapped": lambda tile: tile.is_swapped and not tile.adds,
+    "wide": lambda tile: tile.block_M == 256 and tile.block_N > 128 and not tile.adds,
+    "added": lambda tile: tile.adds and not tile.is_swapped,
+    "both": lambda tile: tile.adds and tile.is_swapped,
+    "below": lambda tile: tile.cluster > 1 and not tile.shares_a and not tile.adds,
+    "beside": lambda tile: tile.shares_a and not tile.adds,
+    "beside, added": lambda tile: tile.shares_a and tile.adds,
+    "narrow": lambda tile: tile.block_N < 64 and tile.is_swapped,
+    "narrow, not swapped": lambda tile: tile.block_N < 64 and not tile.is_swapped,
+    "columns of no MMA": lambda tile: tile.block_N % 64 > 32 and not tile.is_swapped and not tile.thin,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tile(kind, monkeypatch):
     """Swapped operands, tiles of 256 rows, K in splits that one block adds, clusters of both kinds, N-major operands in narrow
     boxes and with columns of no MMA: the best of each kind, whatever is picked."""
     sizes = [(24, 264, 1032), (200, 520, 2056), (520, 776, 520), (1032, 392, 4104)]
-    kinds = {
-        "swapped": lambda tile: tile.is_swapped and not tile.adds,
-        "wide": lambda tile: tile.block_M == 256 and tile.block_N > 128 and not tile.adds,
-        "added": lambda tile: tile.adds and not tile.is_swapped,
-        "both": lambda tile: tile.adds and tile.is_swapped,
-        "below": lambda tile: tile.cluster > 1 and not tile.shares_a and not tile.adds,
-        "beside": lambda tile: tile.shares_a and not tile.adds,
-        "beside, added": lambda tile: tile.shares_a and tile.adds,
-        "narrow": lambda tile: tile.block_N < 64 and tile.is_swapped,
-        "narrow, not swapped": lambda tile: tile.block_N < 64 and not tile.is_swapped,
-        "columns of no MMA": lambda tile: tile.block_N % 64 > 32 and not tile.is_swapped and not tile.thin,
-    }
-    for of_kind in kinds.values():
-        with monkeypatch.context() as patch:
-            patch.setattr(sm90_config, "choices", partial(_choices_of_kind, of_kind, sm90_config.choices))
-            forget()
-            check_all([problem(*size, layout=layout) for size, layout in zip(sizes, LAYOUTS, strict=True)])
+    with monkeypatch.context() as patch:
+        patch.setattr(sm90_config, "choices", partial(_choices_of_kind, KINDS[kind], sm90_config.choices))
+        forget()
+        check_all([problem(*size, layout=layout) for size, layout in zip(sizes, LAYOUTS, strict=True)])
     forget()
 
 
