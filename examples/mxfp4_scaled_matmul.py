@@ -22,7 +22,7 @@ class Tile(NamedTuple):
     threads: int
 
 
-FEW, SOME, MANY = Tile(8, 32, 512), Tile(16, 32, 256), Tile(256, 128, 256)  # up to 8 rows, up to 16, more
+FEW, SOME, MANY = Tile(8, 32, 256), Tile(16, 32, 256), Tile(256, 128, 256)  # up to 8 rows, up to 16, more
 
 
 # [kernel]

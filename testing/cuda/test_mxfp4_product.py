@@ -165,7 +165,7 @@ def test_values_of_two_products_in_one_kernel():
     (A, _, x), (W, SW) = activations("bfloat16", M, K), weights(2 * N, K)
     C = torch.full((M, N), torch.nan)
     text = text_of(gated)
-    assert calls(text) == ["mxfp4_mma<8, 16, 128, true, 1>"] * 2
+    assert calls(text) == ["mxfp4_mma<8, 16, 128, true, 3>"] * 2
     execute(text, (2, 1), {"A": A, "W": W, "scale_w": SW, "C": C}, {}, {}, functions=FUNCTIONS)
     both = reference.mxfp4_matmul(x, W, SW)
     assert_close(C, both[:, :N] * both[:, N:], dtype="float32")
@@ -184,10 +184,11 @@ def test_values_of_two_products_in_one_kernel():
             "mxfp4_consume<tl::DataType::kFloat8_e5m2, 128, 128, 1, 8>",
         ),
         (scaled_matmul(16, 512, 1024, Tile(16, 64, 128)), "mxfp4_consume<tl::DataType::kBFloat16, 16, 64, 1, 8>"),
-        (scaled_matmul(16, 512, 1024, Tile(16, 64, 128), chained=True), "mxfp4_mma<16, 64, 128, true, 2>"),  # which waits
-        (scaled_matmul(300, 512, 1024, SOME), "mxfp4_mma<16, 32, 256, true, 1>"),
-        (scaled_matmul(300, 512, 4096, FEW), "mxfp4_mma<8, 32, 512, true, 2>"),
-        (scaled_matmul(300, 512, 4096, FEW, chained=True), "mxfp4_mma<8, 32, 512, true, 1>"),  # room for the next kernel
+        (scaled_matmul(16, 512, 1024, Tile(16, 64, 128), chained=True), "mxfp4_mma<16, 64, 128, true, 3>"),  # which waits
+        (scaled_matmul(300, 512, 1024, SOME), "mxfp4_mma<16, 32, 256, true, 2>"),
+        (scaled_matmul(300, 512, 4096, FEW), "mxfp4_mma<8, 32, 256, true, 3>"),
+        (scaled_matmul(300, 512, 4096, Tile(8, 32, 512)), "mxfp4_mma<8, 32, 512, true, 2>"),
+        (scaled_matmul(300, 512, 4096, Tile(8, 32, 512), chained=True), "mxfp4_mma<8, 32, 512, true, 1>"),  # and the next
         (scaled_matmul(300, 512, 4096, Tile(8, 16, 512), chained=True), "mxfp4_mma<8, 16, 512, true, 2>"),
         (scaled_matmul(300, 512, 4096, Tile(16, 16, 512)), "mxfp4_mma<16, 16, 512, true, 1>"),  # or for another block
         (by_tiles.dequant_matmul(16, 512, 2880, SOME), "mxfp4_mma<16, 32, 256, false, 2>"),
@@ -201,9 +202,9 @@ def test_all_of_k_is_one_call(kernel, called):
 def test_blocks_of_few_rows_share_an_sm():
     assert "__launch_bounds__(256, 3)" in text_of(scaled_matmul(16, 512, 1024, Tile(16, 64, 128)))
     assert "__launch_bounds__(256, 1)" in text_of(scaled_matmul(16, 512, 1024, Tile(64, 64, 128)))
-    assert "__launch_bounds__(512, 2)" in text_of(scaled_matmul(1, 512, 1024, FEW))
-    assert "__launch_bounds__(256, 3)" in text_of(scaled_matmul(16, 512, 1024, SOME))
-    assert "__launch_bounds__(128, 3)" in text_of(scaled_matmul(16, 512, 1024, Tile(16, 64, 128), chained=True))
+    assert "__launch_bounds__(256, 2)" in text_of(scaled_matmul(1, 512, 1024, FEW))
+    assert "__launch_bounds__(256, 2)" in text_of(scaled_matmul(16, 512, 1024, SOME))
+    assert "__launch_bounds__(128, 2)" in text_of(scaled_matmul(16, 512, 1024, Tile(16, 64, 128), chained=True))
 
 
 def test_a_producer_copies():
@@ -237,7 +238,7 @@ def test_a_kernel_that_waits_asks_for_its_weights():
     assert calls(before) == ["mxfp4_prefetch<32, 256>"] * 2  # weights, scales
     assert "cudaTriggerProgrammaticLaunchCompletion" in behind
     assert "cudaTrigger" not in before
-    assert calls(behind) == ["mxfp4_mma<16, 32, 256, true, 1>"]
+    assert calls(behind) == ["mxfp4_mma<16, 32, 256, true, 2>"]
 
 
 @pytest.mark.parametrize(

@@ -74,18 +74,21 @@ class Split(NamedTuple):
 def split_of(product: Product, threads: int, room: int, waits: bool) -> Split:
     """Return how the warps of a block divide a product, of a kernel that waits for another or does not.
 
-    Two stages leave room for another block, of the next kernel if this one waits. One that does not, and has rows enough for an
-    SM, takes all of it.
+    Up to three stages leave room for another block, of the next kernel if this one waits. One that does not wait, and has rows
+    enough for an SM, takes all of it for two stages.
     """
     N, warps = product.N, threads // WARP
     bands = 2 if N % (2 * _BAND) == 0 and warps >= N // (2 * _BAND) else 1
     groups = N // (_BAND * bands)
     if N % _BAND or warps % groups:
         raise OtherForm(f"{N} rows of weights are not divided among {threads} threads")
-    one, two = (Split(product.M, bands, groups, warps, stages) for stages in (1, 2))
-    is_short = isinstance(product.K, (int, tirx.IntImm)) and int(product.K) <= warps // groups * _BLOCK
-    ahead = two.bytes <= room and (_blocks_that_fit(two) >= 2 or (bands == 2 and not waits))
-    split = two if ahead and not is_short else one
+    one, two, three = (Split(product.M, bands, groups, warps, stages) for stages in (1, 2, 3))
+
+    def shares(split: Split) -> bool:
+        return split.bytes <= room and _blocks_that_fit(split) >= 2
+
+    takes_all = bands == 2 and not waits and two.bytes <= room
+    split = three if shares(three) else two if shares(two) or takes_all else one
     if split.bytes > room:
         raise OtherForm("the block has too little shared memory")
     return split
