@@ -59,6 +59,18 @@ int warp_reduce_max(int value) {
   meet(w.meet);
   return value;
 }
+float warp_reduce_sum(float value) {
+  Warp& w = warp();
+  std::memcpy(&w.a[lane()][0], &value, 4);
+  meet(w.meet);
+  float sum = 0;
+  for (const auto& of_lane : w.a) {
+    std::memcpy(&value, &of_lane[0], 4);
+    sum += value;
+  }
+  meet(w.meet);
+  return sum;
+}
 }  // namespace tl
 
 void launch(int grid_x, int grid_y, int threads, void (*kernel)()) {

@@ -112,7 +112,9 @@ inline float half_value(uint bits) { return decode(bits & 0xffff, 5, 10); }
 uint half_bits(float value);  // of a value that a half holds
 struct half_t {
   uint16_t bits;
+  half_t() = default;
   explicit half_t(float value) : bits(half_bits(value)) {}
+  explicit operator float() const { return half_value(bits); }
 };
 inline uint __pack_half2(half_t low, half_t high) { return low.bits | uint(high.bits) << 16; }
 struct __half2 {
@@ -203,6 +205,7 @@ void cp_async_wait() {}
 inline void fence_proxy_async() {}
 
 int warp_reduce_max(int value);
+float warp_reduce_sum(float value);
 
 // --- matrix instructions of a warp ---
 template <int N>

@@ -106,6 +106,8 @@ KINDS = {
     "beside, added": lambda tile: tile.shares_a and tile.adds,
     "narrow": lambda tile: tile.block_N < 64 and tile.is_swapped,
     "narrow, not swapped": lambda tile: tile.block_N < 64 and not tile.is_swapped,
+    "equal parts": lambda tile: tile.streams,
+    "clusters that sum": lambda tile: tile.joins,
     "columns of no MMA": lambda tile: tile.block_N % 64 > 32 and not tile.is_swapped and not tile.thin,
 }
 

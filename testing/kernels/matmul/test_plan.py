@@ -12,22 +12,23 @@ from tilelang_ext.kernels.matmul import operator, sm90_config, sm90_persistent
 from tilelang_ext.kernels.matmul.arguments import number_of
 from tilelang_ext.launch.device import Target
 
-# Tile, stages, rows of A of a stage, tiles of a cluster, whether they share A, splits, whether operands are swapped, whether
-# one block adds; the rows that have the same choice.
+# Tile, stages, rows of A of a stage, tiles of a cluster, whether they share A, splits, whether operands are swapped, how K is
+# divided among blocks; the rows that have the same choice.
 PICKS = {
-    (1, 4096, 4096): ((64, 16), 20, 64, 1, False, 1, True, False, (1, 32)),
-    (20, 4096, 4096): ((64, 16), 20, 64, 1, False, 1, True, False, (1, 32)),
-    (16, 1024, 8192): ((64, 16), 20, 64, 1, False, 8, True, False, (1, 16)),
-    (64, 4096, 4096): ((64, 32), 18, 64, 1, False, 1, False, False, (49, 64)),
-    (76, 4840, 5536): ((128, 80), 7, 128, 1, False, 3, True, True, (65, 80)),
-    (100, 4096, 4096): ((64, 112), 9, 64, 1, False, 2, True, True, (97, 112)),
-    (256, 4096, 4096): ((64, 128), 8, 64, 1, False, 1, False, False, (241, 256)),
-    (300, 7168, 2048): ((128, 160), 5, 128, 1, False, 1, True, False, (289, 320)),
-    (1000, 5120, 2048): ((256, 160), 4, 256, 1, False, 1, False, False, (833, 1024)),
-    (2048, 4096, 4096): ((128, 256), 4, 128, 1, False, 1, False, False, (1793, 2048)),
-    (4096, 2048, 2056): ((128, 256), 4, 128, 2, False, 1, False, False, (3585, 4096)),
-    (5091, 848, 5720): ((256, 144), 4, 256, 2, True, 1, False, False, (4225, 5376)),
-    (8192, 8192, 8192): ((128, 256), 4, 128, 1, False, 1, False, False, (7105, 9216)),
+    (1, 4096, 4096): ((64, 32), 20, 16, 1, False, 1, False, "", (1, 16)),
+    (20, 4096, 4096): ((64, 32), 20, 32, 1, False, 1, False, "", (17, 32)),
+    (16, 1024, 8192): ((64, 16), 20, 64, 1, False, 8, True, "", (1, 16)),
+    (64, 4096, 4096): ((64, 64), 14, 64, 1, False, 2, False, "joins", (49, 64)),
+    (76, 4840, 5536): ((128, 80), 8, 128, 1, False, 3, True, "joins", (65, 80)),
+    (100, 4096, 4096): ((64, 112), 10, 64, 1, False, 2, True, "joins", (97, 112)),
+    (256, 4096, 4096): ((128, 128), 7, 128, 1, False, 2, False, "joins", (225, 256)),
+    (300, 7168, 2048): ((128, 160), 5, 128, 1, False, 1, True, "", (289, 320)),
+    (1000, 5120, 2048): ((256, 160), 4, 256, 1, False, 1, False, "", (897, 1024)),
+    (2048, 4096, 4096): ((128, 256), 4, 128, 1, False, 1, False, "", (1793, 2048)),
+    (4096, 2048, 2056): ((128, 256), 4, 128, 2, False, 1, False, "", (3969, 4096)),
+    (5091, 848, 5720): ((256, 144), 4, 256, 2, True, 1, False, "", (4609, 5632)),
+    (6167, 384, 15184): ((128, 192), 4, 128, 2, True, 1, False, "streams", (6081, 7232)),
+    (8192, 8192, 8192): ((128, 256), 4, 128, 1, False, 1, False, "", (7105, 9216)),
 }
 
 
@@ -36,7 +37,8 @@ def test_picks():
     for shape, wanted in PICKS.items():
         config, splits = sm90_config.pick_config(problem(*shape))
         tile = (config.block_M, config.block_N), config.num_stages, config.a_rows, config.cluster, config.shares_a
-        got = *tile, splits, config.is_swapped, config.adds
+        ways = {"streams": config.streams, "adds": config.adds, "joins": config.joined > 1}
+        got = *tile, splits, config.is_swapped, next((way for way, is_taken in ways.items() if is_taken), "")
         assert (*got, sm90_config.rows_of_choice(problem(*shape))) == wanted, shape
 
 

@@ -13,7 +13,7 @@ from kernels.matmul.operands import ALL, BF16, FP16, FP32, operands, problem
 from numeric import assert_close
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.matmul import operator, pad, sm90_config, sm90_persistent, sum_splits, tiled, turn
+from tilelang_ext.kernels.matmul import operator, pad, sm90_config, sm90_persistent, sm90_vecmat, sum_splits, tiled, turn
 from tilelang_ext.kernels.matmul.problem import Epilogue
 from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M
 from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config
@@ -25,6 +25,12 @@ GIVEN = 0x7FB5C1D97FA3E2F1
 GIVING = f"""
 static void tilelang_ext_give(void* word) {{ *(long long*)word = {GIVEN}LL; }}
 static void tilelang_ext_await(void* word) {{ if (*(long long*)word != {GIVEN}LL) std::abort(); *(long long*)word = 0; }}
+"""
+JOINING = """
+static void tilelang_ext_write(void* memory, int index, float value) { ((float*)memory)[index] = value; }
+static void tilelang_ext_add_group(void* memory, int index, int block, float* sum) {
+  for (int i = 0; i < 8; ++i) sum[i] += ((float*)in_block(memory, block))[index + i];
+}
 """
 DTYPES = {"bfloat16": BF16, "float16": FP16, "float32": FP32}
 
@@ -71,8 +77,17 @@ def run(of, config, splits=1):
         execute(text, grid, tensors, boxes, scalars | {"tiles": tiles}, config.cluster, GIVING)
         assert (given[:-1] == 0).all(), "what was given has been taken"
         assert (given[-1] == -1).all()
-    elif splits == 1:
-        execute(text_of(sm90_persistent.matmul, general, config), grid, tensors, boxes, scalars, config.cluster)
+    elif config.streams:
+        tensors["partial"] = torch.full((config.num_blocks, config.block_M * config.block_N), torch.nan)
+        given = tensors["given"] = torch.full((config.num_blocks, config.num_consumers), -1)
+        execute(
+            text_of(sm90_persistent.streamed_matmul, general, config), grid, tensors, boxes, scalars, config.cluster, GIVING
+        )
+        assert ((given == 0) | (given == -1)).all(), "what was given has been taken"
+        assert (given == 0).any()
+    elif splits == 1 or config.joined > 1:
+        text = text_of(sm90_persistent.matmul, general, config)
+        execute(text, grid, tensors, boxes, scalars, config.cluster_blocks, JOINING if config.joined > 1 else "")
     else:
         tensors["partial"] = torch.full((splits, of.M, scalars["groups"] * 8), torch.nan)
         execute(text_of(sm90_persistent.partial_matmul, general, config), grid, tensors, boxes, scalars, config.cluster)
@@ -104,6 +119,13 @@ def run(of, config, splits=1):
             1,
         ),
         (problem(37, 72, 328, BF16, FP32, epilogue=ALL), Config(64, 48, 1, 3, 0, 0, True, 3, 64, is_swapped=True), 2),
+        # blocks begin with different K blocks
+        (problem(13, 1160, 264, BF16, b_is_k_major=False), Config(64, 64, 1, 3, 64, 0, False, 19, 16, rotates=True), 1),
+        (
+            problem(24, 1160, 456, a_is_k_major=False, epilogue=ALL),
+            Config(64, 32, 1, 3, 32, 0, True, 38, 64, is_swapped=True, adds=True, rotates=True),
+            2,
+        ),
         # one block adds what the others have multiplied of its tile; here each runs after those before it
         (problem(72, 136, 456, epilogue=ALL), Config(128, 80, 2, 3, 16, 0, True, 6, 128, adds=True), 3),
         (
@@ -166,6 +188,39 @@ def run(of, config, splits=1):
             Config(128, 80, 2, 2, 40, 0, False, 2, 128, 2, is_swapped=True),
             1,
             marks=needs_clusters,
+        ),
+        # K blocks of all tiles in equal parts: of more than a tile, of a third of one, and fewer parts than blocks
+        (problem(72, 136, 648, epilogue=ALL), Config(64, 64, 1, 3, 32, 0, False, 5, 64, streams=True), 1),
+        (problem(40, 75, 1288, FP16, BF16, b_is_k_major=False), Config(128, 64, 2, 2, 64, 0, False, 6, 128, streams=True), 1),
+        (
+            problem(24, 136, 520, a_is_k_major=False, epilogue=ALL),
+            Config(64, 32, 1, 3, 32, 0, False, 7, 64, is_swapped=True, streams=True),
+            1,
+        ),
+        pytest.param(
+            problem(200, 136, 456, a_is_k_major=False, b_is_k_major=False),
+            Config(64, 80, 1, 2, 16, 0, False, 6, 64, 2, shares_a=True, streams=True),
+            1,
+            marks=needs_clusters,
+        ),
+        pytest.param(
+            problem(200, 136, 456, FP16, BF16),
+            Config(64, 64, 1, 2, 64, 0, False, 8, 64, 2, streams=True),
+            1,
+            marks=needs_clusters,
+        ),
+        # blocks of a cluster have a range of K each, the last of which adds
+        pytest.param(
+            problem(72, 136, 456, epilogue=ALL), Config(128, 80, 2, 4, 0, 0, True, 6, 128, joined=3), 3, marks=needs_clusters
+        ),
+        pytest.param(
+            problem(40, 72, 328, FP16, BF16, b_is_k_major=False),
+            Config(64, 32, 1, 3, 0, 0, True, 16, 64, is_swapped=True, joined=4),
+            4,
+            marks=needs_clusters,
+        ),
+        pytest.param(
+            problem(200, 75, 328, epilogue=ALL), Config(256, 48, 2, 4, 0, 0, True, 4, 256, joined=2), 2, marks=needs_clusters
         ),
     ],
 )
@@ -253,7 +308,7 @@ def test_instructions():
         (problem(8192, 8192, 8192, b_is_k_major=False), (128, 256, 1, 128), 1),
         (problem(1024, 1024, 1024), (64, 128, 1, 64), 1),  # 128 tiles: one for each SM
         (problem(128, 4096, 7168, b_is_k_major=False), (64, 128, 1, 64), 2),
-        (problem(1, 4096, 4096), (64, 16, 1, 64), 1),
+        (problem(5, 4096, 4096), (64, 32, 1, 16), 1),
         pytest.param(problem(4096, 4096, 4104), (128, 256, 2, 128), 1, marks=needs_clusters),  # rows of no 128 bytes
     ],
 )
@@ -326,5 +381,6 @@ def test_first_kernel_that_takes_a_problem():
     def kernel_of(*sizes, **options):
         return next(file for file in operator.KERNELS if file.takes(problem(*sizes, **options)))
 
-    assert kernel_of(1, 8, 8) is kernel_of(9, 33, 41, b_is_k_major=False) is sm90_persistent
+    assert kernel_of(5, 8, 8) is kernel_of(9, 33, 41, b_is_k_major=False) is sm90_persistent
+    assert kernel_of(1, 4096, 4096) is kernel_of(2, 33, 41, b_is_k_major=False) is sm90_vecmat
     assert kernel_of(64, 64, 64, arch="sm_80") is kernel_of(64, 64, 64, arch="gfx942") is tiled

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tilelang_ext import reference
-from tilelang_ext.kernels.matmul import launch, sm90_persistent, tiled
+from tilelang_ext.kernels.matmul import launch, sm90_persistent, sm90_vecmat, tiled
 from tilelang_ext.kernels.matmul.arguments import (
     check,
     check_matrices,
@@ -31,7 +31,7 @@ from tilelang_ext.launch.device import Target, current, is_for_nvidia, target_of
 from tilelang_ext.launch.gradient import without_gradient
 from tilelang_ext.launch.recipe import ALIGNMENT
 
-KERNELS = (sm90_persistent, tiled)  # the first that takes a problem compiles it
+KERNELS = (sm90_vecmat, sm90_persistent, tiled)  # the first that takes a problem compiles it
 
 
 def matmul(

@@ -6,13 +6,14 @@ from typing import Any
 from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.problem import Problem
 from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config, columns_loaded
+from tilelang_ext.kernels.sm90.cluster_sum import ClusterSum
 from tilelang_ext.kernels.sm90.epilogue import (
     DeferredSubtiles,
     SubtileStores,
 )
 from tilelang_ext.kernels.sm90.pipeline import Pipeline
 from tilelang_ext.kernels.sm90.roles import Roles
-from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler
+from tilelang_ext.kernels.sm90.scheduler import EqualParts, GroupedTiles, PersistentScheduler
 
 WGMMA_M = 64  # rows of one MMA of a warpgroup
 
@@ -40,7 +41,7 @@ class Traits:
     @property
     def leaves_sum(self) -> bool:
         """Whether accumulators go to `partial`, which another kernel sums."""
-        return self.is_split and not self.config.adds
+        return self.is_split and not self.config.adds and self.config.joined == 1
 
     @property
     def mma_tiles(self) -> int:
@@ -68,7 +69,8 @@ class Traits:
     @property
     def cluster_dims(self) -> dict:
         """Arguments of T.Kernel."""
-        return {"cluster_dims": (self.config.cluster, 1, 1)} if self.config.cluster > 1 else {}
+        blocks = self.config.cluster_blocks
+        return {"cluster_dims": (blocks, 1, 1)} if blocks > 1 else {}
 
     @property
     def shape_b(self) -> tuple:
@@ -95,9 +97,10 @@ class Block:
     B_s: Any  # Traits.shape_b
     pipeline: Pipeline
     tiles: GroupedTiles
-    scheduler: PersistentScheduler
+    scheduler: PersistentScheduler | EqualParts
     rank: Any  # of the block in its cluster
     thread: Any
+    sums: ClusterSum | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +132,18 @@ def alloc_unit() -> Unit:
 @T.macro
 def find_unit(traits, block, wave, unit):
     """Write where the unit of a wave lies."""
-    number = block.scheduler.tile(wave)
+    number = 0 if traits.config.streams else block.scheduler.tile(wave)
     all_k_blocks = T.ceildiv(traits.K, BLOCK_K)
-    if traits.is_split:
+    if traits.config.streams:
+        block.scheduler.take(wave, unit.tile, unit.first_k, unit.num_k)
+        block.tiles.tile_coord(unit.tile[0], unit.tile_row, unit.tile_column)
+    elif traits.config.joined > 1:
+        unit.split[0] = block.rank
+        k_blocks = T.truncdiv(all_k_blocks + traits.config.joined - 1, traits.config.joined)
+        unit.first_k[0] = unit.split[0] * k_blocks
+        unit.num_k[0] = T.min(k_blocks, all_k_blocks - unit.first_k[0])
+        block.tiles.tile_coord(number, unit.tile_row, unit.tile_column)
+    elif traits.is_split:
         # Units that run at the same time share their K blocks, which stay in the L2 cache.
         unit.split[0] = T.truncdiv(number, block.tiles.num_tiles)
         k_blocks = T.truncdiv(all_k_blocks + traits.splits - 1, traits.splits)
@@ -142,6 +154,12 @@ def find_unit(traits, block, wave, unit):
     else:
         unit.first_k[0], unit.num_k[0] = 0, all_k_blocks
         block.tiles.tile_coord(number, unit.tile_row, unit.tile_column)
+
+
+def num_units(block: Block):
+    """Return how many units this block has."""
+    scheduler = block.scheduler
+    return scheduler.num_segments if isinstance(scheduler, EqualParts) else scheduler.num_waves
 
 
 def origin_of(traits: Traits, block: Block, unit: Unit) -> tuple:

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Epilogue, Problem
+from tilelang_ext.kernels.sm90.cluster_sum import bytes_of
+from tilelang_ext.kernels.sm90.scheduler import FEWEST_ITERATIONS
 
 CLUSTERS = "cluster_dims" in inspect.signature(T.Kernel).parameters  # not in tilelang 0.1.14
 BLOCK_K = 64  # elements of a swizzled row of 128 bytes of shared memory
@@ -33,6 +35,11 @@ _ROWS = 64  # of an MMA, and elements of a panel of an operand that is not K-maj
 _GRANULES = ((512, 16), (2**31, _ROWS))
 _NEIGHBOURS = 16  # multiples that are tried on each side
 _MIN_K_BLOCKS = 4  # of a split
+_ROTATED = 8  # K blocks of a unit at least
+MOST_ROWS = 4  # of `sm90_vecmat`
+_MOST_JOINED = {2: 66, 3: 40}  # clusters of so many blocks that run at once on an H200, or fewer
+_MOST_STREAMED = 4  # waves of tiles whose K blocks are divided in equal parts
+_CACHED = 3e7  # bytes of an operand that the L2 cache keeps while others read it
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,15 @@ class Config:
     is_swapped: bool = False  # whether rows of the tile are columns of out, so that A is the operand b and B is a
     adds: bool = False  # whether the block with the last range of K adds the accumulators of the others, and finishes the tile
     shares_a: bool = False
+    streams: bool = False  # whether every block has an equal part of the K blocks of all tiles
+    joined: int = 1  # blocks of a cluster that have a range of K of one tile each, the last of which adds
+    rotates: bool = False  # whether blocks begin with different K blocks, since all load the same rows
     group_rows: int = 8
+
+    @property
+    def cluster_blocks(self) -> int:
+        """Blocks of a cluster, which share loads or have a range of K each."""
+        return self.cluster * self.joined
 
 
 @dataclass(frozen=True)
@@ -70,14 +85,26 @@ class Tile:
     is_swapped: bool = False
     adds: bool = False
     shares_a: bool = False
+    streams: bool = False
+    joins: bool = False  # whether the ranges of K are those of the blocks of a cluster
 
     @property
     def a_rows(self) -> int:
         return self.thin or self.block_M
 
+    @property
+    def tiles_below(self) -> int:
+        """Blocks of a cluster below each other."""
+        return 1 if self.shares_a else self.cluster
+
+    @property
+    def tiles_beside(self) -> int:
+        """Blocks of a cluster beside each other."""
+        return self.cluster if self.shares_a else 1
+
     def units(self, M: int, N: int) -> int:
         """Return the tiles of a result, in whole clusters."""
-        below, beside = (1, self.cluster) if self.shares_a else (self.cluster, 1)
+        below, beside = self.tiles_below, self.tiles_beside
         return _ceildiv(M, self.block_M * below) * _ceildiv(N, self.block_N * beside) * self.cluster
 
 
@@ -126,25 +153,29 @@ TILES = (
         if blocks == 1 or block_N >= 64
     ),
 )
-_LAUNCH_US, _CLUSTER_US = 1.785, 0.8374
+_LAUNCH_US, _CLUSTER_US = 1.785, 0.9734
 _DOUBT = 1.01  # of a cluster, which must be the faster by more than the model errs between much the same tiles
-_MEMORY = 4.535e6  # bytes per microsecond
+_MEMORY = 4.573e6  # bytes per microsecond
+_AGAIN = 0.08577  # of an operand that several tiles read, beside its bytes
 # Operations per microsecond at the power limit, and operations that take as much as a row of 128 bytes of shared memory
-_POWER, _ROW_OPERATIONS = 8.952e8, 771.4
-_OVERLAP, _OVERLAP_LOADS = 0.4281, 0.1626
-_SUM_US, _SUM = 1.689, 4.403e6  # of the second kernel, beside its bytes; bytes per microsecond of accumulators, out and in
-_GIVE_US, _ADDED = 1.919, 6.154e4  # where one block adds: until accumulators are there, and bytes of them per microsecond
-_TURN_US = 1.474  # of the copy of `a` to another order
-_MMA_US, _MMA_ELEMENT_US = 0.05811, 1.602e-5  # MMAs of a K block: of each, and of an element of the tile
-_SHARED_MEMORY_US = 0.000421  # of a row of 128 bytes
+_POWER, _ROW_OPERATIONS = 9.107e8, 786
+_OVERLAP, _OVERLAP_LOADS = 0.355, 0.1498
+_SUM_US, _SUM = 1.755, 4.311e6  # of the second kernel, beside its bytes; bytes per microsecond of accumulators, out and in
+_GIVE_US, _ADDED = 1.849, 8.754e4  # where one block adds: until accumulators are there, and bytes of them per microsecond
+_STREAM_US, _STREAMED, _REREAD = 1.899, 9.283e4, 0.06449  # the same for parts of several tiles
+_JOIN_US, _JOINED = 0.2, 1e5  # in a cluster: for each block but one, and bytes of accumulators per microsecond
+_TURN_US = 1.033  # of the copy of `a` to another order
+_MMA_US, _MMA_ELEMENT_US = 0.03103, 1.656e-5  # MMAs of a K block: of each, and of an element of the tile
+_ALONE_US = 0.0214  # of a K block of one consumer
+_SHARED_MEMORY_US = 0.0004907  # of a row of 128 bytes
 # The end of a unit, and the stores of an element of the tile, of swapped operands by single elements
-_STORE_ROW_US = 0.0008559  # of a row of a subtile
-_UNIT_US, _UNIT_ELEMENT_US, _SWAPPED_ELEMENT_US = 0.03972, 2.334e-5, 0.000101
+_STORE_ROW_US = 0.0009009  # of a row of a subtile
+_UNIT_US, _UNIT_ELEMENT_US, _SWAPPED_ELEMENT_US = 0.03014, 2.228e-5, 9.731e-5
 # Of TMA, for a row of 128 bytes: one that begins at a multiple of 32 bytes, another, past the end, and with its last part there
-_ROW_US, _SPLIT_ROW_US, _EMPTY_ROW_US, _CUT_ROW_US = 0.001052, 0.002135, 0.002122, 0.001938
-_NARROW_ROW_US, _SHARED_NARROW_US = 0.001337, 4.442e-5  # of a row of at most 64 bytes
-_SHARED_ROW_US = 0.01007  # of those that all SMs load at the same time, since they are all that the operand has
-_CACHE_ROW_US, _SPLIT_BYTES = 0.0002658, 1.256  # of the L2 cache, where all SMs load; bytes of it beside those of a row
+_ROW_US, _SPLIT_ROW_US, _EMPTY_ROW_US, _CUT_ROW_US = 0.001057, 0.002331, 0.002132, 0.001831
+_NARROW_ROW_US, _SHARED_NARROW_US = 0.001808, 0.000369  # of a row of at most 64 bytes
+_SHARED_ROW_US = 0.009949  # of those that all SMs load at the same time, since they are all that the operand has
+_CACHE_ROW_US, _SPLIT_BYTES = 0.0002809, 1.091  # of the L2 cache, where all SMs load; bytes of it beside those of a row
 _SECTOR = 16  # elements of 32 bytes, the L2 cache's unit
 
 
@@ -152,6 +183,17 @@ def pick_config(problem: Problem) -> tuple[Config, int]:
     """Return the configuration and the number of splits with the least predicted time."""
     tile, splits = _pick(_rounded(problem))
     return config_of(tile, problem, splits), splits
+
+
+def least_us(problem: Problem) -> float:
+    """Return the least predicted time."""
+    of = _rounded(problem)
+    return predicted_us(*_pick(of), of)
+
+
+def rows_alike(M: int) -> tuple[int, int]:
+    """Return the rows that `sm90_vecmat` does not tell apart: one, two, three and four, or all others."""
+    return next((rows for rows in ((1, 1), (2, 2), (3, MOST_ROWS)) if rows[1] >= M), (MOST_ROWS + 1, 2**31))
 
 
 def is_turned(problem: Problem) -> bool:
@@ -177,7 +219,7 @@ def rows_of_choice(problem: Problem) -> tuple[int, int]:
 def _choice(problem: Problem, rows: int) -> tuple:
     """Return all that a number of rows, one of `_most_rows`, decides."""
     of = _rounded(problem, rows)
-    return is_turned(of), _pick(of)
+    return is_turned(of), _pick(of), config_of(_pick(of)[0], of).rotates
 
 
 def _rows_before(rows: int) -> int:
@@ -215,6 +257,8 @@ def config_of(tile: Tile, problem: Problem, splits: int = 1) -> Config:
     deferred = count if k_blocks > 2 * count and problem.N % TMA_ALIGNMENT == 0 else 0
     if tile.is_swapped:
         subtile_N, deferred = _rows_of_swapped_subtile(tile.block_N), 0
+    if tile.streams:
+        deferred = 0
     if splits > 1:
         deferred = 0
         subtile_N = subtile_N if tile.adds else 0
@@ -227,13 +271,29 @@ def config_of(tile: Tile, problem: Problem, splits: int = 1) -> Config:
         subtile_N,
         deferred,
         splits > 1,
-        problem.num_sms // tile.cluster * tile.cluster,
+        _blocks(problem, tile, splits),
         tile.a_rows,
         tile.cluster,
         tile.is_swapped,
         tile.adds,
         tile.shares_a,
+        tile.streams,
+        splits if tile.joins else 1,
+        _rotates(problem, tile, splits),
     )
+
+
+def _rotates(problem: Problem, tile: Tile, splits: int) -> bool:
+    """Return whether all blocks load the same rows of `a`, and from places that many reads at once make slow."""
+    has_all_rows = min(_ROWS, tile.block_N if tile.is_swapped else tile.block_M) >= problem.M
+    is_long = _ceildiv(problem.K, BLOCK_K) >= _ROTATED * splits
+    return has_all_rows and is_long and not tile.streams and not (problem.a_is_k_major and problem.b_is_k_major)
+
+
+def _blocks(problem: Problem, tile: Tile, splits: int) -> int:
+    """Return the blocks of the grid: whole clusters."""
+    of_cluster = splits if tile.joins else tile.cluster
+    return problem.num_sms // of_cluster * of_cluster
 
 
 def _stages(tile: Tile, b_rows: int, subtile_bytes: int) -> int:
@@ -262,6 +322,10 @@ def choices(problem: Problem) -> Iterator[tuple[Tile, int]]:
         # A transposed subtile of float32 would have rows of 256 bytes.
         needs_sum = tile.is_swapped and problem.out_dtype == "float32"
         units = tile.units(of.M, of.N)
+        blocks = problem.num_sms // tile.cluster * tile.cluster
+        fills_no_wave = units % blocks > 0 and units <= _MOST_STREAMED * blocks
+        if fills_no_wave and units * k_blocks > blocks * FEWEST_ITERATIONS and not needs_sum and not tile.thin:
+            yield replace(tile, streams=True), 1
         for splits in range(1, max(1, min(_MAX_SPLITS, k_blocks // _MIN_K_BLOCKS)) + 1):
             is_whole = (splits - 1) * _ceildiv(k_blocks, splits) < k_blocks
             if splits == 1 or (is_whole and units * splits <= 2 * problem.num_sms):
@@ -269,8 +333,19 @@ def choices(problem: Problem) -> Iterator[tuple[Tile, int]]:
                     yield tile, splits
                 # A block waits for blocks of lower index alone, which the GPU starts first: of one wave.
                 is_one_wave = units * splits <= problem.num_sms // tile.cluster * tile.cluster
+                if units <= _MOST_JOINED.get(splits, 0) and tile.cluster == 1 and not tile.thin and CLUSTERS:
+                    joined = replace(tile, joins=True)
+                    if _has_memory(joined, problem, splits):
+                        yield joined, splits
                 if 1 < splits <= _MOST_ADDED and is_one_wave and not needs_sum:
                     yield replace(tile, adds=True), splits
+
+
+def _has_memory(tile: Tile, problem: Problem, splits: int) -> bool:
+    """Return whether the larger operand's stages hold the accumulators of a tile."""
+    config = config_of(tile, problem, splits)
+    shape = (tile.block_N, tile.block_M) if tile.is_swapped else (tile.block_M, tile.block_N)
+    return config.num_stages * max(tile.a_rows, tile.block_N) * BLOCK_K * 2 >= bytes_of(*shape)
 
 
 def predicted_us(tile: Tile, splits: int, problem: Problem) -> float:
@@ -281,6 +356,9 @@ def predicted_us(tile: Tile, splits: int, problem: Problem) -> float:
     units = tile.units(M, N) * splits
     waves, busy_sms = _ceildiv(units, problem.num_sms), min(1.0, units / problem.num_sms)
     k_blocks = _ceildiv(_ceildiv(K, BLOCK_K), splits)
+    steps = waves * k_blocks  # K blocks of a block
+    if tile.streams:
+        steps, busy_sms = _ceildiv(units * k_blocks, problem.num_sms // tile.cluster * tile.cluster), 1.0
     sms = busy_sms, busy_sms / splits
     of_a = _load_us(tile.a_rows, M, problem.a_row, problem.a_is_k_major, _ceildiv(M, tile.block_M), waves, sms)
     of_b = _load_us(tile.block_N, N, problem.b_row, problem.b_is_k_major, tile_columns, waves, sms)
@@ -292,20 +370,38 @@ def predicted_us(tile: Tile, splits: int, problem: Problem) -> float:
     columns = columns_loaded(tile.block_N, problem.b_is_k_major)
     rows = tile.block_M // _ROWS * (_ROWS + tile.block_N) + tile.a_rows + columns
     mma = max(_MMA_US + _MMA_ELEMENT_US * area, rows * _SHARED_MEMORY_US)
+    mma += _ALONE_US if tile.num_consumers == 1 else 0.0
     store = _SWAPPED_ELEMENT_US if tile.is_swapped else _UNIT_ELEMENT_US
     stores = store * area
     if not tile.is_swapped:
         stores += _STORE_ROW_US * area / math.gcd(tile.block_N, _SUBTILE_BYTES // 2)
-    end = _UNIT_US + (stores if splits == 1 or tile.adds else 0.0)
-    busy = waves * (k_blocks * (max(mma, loads) + _OVERLAP_LOADS * min(mma, alone)) + end)
+    end = _UNIT_US + (stores if splits == 1 or tile.adds or tile.joins else 0.0)
+    busy = steps * (max(mma, loads) + _OVERLAP_LOADS * min(mma, alone)) + waves * end
     busy = max(busy, units * k_blocks * (2 * area * BLOCK_K + _ROW_OPERATIONS * rows) / _POWER)
-    memory = (2 * (M * K + N * K) + _bytes_of(problem.out_dtype) * M * N) / _MEMORY
-    if tile.adds:
+    # An operand that several tiles read at the same time comes from memory more slowly.
+    a_bytes, b_bytes = (
+        2 * extent * K * (1 + (_AGAIN if tiles > beside else 0.0))
+        for extent, tiles, beside in ((M, tile_columns, tile.tiles_beside), (N, _ceildiv(M, tile.block_M), tile.tiles_below))
+    )
+    memory = (a_bytes + b_bytes + _bytes_of(problem.out_dtype) * M * N) / _MEMORY
+    if tile.streams:
+        # Of an operand that the L2 cache does not hold, blocks beside or below each other read other K blocks.
+        for operand, others in (
+            (M * K, tile_columns / tile.tiles_beside),
+            (N * K, _ceildiv(M, tile.block_M) / tile.tiles_below),
+        ):
+            if 2 * operand > _CACHED:
+                memory += _REREAD * 2 * operand * (others - 1) / _MEMORY
+        givers = max(1, k_blocks / steps)
+        add = _STREAM_US + (1 + givers) * 4 * area / _STREAMED
+    elif tile.joins:
+        add = (splits - 1) * _JOIN_US + 4 * area / _JOINED
+    elif tile.adds:
         add = _GIVE_US + (splits - 1) * 4 * area / _ADDED
     else:
         add = _SUM_US + 8 * splits * M * N / _SUM if splits > 1 else 0.0
     us = _LAUNCH_US + _both(busy, memory, _OVERLAP) + add
-    return (us + _CLUSTER_US) * _DOUBT if tile.cluster > 1 else us
+    return (us + _CLUSTER_US) * _DOUBT if tile.cluster > 1 or tile.joins else us
 
 
 def _ceildiv(value: int, divisor: int) -> int:

@@ -2,10 +2,12 @@
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.problem import Operands
-from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Traits, alloc_unit, find_unit, origin_of
+from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Traits, Unit, alloc_unit, find_unit, num_units, origin_of
 from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, columns_loaded
 from tilelang_ext.kernels.sm90.multicast import multicast
 from tilelang_ext.kernels.sm90.roles import WARP
+
+_IN_STEP = 8  # blocks that load the same K block of rows that all have
 
 
 @T.macro
@@ -16,12 +18,24 @@ def produce(traits, operands, block):
     unit = alloc_unit()
     # One warp: nobody waits for the others, and a thread that is late by all stages would miss a phase and wait for ever.
     if block.thread < WARP:
-        for wave in T.serial(block.scheduler.num_waves):
+        for wave in T.serial(num_units(block)):
             find_unit(traits, block, wave, unit)
             row, column = origin_of(traits, block, unit)
             for k in T.serial(unit.num_k[0]):
-                _load_k_block(traits, operands, block, row, column, (unit.first_k[0] + k) * BLOCK_K, step)
+                k_block = _k_block(traits, block, unit, k)
+                _load_k_block(traits, operands, block, row, column, k_block * BLOCK_K, step)
                 step = step + 1
+    if traits.config.joined > 1:
+        T.sync_warp()
+        for _ in T.serial(2 * block.scheduler.num_waves):
+            T.cluster_sync()  # the consumers' two of each unit
+
+
+def _k_block(traits: Traits, block: Block, unit: Unit, k):
+    """Return the k-th K block of a unit: where all blocks have the same rows, a few at a time begin with the same one."""
+    if not traits.config.rotates:
+        return unit.first_k[0] + k
+    return unit.first_k[0] + T.truncmod(k + T.truncdiv(T.get_block_binding(), _IN_STEP), unit.num_k[0])
 
 
 def _load_k_block(traits: Traits, operands: Operands, block: Block, row, column, k, step) -> None:

@@ -1,7 +1,7 @@
 """A consumer of the persistent kernel for Hopper: the MMAs of its part of a unit, K block by K block."""
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Consumer, Traits, alloc_unit, find_unit
+from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Consumer, Traits, alloc_unit, find_unit, num_units
 from tilelang_ext.kernels.matmul.sm90_store import finish_unit, store_due, store_rest
 from tilelang_ext.kernels.sm90.epilogue import (
     SubtileStores,
@@ -19,7 +19,7 @@ def consume(traits, operands, block, number, accumulators, stores):
     step = T.alloc_var("int32", init=0)  # K blocks since the kernel began
     unit = alloc_unit()
     consumer = _alloc_consumer(traits, number, accumulators, stores)
-    for wave in T.serial(block.scheduler.num_waves):
+    for wave in T.serial(num_units(block)):
         find_unit(traits, block, wave, unit)
         for k in T.serial(unit.num_k[0]):
             _multiply(traits, block, consumer, k, step)

@@ -46,18 +46,19 @@ from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.pad import after_pad, is_padded
 from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Epilogue, Operands, Problem
 from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Traits
-from tilelang_ext.kernels.matmul.sm90_config import Config, is_turned, pick_config, rows_of_choice
+from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config, is_turned, pick_config, rows_alike, rows_of_choice
 from tilelang_ext.kernels.matmul.sm90_load import produce
 from tilelang_ext.kernels.matmul.sm90_multiply import consume
 from tilelang_ext.kernels.matmul.sum_splits import before_sum
 from tilelang_ext.kernels.matmul.turn import after_turn
-from tilelang_ext.kernels.sm90 import pdl, split_tiles
+from tilelang_ext.kernels.sm90 import cluster_sum, pdl, split_tiles
+from tilelang_ext.kernels.sm90.cluster_sum import ClusterSum
 from tilelang_ext.kernels.sm90.epilogue import (
     alloc_stores,
 )
 from tilelang_ext.kernels.sm90.pipeline import alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARPGROUP, dispatch
-from tilelang_ext.kernels.sm90.scheduler import GroupedTiles, PersistentScheduler
+from tilelang_ext.kernels.sm90.scheduler import EqualParts, GroupedTiles, PersistentScheduler, equal_parts
 from tilelang_ext.kernels.sm90.split_tiles import SplitTiles
 
 ARCH = "sm_90a"
@@ -136,6 +137,34 @@ def added_matmul(problem: Problem, config: Config):
     return added_matmul
 
 
+def streamed_matmul(problem: Problem, config: Config):
+    """The prim_func (a, b, row_scale, column_scale, bias, residual, partial, given, out): K blocks of all tiles in equal parts.
+
+    partial (blocks, elements of a tile), float32, and given (blocks, consumers), int64: see `SplitTiles`.
+    """
+    M, N, K = _sizes(problem)
+    traits = _traits(problem, config, M, N, K, 1)
+    types = _types(problem, M, N, K)
+    a_type, b_type, row_scale_type, column_scale_type, bias_type, residual_type, out_type = types
+
+    @T.prim_func
+    def streamed_matmul(
+        a: a_type,
+        b: b_type,
+        row_scale: row_scale_type,
+        column_scale: column_scale_type,
+        bias: bias_type,
+        residual: residual_type,
+        partial: T.Tensor((config.num_blocks, config.block_M * config.block_N), "float32"),
+        given: T.Tensor((config.num_blocks, config.num_consumers), "int64"),
+        out: out_type,
+    ):
+        operands = Operands(a, b, row_scale, column_scale, bias, residual, out, SplitTiles(partial, given))
+        _matmul(traits, _in_order(config, operands))
+
+    return streamed_matmul
+
+
 # A kernel's problem has 0 in place of each size, or 1 where that size is no multiple of 16 bytes but rows in memory would be
 # that long: the rows of operands are copies then, longer by zeros, and those of out are stored without TMA.
 
@@ -186,34 +215,54 @@ def _in_order(config: Config, operands: Operands) -> Operands:
 
 @T.macro
 def _matmul(traits, operands):
-    cluster = traits.config.cluster
+    cluster = traits.config.cluster_blocks
     with T.Kernel(traits.config.num_blocks, threads=traits.roles.threads, **traits.cluster_dims) as block:
-        if traits.config.adds:
+        if traits.config.adds or traits.config.streams:
             split_tiles.declare()
+        if traits.config.joined > 1:
+            cluster_sum.declare()
         A_s = T.alloc_shared(traits.shape_a, traits.problem.dtype)
         B_s = T.alloc_shared(traits.shape_b, traits.problem.dtype)
         stores = _alloc_stores(traits, operands)
         accumulators = _alloc_accumulators(traits)
         _swizzle(stores)
-        pipeline = alloc_pipeline(traits.config.num_stages, 1, traits.roles.consumer_warps, cluster)
+        pipeline = alloc_pipeline(traits.config.num_stages, 1, traits.roles.consumer_warps, traits.config.cluster)
         # The blocks of a cluster have tiles below or beside each other.
         tile_rows = T.ceildiv(traits.M, traits.config.block_M * traits.tiles_below)
         tile_columns = T.ceildiv(traits.N, traits.config.block_N * traits.tiles_beside)
         tiles = GroupedTiles(traits.config.group_rows // traits.tiles_below, tile_columns, tile_rows)
         clusters = traits.config.num_blocks // cluster
-        scheduler = PersistentScheduler(clusters, block // cluster, tiles.num_tiles * traits.splits)
+        scheduler = _scheduler(traits, clusters, block // cluster, tiles.num_tiles)
         thread = T.get_thread_binding()
         pdl.trigger()
         pdl.wait()
         _dispatch_roles(
-            traits, operands, Block(A_s, B_s, pipeline, tiles, scheduler, block % cluster, thread), accumulators, stores
+            traits,
+            operands,
+            Block(A_s, B_s, pipeline, tiles, scheduler, block % cluster, thread, _sums(traits, A_s, B_s)),
+            accumulators,
+            stores,
         )
-        if cluster > 1:
+        if traits.config.cluster > 1:
             T.cluster_sync()  # no block may end while the other one still arrives at its barriers
 
 
+def _sums(traits: Traits, A_s, B_s) -> ClusterSum | None:
+    config = traits.config
+    if config.joined == 1:
+        return None
+    memory = A_s if config.a_rows > config.block_N else B_s
+    return ClusterSum(memory, config.block_M if config.is_swapped else config.block_N, config.joined)
+
+
+def _scheduler(traits: Traits, clusters: int, number, num_tiles) -> PersistentScheduler | EqualParts:
+    if traits.config.streams:
+        return equal_parts(clusters, number, num_tiles, T.ceildiv(traits.K, BLOCK_K))
+    return PersistentScheduler(clusters, number, num_tiles * traits.splits)
+
+
 def _alloc_stores(traits: Traits, operands: Operands) -> list:
-    if traits.leaves_sum:
+    if traits.leaves_sum or traits.config.joined > 1:
         return [None] * traits.config.num_consumers
     rows, columns = WGMMA_M, traits.config.subtile_N
     if traits.config.is_swapped:
@@ -252,7 +301,8 @@ def takes(problem: Problem) -> bool:
 
 def sizes_served(problem: Problem) -> tuple[int, int]:
     """Return the fewest and the most rows that have the kernels of the problem."""
-    return rows_of_choice(problem)
+    (first, last), (first_alike, last_alike) = rows_of_choice(problem), rows_alike(problem.M)
+    return max(first, first_alike), min(last, last_alike)
 
 
 def compile_kernel(problem: Problem, device) -> Callable:
@@ -269,7 +319,10 @@ def compile_kernel(problem: Problem, device) -> Callable:
 def _compile_product(problem: Problem, device) -> Callable:
     config, splits = pick_config(problem)
     general = _any_sizes(problem)
-    if splits == 1:
+    if config.streams:
+        multiply = device.compile(streamed_matmul, general, config, pass_configs=PASS_CONFIGS)
+        return _with_memory_of_parts(config, device, multiply)
+    if splits == 1 or config.joined > 1:
         return device.compile(matmul, general, config, pass_configs=PASS_CONFIGS)
     if config.adds:
         multiply = device.compile(added_matmul, general, config, pass_configs=PASS_CONFIGS)
@@ -290,6 +343,17 @@ def _with_memory(problem: Problem, config: Config, splits: int, device, multiply
         tiles = _ceildiv(M, config.block_M * below) * _ceildiv(N, config.block_N * beside) * config.cluster
         partial = device.empty(splits, tiles, elements, dtype="float32")
         multiply(*inputs, partial, device.empty(splits, tiles, config.num_consumers, dtype="int64"), out)
+
+    return run
+
+
+def _with_memory_of_parts(config: Config, device, multiply: Callable) -> Callable:
+    """Return a function of the problem's tensors that launches `multiply` with the memory of `SplitTiles`."""
+
+    def run(*tensors):
+        *inputs, out = tensors
+        partial = device.empty(config.num_blocks, config.block_M * config.block_N, dtype="float32")
+        multiply(*inputs, partial, device.empty(config.num_blocks, config.num_consumers, dtype="int64"), out)
 
     return run
 

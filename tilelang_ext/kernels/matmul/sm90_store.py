@@ -1,13 +1,15 @@
 """The epilogue of the persistent kernel for Hopper: results by TMA, accumulators to another block or to `partial`."""
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.matmul.epilogue import finish
+from tilelang_ext.kernels.matmul.epilogue import finish, finished
 from tilelang_ext.kernels.matmul.problem import Epilogue, Operands
 from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Consumer, Traits, Unit, origin_of
+from tilelang_ext.kernels.sm90.cluster_sum import GROUP
 from tilelang_ext.kernels.sm90.epilogue import (
     accumulator_layout,
     round_subtile,
 )
+from tilelang_ext.kernels.sm90.roles import WARPGROUP
 
 
 def store_due(consumer: Consumer, k, any_deferred) -> None:
@@ -18,7 +20,8 @@ def store_due(consumer: Consumer, k, any_deferred) -> None:
 def store_rest(consumer: Consumer, block: Block) -> None:
     """After the last unit, store what is deferred, and wait until shared memory has been read."""
     if consumer.stores is not None:
-        consumer.deferred.store_all(block.scheduler.has_tiles)
+        if consumer.deferred.values:
+            consumer.deferred.store_all(block.scheduler.has_tiles)
         consumer.stores.drain()
 
 
@@ -39,7 +42,74 @@ def finish_unit(traits: Traits, operands: Operands, block: Block, consumer: Cons
                 operands.split.add((split, tile), *place)
             _store_unit(traits, operands, consumer, 0, row, column)
 
+    @T.macro
+    def emit_part():
+        if unit.first_k[0] + unit.num_k[0] < block.scheduler.iterations:
+            operands.split.give(block.scheduler.number * traits.config.cluster + block.rank, *place)
+        else:
+            for i in T.serial(block.scheduler.givers(unit.tile[0])):
+                operands.split.add((block.scheduler.number - 1 - i) * traits.config.cluster + block.rank, *place)
+            _store_unit(traits, operands, consumer, 0, row, column)
+
+    if traits.config.joined > 1:
+        _join(traits, operands, block, consumer, row, column)
+        return
+    if traits.config.streams:
+        emit_part()
+        return
     emit() if traits.config.adds else _store_unit(traits, operands, consumer, unit.split[0], row, column)
+
+
+def _join(traits: Traits, operands: Operands, block: Block, consumer: Consumer, row, column) -> None:
+    """Sum a part of the tile over the blocks of the cluster, and store it; all consumers of the block call it."""
+    config, epilogue, out = traits.config, traits.problem.epilogue, operands.out
+    rows, columns = (config.block_N, config.block_M) if config.is_swapped else (config.block_M, config.block_N)
+    first_row, first_column = (column, row) if config.is_swapped else (row, column)
+    M, N = (traits.N, traits.M) if config.is_swapped else (traits.M, traits.N)
+    threads, groups_of_row = traits.roles.consumer_threads, columns // GROUP
+
+    def write():
+        for m, accumulator in enumerate(consumer.accumulators):
+            block.sums.write(accumulator, consumer.row + m * WGMMA_M, config.is_swapped)
+
+    def value_of(sums, v: int, at_row, at_column):
+        inside = T.min(at_row, M - 1), (T.min(at_column + v, N - 1),)
+        return T.cast(finished(epilogue, operands, sums[v], *inside), out.dtype)
+
+    @T.macro
+    def sum_and_store(number):
+        sums = T.alloc_local((GROUP,), "float32")
+        values = T.alloc_local((GROUP,), out.dtype)
+        at_row = T.alloc_var("int32", T.truncdiv(number, groups_of_row))
+        group = T.alloc_var("int32", number - at_row * groups_of_row)
+        for v in T.unroll(GROUP):
+            sums[v] = 0
+        block.sums.add(at_row, group * GROUP, sums)
+        column_group = T.alloc_var("int32", T.truncdiv(first_column, GROUP) + group)
+        at_row = at_row + first_row
+        for v in T.unroll(GROUP):
+            values[v] = value_of(sums, v, at_row, column_group * GROUP)
+        if traits.stores_by_tma:
+            if at_row < M and column_group * GROUP < N:
+                for v in T.vectorized(GROUP):
+                    out[at_row, column_group * GROUP + v] = values[v]
+        else:
+            for v in T.unroll(GROUP):
+                if at_row < M and column_group * GROUP + v < N:
+                    out[at_row, column_group * GROUP + v] = values[v]
+
+    @T.macro
+    def emit():
+        T.sync_threads(barrier_id=1 + config.num_consumers, arrive_count=threads)  # all consumers have multiplied
+        write()
+        T.cluster_sync()
+        for n in T.serial(-(-rows * groups_of_row // (threads * config.joined))):
+            number = (n * config.joined + block.rank) * threads + block.thread - WARPGROUP
+            if number < rows * groups_of_row:
+                sum_and_store(number)
+        T.cluster_sync()
+
+    emit()
 
 
 def _store_unit(traits: Traits, operands: Operands, consumer: Consumer, split, row, column) -> None:

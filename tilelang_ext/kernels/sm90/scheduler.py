@@ -37,6 +37,66 @@ class PersistentScheduler:
 
 
 @dataclass(frozen=True, eq=False)
+class EqualParts:
+    """The K blocks of all tiles in one line, tile after tile, of which every block or cluster has an equal part.
+
+        for i in T.serial(parts.num_segments):
+            parts.take(i, ...)
+
+    A part is walked over from its last tile to its first. Where it ends inside a tile, that comes first, and its accumulators
+    are given away; the part that has a tile's last K blocks finishes it (`SplitTiles`), when the others have long been there.
+    It waits for parts of lower number alone, which the GPU starts first, so that no two wait for each other.
+    """
+
+    number: Any  # of this block's part
+    num_parts: Any
+    iterations: Any  # K blocks of a tile
+    total: Any  # K blocks of all tiles
+    begin: Any  # first iteration of this part
+    end: Any  # the one behind its last
+
+    @property
+    def num_segments(self):
+        """Tiles of which this part has K blocks."""
+        first = T.truncdiv(self.begin, self.iterations)
+        return T.if_then_else(self.end > self.begin, T.truncdiv(self.end - 1, self.iterations) - first + 1, 0)
+
+    def take(self, i, tile, first_k, num_k) -> None:
+        """Write the tile of the i-th segment and its K blocks to registers, int32 (1,)."""
+        begin, end, iterations = self.begin, self.end, self.iterations
+
+        @T.macro
+        def emit(i):
+            tile[0] = T.truncdiv(end - 1, iterations) - i
+            first_k[0] = T.max(begin - tile[0] * iterations, 0)
+            num_k[0] = T.min(end - tile[0] * iterations, iterations) - first_k[0]
+
+        emit(i)
+
+    def givers(self, tile):
+        """Return how many parts, those of the numbers before this one, give it their accumulators of a tile."""
+        return self.number - T.truncdiv((tile * self.iterations + 1) * self.num_parts - 1, self.total)
+
+
+FEWEST_ITERATIONS = 4  # of an equal part
+
+
+def equal_parts(num_parts: int, number, num_tiles, iterations) -> EqualParts:
+    """Divide the K blocks of tiles of `iterations` each among `num_parts`, or fewer, where they are few."""
+
+    @T.macro
+    def alloc():
+        total = T.alloc_var("int32", num_tiles * iterations)
+        parts = T.alloc_var("int32", T.min(T.int32(num_parts), T.max(T.truncdiv(total, FEWEST_ITERATIONS), 1)))
+        begin = T.alloc_var("int32", T.truncdiv(T.min(number, parts) * total, parts))
+        end = T.alloc_var("int32", T.truncdiv(T.min(number + 1, parts) * total, parts))
+        return parts, total, begin, end
+
+    parts, total, begin, end = alloc()
+    return EqualParts(number, parts, iterations, total, begin, end)
+
+
+@dataclass(frozen=True, eq=False)
 class GroupedTiles:
     """The order of a matrix of tiles: down `group_rows` rows of tiles, then to the next column; then the next group of rows.
 
