@@ -35,9 +35,10 @@ _ROWS = 64  # of an MMA, and elements of a panel of an operand that is not K-maj
 _GRANULES = ((512, 16), (2**31, _ROWS))
 _NEIGHBOURS = 16  # multiples that are tried on each side
 _MIN_K_BLOCKS = 4  # of a split
+_SLOW_ROW = 2048  # elements of whose multiples rows are slow to read at different k
 _ROTATED = 8  # K blocks of a unit at least
 MOST_ROWS = 4  # of `sm90_vecmat`
-_MOST_JOINED = {2: 66, 3: 40}  # clusters of so many blocks that run at once on an H200, or fewer
+_MOST_JOINED = {2: 66, 3: 32}  # clusters of so many blocks that run at once on an H200, or fewer
 _MOST_STREAMED = 4  # waves of tiles whose K blocks are divided in equal parts
 _CACHED = 3e7  # bytes of an operand that the L2 cache keeps while others read it
 
@@ -287,6 +288,8 @@ def _rotates(problem: Problem, tile: Tile, splits: int) -> bool:
     """Return whether all blocks load the same rows of `a`, and from places that many reads at once make slow."""
     has_all_rows = min(_ROWS, tile.block_N if tile.is_swapped else tile.block_M) >= problem.M
     is_long = _ceildiv(problem.K, BLOCK_K) >= _ROTATED * splits
+    if not problem.b_is_k_major and problem.N % _SLOW_ROW == 0:  # K blocks would lie in the same channels of memory
+        return False
     return has_all_rows and is_long and not tile.streams and not (problem.a_is_k_major and problem.b_is_k_major)
 
 
