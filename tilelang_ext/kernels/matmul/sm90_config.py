@@ -7,7 +7,7 @@
 
 where both(x, y) is the greater and a part of the lesser, which does not overlap.
 
-The constants were fitted to measured times of 202 sizes and layouts (docs/log/matmul.md). Only their order matters: the model
+The constants were fitted to measured times of 268 sizes and layouts (benchmark/fit_matmul.py, docs/log/matmul.md). Only their order matters: the model
 chooses, it does not promise.
 """
 
