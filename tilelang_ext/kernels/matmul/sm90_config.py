@@ -7,8 +7,8 @@
 
 where both(x, y) is the greater and a part of the lesser, which does not overlap.
 
-The constants were fitted to measured times of 268 sizes and layouts (benchmark/fit_matmul.py, docs/log/matmul.md). Only their order matters: the model
-chooses, it does not promise.
+The constants were fitted to measured times of 268 sizes and layouts (benchmark/fit_matmul.py, docs/log/matmul.md). Only their
+order matters: the model chooses, it does not promise.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ Steady state:
 A unit is a tile and one of `splits` ranges of K. With one range a unit ends with the epilogue. With more, it writes its float32
 accumulators to `partial` (splits, M, N), and `sum_splits` adds them and does the epilogue: that kernel starts while the
 last units run (PDL). Or, where config.adds, the block that has a tile's last range waits for the accumulators of the others
-(`SplitTiles`), adds them and finishes the tile. Or, where config.joined, the ranges are those of the blocks of a cluster, each of
-which sums a part of the tile (`ClusterSum`). Where config.streams, every block has an equal part of the K blocks of all tiles
-instead (`EqualParts`). Always, the order of additions is the same in every call.
+(`SplitTiles`), adds them and finishes the tile. Or, where config.joined, the ranges are those of the blocks of a cluster, each
+of which sums a part of the tile (`ClusterSum`). Where config.streams, every block has an equal part of the K blocks of all
+tiles instead (`EqualParts`). Always, the order of additions is the same in every call.
 
 An MMA has 64 rows and any multiple of 8 columns. With `is_swapped`, columns of out are its rows and rows of out its columns, so
 that few rows, or such as fill no multiple of 64, take no more time than they need: the kernel then multiplies b^T by a^T, and
