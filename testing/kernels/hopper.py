@@ -14,6 +14,19 @@ _EARLY_RELEASE = re.compile(
 )
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+), \d+\) (\w+)\((.*?)\) \{')
 
+GIVEN = 0x7FB5C1D97FA3E2F1
+# What a block or a consumer gives another; blocks run one after the other, so a word that nobody gives in 30 s is an error.
+GIVING = f"""
+static void tilelang_ext_give(void* word) {{ __atomic_store_n((long long*)word, {GIVEN}LL, __ATOMIC_RELEASE); }}
+static void tilelang_ext_await(void* word) {{
+  for (int i = 0; __atomic_load_n((long long*)word, __ATOMIC_ACQUIRE) != {GIVEN}LL; ++i) {{
+    if (i == 30000) std::abort();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }}
+  *(long long*)word = 0;
+}}
+"""
+
 
 class Box(NamedTuple):
     """The box that TMA moves of a matrix: rows, and columns of at most 128 bytes."""

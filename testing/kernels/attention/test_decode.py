@@ -1,15 +1,17 @@
 """`attention_decode`: its kernels in the simulator and as CUDA text on the CPU, against float64."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from cuda.execute import needs_compiler
+from cuda.toolkit import compile_texts, needs_nvcc
 from kernels.attention.operands import BF16, FP16, FUNCTIONS, check, name, text_of
-from kernels.hopper import Box, execute
+from kernels.hopper import GIVING, Box, execute
 
 from tilelang_ext import attention_decode, reference, simulate
-from tilelang_ext.kernels.attention import decode_launch, sm90_decode, sm90_decode_mma, split_kv
+from tilelang_ext.kernels.attention import decode_launch, sm90_decode, sm90_decode_mma, sm90_sum, split_kv
 from tilelang_ext.kernels.attention.problem import DecodeProblem
 from tilelang_ext.kernels.attention.sm90_block import ARCH
 from tilelang_ext.launch.expression import apply
@@ -101,6 +103,16 @@ def test_values(of, target, lengths, sizes, splits):
     check(case.out, case.lse, *case.expected(of))
 
 
+FEW_ROWS = problem(128, ARCH, page_size=16, has_sinks=True, has_few_rows=True)
+
+
+@functools.cache
+def hopper_text(of):
+    file = next(file for file in decode_launch.KERNELS if file.takes(of))
+    name = "attention_decode" if file.sums_ranges(of) else "split_kv"
+    return text_of(file.split_kv, of, file.pick_config(of), name=name, pass_configs=file.pass_configs(of))
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("of", "lengths", "sizes"),
@@ -112,34 +124,54 @@ def test_values(of, target, lengths, sizes, splits):
         (problem(64, ARCH, cache=E4M3, scales="head", has_few_rows=True), (600, 70), (1, 8, 1)),
         (problem(144, ARCH, cache=E4M3, page_size=16, window=40, has_few_rows=True), (100, 70), (3, 4, 2)),
         # Several pages in a block of keys; an odd number of blocks; a sequence without keys
-        (problem(128, ARCH, page_size=16, has_sinks=True), (200, 0), (3, 4, 2)),
+        (problem(128, ARCH, page_size=16, has_sinks=True), (200, 0), (3, 8, 2)),
+        # Few rows, whose ranges the kernel adds: more ranges than it loads together; rows of several tokens, sinks
+        (FEW_ROWS, (1300, 0), (2, 6, 2)),
+        (problem(72, ARCH, window=40, has_few_rows=True), (300, 70), (1, 5, 1)),
         # Wider heads: consumers of halves of the columns; no pages; a window; head_dim ends inside a half
-        (problem(296, ARCH, window=40), (100, 70), (1, 2, 1)),
+        (problem(296, ARCH, window=40, has_few_rows=True), (100, 70), (1, 2, 1)),
     ],
 )
 def test_on_hopper(of, lengths, sizes):
     """Values by running the CUDA text on the CPU; every other byte of memory is a NaN."""
     file = next(file for file in decode_launch.KERNELS if file.takes(of))
-    case, config, splits = Case(of, lengths, *sizes), file.pick_config(of), 2
-    assert file is (sm90_decode_mma if of.has_few_rows else sm90_decode)
-    results = splits * config.ranges
+    case, config, splits = Case(of, lengths, *sizes), file.pick_config(of), 19 if lengths[0] == 1300 else 2
+    assert file is (sm90_decode_mma if of.is_fp8 and of.has_few_rows else sm90_decode)
+    results = sm90_sum.places(splits, config.ranges) if file.sums_ranges(of) else splits * config.ranges
     names = ("q", "cache_k", "cache_v", "seqlens", "page_table", "k_scale", "v_scale")
     tensors = dict(zip(names, case.inputs, strict=True)) | {"sinks": case.sinks, "out": case.out, "lse": case.lse}
     tensors["partial"] = torch.full((results, *case.q.shape), torch.nan)
     tensors["partial_lse"] = torch.full((results, *case.lse.shape), torch.nan)
+    tensors["given"] = torch.full((len(case.q), case.cache_k.shape[2], splits, config.parts + 1), -1)
     (batch, tokens, heads, _), (pages, keys, kv_heads, _) = case.q.shape, case.cache_k.shape
     scalars = {
         "batch": batch, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "pages": pages, "keys": keys,
-        "splits": results, "num_seqlens": batch, "num_sinks": heads,
+        "results": results, "splits": splits, "words": config.parts + 1, "num_seqlens": batch, "num_sinks": heads,
         "table_pages": case.page_table.shape[1], "table_rows": len(case.page_table),
     }  # fmt: skip
-    columns = sm90_decode_mma.panel_width(of) if of.has_few_rows else 64
-    box = Box(min(config.block_N, of.page_size or config.block_N), columns, of.has_few_rows or not of.is_fp8)
-    text = text_of(file.split_kv, of, config, name="split_kv", pass_configs=file.pass_configs(of))
-    execute(text, (splits, kv_heads, batch), tensors, {"cache_k": box, "cache_v": box}, scalars, functions=FUNCTIONS)
-    text = text_of(split_kv.sum_ranges, of.of_sum(), name="sum_ranges", pass_configs=split_kv.pass_configs(of))
-    execute(text, (tokens * heads, batch), tensors, {}, scalars, functions=FUNCTIONS)
+    columns = sm90_decode_mma.panel_width(of) if file is sm90_decode_mma else 64
+    box = Box(min(config.block_N, of.page_size or config.block_N), columns, file is sm90_decode_mma or not of.is_fp8)
+    execute(
+        hopper_text(of),
+        (splits, kv_heads, batch),
+        tensors,
+        {"cache_k": box, "cache_v": box},
+        scalars,
+        functions=FUNCTIONS + GIVING,
+    )
+    if file.sums_ranges(of):
+        # What a block has waited for is cleared; nothing else is written
+        assert set(tensors["given"].flatten().tolist()) <= {0, -1}
+    else:
+        text = text_of(split_kv.sum_ranges, of.of_sum(), name="sum_ranges", pass_configs=split_kv.pass_configs(of))
+        execute(text, (tokens * heads, batch), tensors, {}, scalars, functions=FUNCTIONS)
     check(case.out, case.lse, *case.expected(of))
+
+
+@needs_nvcc
+def test_machine_code():
+    """Nothing spills: the code that adds ranges must stand where consumers have their registers."""
+    assert compile_texts({"attention_decode": hopper_text(FEW_ROWS)}, ARCH)["attention_decode"].spilled == 0
 
 
 @pytest.mark.parametrize(

@@ -84,20 +84,32 @@ def test_codes(cuda):
 
 
 def test_decode(cuda):
-    """The number of ranges follows the sizes of the call, and the sum takes what the first kernel gives."""
+    """The number of ranges follows the sizes of the call; of more than eight rows a sum takes what the first kernel gives."""
     # 2 heads of keys; 132 SMs: one block on each, or 6 waves in place of one of 0.76, but no range of less than 512 keys
-    for batch, keys, splits in ((1, 4096, 8), (1, 65536, 64), (50, 65536, 8), (200, 4096, 2), (1, 100, 1)):
-        q, cache = torch.zeros(batch, 1, 8, 64, dtype=BF16), torch.zeros(batch, keys, 2, 64, dtype=BF16)
-        seqlens, sinks = torch.full((batch,), keys, dtype=torch.int32), torch.zeros(8)
+    for heads, batch, keys, splits in (
+        (24, 1, 4096, 8),
+        (24, 1, 65536, 64),
+        (24, 50, 65536, 8),
+        (24, 200, 4096, 2),
+        (24, 1, 100, 1),
+        (8, 1, 65536, 66),
+        (16, 50, 65536, 8),
+    ):
+        q, cache = torch.zeros(batch, 1, heads, 64, dtype=BF16), torch.zeros(batch, keys, 2, 64, dtype=BF16)
+        seqlens, sinks = torch.full((batch,), keys, dtype=torch.int32), torch.zeros(heads)
         given = on_cuda(q, cache, cache.clone(), seqlens, None, None, None, sinks)
-        given = (*given, 0, 0.125, *on_cuda(torch.empty_like(q), torch.empty(batch, 8, 1)))
+        given = (*given, 0, 0.125, *on_cuda(torch.empty_like(q), torch.empty(batch, heads, 1)))
         operator._decode_out(*given)
-        first, total = cuda.launches()[-2:]
-        assert (first.kernel, total.kernel) == ("split_kv_kernel", "sum_ranges_kernel")
+        if heads <= 16:
+            first = total = cuda.launches()[-1]
+            assert first.kernel == "attention_decode_kernel"
+        else:
+            first, total = cuda.launches()[-2:]
+            assert (first.kernel, total.kernel) == ("split_kv_kernel", "sum_ranges_kernel")
+            assert total.grid == (heads, batch, 1)
+            assert 2 * splits in total.parameters
         assert first.grid == (splits, 2, batch)
-        assert total.grid == (8, batch, 1)
         addresses = {parameter & (1 << 64) - 1 for parameter in first.parameters}
         assert {given[i].data_ptr() for i in range(4)} <= addresses
         assert {given[i].data_ptr() for i in (7, -2, -1)} <= {parameter & (1 << 64) - 1 for parameter in total.parameters}
-        assert 2 * splits in total.parameters
-    assert len(cuda.lines("load")) == 2
+    assert len(cuda.lines("load")) == 3

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cuda.execute import needs_compiler
 from cuda.kernels import lower
 from cuda.toolkit import compile_texts, needs_nvcc
-from kernels.hopper import Box, execute
+from kernels.hopper import GIVING, Box, execute
 from kernels.matmul.operands import ALL, BF16, FP16, FP32, operands, problem
 from numeric import assert_close
 
@@ -20,12 +20,6 @@ from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, Config
 from tilelang_ext.kernels.matmul.sm90_persistent import ARCH, PASS_CONFIGS
 
 needs_clusters = pytest.mark.skipif(not sm90_config.CLUSTERS, reason="tilelang 0.1.14 has no clusters")
-# What one block gives another, for blocks that run one after the other; a word that nobody has given is an error.
-GIVEN = 0x7FB5C1D97FA3E2F1
-GIVING = f"""
-static void tilelang_ext_give(void* word) {{ *(long long*)word = {GIVEN}LL; }}
-static void tilelang_ext_await(void* word) {{ if (*(long long*)word != {GIVEN}LL) std::abort(); *(long long*)word = 0; }}
-"""
 JOINING = """
 static void tilelang_ext_write(void* memory, int index, float value) { ((float*)memory)[index] = value; }
 static void tilelang_ext_add_group(void* memory, int index, int block, float* sum) {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cuda.execute import needs_compiler
 from cuda.toolkit import compile_texts, needs_nvcc
-from kernels.hopper import Box, execute
+from kernels.hopper import GIVEN, GIVING, Box, execute
 from kernels.scaled_mm.operands import E4M3, E5M2, MX, ROW, ROW_BLOCK, SQUARE_BLOCK, TENSOR, operands, problem
 from numeric import assert_close
 from tilelang import tvm
@@ -19,12 +19,6 @@ from tilelang_ext.kernels.scaled_mm.sm90_block import ARCH, BLOCK_K, WGMMA_M, sc
 
 TENSORS, ROWS, BLOCKS = (TENSOR, TENSOR), (ROW, ROW), (ROW_BLOCK, SQUARE_BLOCK)
 Config, SplitK = sm90_block.Config, sm90_split_k.Config
-# What one block gives another, for blocks that run one after the other; a word that nobody has given is an error.
-GIVEN = 0x7FB5C1D97FA3E2F1
-FUNCTIONS = f"""
-static void tilelang_ext_give(void* word) {{ *(long long*)word = {GIVEN}LL; }}
-static void tilelang_ext_await(void* word) {{ if (*(long long*)word != {GIVEN}LL) std::abort(); *(long long*)word = 0; }}
-"""
 needs_clusters = pytest.mark.skipif(not sm90_split_k.CLUSTERS, reason="tilelang 0.1.14 has no clusters")
 
 
@@ -81,7 +75,7 @@ def run(
     assert len(before_stores) == text.count("tl::tma_store(")
     assert module is sm90_split_k or "0" in before_stores
     assert f"0x{GIVEN:x}LL" in text or not memory
-    execute(text, grid, tensors, boxes, scalars, cluster, FUNCTIONS)
+    execute(text, grid, tensors, boxes, scalars, cluster, GIVING)
     if memory:
         assert (tensors["given"] == 0).any(), "a tile was divided"
         assert not (tensors["given"] == GIVEN).any(), "what was given has been taken"

@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from tilelang_ext.kernels.attention import sm90_decode, sm90_decode_mma, split_kv
+from tilelang_ext.kernels.attention import sm90_decode, sm90_decode_mma, sm90_sum, split_kv
 from tilelang_ext.kernels.attention.arguments import MAX_BATCH, DecodeArguments
 from tilelang_ext.kernels.attention.launch import check_elements
 from tilelang_ext.kernels.attention.problem import DecodeProblem
@@ -37,7 +37,7 @@ _KEY = (
     shape("q", 3),
     select(fact("present", "page_table"), shape("cache_k", 1), 0),
     fact("rank", "k_scale"),
-    shape("q", 1) * shape("q", 2) <= sm90_decode_mma.ROWS * shape("cache_k", 2),
+    shape("q", 1) * shape("q", 2) <= sm90_sum.MAX_ROWS * shape("cache_k", 2),
 )
 _TYPES = {"window": "int", "softmax_scale": "float"}
 RECIPE = {
@@ -56,7 +56,6 @@ def plan() -> Plan:
 
 def problem_of(given: DecodeArguments, window: int, scale: float, target: Target) -> DecodeProblem:
     """Return what a call, whose arguments have been checked, is compiled for."""
-    is_fp8 = given.cache_k.dtype != given.q.dtype
     return DecodeProblem(
         target_kind=target.kind,
         arch=target.arch,
@@ -69,7 +68,7 @@ def problem_of(given: DecodeArguments, window: int, scale: float, target: Target
         page_size=0 if given.page_table is None else given.cache_k.shape[1],
         scales="" if given.k_scale is None else ("head", "page")[given.k_scale.dim() - 1],
         has_sinks=given.sinks is not None,
-        has_few_rows=is_fp8 and given.q.shape[1] * given.q.shape[2] <= sm90_decode_mma.ROWS * given.cache_k.shape[2],
+        has_few_rows=given.q.shape[1] * given.q.shape[2] <= sm90_sum.MAX_ROWS * given.cache_k.shape[2],
     )
 
 
@@ -115,15 +114,23 @@ def compile_kernels(problem: DecodeProblem, splits: Callable, device) -> Callabl
     """
     file = implementation_of(problem)
     config, configs = file.pick_config(problem), split_kv.pass_configs(problem)
-    attend = device.compile(file.split_kv, replace(problem, has_sinks=False), config, pass_configs=file.pass_configs(problem))
-    total = device.compile(split_kv.sum_ranges, problem.of_sum(), pass_configs=configs)
+    of_ranges = problem if file.sums_ranges(problem) else replace(problem, has_sinks=False)
+    attend = device.compile(file.split_kv, of_ranges, config, pass_configs=file.pass_configs(problem))
+    if not file.sums_ranges(problem):
+        total = device.compile(split_kv.sum_ranges, problem.of_sum(), pass_configs=configs)
 
     def run(q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, sinks, out, lse) -> None:
-        results = splits(config) * config.ranges
+        is_summed = file.sums_ranges(problem)
+        results = sm90_sum.places(splits(config), config.ranges) if is_summed else splits(config) * config.ranges
         partial = device.empty(results, *q.shape, dtype="float32")
         partial_lse = device.empty(results, *lse.shape, dtype="float32")
-        attend(q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, partial, partial_lse)
-        total(partial, partial_lse, sinks, out, lse)
+        operands = q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, partial, partial_lse
+        if is_summed:
+            given = device.empty(q.shape[0], cache_k.shape[2], splits(config), config.parts + 1, dtype="int64")
+            attend(*operands, given, sinks, out, lse)
+        else:
+            attend(*operands)
+            total(partial, partial_lse, sinks, out, lse)
 
     return run
 

@@ -121,6 +121,18 @@ class DecodeOperands:
     v_scale: Any
 
 
+@dataclass(frozen=True, eq=False)
+class DecodeResults:
+    """What a kernel of `attention_decode` writes; `given` and those after it where it also adds its ranges."""
+
+    partial: Any
+    partial_lse: Any
+    given: Any = None
+    sinks: Any = None
+    out: Any = None
+    lse: Any = None
+
+
 @dataclass(frozen=True)
 class DecodeProblem:
     """Everything that a kernel of `attention_decode` may depend on. Numbers of sequences, tokens, heads and pages are no
@@ -134,8 +146,9 @@ class DecodeProblem:
     | page_table | (batch, pages of a sequence) int32, with pages | the same |
     | k_scale, v_scale | (kv_heads,) or (pages, kv_heads) float32, by `scales` | the same |
     | sinks | (heads,) float32 | the same |
-    | partial | (splits, batch, tokens, heads, head_dim) float32 | the same |
-    | partial_lse | (splits, batch, heads, tokens) float32, logarithm of base 2 | the same |
+    | partial | (results, batch, tokens, heads, head_dim) float32 | the same |
+    | partial_lse | (results, batch, heads, tokens) float32, logarithm of base 2 | the same |
+    | given | (batch, kv_heads, splits, words) int64, where a kernel adds its ranges: see `sm90_sum` | the same |
     | lse | (batch, heads, tokens) float32, natural logarithm | the same |
 
     Token t of a sequence stands at position seqlens - tokens + t, and sees the keys up to it, of a window the last `window`.
@@ -152,7 +165,7 @@ class DecodeProblem:
     page_size: int = 0  # 0: no pages
     scales: str = ""  # "head" or "page": what has a scale of its own
     has_sinks: bool = False
-    has_few_rows: bool = False  # of a cache of codes: whether tokens times heads of q that share one of k and v are at most 8
+    has_few_rows: bool = False  # whether tokens times heads of q that share one of k and v are at most 8
 
     def of_sum(self) -> DecodeProblem:
         """Return all that the sum over ranges depends on."""
@@ -168,8 +181,8 @@ class DecodeProblem:
 
     def types(self) -> SimpleNamespace:
         """Return the types of the parameters of all prim_funcs."""
-        names = "batch", "tokens", "heads", "kv_heads", "splits", "num_seqlens", "table_rows", "table_pages", "scale_rows"
-        batch, tokens, heads, kv_heads, splits, num_seqlens, table_rows, table_pages, scale_rows = map(T.dynamic, names)
+        names = "batch", "tokens", "heads", "kv_heads", "results", "num_seqlens", "table_rows", "table_pages", "scale_rows"
+        batch, tokens, heads, kv_heads, results, num_seqlens, table_rows, table_pages, scale_rows = map(T.dynamic, names)
         pages = T.dynamic("pages")
         cache = (pages, self.page_size or T.dynamic("keys"), kv_heads, self.head_dim)
         scale = {"": (scale_rows,), "head": (kv_heads,), "page": (pages, kv_heads)}[self.scales]
@@ -182,8 +195,9 @@ class DecodeProblem:
             k_scale=T.Tensor(scale, "float32"),
             v_scale=T.Tensor(scale, "float32"),
             sinks=T.Tensor((T.dynamic("num_sinks"),), "float32"),
-            partial=T.Tensor((splits, batch, tokens, heads, self.head_dim), "float32"),
-            partial_lse=T.Tensor((splits, batch, heads, tokens), "float32"),
+            partial=T.Tensor((results, batch, tokens, heads, self.head_dim), "float32"),
+            partial_lse=T.Tensor((results, batch, heads, tokens), "float32"),
+            given=T.Tensor((batch, kv_heads, T.dynamic("splits"), T.dynamic("words")), "int64"),
             out=T.Tensor((batch, tokens, heads, self.head_dim), self.dtype),
             lse=T.Tensor((batch, heads, tokens), "float32"),
         )

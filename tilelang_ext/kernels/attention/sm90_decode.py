@@ -2,10 +2,10 @@
 
     S = q k^T;  m' = max(m, rows of S);  P = 2^(scale (S - m'));  l = a l + rows of P;  O = a O + P v      of each range
 
-Takes what `split_kv` takes, but for pages that blocks of keys neither divide nor hold whole; the sum over ranges is that of
-`split_kv`. The rows of a block are the tokens and query heads that share a head of k and v, at most 64. Codes of 8 bits are
-converted by the consumers, each of which has a place for the keys and one for the values that its MMAs read: values while S is
-computed.
+Takes what `split_kv` takes, but for pages that blocks of keys neither divide nor hold whole. At most eight rows are added by
+`sm90_sum`, in this kernel; the sum over ranges of more is that of `split_kv`. The rows of a block are the tokens and query
+heads that share a head of k and v, at most 64. Codes of 8 bits are converted by the consumers, each of which has a place for
+the keys and one for the values that its MMAs read: values while S is computed.
 
 Warp roles, of a block of 384 threads, one block per SM:
 
@@ -36,18 +36,19 @@ from typing import Any
 from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem
+from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem, DecodeResults
 from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS, PTX_TYPES, SWIZZLE_128B, SWIZZLE_ATOM, uniform
 from tilelang_ext.kernels.attention.sm90_config import WGMMA_K, WGMMA_M
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax, log2
-from tilelang_ext.kernels.attention.tiles import PANEL, decode_prim_func
-from tilelang_ext.kernels.sm90 import pdl
+from tilelang_ext.kernels.attention.sm90_sum import RangeSum
+from tilelang_ext.kernels.attention.tiles import PANEL, decode_and_sum_prim_func, decode_prim_func
+from tilelang_ext.kernels.sm90 import pdl, split_tiles
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch, warpgroup_sync
 
 _ROLES = Roles(2, 24, 240)
 _CONSUMERS = 2
-_Q_LOADED = 8  # number of a named barrier of all consumers
+_CONSUMERS_MEET = 8  # number of a named barrier
 MAX_COLUMNS = 512
 MIN_BOX = 8  # rows of a swizzle's pattern
 _ROW_BYTES, _UNIT = 128, 16  # of a row of shared memory; of a descriptor
@@ -107,6 +108,11 @@ class Config:
     def ranges(self) -> int:
         """Results of a block."""
         return _CONSUMERS // self.halves
+
+    @property
+    def parts(self) -> int:
+        """Consumers of a block, which store their results by themselves."""
+        return _CONSUMERS
 
     @property
     def blocks_per_sm(self) -> int:
@@ -229,19 +235,23 @@ class _Consumer:
 
 
 def split_kv(problem: DecodeProblem, config: Config):
-    """The prim_func of `tiles.decode_prim_func`."""
+    """The prim_func of `tiles.decode_prim_func`, of few rows that of `tiles.decode_and_sum_prim_func`."""
     traits = _Traits(problem, config)
-    return decode_prim_func(problem, lambda *operands: _split_kv(traits, *operands))
+    make = decode_and_sum_prim_func if sums_ranges(problem) else decode_prim_func
+    return make(problem, lambda *operands: _split_kv(traits, *operands))
 
 
 @T.macro
-def _split_kv(traits, operands, seqlens, page_table, partial, partial_lse):
-    group = T.truncdiv(operands.q.shape[2], operands.cache_k.shape[2])
-    row_tiles = T.ceildiv(operands.q.shape[1] * group, WGMMA_M)
+def _split_kv(traits, operands, seqlens, page_table, results):
+    row_tiles = T.ceildiv(operands.q.shape[1] * T.truncdiv(operands.q.shape[2], operands.cache_k.shape[2]), WGMMA_M)
     kv_heads = operands.cache_k.shape[2]
-    splits = T.truncdiv(partial.shape[0], traits.config.ranges)
+    splits = _splits(traits, results)
     with T.Kernel(splits, kv_heads * row_tiles, operands.q.shape[0], threads=_ROLES.threads) as (split, by, batch):
-        T.import_source(SOURCE + (CONVERT_SOURCE if traits.problem.is_fp8 else ""))
+        T.import_source(
+            SOURCE
+            + (CONVERT_SOURCE if traits.problem.is_fp8 else "")
+            + (split_tiles.SOURCE if sums_ranges(traits.problem) else "")
+        )
         q_s = T.alloc_shared((traits.panels, WGMMA_M, PANEL), traits.problem.dtype)
         k_s = T.alloc_shared(
             (traits.config.num_stages, traits.panels, traits.config.block_N, PANEL), traits.problem.cache_dtype
@@ -253,9 +263,12 @@ def _split_kv(traits, operands, seqlens, page_table, partial, partial_lse):
         T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in (q_s, k_operand_s, v_operand_s)})
         pipeline = alloc_pipeline(traits.config.num_stages, 1, 4 * traits.config.halves)
         thread = T.get_thread_binding()
+        group = T.alloc_var("int32", T.truncdiv(operands.q.shape[2], kv_heads))
         pdl.wait()
         length = T.alloc_var("int32", seqlens[batch])
-        row = T.alloc_var("int32", T.truncdiv(by, kv_heads) * WGMMA_M)
+        row, kv_head = T.int32(0), by
+        if not traits.problem.has_few_rows:
+            row, kv_head = T.alloc_var("int32", T.truncdiv(by, kv_heads) * WGMMA_M), T.truncmod(by, kv_heads)
         first = T.alloc_var("int32", 0)
         if traits.problem.window:
             position = length - operands.q.shape[1] + T.truncdiv(row, group)
@@ -267,12 +280,19 @@ def _split_kv(traits, operands, seqlens, page_table, partial, partial_lse):
         _dispatch_roles(
             traits,
             operands,
-            (partial, partial_lse),
+            results,
             _Block(
                 q_s, k_s, v_s, k_operand_s, v_operand_s, (operands.k_scale, operands.v_scale), pipeline, page_table, keys,
-                batch, T.truncmod(by, kv_heads), split, thread,
+                batch, kv_head, split, thread,
             ),
         )  # fmt: skip
+
+
+def _splits(traits: _Traits, results: DecodeResults):
+    """Return the blocks of a head."""
+    if sums_ranges(traits.problem):
+        return results.given.shape[2]
+    return T.truncdiv(results.partial.shape[0], traits.config.ranges)
 
 
 def _alloc_operands(traits: _Traits, k_s, v_s) -> tuple:
@@ -283,11 +303,12 @@ def _alloc_operands(traits: _Traits, k_s, v_s) -> tuple:
     return tuple(T.alloc_shared((_CONSUMERS, n, traits.config.block_N, PANEL), traits.problem.dtype) for n in panels)
 
 
-def _dispatch_roles(traits: _Traits, operands: DecodeOperands, results: tuple, block: _Block) -> None:
-    consumers = [
-        (WARPGROUP, functools.partial(_consume, traits, operands, results, block, number)) for number in range(_CONSUMERS)
-    ]
-    dispatch(block.thread, (WARPGROUP, functools.partial(produce, traits, operands, block)), *consumers)
+def _dispatch_roles(traits: _Traits, operands: DecodeOperands, results: DecodeResults, block: _Block) -> None:
+    dispatch(
+        block.thread,
+        (WARPGROUP, functools.partial(produce, traits, operands, block)),
+        (_CONSUMERS * WARPGROUP, functools.partial(_consume_all, traits, operands, results, block)),
+    )
 
 
 # --- producer --------------------------------------------------------------------------------------------------------
@@ -342,9 +363,22 @@ def _load_box(traits: _Traits, operands: DecodeOperands, block: _Block, stage, k
 
 
 @T.macro
+def _consume_all(traits, operands, results, block):
+    """Compute the ranges of the consumers, and add those of the head where this block is to add."""
+    traits.roles.begin_consumer()
+    _dispatch_consumers(traits, operands, results, block)
+    if sums_ranges(traits.problem):
+        _sum_of(traits, operands, results, block).add(block.thread - WARPGROUP)
+
+
+def _dispatch_consumers(traits: _Traits, operands: DecodeOperands, results: DecodeResults, block: _Block) -> None:
+    consumers = (functools.partial(_consume, traits, operands, results, block, number) for number in range(_CONSUMERS))
+    dispatch(block.thread - WARPGROUP, *((WARPGROUP, consumer) for consumer in consumers))
+
+
+@T.macro
 def _consume(traits, operands, results, block, number):
     """Compute the consumer's range, or its half of the columns."""
-    _ROLES.begin_consumer()
     consumer = _alloc_consumer(traits, block, number)
     _load_q(traits, operands, block, consumer)
     consumer.softmax.start()
@@ -359,6 +393,10 @@ def _consume(traits, operands, results, block, number):
     # Not earlier: the blocks of the sum would all go to the few SMs that have none of this kernel's.
     pdl.trigger()
     _store(traits, operands, results, block, consumer)
+    if sums_ranges(traits.problem) and consumer.thread < WARP:  # which has stored all eight rows
+        T.sync_warp()
+        if consumer.thread == 0:
+            _sum_of(traits, operands, results, block).give(consumer.number)
 
 
 def _alloc_consumer(traits: _Traits, block: _Block, number: int) -> _Consumer:
@@ -395,15 +433,15 @@ def _load_q(traits, operands, block, consumer):
         piece = (turn * _CONSUMERS + consumer.number) * WARPGROUP + consumer.thread
         panel, row, channel = piece // (WGMMA_M * 8), piece // 8 % WGMMA_M, piece % 8 * 8
         if (block.keys.row + row < rows) and (panel * PANEL + channel < traits.problem.head_dim):
-            token = T.truncdiv(block.keys.row + row, block.keys.group)
-            head = block.kv_head * block.keys.group + T.truncmod(block.keys.row + row, block.keys.group)
+            token = T.alloc_var("int32", T.truncdiv(block.keys.row + row, block.keys.group))
+            head = T.alloc_var("int32", (block.kv_head - token) * block.keys.group + block.keys.row + row)
             for e in T.vectorized(8):
                 block.q_s[panel, row, channel + e] = operands.q[block.batch, token, head, panel * PANEL + channel + e]
         else:
             for e in T.vectorized(8):
                 block.q_s[panel, row, channel + e] = T.cast(0, traits.problem.dtype)
     T.fence_proxy_async()
-    T.sync_threads(barrier_id=_Q_LOADED, arrive_count=_CONSUMERS * WARPGROUP)
+    T.sync_threads(barrier_id=_CONSUMERS_MEET, arrive_count=_CONSUMERS * WARPGROUP)
 
 
 @T.macro
@@ -571,15 +609,14 @@ def _clear_values(traits, block, consumer, stage, rows):
 @T.macro
 def _store(traits, operands, results, block, consumer):
     """Store O divided by the sums, and their logarithms, where the consumer's results lie."""
-    partial, partial_lse = results
     softmax = consumer.softmax
     place = block.split * traits.config.ranges + (consumer.number if traits.config.halves == 1 else 0)
     first = consumer.number * traits.half * PANEL if traits.config.halves > 1 else 0
     rows = operands.q.shape[1] * block.keys.group
     for r in T.unroll(2):
         row = block.keys.row + softmax.row + 8 * r
-        token = T.truncdiv(row, block.keys.group)
-        head = block.kv_head * block.keys.group + T.truncmod(row, block.keys.group)
+        token = T.alloc_var("int32", T.truncdiv(row, block.keys.group))
+        head = T.alloc_var("int32", (block.kv_head - token) * block.keys.group + row)
         total = T.alloc_var("float32", softmax.total[r])
         total = total + T.shfl_xor(total, 1)
         total = total + T.shfl_xor(total, 2)
@@ -588,15 +625,22 @@ def _store(traits, operands, results, block, consumer):
             inverse = inverse * operands.v_scale[block.kv_head]
         if row < rows:
             if (softmax.column == 0) and (first == 0):
-                partial_lse[place, block.batch, head, token] = T.if_then_else(
+                results.partial_lse[place, block.batch, head, token] = T.if_then_else(
                     total > T.float32(0), softmax.maximum[r] * softmax.scale + log2(total), -T.infinity("float32")
                 )
             for j in T.unroll(traits.half * PANEL // 8):
                 if first + j * 8 < traits.problem.head_dim:
                     for i in T.vectorized(2):
-                        partial[place, block.batch, token, head, first + j * 8 + softmax.column + i] = (
+                        results.partial[place, block.batch, token, head, first + j * 8 + softmax.column + i] = (
                             consumer.O[4 * j + 2 * r + i] * inverse
                         )
+
+
+def _sum_of(traits: _Traits, operands: DecodeOperands, results: DecodeResults, block: _Block) -> RangeSum:
+    return RangeSum(
+        traits.problem, results, traits.config.ranges, traits.config.parts, operands.q.shape[1] * block.keys.group,
+        block.keys.group, block.batch, block.kv_head, block.split, traits.roles.consumer_threads, _CONSUMERS_MEET,
+    )  # fmt: skip
 
 
 # --- host ------------------------------------------------------------------------------------------------------------
@@ -610,6 +654,11 @@ def takes(problem: DecodeProblem) -> bool:
     if problem.scales == "page":
         return page_size % block_N == 0
     return page_size % block_N == 0 or (block_N % page_size == 0 and page_size % MIN_BOX == 0)
+
+
+def sums_ranges(problem: DecodeProblem) -> bool:
+    """Return whether the kernel also adds the ranges."""
+    return problem.has_few_rows
 
 
 def pass_configs(_: DecodeProblem) -> dict:

@@ -45,12 +45,13 @@ from typing import Any
 from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem
+from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem, DecodeResults
 from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS
 from tilelang_ext.kernels.attention.sm90_decode import MAX_COLUMNS, MIN_BOX, Range, produce
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, exp2, log2
-from tilelang_ext.kernels.attention.tiles import decode_prim_func
-from tilelang_ext.kernels.sm90 import pdl
+from tilelang_ext.kernels.attention.sm90_sum import RangeSum
+from tilelang_ext.kernels.attention.tiles import decode_and_sum_prim_func
+from tilelang_ext.kernels.sm90 import pdl, split_tiles
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch
 
@@ -104,6 +105,7 @@ class Config:
     columns: int = MAX_COLUMNS  # value columns of a thread block, for the number of ranges
     block_M: int = ROWS
     ranges: int = 1
+    parts: int = 1
     blocks_per_sm: int = 1
 
     def __post_init__(self):
@@ -216,18 +218,17 @@ class _Consumer:
 
 
 def split_kv(problem: DecodeProblem, config: Config):
-    """The prim_func of `tiles.decode_prim_func`."""
+    """The prim_func of `tiles.decode_and_sum_prim_func`."""
     traits = _Traits(problem, config)
-    return decode_prim_func(problem, lambda *operands: _split_kv(traits, *operands))
+    return decode_and_sum_prim_func(problem, lambda *operands: _split_kv(traits, *operands))
 
 
 @T.macro
-def _split_kv(traits, operands, seqlens, page_table, partial, partial_lse):
-    group = T.truncdiv(operands.q.shape[2], operands.cache_k.shape[2])
+def _split_kv(traits, operands, seqlens, page_table, results):
     kv_heads = operands.cache_k.shape[2]
-    splits = partial.shape[0]
+    splits = results.given.shape[2]
     with T.Kernel(splits, kv_heads, operands.q.shape[0], threads=traits.roles.threads) as (split, kv_head, batch):
-        T.import_source(SOURCE + CODES_SOURCE)
+        T.import_source(SOURCE + CODES_SOURCE + split_tiles.SOURCE)
         stages = traits.config.num_stages, traits.panels, traits.config.block_N, traits.width
         k_s = T.alloc_shared(stages, traits.problem.cache_dtype)
         v_s = T.alloc_shared(stages, traits.problem.cache_dtype)
@@ -237,6 +238,7 @@ def _split_kv(traits, operands, seqlens, page_table, partial, partial_lse):
         T.annotate_layout({k_s: make_swizzled_layout(k_s), v_s: make_swizzled_layout(v_s)})
         pipeline = alloc_pipeline(traits.config.num_stages, 1, 1)
         thread = T.get_thread_binding()
+        group = T.alloc_var("int32", T.truncdiv(operands.q.shape[2], kv_heads))
         pdl.wait()
         length = T.alloc_var("int32", seqlens[batch])
         first = T.alloc_var("int32", 0)
@@ -250,7 +252,7 @@ def _split_kv(traits, operands, seqlens, page_table, partial, partial_lse):
         _dispatch_roles(
             traits,
             operands,
-            (partial, partial_lse),
+            results,
             _Block(
                 k_s, v_s, O_s, peak_s, total_s, (operands.k_scale, operands.v_scale), pipeline, page_table, keys, batch,
                 kv_head, split, thread,
@@ -258,7 +260,7 @@ def _split_kv(traits, operands, seqlens, page_table, partial, partial_lse):
         )  # fmt: skip
 
 
-def _dispatch_roles(traits: _Traits, operands: DecodeOperands, results: tuple, block: _Block) -> None:
+def _dispatch_roles(traits: _Traits, operands: DecodeOperands, results: DecodeResults, block: _Block) -> None:
     dispatch(
         block.thread,
         (WARPGROUP, functools.partial(produce, traits, operands, block)),
@@ -283,9 +285,13 @@ def _consume(traits, operands, results, block):
     warps = traits.config.warps
     for i in T.serial(T.truncdiv(block.keys.num_blocks + warps - 1 - consumer.warp, warps)):
         _attend(traits, block, consumer, i * warps + consumer.warp)
-    # Not earlier: the blocks of the sum would all go to the few SMs that have none of this kernel's.
     pdl.trigger()
     _store(traits, operands, results, block, consumer)
+    range_sum = _sum_of(traits, operands, results, block)
+    T.sync_threads(barrier_id=_CONSUMERS_MEET, arrive_count=range_sum.threads)
+    if block.thread == WARPGROUP:
+        range_sum.give(0)
+    range_sum.add(block.thread - WARPGROUP)
 
 
 def _alloc_consumer(traits: _Traits, block: _Block) -> _Consumer:
@@ -314,28 +320,24 @@ def _load_q(traits: _Traits, operands: DecodeOperands, block: _Block, consumer: 
     Q, g, t, group = consumer.Q, consumer.g, consumer.t, block.keys.group
 
     @T.macro
-    def load(values, piece, channel, is_row):
+    def load(values, piece, channel, is_row, token, head):
         for e in T.unroll(_PIECE // 8):
             if is_row and (channel + e * 8 < D):
                 for i in T.vectorized(8):
-                    values[piece * _PIECE + e * 8 + i] = operands.q[
-                        block.batch,
-                        T.truncdiv(g, group),
-                        block.kv_head * group + T.truncmod(g, group),
-                        channel + e * 8 + i,
-                    ]
+                    values[piece * _PIECE + e * 8 + i] = operands.q[block.batch, token, head, channel + e * 8 + i]
             else:
                 for i in T.unroll(8):
                     values[piece * _PIECE + e * 8 + i] = T.cast(0, traits.problem.dtype)
 
-    def load_all(values, is_row):
+    def load_all(values, *row):
         for piece in range(traits.pieces):
-            load(values, piece, _first_channel(traits, piece, t), is_row)
+            load(values, piece, _first_channel(traits, piece, t), *row)
 
     @T.macro
     def emit():
         values = T.alloc_local((traits.pieces * _PIECE,), traits.problem.dtype)
-        load_all(values, g < operands.q.shape[1] * group)
+        token = T.alloc_var("int32", T.truncdiv(g, group))
+        load_all(values, g < operands.q.shape[1] * group, token, (block.kv_head - token) * group + g)
         largest = T.alloc_var("float32", 0.0)
         for i in T.unroll(traits.pieces * _PIECE):
             largest = T.max(largest, T.abs(T.cast(values[i], "float32")))
@@ -505,7 +507,6 @@ def _update(traits, consumer):
 @T.macro
 def _store(traits, operands, results, block, consumer):
     """Store O divided by the sums, and their logarithms, of all warps."""
-    partial, partial_lse = results
     warps, channels, threads = traits.config.warps, traits.channels, traits.roles.consumer_threads
     group = block.keys.group
     for r in T.unroll(2):
@@ -538,7 +539,8 @@ def _store(traits, operands, results, block, consumer):
         element = turn * threads + block.thread - WARPGROUP
         row, channel = element // channels, element % channels
         if (row < operands.q.shape[1] * group) and (channel < traits.problem.head_dim):
-            token, head = T.truncdiv(row, group), block.kv_head * group + T.truncmod(row, group)
+            token = T.alloc_var("int32", T.truncdiv(row, group))
+            head = T.alloc_var("int32", (block.kv_head - token) * group + row)
             peak = T.alloc_var("float32", block.peak_s[0, row])
             for w in T.unroll(warps):
                 peak = T.max(peak, block.peak_s[w, row])
@@ -550,11 +552,18 @@ def _store(traits, operands, results, block, consumer):
             inverse = T.alloc_var("float32", T.if_then_else(total > T.float32(0), T.float32(1) / total, T.float32(0)))
             if traits.problem.scales == "head":
                 inverse = inverse * block.scales[1][block.kv_head]
-            partial[block.split, block.batch, token, head, channel] = value * inverse
+            results.partial[block.split, block.batch, token, head, channel] = value * inverse
             if channel == 0:
-                partial_lse[block.split, block.batch, head, token] = T.if_then_else(
+                results.partial_lse[block.split, block.batch, head, token] = T.if_then_else(
                     total > T.float32(0), peak + log2(total), _NOTHING
                 )
+
+
+def _sum_of(traits: _Traits, operands: DecodeOperands, results: DecodeResults, block: _Block) -> RangeSum:
+    return RangeSum(
+        traits.problem, results, traits.config.ranges, traits.config.parts, operands.q.shape[1] * block.keys.group,
+        block.keys.group, block.batch, block.kv_head, block.split, traits.roles.consumer_threads, _CONSUMERS_MEET,
+    )  # fmt: skip
 
 
 # --- host ------------------------------------------------------------------------------------------------------------
@@ -572,6 +581,11 @@ def takes(problem: DecodeProblem) -> bool:
         return False
     page_size, block_N = problem.page_size, pick_config(problem).block_N
     return page_size % block_N == 0 or (block_N % page_size == 0 and page_size % MIN_BOX == 0)
+
+
+def sums_ranges(_: DecodeProblem) -> bool:
+    """Return whether the kernel also adds the ranges."""
+    return True
 
 
 def pass_configs(_: DecodeProblem) -> dict:

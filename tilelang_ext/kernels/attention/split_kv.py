@@ -24,7 +24,7 @@ from tilelang_ext.marks import ROLLED_K
 PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_tma_lower": True}
 _LANES = 64  # channels come in multiples of these: what lies past head_dim is zero
 _MIN_BLOCKS = 4  # of keys in a range, or a block's start costs more than it saves
-MAX_SPLITS = 64
+MAX_SPLITS = 64  # twice as many of few rows
 _WAVES = 6
 _MIN_RANGE_BYTES = 1 << 19  # of keys and values, 8 times what is read while a block begins and ends
 NO_WINDOW = 2**31 - 1
@@ -75,7 +75,7 @@ def num_splits(problem: DecodeProblem, config: Config, batch, rows, kv_heads, ke
     places = config.blocks_per_sm * (problem.num_sms or _METAL_CORES)
     parts = -(-problem.head_dim // config.columns)
     blocks = apply("max", batch * kv_heads * ((rows + (config.block_M - 1)) // config.block_M) * parts, 1)
-    most = apply("min", keys // (config.block_N * _MIN_BLOCKS), MAX_SPLITS)
+    most = apply("min", keys // (config.block_N * _MIN_BLOCKS), MAX_SPLITS * (2 if problem.has_few_rows else 1))
     once = apply("max", apply("//", places, blocks), 1)
     waves = apply("//", blocks + (places - 1), places)
     row_bytes = 2 * problem.head_dim * (1 if problem.is_fp8 else 2)
@@ -275,7 +275,7 @@ def split_kv(problem: DecodeProblem, config: Config):
                             T.if_then_else(of.l[i] > T.float32(0), of.m[i] + T.log2(of.l[i]), -T.infinity("float32"))
                         )
 
-    return decode_prim_func(problem, emit)
+    return decode_prim_func(problem, lambda *given: emit(*given[:3], given[3].partial, given[3].partial_lse))
 
 
 def sum_ranges(problem: DecodeProblem):
@@ -332,6 +332,11 @@ def sum_ranges(problem: DecodeProblem):
 def takes(problem: DecodeProblem) -> bool:
     """Take every problem."""
     return True
+
+
+def sums_ranges(_: DecodeProblem) -> bool:
+    """Return whether the kernel also adds the ranges: `sum_ranges` does."""
+    return False
 
 
 def pass_configs(problem: DecodeProblem) -> dict:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.probabilities import KEY_UNIT
-from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem, Operands, Problem
+from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem, DecodeResults, Operands, Problem
 
 PARTS = 2  # of tiles that the range of a persistent block lies in, at most
 SHORT_WINDOW = 512  # keys, up to which heads are packed into tiles, and tiles come head by head
@@ -378,7 +378,7 @@ def prim_func(problem: Problem, emit: Callable, part: tuple[int, int] | None = N
 def decode_prim_func(problem: DecodeProblem, emit: Callable):
     """Return the prim_func (q, cache_k, cache_v, seqlens, page_table, k_scale, v_scale, partial, partial_lse).
 
-    Its body is emit(operands, seqlens, page_table, partial, partial_lse).
+    Its body is emit(operands, seqlens, page_table, results).
     """
     types = problem.types()
 
@@ -394,9 +394,47 @@ def decode_prim_func(problem: DecodeProblem, emit: Callable):
         partial: types.partial,
         partial_lse: types.partial_lse,
     ):
-        emit(DecodeOperands(q, cache_k, cache_v, k_scale, v_scale), seqlens, page_table, partial, partial_lse)
+        emit(
+            DecodeOperands(q, cache_k, cache_v, k_scale, v_scale),
+            seqlens,
+            page_table,
+            DecodeResults(partial, partial_lse),
+        )
 
     return split_kv
+
+
+def decode_and_sum_prim_func(problem: DecodeProblem, emit: Callable):
+    """Return the prim_func (..., partial, partial_lse, given, sinks, out, lse), which adds the ranges that it computes.
+
+    The first parameters and the body are those of `decode_prim_func`.
+    """
+    types = problem.types()
+
+    @T.prim_func
+    def attention_decode(
+        q: types.q,
+        cache_k: types.cache_k,
+        cache_v: types.cache_v,
+        seqlens: types.seqlens,
+        page_table: types.page_table,
+        k_scale: types.k_scale,
+        v_scale: types.v_scale,
+        partial: types.partial,
+        partial_lse: types.partial_lse,
+        given: types.given,
+        sinks: types.sinks,
+        out: types.out,
+        lse: types.lse,
+    ):
+        emit(
+            DecodeOperands(q, cache_k, cache_v, k_scale, v_scale),
+            seqlens,
+            page_table,
+            DecodeResults(partial, partial_lse, given, sinks, out, lse),
+        )
+
+    return attention_decode
 
 
 def types_of_parts(rows: int, channels: int) -> tuple:

@@ -18,7 +18,7 @@ from tilelang_ext.kernels.sm90.epilogue import accumulator_layout
 from tilelang_ext.kernels.sm90.roles import WARPGROUP, warpgroup_sync
 
 _GIVEN = "0x7fb5c1d97fa3e2f1"
-_SOURCE = f"""
+SOURCE = f"""
 #ifndef TILELANG_EXT_SPLIT_TILES
 #define TILELANG_EXT_SPLIT_TILES
 __device__ __forceinline__ void tilelang_ext_give(void *word) {{
@@ -36,8 +36,18 @@ __device__ __forceinline__ void tilelang_ext_await(void *word) {{
 
 
 def declare() -> None:
-    """Declare the functions that `SplitTiles` calls; first thing in a kernel."""
-    T.import_source(_SOURCE)
+    """Declare the functions that `give` and `wait_for` call; first thing in a kernel."""
+    T.import_source(SOURCE)
+
+
+def give(word) -> None:
+    """Say by an element of `given` that what this thread and those that it has met have written may be read."""
+    T.evaluate(T.call_extern("handle", "tilelang_ext_give", T.address_of(word)))
+
+
+def wait_for(word) -> None:
+    """Wait for what an element of `given` says, and clear it."""
+    T.evaluate(T.call_extern("handle", "tilelang_ext_await", T.address_of(word)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +65,7 @@ class SplitTiles:
         def emit():
             warpgroup_sync(consumer)
             if thread % WARPGROUP == 0:
-                T.evaluate(T.call_extern("handle", "tilelang_ext_give", T.address_of(given[at])))
+                give(given[at])
 
         for m, accumulator in enumerate(accumulators):
             self._each(accumulator, m, row, block, False)
@@ -68,7 +78,7 @@ class SplitTiles:
         @T.macro
         def emit():
             if thread % WARPGROUP == 0:
-                T.evaluate(T.call_extern("handle", "tilelang_ext_await", T.address_of(given[at])))
+                wait_for(given[at])
             warpgroup_sync(consumer)
 
         emit()
