@@ -39,6 +39,8 @@ from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem, DecodeResults
 from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS, PTX_TYPES, SWIZZLE_128B, SWIZZLE_ATOM, uniform
 from tilelang_ext.kernels.attention.sm90_config import WGMMA_K, WGMMA_M
+from tilelang_ext.kernels.attention.sm90_decode_codes import CONVERT_SOURCE, convert
+from tilelang_ext.kernels.attention.sm90_decode_load import MAX_COLUMNS, Range, produce, takes_pages
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax, log2
 from tilelang_ext.kernels.attention.sm90_sum import RangeSum
 from tilelang_ext.kernels.attention.tiles import PANEL, decode_and_sum_prim_func, decode_prim_func
@@ -49,42 +51,7 @@ from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch, wa
 _ROLES = Roles(2, 24, 240)
 _CONSUMERS = 2
 _CONSUMERS_MEET = 8  # number of a named barrier
-MAX_COLUMNS = 512
-MIN_BOX = 8  # rows of a swizzle's pattern
 _ROW_BYTES, _UNIT = 128, 16  # of a row of shared memory; of a descriptor
-
-
-CONVERT = {"bfloat16": "tilelang_ext_e4m3x8_to_bf16", "float16": "tilelang_ext_e4m3x8_to_f16"}
-CONVERT_SOURCE = r"""
-__device__ __forceinline__ unsigned tilelang_ext_e4m3x2_to_bf16x2(unsigned short codes) {
-  unsigned values;
-  asm("{.reg .b32 both;\n"
-      ".reg .b16 low, high;\n"
-      ".reg .f32 x, y;\n"
-      "cvt.rn.f16x2.e4m3x2 both, %1;\n"
-      "mov.b32 {low, high}, both;\n"
-      "cvt.f32.f16 x, low;\n"
-      "cvt.f32.f16 y, high;\n"
-      "cvt.rn.bf16x2.f32 %0, y, x;}" : "=r"(values) : "h"(codes));
-  return values;
-}
-__device__ __forceinline__ unsigned tilelang_ext_e4m3x2_to_f16x2(unsigned short codes) {
-  unsigned values;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(values) : "h"(codes));
-  return values;
-}
-template <unsigned (*convert)(unsigned short)>
-__device__ __forceinline__ void tilelang_ext_e4m3x8(const void* codes, void* values, bool keep) {
-  for (int i = 0; i < 4; ++i)
-    ((unsigned*)values)[i] = convert(keep ? ((const unsigned short*)codes)[i] : 0);
-}
-__device__ __forceinline__ void tilelang_ext_e4m3x8_to_bf16(const void* codes, void* values, bool keep) {
-  tilelang_ext_e4m3x8<tilelang_ext_e4m3x2_to_bf16x2>(codes, values, keep);
-}
-__device__ __forceinline__ void tilelang_ext_e4m3x8_to_f16(const void* codes, void* values, bool keep) {
-  tilelang_ext_e4m3x8<tilelang_ext_e4m3x2_to_f16x2>(codes, values, keep);
-}
-"""  # upstream's cast to bfloat16 takes one cvt.bf16.f16 for each value, of which an SM has 16 per clock
 
 
 @dataclass(frozen=True)
@@ -171,33 +138,6 @@ class _Traits:
     @property
     def panel_bytes(self) -> int:
         return self.config.block_N * _ROW_BYTES
-
-
-@dataclass(frozen=True, eq=False)
-class Range:
-    """The keys of a block, as `Softmax` asks for them: row r is token (row + r) // group of the sequence."""
-
-    problem: DecodeProblem
-    length: Any
-    tokens: Any
-    group: Any
-    row: Any  # first row of the block
-    first_block: Any  # of keys
-    num_blocks: Any
-
-    def position(self, row):
-        return self.length - self.tokens + T.truncdiv(self.row + row, self.group)
-
-    def first_key(self, row):
-        return T.max(self.position(row) - self.problem.window + 1, 0) if self.problem.window else T.int32(0)
-
-    def end_key(self, row):
-        return T.min(self.length, self.position(row) + 1)
-
-    def has_hidden(self, key, rows: tuple, block_N: int):
-        """Return whether a row may not see a key of the block that begins at `key`."""
-        past = key + block_N > self.end_key(rows[0])
-        return past | (key < self.first_key(rows[1])) if self.problem.window else past
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,54 +249,6 @@ def _dispatch_roles(traits: _Traits, operands: DecodeOperands, results: DecodeRe
         (WARPGROUP, functools.partial(produce, traits, operands, block)),
         (_CONSUMERS * WARPGROUP, functools.partial(_consume_all, traits, operands, results, block)),
     )
-
-
-# --- producer --------------------------------------------------------------------------------------------------------
-
-
-@T.macro
-def produce(traits, operands, block):
-    """One warp fills the pipeline: others, whom nothing keeps up with it, could miss a phase.
-
-    `sm90_decode_mma` has the same producer: its traits and its block have what this one asks for.
-    """
-    traits.roles.begin_producer()
-    if block.thread < WARP:
-        for step in T.serial(block.keys.num_blocks):
-            _load(traits, operands, block, step)
-            T.sync_warp()
-
-
-def _load(traits: _Traits, operands: DecodeOperands, block: _Block, step) -> None:
-    """Fill the stage of a step with its block of keys and values, box by box; TMA clips what lies past the end."""
-    pipeline, stage = block.pipeline, block.pipeline.stage(step)
-    key = (block.keys.first_block + step) * traits.config.block_N
-    pipeline.acquire(stage, pipeline.empty_phase(step))
-    for first in range(0, traits.config.block_N, traits.box):
-        _load_box(traits, operands, block, stage, key + first, first)
-    pipeline.commit_once(stage)
-
-
-def _load_box(traits: _Traits, operands: DecodeOperands, block: _Block, stage, key, first: int) -> None:
-    page_size, box, barrier = traits.problem.page_size, traits.box, block.pipeline.full[stage]
-
-    def load_panels(page, row):
-        for cache, shared in ((operands.cache_k, block.k_s), (operands.cache_v, block.v_s)):
-            count, _, width = (int(extent) for extent in shared.shape[1:])
-            for i in range(count):
-                source = cache[page, row : row + box, block.kv_head, i * width : (i + 1) * width]
-                T.evaluate(T.tma_copy(source, shared[stage, i, first : first + box, :], barrier=barrier))
-
-    @T.macro
-    def emit():
-        page = T.alloc_var("int32", block.batch)
-        row = T.alloc_var("int32", key)
-        if page_size:
-            page = block.page_table[block.batch, T.min(T.truncdiv(key, page_size), block.page_table.shape[1] - 1)]
-            row = T.truncmod(key, page_size)
-        load_panels(page, row)
-
-    emit()
 
 
 # --- consumers -------------------------------------------------------------------------------------------------------
@@ -475,11 +367,11 @@ def _compute_scores(traits: _Traits, block: _Block, consumer: _Consumer, stage, 
 
     @T.macro
     def emit():
-        _convert(traits, block.k_s, block.k_operand_s, consumer, stage, 0, traits.panels, traits.config.block_N)
+        convert(traits, block.k_s, block.k_operand_s, consumer, stage, 0, traits.panels, traits.config.block_N)
         T.fence_proxy_async()
         warpgroup_sync(number)
         _issue_keys(traits, consumer, number)
-        _convert(traits, block.v_s, block.v_operand_s, consumer, stage, half, traits.half, block.keys.length - key)
+        convert(traits, block.v_s, block.v_operand_s, consumer, stage, half, traits.half, block.keys.length - key)
         T.fence_proxy_async()
         T.sync_warp()
         block.pipeline.release(stage, consumer.thread % WARP)
@@ -514,34 +406,6 @@ def _scale_of_page(traits: _Traits, block: _Block, consumer: _Consumer, key):
         return v_scale
 
     return emit()
-
-
-@T.macro
-def _convert(traits, codes_s, operand_s, consumer, stage, first, panels, rows):
-    """Convert some panels of a stage, eight codes at a time, to the consumer's operand; those past `rows` become zeros.
-
-    All codes of a thread are loaded before the first is stored: the compiler cannot tell that one does not overwrite the other.
-    """
-    turns = panels * traits.config.block_N * 8 // WARPGROUP
-    codes = T.alloc_local((turns * 8,), traits.problem.cache_dtype)
-    values = T.alloc_local((8,), traits.problem.dtype)
-    for turn in T.unroll(turns):
-        piece = turn * WARPGROUP + consumer.thread
-        for e in T.vectorized(8):
-            codes[turn * 8 + e] = codes_s[
-                stage,
-                first + piece // (8 * traits.config.block_N),
-                piece // 8 % traits.config.block_N,
-                piece % 8 * 8 + e,
-            ]
-    for turn in T.unroll(turns):
-        piece = turn * WARPGROUP + consumer.thread
-        row = piece // 8 % traits.config.block_N
-        T.call_extern(
-            "handle", CONVERT[traits.problem.dtype], T.address_of(codes[turn * 8]), T.address_of(values[0]), row < rows
-        )  # fmt: skip
-        for e in T.vectorized(8):
-            operand_s[consumer.number, piece // (8 * traits.config.block_N), row, piece % 8 * 8 + e] = values[e]
 
 
 @T.macro
@@ -653,7 +517,7 @@ def takes(problem: DecodeProblem) -> bool:
     page_size, block_N = problem.page_size, pick_config(problem).block_N
     if problem.scales == "page":
         return page_size % block_N == 0
-    return page_size % block_N == 0 or (block_N % page_size == 0 and page_size % MIN_BOX == 0)
+    return takes_pages(page_size, block_N)
 
 
 def sums_ranges(problem: DecodeProblem) -> bool:

@@ -47,7 +47,7 @@ from tilelang.layout import make_swizzled_layout
 from tilelang_ext import language as T
 from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem, DecodeResults
 from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS
-from tilelang_ext.kernels.attention.sm90_decode import MAX_COLUMNS, MIN_BOX, Range, produce
+from tilelang_ext.kernels.attention.sm90_decode_load import MAX_COLUMNS, Range, produce, takes_pages
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, exp2, log2
 from tilelang_ext.kernels.attention.sm90_sum import RangeSum
 from tilelang_ext.kernels.attention.tiles import decode_and_sum_prim_func
@@ -579,8 +579,7 @@ def takes(problem: DecodeProblem) -> bool:
         or problem.scales == "page"
     ):
         return False
-    page_size, block_N = problem.page_size, pick_config(problem).block_N
-    return page_size % block_N == 0 or (block_N % page_size == 0 and page_size % MIN_BOX == 0)
+    return takes_pages(problem.page_size, pick_config(problem).block_N)
 
 
 def sums_ranges(_: DecodeProblem) -> bool:
