@@ -42,7 +42,7 @@ from tilelang_ext.kernels.attention.sm90_config import WGMMA_K, WGMMA_M
 from tilelang_ext.kernels.attention.sm90_decode_codes import CONVERT_SOURCE, convert
 from tilelang_ext.kernels.attention.sm90_decode_load import MAX_COLUMNS, Range, produce, takes_pages
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax, log2
-from tilelang_ext.kernels.attention.sm90_sum import RangeSum
+from tilelang_ext.kernels.attention.sm90_sum import range_sum
 from tilelang_ext.kernels.attention.tiles import PANEL, decode_and_sum_prim_func, decode_prim_func
 from tilelang_ext.kernels.sm90 import pdl, split_tiles
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
@@ -260,7 +260,7 @@ def _consume_all(traits, operands, results, block):
     traits.roles.begin_consumer()
     _dispatch_consumers(traits, operands, results, block)
     if sums_ranges(traits.problem):
-        _sum_of(traits, operands, results, block).add(block.thread - WARPGROUP)
+        range_sum(traits, operands, results, block, _CONSUMERS_MEET).add(block.thread - WARPGROUP)
 
 
 def _dispatch_consumers(traits: _Traits, operands: DecodeOperands, results: DecodeResults, block: _Block) -> None:
@@ -288,7 +288,7 @@ def _consume(traits, operands, results, block, number):
     if sums_ranges(traits.problem) and consumer.thread < WARP:  # which has stored all eight rows
         T.sync_warp()
         if consumer.thread == 0:
-            _sum_of(traits, operands, results, block).give(consumer.number)
+            range_sum(traits, operands, results, block, _CONSUMERS_MEET).give(consumer.number)
 
 
 def _alloc_consumer(traits: _Traits, block: _Block, number: int) -> _Consumer:
@@ -498,13 +498,6 @@ def _store(traits, operands, results, block, consumer):
                         results.partial[place, block.batch, token, head, first + j * 8 + softmax.column + i] = (
                             consumer.O[4 * j + 2 * r + i] * inverse
                         )
-
-
-def _sum_of(traits: _Traits, operands: DecodeOperands, results: DecodeResults, block: _Block) -> RangeSum:
-    return RangeSum(
-        traits.problem, results, traits.config.ranges, traits.config.parts, operands.q.shape[1] * block.keys.group,
-        block.keys.group, block.batch, block.kv_head, block.split, traits.roles.consumer_threads, _CONSUMERS_MEET,
-    )  # fmt: skip
 
 
 # --- host ------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem
 from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS
 from tilelang_ext.kernels.attention.sm90_decode_load import MAX_COLUMNS, Range, produce, takes_pages
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, exp2, log2
-from tilelang_ext.kernels.attention.sm90_sum import RangeSum
+from tilelang_ext.kernels.attention.sm90_sum import range_sum
 from tilelang_ext.kernels.attention.tiles import decode_and_sum_prim_func
 from tilelang_ext.kernels.sm90 import pdl, split_tiles
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
@@ -287,11 +287,11 @@ def _consume(traits, operands, results, block):
         _attend(traits, block, consumer, i * warps + consumer.warp)
     pdl.trigger()
     _store(traits, operands, results, block, consumer)
-    range_sum = _sum_of(traits, operands, results, block)
-    T.sync_threads(barrier_id=_CONSUMERS_MEET, arrive_count=range_sum.threads)
+    ranges = range_sum(traits, operands, results, block, _CONSUMERS_MEET)
+    T.sync_threads(barrier_id=_CONSUMERS_MEET, arrive_count=ranges.threads)
     if block.thread == WARPGROUP:
-        range_sum.give(0)
-    range_sum.add(block.thread - WARPGROUP)
+        ranges.give(0)
+    ranges.add(block.thread - WARPGROUP)
 
 
 def _alloc_consumer(traits: _Traits, block: _Block) -> _Consumer:
@@ -557,13 +557,6 @@ def _store(traits, operands, results, block, consumer):
                 results.partial_lse[block.split, block.batch, head, token] = T.if_then_else(
                     total > T.float32(0), peak + log2(total), _NOTHING
                 )
-
-
-def _sum_of(traits: _Traits, operands: DecodeOperands, results: DecodeResults, block: _Block) -> RangeSum:
-    return RangeSum(
-        traits.problem, results, traits.config.ranges, traits.config.parts, operands.q.shape[1] * block.keys.group,
-        block.keys.group, block.batch, block.kv_head, block.split, traits.roles.consumer_threads, _CONSUMERS_MEET,
-    )  # fmt: skip
 
 
 # --- host ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.attention.problem import LOG2_E, DecodeProblem, DecodeResults
+from tilelang_ext.kernels.attention.problem import LOG2_E, DecodeOperands, DecodeProblem, DecodeResults
 from tilelang_ext.kernels.attention.sm90_softmax import exp2, log2
 from tilelang_ext.kernels.sm90 import split_tiles
 from tilelang_ext.kernels.sm90.roles import WARP
@@ -63,6 +63,14 @@ class RangeSum:
     def add(self, thread) -> None:
         """Add what there is to add for this block; of `threads` threads, that many `thread`s from 0 on."""
         _add(self, thread)
+
+
+def range_sum(traits, operands: DecodeOperands, results: DecodeResults, block, barrier: int) -> RangeSum:
+    """Return the sum of a block of one of the two kernels, whose consumers meet at a named barrier."""
+    return RangeSum(
+        traits.problem, results, traits.config.ranges, traits.config.parts, operands.q.shape[1] * block.keys.group,
+        block.keys.group, block.batch, block.kv_head, block.split, traits.roles.consumer_threads, barrier,
+    )  # fmt: skip
 
 
 @T.macro
