@@ -9,7 +9,7 @@ from cuda.toolkit import compile_texts, needs_nvcc
 from kernels.attention.operands import E4M3, FUNCTIONS, check, expected, operands, problem, random_scales, text_of
 from kernels.hopper import Box, execute
 
-from tilelang_ext.kernels.attention import sm90_forward, sm90_parts, sm90_transpose, sm90_wide
+from tilelang_ext.kernels.attention import sm90_forward, sm90_parts, sm90_transpose, sm90_wide, sm90_wide_block
 from tilelang_ext.kernels.attention.sm90_block import ARCH
 from tilelang_ext.kernels.attention.sm90_block import SIMPLE_CONFIGS as SIMPLE
 from tilelang_ext.kernels.attention.sm90_config import Config
@@ -41,7 +41,7 @@ def run(of, config, sizes, cu_q=None, cu_k=None):
         scalars |= {"parts": parts}
     scalars |= {"queries": S_q, "keys": S_k, "num_sinks": heads, "num_cu_q": len(cu_q or ()), "num_cu_k": len(cu_k or ())}
     if config is None:
-        rows = (64, sm90_wide._BLOCK_N // 2, sm90_wide._V_ROWS // 2)
+        rows = (64, sm90_wide_block.BLOCK_N // 2, sm90_wide_block.V_ROWS // 2)
         text, cluster = text_of(sm90_wide.attention, of), 2
     else:
         rows = (config.block_M, config.block_N, config.block_N)
