@@ -2,6 +2,10 @@
 #define __device__
 #define __forceinline__ inline
 
+inline constexpr struct {
+  int x = 1;
+} gridDim;
+
 inline unsigned __shfl_xor_sync(unsigned, unsigned value, int lanes) {
   Warp& w = warp();
   w.a[lane()][0] = value;
@@ -54,6 +58,10 @@ inline unsigned select_bytes(unsigned low, unsigned high, unsigned selectors) {
   }
   return result;
 }
+template <typename Value>
+inline Value keep(Value value) {
+  return value;
+}
 inline void check_begin(const void* global, int multiple) {
   if (reinterpret_cast<uintptr_t>(global) % multiple) std::abort();
 }
@@ -74,6 +82,7 @@ inline void wait_for_copies() {}
 inline void arrive_behind_copies(Barrier* barrier) { barrier->arrive(); }
 inline void keep_order_of_memory() {}
 inline void prefetch(const char*) {}
+inline void let_next_begin() {}
 inline void wait_for_turn(int warpgroup) { tl::__sync_thread_partial(8 + warpgroup, 256); }
 inline void give_turn_to(int warpgroup) {
   std::lock_guard lock(named_barriers->mutex);

@@ -93,6 +93,7 @@ def test_values(kind, tile, K, fitting_rows):
         (by_tiles.dequant_matmul, Tile(8, 16, 128), 1, 640),
         (scaled_matmul, Tile(8, 16, 128), 5, 8 * 128 + 96),  # K ends inside a block, and rows of scales anywhere
         (scaled_matmul, Tile(5, 16, 128), 9, 64 * 128 + 64),  # more than 64 blocks of K; an odd tile
+        (partial(scaled_matmul, chained=True), Tile(8, 16, 384), 5, 64 * 128 + 640),  # which are not divided among the warps
     ],
 )
 def test_values_of_few_rows(make, tile, M, K):
@@ -184,12 +185,12 @@ def test_values_of_two_products_in_one_kernel():
             "mxfp4_consume<tl::DataType::kFloat8_e5m2, 128, 128, 1, 8>",
         ),
         (scaled_matmul(16, 512, 1024, Tile(16, 64, 128)), "mxfp4_consume<tl::DataType::kBFloat16, 16, 64, 1, 8>"),
-        (scaled_matmul(16, 512, 1024, Tile(16, 64, 128), chained=True), "mxfp4_mma<16, 64, 128, true, 3>"),  # which waits
+        (scaled_matmul(16, 512, 1024, Tile(16, 64, 128), chained=True), "Mxfp4Mma<16, 64, 128, true, 3>"),  # which waits
         (scaled_matmul(300, 512, 1024, SOME), "mxfp4_mma<16, 32, 256, true, 2>"),
         (scaled_matmul(300, 512, 4096, FEW), "mxfp4_mma<8, 32, 256, true, 3>"),
         (scaled_matmul(300, 512, 4096, Tile(8, 32, 512)), "mxfp4_mma<8, 32, 512, true, 2>"),
-        (scaled_matmul(300, 512, 4096, Tile(8, 32, 512), chained=True), "mxfp4_mma<8, 32, 512, true, 1>"),  # and the next
-        (scaled_matmul(300, 512, 4096, Tile(8, 16, 512), chained=True), "mxfp4_mma<8, 16, 512, true, 2>"),
+        (scaled_matmul(300, 512, 4096, Tile(8, 32, 512), chained=True), "Mxfp4Mma<8, 32, 512, true, 1>"),  # and the next
+        (scaled_matmul(300, 512, 4096, Tile(8, 16, 512), chained=True), "Mxfp4Mma<8, 16, 512, true, 2>"),
         (scaled_matmul(300, 512, 4096, Tile(16, 16, 512)), "mxfp4_mma<16, 16, 512, true, 1>"),  # or for another block
         (by_tiles.dequant_matmul(16, 512, 2880, SOME), "mxfp4_mma<16, 32, 256, false, 2>"),
         (persistent.dequant_matmul(300, 512, 1024, MANY, 2), "mxfp4_consume<tl::DataType::kBFloat16, 256, 128, 2, 6>"),
@@ -235,10 +236,34 @@ def test_other_kernels_decode_to_shared_memory(kernel, arch, reason, caplog):
 def test_a_kernel_that_waits_asks_for_its_weights():
     text = text_of(by_tiles.dequant_matmul(16, 512, 1024, SOME, chained=True))
     before, _, behind = text.partition("cudaGridDependencySynchronize")
-    assert calls(before) == ["mxfp4_prefetch<32, 256>"] * 2  # weights, scales
-    assert "cudaTriggerProgrammaticLaunchCompletion" in behind
-    assert "cudaTrigger" not in before
-    assert calls(behind) == ["mxfp4_mma<16, 32, 256, true, 2>"]
+    asked = [*["mxfp4_prefetch<32, 256>"] * 2, "mxfp4_prefetch_part<16, 256>"]  # weights, scales; tokens
+    assert calls(before) == ["Mxfp4Mma<16, 32, 256, true, 2>", *asked]
+    assert "cudaTrigger" not in text  # the product does
+    assert "product_0.run<true>(" in behind
+
+
+def test_a_product_in_a_loop_is_declared_in_it():
+    M, N, K = 8, 64, 512
+
+    @T.prim_func
+    def walks(
+        A: T.Tensor((M, K), "bfloat16"),
+        W: T.Tensor((N, K // 2), "uint8"),
+        scale_w: T.Tensor((N, K // 32), "uint8"),
+        C: T.Tensor((M, N), "float32"),
+    ):
+        with T.Kernel(2, threads=128) as block:
+            C_f = T.alloc_fragment((8, 16), "float32")
+            T.pdl_sync()
+            for tile in T.serial(2):
+                j = (block * 2 + tile) * 16
+                rows = slice(j, j + 16)
+                T.mxfp4_scaled_matmul(A[0:8, 0:K], None, W[rows, 0 : K // 2], scale_w[rows, 0 : K // 32], C_f, clear_accum=True)
+                T.copy(C_f, C[0, j])
+
+    before, _, behind = text_of(walks).partition("cudaGridDependencySynchronize")
+    assert calls(before) == ["mxfp4_prefetch_part<8, 128>"]
+    assert calls(behind) == ["mxfp4_mma<8, 16, 128, true, 3>"]
 
 
 @pytest.mark.parametrize(

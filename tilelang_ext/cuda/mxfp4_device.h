@@ -24,6 +24,16 @@ __device__ __forceinline__ unsigned address_in_shared(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
+// The value, in a register: computed here, and not again where it is used.
+template <typename Value>
+__device__ __forceinline__ Value keep(Value value) {
+  if constexpr (sizeof(Value) == 8)
+    asm volatile("" : "+l"(value));
+  else
+    asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Begins to copy up to 4 bytes, and zeros to the others.
 __device__ __forceinline__ void copy_4(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address_in_shared(shared)), "l"(global),
@@ -78,6 +88,9 @@ __device__ __forceinline__ bool all_of_warpgroup(int warpgroup, bool holds) {
       : "memory");
   return all != 0;
 }
+
+// Lets the next kernel begin, which waits for this one to end.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Begins to bring the line of a byte to the L2 cache.
 __device__ __forceinline__ void prefetch(const char* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }

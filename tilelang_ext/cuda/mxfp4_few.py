@@ -2,11 +2,13 @@
 
     Before                              After
     total = A . (scale W)               sums of each warp = mxfp4_mma(A, W, scale);  total = the sum over warps
-    T.pdl_trigger(); T.pdl_sync()       mxfp4_prefetch(W, scale); T.pdl_sync(); T.pdl_trigger()
 
-A kernel that waits for the one before it (PDL) first asks for weights and scales in the L2 cache, where the other kernel's
-writes would be seen. It lets the next one begin only then: blocks of three kernels on an SM would not be spread evenly. The
-functions are in mxfp4_mma.h.
+    T.pdl_trigger(); T.pdl_sync()       Mxfp4Mma product(A, W, scale); mxfp4_prefetch(W, scale, A); T.pdl_sync()
+    total = A . (scale W)               sums of each warp = product.run<true>();  total = the sum over warps
+
+A kernel that waits for the one before it (PDL) first asks for its operands in the L2 cache, where the other kernel's writes
+are seen, and computes the addresses of its copies. It lets the next one begin only behind the wait, since blocks of three
+kernels on an SM would not be spread evenly, and behind the first copies. The functions are in mxfp4_mma.h.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from tvm.ir import Range
 from tvm.tirx.stmt_functor import ir_transform, substitute
 
 from tilelang_ext.cuda.mxfp4_form import Product, begins_at, device_call, first_of, rows_of, stride_of
-from tilelang_ext.cuda.statements import bound_values, is_call, nodes_of, parallel, sequence, shared, store
-from tilelang_ext.cuda.warp_roles import WARP, OtherForm
+from tilelang_ext.cuda.statements import bound_values, call, contains, is_call, nodes_of, parallel, sequence, shared, store
+from tilelang_ext.cuda.warp_roles import WARP, OtherForm, in_place_of
 
 _MAX_TOKENS = 16
 _BAND = 16  # rows of weights of a product of a warp
@@ -39,13 +41,17 @@ def takes(product: Product) -> bool:
 
 
 def _with_values(product: Product, values: dict) -> Product:
-    """Return the product with regions free of variables that the kernel binds."""
+    """Return the product free of variables that the kernel binds."""
 
     def of(region: tirx.BufferRegion) -> tirx.BufferRegion:
-        axes = [Range.from_min_extent(substitute(tirx.convert(axis.min), values), axis.extent) for axis in region.region]
+        axes = [
+            Range.from_min_extent(*(substitute(tirx.convert(bound), values) for bound in (axis.min, axis.extent)))
+            for axis in region.region
+        ]
         return tirx.BufferRegion(region.buffer, axes)
 
-    return product._replace(A=of(product.A), W=of(product.W), scale=of(product.scale))
+    K = substitute(tirx.convert(product.K), values)
+    return product._replace(A=of(product.A), W=of(product.W), scale=of(product.scale), K=K)
 
 
 class Split(NamedTuple):
@@ -98,26 +104,25 @@ def _blocks_that_fit(split: Split) -> int:
     return _SHARED_BYTES_PER_SM // (split.bytes + _RESERVED_BYTES)
 
 
-def staging_of(splits: list[Split]) -> tirx.Buffer:
-    """Return the buffer of shared memory that one product takes after the other."""
-    return shared((max(split.bytes for split in splits) // 4,), "float32", "staged")
-
-
-def multiply(product: Product, split: Split, threads: int, staged: tirx.Buffer) -> tirx.Stmt:
-    """Return the statement that computes a product."""
-    M, N = product.M, product.N
+def _arguments(product: Product) -> list:
     operands = (product.A, product.W, product.scale)
-    arguments = [*map(first_of, operands), *map(stride_of, operands), rows_of(product.A), rows_of(product.scale), product.K]
+    return [*map(first_of, operands), *map(stride_of, operands), rows_of(product.A), rows_of(product.scale), product.K]
+
+
+def _parameters(product: Product, split: Split, threads: int) -> str:
     scales_in_words = str(begins_at(product.scale, _WORD)).lower()
-    function = f"mxfp4_mma<{M}, {N}, {threads}, {scales_in_words}, {split.stages}>"
+    return f"<{product.M}, {product.N}, {threads}, {scales_in_words}, {split.stages}>"
+
+
+def _total(product: Product, split: Split, staged: tirx.Buffer) -> tirx.Stmt:
+    """Return the statement that sums what warps have computed."""
 
     def total(i, j):
         first = j // split.rows * (split.own // 4) + i * (split.rows + 4) + j % split.rows
         parts = range(0, split.warps, split.warps_of_rows)
         return sum((staged[first + part * (split.own // 4)] for part in parts[1:]), staged[first])
 
-    sums = parallel((M, N), lambda i, j: store(product.total, total(i, j), i, j))
-    return sequence(device_call(function, T.access_ptr(staged, "w"), *arguments), sums)
+    return parallel((product.M, product.N), lambda i, j: store(product.total, total(i, j), i, j))
 
 
 def waits(stmt: tirx.Stmt) -> bool:
@@ -125,34 +130,71 @@ def waits(stmt: tirx.Stmt) -> bool:
     return bool(nodes_of(stmt, lambda node: _is_effect(node, _WAIT)))
 
 
-def with_prefetch(stmt: tirx.Stmt, products: list[Product], threads: int) -> tirx.Stmt:
-    """Return the statement with the weights of a block prefetched before it waits for the kernel before it."""
-    inner = {node.loop_var for node in nodes_of(stmt, lambda node: isinstance(node, tirx.For))}
-    products = [_with_values(product, bound_values(stmt)) for product in products]
+def multiplied(stmt: tirx.Stmt, loops: list, products: list[Product], splits: list[Split], threads: int) -> tuple:
+    """Return the statement with products in the place of their loops, and the shared memory that they take.
 
-    def is_known(product: Product) -> bool:
-        bounds = [axis.min for region in (product.W, product.scale) for axis in region.region]
+    Before the wait for the kernel before it, a kernel prefetches what it can, and declares products that it computes once.
+    """
+    staged = shared((max(split.bytes for split in splits) // 4,), "float32", "staged")
+    names, declared = [f"product_{i}" for i in range(len(loops))], []
+    triggering = set()  # the products that let the next kernel begin
+    around = [*nodes_of(stmt, lambda node: isinstance(node, (tirx.For, tirx.While)))]
+    inner = {node.loop_var for node in around if isinstance(node, tirx.For)}
+    values = bound_values(stmt)
+
+    def is_once(loop: tirx.For) -> bool:
+        return not any(contains(other, loop) for other in around if not other.same_as(loop))
+
+    def is_known(*regions: tirx.BufferRegion) -> bool:
+        bounds = [bound for region in regions for axis in region.region for bound in (axis.min, axis.extent)]
         return not any(nodes_of(bound, lambda node: node in inner or isinstance(node, tirx.BufferLoad)) for bound in bounds)
 
-    def prefetch(region: tirx.BufferRegion, rows: int) -> tirx.Stmt:
-        arguments = first_of(region), stride_of(region), rows_of(region), region.region[-1].extent
-        return device_call(f"mxfp4_prefetch<{rows}, {threads}>", *arguments)
+    def prefetch(function: str, region: tirx.BufferRegion, rows: int) -> list[tirx.Stmt]:
+        arguments = first_of(region), stride_of(region), rows_of(region), region.region[-1].extent * _bytes_of(region)
+        return [device_call(f"{function}<{rows}, {threads}>", *arguments)] if is_known(region) else []
 
-    def prefetched(node):
-        if not isinstance(node, tirx.SeqStmt):
-            return None
-        stmts = list(node.seq)
+    def before_wait(behind: list) -> list[tirx.Stmt]:
+        declarations, asked = [], []
+        for loop, name, product, split in zip(loops, names, products, splits, strict=True):
+            product = _with_values(product, values)
+            for region in (product.W, product.scale):
+                asked += prefetch("mxfp4_prefetch", region, product.N)
+            asked += prefetch("mxfp4_prefetch_part", product.A, product.M)
+            is_ours = name not in declared and any(contains(other, loop) for other in behind)
+            if is_ours and is_once(loop) and is_known(product.A, product.W, product.scale):
+                kind = f"Mxfp4Mma{_parameters(product, split, threads)}"
+                declarations.append(device_call(f"{kind} {name}", *_arguments(product)))
+                declared.append(name)
+        return [*declarations, *asked]
+
+    def waiting(node):
+        stmts = list(node.seq) if isinstance(node, tirx.SeqStmt) else []
         at = [i for i, stmt in enumerate(stmts) if _is_effect(stmt, _WAIT)]
         if not at:
             return None
-        known = [product for product in products if is_known(product)]
-        read = [(region, product.N) for product in known for region in (product.W, product.scale)]
         before, sync, behind = stmts[: at[0]], stmts[at[0]], stmts[at[0] + 1 :]
         triggers = [stmt for stmt in before if _is_effect(stmt, _TRIGGER)]
         before = [stmt for stmt in before if not _is_effect(stmt, _TRIGGER)]
-        return sequence(*before, *(prefetch(*one) for one in read), sync, *triggers, *behind)
+        before += before_wait(behind)
+        if triggers and declared:
+            triggering.add(declared[0])
+            triggers = []
+        return sequence(*before, sync, *triggers, *behind)
 
-    return ir_transform(stmt, None, prefetched, ["tirx.SeqStmt"])
+    stmt = ir_transform(stmt, None, waiting, ["tirx.SeqStmt"])
+    pairs = []
+    for loop, name, product, split in zip(loops, names, products, splits, strict=True):
+        place = T.access_ptr(staged, "w")
+        if name in declared:
+            run = call(T.call_extern("handle", f"{name}.run<true>" if name in triggering else f"{name}.run", place))
+        else:
+            run = device_call(f"mxfp4_mma{_parameters(product, split, threads)}", place, *_arguments(product))
+        pairs.append((loop, product.completed(sequence(run, _total(product, split, staged)))))
+    return in_place_of(stmt, pairs), staged
+
+
+def _bytes_of(region: tirx.BufferRegion) -> int:
+    return region.buffer.dtype.bits // 8
 
 
 def _is_effect(stmt, name: str) -> bool:

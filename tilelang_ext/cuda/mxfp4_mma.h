@@ -49,16 +49,42 @@ struct Mxfp4Mma {
   static constexpr int kTokenBytes = kTokens * 256, kCodeBytes = kRowsOfWarp * 64;              // of a block
   static constexpr int kStageBytes = kTokenBytes + kCodeBytes, kBytes = kStages * kStageBytes;  // of a warp
   static constexpr int kScaleBlocks = 64, kScaleStride = 4 * kScaleBlocks + 4;  // rows begin in different banks
+  static constexpr int kScales = kWarps * kBytes;
 
-  const Mxfp4Operands& p;
-  char *stages, *scales;
+  const Mxfp4Operands p;
+  char* shared;
   int warp, lane, g, t, first_row, split, blocks;
+  bool is_full;  // whether no row and no K of a copy lies past the end
+  // Where in shared memory a lane copies tokens to and reads them, its codes and the scales of its rows; where its part
+  // of the next block that is copied begins. All of it is computed once, in a kernel that waits for another before it
+  // does: the compiler would do so in every step.
+  unsigned tokens_to, tokens, codes, scales[kBands][2];
+  const char *next_tokens, *next_codes;
   float sums[kBands][kColumns][4] = {};
 
-  __device__ __forceinline__ Mxfp4Mma(const Mxfp4Operands& operands, void* shared) : p(operands) {
+  template <typename... Operands>
+  __device__ __forceinline__ explicit Mxfp4Mma(Operands... tiles) : p(tiles...) {
     warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     first_row = warp % kWarpsOfRows * kRowsOfWarp, split = warp / kWarpsOfRows, blocks = (p.K + 127) / 128;
-    stages = static_cast<char*>(shared) + warp * kBytes, scales = static_cast<char*>(shared) + kWarps * kBytes;
+    is_full = p.a_rows >= kTokens && p.w_rows >= kRows && p.K % 128 == 0;
+    const int own = warp * kBytes, token = lane / 16, unit = lane % 16;
+    tokens_to = keep(own + token * 256 + place_of(token, unit) * 16);
+    codes = keep(own + kTokenBytes + lane * 16);
+    tokens = keep(own + g * 256 + place_of(g, 4 * t) * 16);
+    begin_at(0);
+#pragma unroll
+    for (int band = 0; band < kBands; ++band)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const int at = first_row + band * 16 + row * 8 + g;
+        scales[band][row] = keep(kScales + at * kScaleStride + shift_of(at) + split * 4 + t);
+      }
+  }
+
+  // Sets where a lane copies from first, of the blocks from `chunk` on.
+  __device__ __forceinline__ void begin_at(int chunk) {
+    next_tokens = keep(p.a + lane / 16 * p.a_stride + (chunk + split) * 256 + lane % 16 * 16);
+    next_codes = keep(p.w + (first_row + g) * p.w_stride + (chunk + split) * 64 + t * 16);
   }
 
   // Bytes from the last word of global memory that begins before the scales of a row or with them to those scales.
@@ -78,41 +104,49 @@ struct Mxfp4Mma {
 #pragma unroll 1
       for (int at = lane * 4; at < left + shift; at += 128) {
         const int bytes = row < p.w_rows ? max(0, min(4, groups + shift - at)) : 0;
-        copy_4(scales + row * kScaleStride + at, p.scale + row * p.scale_stride + chunk * 4 - shift + at, bytes);
+        copy_4(shared + kScales + row * kScaleStride + at, p.scale + row * p.scale_stride + chunk * 4 - shift + at,
+               bytes);
       }
     }
   }
 
-  // Begins to copy tokens and codes of a block. Of a token 16 lanes copy 256 bytes, to places from which the lanes of
-  // two tokens and all t read in different banks.
-  __device__ __forceinline__ void copy(int block, char* stage) const {
-    const int unit = lane % 16;
+  // Begins to copy tokens and codes of the next block, to a stage. Of a token 16 lanes copy 256 bytes, to places from
+  // which the lanes of two tokens and all t read in different banks.
+  template <bool kFull>
+  __device__ __forceinline__ void copy_rows(int block, int stage) const {
+    const bool has_elements = block * 128 + lane % 16 * 8 < p.K, has_codes = block * 128 + t * 32 < p.K;
 #pragma unroll
     for (int pair = 0; pair < (kTokens + 1) / 2; ++pair) {
       const int token = pair * 2 + lane / 16;
       if (kTokens % 2 == 0 || token < kTokens)
-        copy_16(stage + token * 256 + place_of(token, unit) * 16, p.a + token * p.a_stride + block * 256 + unit * 16,
-                token < p.a_rows && block * 128 + unit * 8 < p.K);
+        copy_16(shared + tokens_to + stage + pair * 512, next_tokens + pair * 2 * p.a_stride,
+                kFull || (token < p.a_rows && has_elements));
     }
 #pragma unroll
-    for (int eight = 0; eight < 2 * kBands; ++eight) {
-      const int row = first_row + eight * 8 + g;
-      copy_16(stage + kTokenBytes + eight * 512 + lane * 16, p.w + row * p.w_stride + block * 64 + t * 16,
-              row < p.w_rows && block * 128 + t * 32 < p.K);
-    }
+    for (int eight = 0; eight < 2 * kBands; ++eight)
+      copy_16(shared + codes + stage + eight * 512, next_codes + eight * 8 * p.w_stride,
+              kFull || (first_row + eight * 8 + g < p.w_rows && has_codes));
+  }
+
+  __device__ __forceinline__ void copy(int block, int stage) {
+    if (is_full)
+      copy_rows<true>(block, stage);
+    else
+      copy_rows<false>(block, stage);
+    next_tokens += kSplits * 256, next_codes += kSplits * 64;
   }
 
   static __device__ __forceinline__ int place_of(int token, int unit) { return unit ^ (unit / 8 | token % 2 * 2); }
 
   // 32 codes of each row of the lane by as many elements of its tokens.
   template <bool kFolds>
-  __device__ __forceinline__ void multiply(const char* stage, const unsigned (&scale)[kBands][2]) {
+  __device__ __forceinline__ void multiply(int stage, const unsigned (&scale)[kBands][2]) {
     unsigned words[kBands][2][4];
 #pragma unroll
     for (int band = 0; band < kBands; ++band)
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const uint4 four = *reinterpret_cast<const uint4*>(stage + kTokenBytes + (band * 2 + row) * 512 + lane * 16);
+        const uint4 four = *reinterpret_cast<const uint4*>(shared + codes + stage + (band * 2 + row) * 512);
         words[band][row][0] = four.x, words[band][row][1] = four.y;
         words[band][row][2] = four.z, words[band][row][3] = four.w;
       }
@@ -124,7 +158,7 @@ struct Mxfp4Mma {
         const int token = column * 8 + g;
         uint4 eight = make_uint4(0, 0, 0, 0);
         if (kTokens % 8 == 0 || token < kTokens)
-          eight = *reinterpret_cast<const uint4*>(stage + token * 256 + place_of(g, 4 * t + part) * 16);
+          eight = *reinterpret_cast<const uint4*>(shared + ((tokens + stage) ^ part * 16) + column * 2048);
         right[column][0] = select_bytes(eight.x, eight.z, 0x5410);
         right[column][1] = select_bytes(eight.x, eight.z, 0x7632);
         right[column][2] = select_bytes(eight.y, eight.w, 0x5410);
@@ -150,15 +184,14 @@ struct Mxfp4Mma {
     }
   }
 
-  // A block, whose scales are the words `word` of the rows.
-  __device__ __forceinline__ void multiply_block(const char* stage, int word) {
+  // A block in a stage, whose scales are the words `word` of the rows.
+  __device__ __forceinline__ void multiply_block(int stage, int word) {
     unsigned scale[kBands][2], largest = 0;
 #pragma unroll
     for (int band = 0; band < kBands; ++band)
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const int at = first_row + band * 16 + row * 8 + g;
-        scale[band][row] = static_cast<unsigned char>(scales[at * kScaleStride + shift_of(at) + word * 4 + t]);
+        scale[band][row] = static_cast<unsigned char>(shared[scales[band][row] + word * 4]);
         largest = max(largest, scale[band][row]);
       }
     if (__all_sync(0xffffffff, largest <= kLargestFolded))
@@ -167,36 +200,41 @@ struct Mxfp4Mma {
       multiply<false>(stage, scale);
   }
 
-  __device__ __forceinline__ void run() {
+  template <bool kTriggers>
+  __device__ __forceinline__ void multiply_all() {
 #pragma unroll 1
     for (int chunk = 0; chunk < blocks; chunk += kScaleBlocks) {
       const int end = min(blocks, chunk + kScaleBlocks);
-      if (chunk > 0) __syncthreads();
+      if (chunk > 0) {
+        __syncthreads();
+        begin_at(chunk);
+      }
       copy_scales(chunk);
       close_copies();
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
         const int block = chunk + split + stage * kSplits;
-        if (block < end) copy(block, stages + stage * kStageBytes);
+        if (block < end) copy(block, stage * kStageBytes);
         close_copies();
       }
+      if (kTriggers && chunk == 0) let_next_begin();
       finish_copies<kStages>();
       __syncthreads();
 #pragma unroll 1
-      for (int block = chunk + split, stage = 0; block < end; block += kSplits, stage = (stage + 1) % kStages) {
-        char* const own = stages + stage * kStageBytes;
+      for (int block = chunk + split, stage = 0; block < end; block += kSplits) {
         finish_copies<kStages - 1>();
         __syncwarp();
-        multiply_block(own, block - chunk);
+        multiply_block(stage, block - chunk - split);
         __syncwarp();
-        if (block + kStages * kSplits < end) copy(block + kStages * kSplits, own);
+        if (block + kStages * kSplits < end) copy(block + kStages * kSplits, stage);
         close_copies();
+        stage = stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
       }
     }
   }
 
   __device__ __forceinline__ void store() const {
-    float* const to = reinterpret_cast<float*>(stages);
+    float* const to = reinterpret_cast<float*>(shared + warp * kBytes);
 #pragma unroll
     for (int band = 0; band < kBands; ++band)
 #pragma unroll
@@ -207,15 +245,20 @@ struct Mxfp4Mma {
           if (token < kTokens) to[token * (kRowsOfWarp + 4) + band * 16 + i / 2 * 8 + g] = sums[band][column][i];
         }
   }
+
+  // Computes the sums of the warps, in shared memory. Lets the next kernel begin behind the first copies if kTriggers.
+  template <bool kTriggers = false>
+  __device__ __forceinline__ void run(float* staged) {
+    shared = reinterpret_cast<char*>(staged);
+    multiply_all<kTriggers>();
+    store();
+    __syncthreads();
+  }
 };
 
 template <int kTokens, int kRows, int kThreads, bool kScaleWords, int kStages, typename... Operands>
 __device__ __forceinline__ void mxfp4_mma(float* shared, Operands... tiles) {
-  const Mxfp4Operands operands{tiles...};
-  Mxfp4Mma<kTokens, kRows, kThreads, kScaleWords, kStages> product(operands, shared);
-  product.run();
-  product.store();
-  __syncthreads();
+  Mxfp4Mma<kTokens, kRows, kThreads, kScaleWords, kStages>(tiles...).run(shared);
 }
 
 // Begins to bring bytes of a tile's rows to the L2 cache, which other kernels' writes go through: of all rows the first
@@ -224,6 +267,13 @@ __device__ __forceinline__ void mxfp4_mma(float* shared, Operands... tiles) {
 template <int kRows, int kThreads>
 __device__ __forceinline__ void mxfp4_prefetch(const void* first, long long stride, int rows, int bytes) {
   for (int i = threadIdx.x; i < (bytes + 127) / 128 * kRows; i += kThreads)
+    if (i % kRows < rows) prefetch(static_cast<const char*>(first) + i % kRows * stride + i / kRows * 128);
+}
+
+// The same of rows that all blocks read, each a part of the lines.
+template <int kRows, int kThreads>
+__device__ __forceinline__ void mxfp4_prefetch_part(const void* first, long long stride, int rows, int bytes) {
+  for (int i = threadIdx.x * gridDim.x + blockIdx.x; i < (bytes + 127) / 128 * kRows; i += kThreads * gridDim.x)
     if (i % kRows < rows) prefetch(static_cast<const char*>(first) + i % kRows * stride + i / kRows * 128);
 }
 

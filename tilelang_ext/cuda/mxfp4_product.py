@@ -29,7 +29,6 @@ from tilelang_ext.cuda.warp_roles import (
     WARPGROUP,
     OtherForm,
     check_beside,
-    in_place_of,
     launch_of,
     read_by_producer,
     specialized,
@@ -119,10 +118,7 @@ def _with_mma(func: tirx.PrimFunc, block: tirx.SBlock, products: list, threads: 
     room, waits = _shared_bytes(block, [loop for loop, _ in products]), mxfp4_few.waits(block.body)
     own = [product for _, product in products]
     splits = [mxfp4_few.split_of(product, threads, room, waits) for product in own]
-    staged = mxfp4_few.staging_of(splits)
-    computed = [mxfp4_few.multiply(product, split, threads, staged) for product, split in zip(own, splits, strict=True)]
-    pairs = [(loop, product.completed(stmt)) for (loop, product), stmt in zip(products, computed, strict=True)]
-    body = in_place_of(mxfp4_few.with_prefetch(block.body, own, threads), pairs)
+    body, staged = mxfp4_few.multiplied(block.body, [loop for loop, _ in products], own, splits, threads)
     if not _has_blocks_per_sm(func):
         body = _with_blocks_per_sm(body, mxfp4_few.blocks_per_sm(splits, threads))
     new = _finished(with_body(block, body, [*block.alloc_buffers, staged, *_totals(products)], dict(block.annotations)))
