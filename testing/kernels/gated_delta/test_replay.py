@@ -10,7 +10,7 @@ from kernels.hopper import execute
 from numeric import assert_close
 
 from tilelang_ext import ReplayCache, gated_delta_replay, metal, simulate
-from tilelang_ext.kernels.gated_delta.config import Config
+from tilelang_ext.kernels.gated_delta.config import MMA_LANES, Config
 from tilelang_ext.kernels.gated_delta.prefill_problem import HOPPER
 from tilelang_ext.kernels.gated_delta.problem import Problem
 from tilelang_ext.kernels.gated_delta.replay import replay
@@ -110,12 +110,12 @@ float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 
 class ReplayOnHopper(Replay):
-    """The kernel's CUDA text run on the CPU, for a state of 16 bits: four lanes per row, so products are those of MMAs."""
+    """The kernel's CUDA text run on the CPU; with four lanes per row products are those of MMAs."""
 
     def __init__(self, config, problem, batch):
         prim_func = replay(problem, config)
         self.text = lower(prim_func.with_attr("global_symbol", "replay"), HOPPER, **PASS_CONFIGS)
-        assert "mma_sync" in self.text
+        assert ("mma_sync" in self.text) == (config.lanes == MMA_LANES)
         self.blocks = batch * problem.heads * problem.V // (config.warps * config.rows * config.turns)
         state = torch.empty(batch, problem.heads, problem.V, problem.K)
         self.cache = ReplayCache.empty(state, problem.ring, problem.qk_heads, torch.bfloat16)
@@ -133,15 +133,23 @@ class ReplayOnHopper(Replay):
 
 
 @needs_compiler
-def test_products_by_mma():
+@pytest.mark.parametrize(
+    ("state_dtype", "config", "limit"),
+    [
+        ("bfloat16", Config(1, 16, lanes=4, turns=2), 3),
+        ("float32", Config(2, 8, lanes=16, turns=2), 3),
+        ("float32", Config(1, 8, lanes=16), 9),
+    ],
+)
+def test_on_hopper(state_dtype, config, limit):
     """Windows fill and wrap, and the state is written."""
-    sizes, limit = (1, 2, 64, 32), 3
-    of_all = inputs(2, 6, *sizes, state_dtype=torch.bfloat16)
+    sizes, tokens = (1, 2, 64, 32), 2 * limit
+    of_all = inputs(2, tokens, *sizes, state_dtype=getattr(torch, state_dtype))
     wanted, _ = expected(of_all, SCALE, l2_norm=True)
-    problem = Problem("cuda", 132, 1, *sizes, "bfloat16", "bfloat16", scale=SCALE, l2_norm=True, limit=limit)
-    kept = ReplayOnHopper(Config(1, 16, lanes=4, turns=2), problem, 2)
+    problem = Problem("cuda", 132, 1, *sizes, "bfloat16", state_dtype, scale=SCALE, l2_norm=True, limit=limit)
+    kept = ReplayOnHopper(config, problem, 2)
     given = dict(of_all)
-    for t in range(6):
+    for t in range(tokens):
         given.update({name: of_all[name][:, t : t + 1].contiguous() for name in "qkvab"})
         out = kept.step(given, [1, 1])
         assert_close(out[:, 0], wanted[:, t], dtype="bfloat16", max_error=2e-2, rms_error=5e-3)  # written states are rounded

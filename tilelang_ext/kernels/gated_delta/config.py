@@ -59,7 +59,8 @@ _TABLES = {
     "float32": [
         # PDL lets blocks of several launches in, which ask for rows long before they may use them
         (48, _Choice(8, 2, 8, max_blocks_per_sm=6)),
-        (180, _Choice(8, 4, 8)),
+        (96, _Choice(8, 4, 8)),
+        (280, _Choice(4, 8, 8, asking_per_sm=2)),  # smaller shares, which end together
         (400, _Choice(8, 4, 8, asking_per_sm=0)),
         (float("inf"), _Choice(8, 4, 8, asking_per_sm=4)),
     ],
@@ -77,7 +78,7 @@ _TABLES = {
     "replay": [
         (96, _Choice(8, 2, 8, min_blocks_per_sm=12)),
         (350, _Choice(8, 4, 8, turns=2, min_blocks_per_sm=4)),  # weights serve two turns; four leave SMs idle
-        (float("inf"), _Choice(8, 4, 8, turns=2, min_blocks_per_sm=4, asking_per_sm=0)),
+        (float("inf"), _Choice(8, 4, 8, turns=4, min_blocks_per_sm=4, asking_per_sm=0)),
     ],
     "replay by MMA": [
         (48, _Choice(8, 2, 8, min_blocks_per_sm=12)),

@@ -42,6 +42,8 @@ def replay(problem: Problem, config: Config):
     rounds = -(-problem.limit // at_once)
     shares = at_once // config.groups  # entries whose weights a group computes
     restored = min(_AT_ONCE, max(1, 32 // channels))  # entries whose loads are in flight together
+    # Whether the lanes of a group hold all that restores its rows, but for keys. With MMAs that made other calls slower.
+    from_lanes = tokens == 1 and rounds == 1 and not problem.per_channel and not by_mma
     together = min(rows, V_UNIT)  # rows of one load of r
     state_bytes = T.dtype(problem.state_dtype).bits // 8
     types = problem.types()
@@ -119,6 +121,32 @@ def replay(problem: Problem, config: Config):
     def is_kept(count, chunk, o, lane):
         """Return whether this lane has an entry `o` of a chunk that is in the window."""
         return tirx.all(o * lanes + lane < at_once, chunk * at_once + o * lanes + lane < count)
+
+    @T.macro
+    def restore_from_lanes(raw, k_ring, decay_ring, slot, head, first, count, thread, r_raw, S):
+        """S = G S_0 + sum of (G / G_i) r_i k_i^T, with r_i of this turn's rows and its weight from the lane that holds them."""
+        lane = thread % lanes
+        k_raw = T.alloc_local((restored * channels,), dtype)
+        weighted = T.alloc_local((own * rows,), "float32")
+        log_total = T.alloc_var("float32", last_decay(decay_ring, slot, first, count, head, 0))
+        G = T.alloc_var("float32", T.exp(log_total))
+        for o in T.unroll(own):
+            decay = decay_ring[slot, entry_at(first, T.min(o * lanes + lane, count - 1)), head]
+            weight = T.alloc_var("float32", T.if_then_else(is_kept(count, 0, o, lane), T.exp(log_total - decay), T.float32(0)))
+            for j in T.unroll(rows):
+                weighted[o * rows + j] = weight * r_raw[o * rows + j]
+        for i in T.unroll(rows * channels):
+            S[i] = G * T.cast(raw[i], "float32")
+        for o in T.unroll(own):
+            for chunk in T.serial(T.ceildiv(T.min(count - o * lanes, lanes), restored)):
+                for e in T.unroll(restored):
+                    entry = T.alloc_var("int32", entry_at(first, T.min(o * lanes + chunk * restored + e, count - 1)))
+                    of_warp.load_vector(k_ring, slot, entry, head // heads_per_qk, lane, k_raw, e)
+                for e in T.unroll(restored):
+                    for j in T.unroll(rows):
+                        r = T.shfl_sync(weighted[o * rows + j], thread % WARP - lane + chunk * restored + e)
+                        for i in T.unroll(channels):
+                            S[j * channels + i] += r * T.cast(k_raw[e * channels + i], "float32")
 
     @T.macro
     def weigh_entries(keys, decays, count, chunk, lane, k_f, q_f, kq, norms, log_gate, mine):
@@ -331,7 +359,10 @@ def replay(problem: Problem, config: Config):
                                 weigh_entries(keys, decays, count, chunk, lane, k_f, q_f, kq, norms, log_total, mine)
                                 add_entries(mine, r_raw, count, chunk, lane, sums)
                         if is_written:
-                            restore(raw, k_ring, r_ring, decay_ring, slot, head, first, count, row, group, lane, kept, S)
+                            if from_lanes:
+                                restore_from_lanes(raw, k_ring, decay_ring, slot, head, first, count, thread, r_raw, S)
+                            else:
+                                restore(raw, k_ring, r_ring, decay_ring, slot, head, first, count, row, group, lane, kept, S)
                             of_warp.store_rows(state, slot, head, row, group, lane, S)
                         if turn < config.turns - 1:
                             of_warp.load_rows(state, slot, head, row + config.rows, group, lane, raw)
