@@ -101,9 +101,10 @@ KINDS = {
     "wide": lambda tile: tile.block_M == 256 and tile.block_N > 128 and not tile.adds,
     "added": lambda tile: tile.adds and not tile.is_swapped,
     "both": lambda tile: tile.adds and tile.is_swapped,
-    "below": lambda tile: tile.cluster > 1 and not tile.shares_a and not tile.adds,
+    "below": lambda tile: tile.cluster == 2 and not tile.shares_a and not tile.adds,
     "beside": lambda tile: tile.shares_a and not tile.adds,
     "beside, added": lambda tile: tile.shares_a and tile.adds,
+    "square": lambda tile: tile.cluster == 4,
     "narrow": lambda tile: tile.block_N < 64 and tile.is_swapped,
     "narrow, not swapped": lambda tile: tile.block_N < 64 and not tile.is_swapped,
     "equal parts": lambda tile: tile.streams,
@@ -114,7 +115,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_tile(kind, monkeypatch):
-    """Swapped operands, tiles of 256 rows, K in splits that one block adds, clusters of both kinds, N-major operands in narrow
+    """Swapped operands, tiles of 256 rows, K in splits that one block adds, clusters of every kind, N-major operands in narrow
     boxes and with columns of no MMA: the best of each kind, whatever is picked."""
     sizes = [(24, 264, 1032), (200, 520, 2056), (520, 776, 520), (1032, 392, 4104)]
     with monkeypatch.context() as patch:

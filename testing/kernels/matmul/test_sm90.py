@@ -49,7 +49,7 @@ def run(of, config, splits=1):
     out = tensors["out"] = torch.full((of.M, of.N), torch.nan, dtype=DTYPES[of.out_dtype])
     first, second = ("b", "a") if config.is_swapped else ("a", "b")
     layout = {"a": of.a_is_k_major, "b": of.b_is_k_major}
-    a_blocks, b_blocks = (config.cluster, 1) if config.shares_a else (1, config.cluster)  # that load a part each
+    a_blocks, b_blocks = config.tiles_beside, config.tiles_below  # that load a part each
     columns = min(sm90_config.columns_loaded(config.block_N, layout[second]), BLOCK_K)
     boxes = {
         first: Box((config.a_rows if layout[first] else BLOCK_K) // a_blocks, BLOCK_K),
@@ -63,7 +63,7 @@ def run(of, config, splits=1):
     grid = (config.num_blocks, 1)
     if config.adds:
         rows, columns = (of.N, of.M) if config.is_swapped else (of.M, of.N)
-        below, beside = (1, config.cluster) if config.shares_a else (config.cluster, 1)
+        below, beside = config.tiles_below, config.tiles_beside
         tiles = -(-rows // (config.block_M * below)) * config.cluster * -(-columns // (config.block_N * beside))
         tensors["partial"] = torch.full((splits, tiles, config.block_M * config.block_N), torch.nan)
         given = tensors["given"] = torch.full((splits, tiles, config.num_consumers), -1)
@@ -85,8 +85,9 @@ def run(of, config, splits=1):
     else:
         tensors["partial"] = torch.full((splits, of.M, scalars["groups"] * 8), torch.nan)
         execute(text_of(sm90_persistent.partial_matmul, general, config), grid, tensors, boxes, scalars, config.cluster)
-        blocks = -(-of.N // (8 * sum_splits._GROUPS)), -(-of.M // sum_splits._ROWS)
-        execute(text_of(sum_splits.sum_splits, general), blocks, tensors, {}, scalars)
+        groups = scalars["groups"] * 8 // sum_splits.GROUP
+        blocks = -(-of.M * groups // sum_splits.THREADS), 1
+        execute(text_of(sum_splits.sum_splits, general, 4), blocks, tensors, {}, scalars | {"groups": groups})
     bounds = {"max_error": 1e-5, "rms_error": 1e-5} if of.out_dtype == "float32" else {}
     assert_close(out, expected, dtype=of.out_dtype, **bounds)
 
@@ -180,6 +181,22 @@ def run(of, config, splits=1):
         pytest.param(
             problem(200, 136, 200, FP16, BF16, a_is_k_major=False),
             Config(128, 80, 2, 2, 40, 0, False, 2, 128, 2, is_swapped=True),
+            1,
+            marks=needs_clusters,
+        ),
+        # four blocks share both operands; the last ones have no row of A, or no column of B
+        pytest.param(
+            problem(200, 136, 200, epilogue=ALL), Config(64, 64, 1, 2, 64, 0, False, 4, 64, 4), 1, marks=needs_clusters
+        ),
+        pytest.param(
+            problem(136, 200, 328, FP16, BF16, False, False),
+            Config(128, 64, 2, 2, 64, 0, True, 16, 128, 4, adds=True),
+            2,
+            marks=needs_clusters,
+        ),
+        pytest.param(
+            problem(88, 264, 200, a_is_k_major=False),
+            Config(128, 64, 2, 2, 64, 0, False, 4, 128, 4, is_swapped=True),
             1,
             marks=needs_clusters,
         ),
@@ -302,8 +319,9 @@ def test_instructions():
         (problem(8192, 8192, 8192, b_is_k_major=False), (128, 256, 1, 128), 1),
         (problem(1024, 1024, 1024), (64, 128, 1, 64), 1),  # 128 tiles: one for each SM
         (problem(128, 4096, 7168, b_is_k_major=False), (64, 128, 1, 64), 2),
-        (problem(5, 4096, 4096), (64, 32, 1, 16), 1),
+        (problem(5, 4096, 4096), (64, 16, 1, 64), 2),
         pytest.param(problem(4096, 4096, 4104), (128, 256, 2, 128), 1, marks=needs_clusters),  # rows of no 128 bytes
+        pytest.param(problem(1271, 1208, 1896), (128, 112, 4, 128), 1, marks=needs_clusters),  # few of them for each MMA
     ],
 )
 def test_pick_config(of, tile, splits):

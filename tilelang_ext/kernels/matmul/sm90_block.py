@@ -80,13 +80,21 @@ class Traits:
 
     @property
     def tiles_below(self) -> int:
-        """Blocks of a cluster below each other."""
-        return 1 if self.config.shares_a else self.config.cluster
+        """Blocks of a cluster below each other, which share the loads of B."""
+        return self.config.tiles_below
 
     @property
     def tiles_beside(self) -> int:
-        """Blocks of a cluster beside each other."""
-        return self.config.cluster if self.config.shares_a else 1
+        """Blocks of a cluster beside each other, which share the loads of A."""
+        return self.config.tiles_beside
+
+    def row_in_cluster(self, rank):
+        """Return how many tiles of the cluster lie above that of a block."""
+        return T.truncdiv(rank, self.tiles_beside) if self.tiles_beside > 1 else rank
+
+    def column_in_cluster(self, rank):
+        """Return how many tiles of the cluster lie beside that of a block, to the left."""
+        return T.truncmod(rank, self.tiles_beside) if self.tiles_below > 1 else rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +174,7 @@ def origin_of(traits: Traits, block: Block, unit: Unit) -> tuple:
     """Return the first row and the first column of this block's tile."""
     row, column = unit.tile_row[0], unit.tile_column[0]
     if traits.tiles_below > 1:
-        row = row * traits.tiles_below + block.rank
+        row = row * traits.tiles_below + traits.row_in_cluster(block.rank)
     if traits.tiles_beside > 1:
-        column = column * traits.tiles_beside + block.rank
+        column = column * traits.tiles_beside + traits.column_in_cluster(block.rank)
     return row * traits.config.block_M, column * traits.config.block_N

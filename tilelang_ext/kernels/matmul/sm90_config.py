@@ -7,7 +7,7 @@
 
 where both(x, y) is the greater and a part of the lesser, which does not overlap.
 
-The constants were fitted to measured times of 268 sizes and layouts (benchmark/fit_matmul.py, docs/log/matmul.md). Only their
+The constants were fitted to measured times of 344 sizes and layouts (benchmark/fit_matmul.py, docs/log/matmul.md). Only their
 order matters: the model chooses, it does not promise.
 """
 
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.problem import TMA_ALIGNMENT, Epilogue, Problem
 from tilelang_ext.kernels.sm90.cluster_sum import bytes_of
+from tilelang_ext.kernels.sm90.multicast import BLOCKS
 from tilelang_ext.kernels.sm90.scheduler import FEWEST_ITERATIONS
 
 CLUSTERS = "cluster_dims" in inspect.signature(T.Kernel).parameters  # not in tilelang 0.1.14
@@ -38,7 +39,8 @@ _MIN_K_BLOCKS = 4  # of a split
 _SLOW_ROW = 2048  # elements of whose multiples rows are slow to read at different k
 _ROTATED = 8  # K blocks of a unit at least
 MOST_ROWS = 4  # of `sm90_vecmat`
-_MOST_JOINED = {2: 66, 3: 32}  # clusters of so many blocks that run at once on an H200, or fewer
+_MOST_JOINED = {2: 66, 3: 39}  # clusters of so many blocks that run at once on an H200, or fewer
+_MOST_CLUSTERS = {4: 30}  # of so many blocks that share loads and run at once, or fewer
 _MOST_STREAMED = 4  # waves of tiles whose K blocks are divided in equal parts
 _CACHED = 3e7  # bytes of an operand that the L2 cache keeps while others read it
 
@@ -58,7 +60,7 @@ class Config:
     is_split: bool
     num_blocks: int
     a_rows: int  # rows of A of a stage: those of the tile, or fewer
-    cluster: int = 1  # blocks below each other, which share the loads of B, or beside each other, which share those of A
+    cluster: int = 1  # blocks that share loads: two below or beside each other, or four as a square
     is_swapped: bool = False  # whether rows of the tile are columns of out, so that A is the operand b and B is a
     adds: bool = False  # whether the block with the last range of K adds the accumulators of the others, and finishes the tile
     shares_a: bool = False
@@ -66,6 +68,16 @@ class Config:
     joined: int = 1  # blocks of a cluster that have a range of K of one tile each, the last of which adds
     rotates: bool = False  # whether blocks begin with different K blocks, since all load the same rows
     group_rows: int = 8
+
+    @property
+    def tiles_below(self) -> int:
+        """Blocks of a cluster below each other, which share the loads of B."""
+        return 1 if self.shares_a else min(self.cluster, BLOCKS)
+
+    @property
+    def tiles_beside(self) -> int:
+        """Blocks of a cluster beside each other, which share the loads of A."""
+        return self.cluster // self.tiles_below
 
     @property
     def cluster_blocks(self) -> int:
@@ -96,12 +108,12 @@ class Tile:
     @property
     def tiles_below(self) -> int:
         """Blocks of a cluster below each other."""
-        return 1 if self.shares_a else self.cluster
+        return 1 if self.shares_a else min(self.cluster, BLOCKS)
 
     @property
     def tiles_beside(self) -> int:
         """Blocks of a cluster beside each other."""
-        return self.cluster if self.shares_a else 1
+        return self.cluster // self.tiles_below
 
     def units(self, M: int, N: int) -> int:
         """Return the tiles of a result, in whole clusters."""
@@ -148,35 +160,36 @@ TILES = (
         for block_M, consumers in ((64, 1), (128, 2), (256, 2))
         for block_N in range(16, 257, 16)
         for is_swapped in (False, True)
-        for blocks, shares_a in ((1, False), (2, False), (2, True))
+        for blocks, shares_a in ((1, False), (2, False), (2, True), (4, False))
         if block_M // (_ROWS * consumers) * block_N // 2 <= _MOST_REGISTERS
         if block_N >= 32 or is_swapped
         if blocks == 1 or block_N >= 64
     ),
 )
-_LAUNCH_US, _CLUSTER_US = 1.785, 0.9734
+_LAUNCH_US, _CLUSTER_US, _SQUARE_US = 1.718, 0.7021, 0.7995  # the last two beside the first, of clusters of two and of four
 _DOUBT = 1.01  # of a cluster, which must be the faster by more than the model errs between much the same tiles
-_MEMORY = 4.573e6  # bytes per microsecond
-_AGAIN = 0.08577  # of an operand that several tiles read, beside its bytes
+_MEMORY = 4.553e06  # bytes per microsecond
+_AGAIN = 0.09549  # of an operand that several tiles read, beside its bytes
 # Operations per microsecond at the power limit, and operations that take as much as a row of 128 bytes of shared memory
-_POWER, _ROW_OPERATIONS = 9.107e8, 786
-_OVERLAP, _OVERLAP_LOADS = 0.355, 0.1498
-_SUM_US, _SUM = 1.755, 4.311e6  # of the second kernel, beside its bytes; bytes per microsecond of accumulators, out and in
-_GIVE_US, _ADDED = 1.849, 8.754e4  # where one block adds: until accumulators are there, and bytes of them per microsecond
-_STREAM_US, _STREAMED, _REREAD = 1.899, 9.283e4, 0.06449  # the same for parts of several tiles
-_JOIN_US, _JOINED = 0.2, 1e5  # in a cluster: for each block but one, and bytes of accumulators per microsecond
-_TURN_US = 1.033  # of the copy of `a` to another order
-_MMA_US, _MMA_ELEMENT_US = 0.03103, 1.656e-5  # MMAs of a K block: of each, and of an element of the tile
-_ALONE_US = 0.0214  # of a K block of one consumer
-_SHARED_MEMORY_US = 0.0004907  # of a row of 128 bytes
+_POWER, _ROW_OPERATIONS = 9.489e08, 1023
+_OVERLAP, _OVERLAP_LOADS = 0.4235, 0.1098
+_SUM_US, _SUM = 0.8851, 4.903e06  # of the second kernel, beside its bytes; bytes per microsecond of accumulators, out and in
+_GIVE_US, _ADDED = 1.399, 7.566e04  # where one block adds: until accumulators are there, and bytes of them per microsecond
+_STREAM_US, _STREAMED, _REREAD = 1.904, 1.067e05, 0.02169  # the same for parts of several tiles
+_JOIN_US, _JOINED = 0.08518, 1.078e05  # in a cluster: for each block but one, and bytes of accumulators per microsecond
+_TURN_US = 1.115  # of the copy of `a` to another order
+_MMA_US, _MMA_ELEMENT_US = 0.02604, 1.17e-05  # MMAs of a K block: of each, and of an element of the tile
+_ALONE_US = 0.01897  # of a K block of one consumer
+_SHARED_MEMORY_US = 0.0004891  # of a row of 128 bytes
 # The end of a unit, and the stores of an element of the tile, of swapped operands by single elements
-_STORE_ROW_US = 0.0009009  # of a row of a subtile
-_UNIT_US, _UNIT_ELEMENT_US, _SWAPPED_ELEMENT_US = 0.03014, 2.228e-5, 9.731e-5
+_STORE_ROW_US = 0.001108  # of a row of a subtile
+_UNIT_US, _UNIT_ELEMENT_US, _SWAPPED_ELEMENT_US = 0.0228, 2.693e-05, 8.67e-05
 # Of TMA, for a row of 128 bytes: one that begins at a multiple of 32 bytes, another, past the end, and with its last part there
-_ROW_US, _SPLIT_ROW_US, _EMPTY_ROW_US, _CUT_ROW_US = 0.001057, 0.002331, 0.002132, 0.001831
-_NARROW_ROW_US, _SHARED_NARROW_US = 0.001808, 0.000369  # of a row of at most 64 bytes
-_SHARED_ROW_US = 0.009949  # of those that all SMs load at the same time, since they are all that the operand has
-_CACHE_ROW_US, _SPLIT_BYTES = 0.0002809, 1.091  # of the L2 cache, where all SMs load; bytes of it beside those of a row
+_ROW_US, _SPLIT_ROW_US, _EMPTY_ROW_US, _CUT_ROW_US = 0.001059, 0.002315, 0.002153, 0.002068
+_NARROW_ROW_US, _SHARED_NARROW_US = 0.001475, 0.008742  # of a row of at most 64 bytes
+_SHARED_ROW_US = 0.01004  # of those that all SMs load at the same time, since they are all that the operand has
+_CROWD = 1.5
+_CACHE_ROW_US, _SPLIT_BYTES = 0.000305, 0.8911  # of the L2 cache, where all SMs load; bytes of it beside those of a row
 _SECTOR = 16  # elements of 32 bytes, the L2 cache's unit
 
 
@@ -296,7 +309,7 @@ def _rotates(problem: Problem, tile: Tile, splits: int) -> bool:
 def _blocks(problem: Problem, tile: Tile, splits: int) -> int:
     """Return the blocks of the grid: whole clusters."""
     of_cluster = splits if tile.joins else tile.cluster
-    return problem.num_sms // of_cluster * of_cluster
+    return min(problem.num_sms // of_cluster, _MOST_CLUSTERS.get(of_cluster, problem.num_sms)) * of_cluster
 
 
 def _stages(tile: Tile, b_rows: int, subtile_bytes: int) -> int:
@@ -315,7 +328,9 @@ def choices(problem: Problem) -> Iterator[tuple[Tile, int]]:
             continue
         if tile.is_swapped and (problem.M > _MOST_SWAPPED or tile.block_N > _ceildiv(problem.M, 16) * 16):
             continue
-        if tile.cluster > 1 and ((tile.block_N >= of.N if tile.shares_a else tile.block_M >= of.M) or not CLUSTERS):
+        if (tile.tiles_beside > 1 and tile.block_N >= of.N) or (tile.tiles_below > 1 and tile.block_M >= of.M):
+            continue
+        if tile.cluster > 1 and not CLUSTERS:
             continue
         # Would spill: accumulators are finished one by one, and of swapped operands need more beside them.
         registers = tile.block_M // (_ROWS * tile.num_consumers) * tile.block_N // 2
@@ -325,7 +340,7 @@ def choices(problem: Problem) -> Iterator[tuple[Tile, int]]:
         # A transposed subtile of float32 would have rows of 256 bytes.
         needs_sum = tile.is_swapped and problem.out_dtype == "float32"
         units = tile.units(of.M, of.N)
-        blocks = problem.num_sms // tile.cluster * tile.cluster
+        blocks = _blocks(problem, tile, 1)
         fills_no_wave = units % blocks > 0 and units <= _MOST_STREAMED * blocks
         if fills_no_wave and units * k_blocks > blocks * FEWEST_ITERATIONS and not needs_sum and not tile.thin:
             yield replace(tile, streams=True), 1
@@ -335,7 +350,7 @@ def choices(problem: Problem) -> Iterator[tuple[Tile, int]]:
                 if splits > 1 or not needs_sum:
                     yield tile, splits
                 # A block waits for blocks of lower index alone, which the GPU starts first: of one wave.
-                is_one_wave = units * splits <= problem.num_sms // tile.cluster * tile.cluster
+                is_one_wave = units * splits <= blocks
                 if units <= _MOST_JOINED.get(splits, 0) and tile.cluster == 1 and not tile.thin and CLUSTERS:
                     joined = replace(tile, joins=True)
                     if _has_memory(joined, problem, splits):
@@ -357,18 +372,20 @@ def predicted_us(tile: Tile, splits: int, problem: Problem) -> float:
     M, N, K, area = problem.M, problem.N, problem.K, tile.block_M * tile.block_N
     tile_columns = _ceildiv(N, tile.block_N)
     units = tile.units(M, N) * splits
-    waves, busy_sms = _ceildiv(units, problem.num_sms), min(1.0, units / problem.num_sms)
+    blocks = problem.num_sms if tile.cluster <= BLOCKS else _blocks(problem, tile, 1)
+    waves, busy_sms = _ceildiv(units, blocks), min(1.0, units / problem.num_sms)
     k_blocks = _ceildiv(_ceildiv(K, BLOCK_K), splits)
     steps = waves * k_blocks  # K blocks of a block
     if tile.streams:
-        steps, busy_sms = _ceildiv(units * k_blocks, problem.num_sms // tile.cluster * tile.cluster), 1.0
+        steps, busy_sms = _ceildiv(units * k_blocks, _blocks(problem, tile, 1)), 1.0
     sms = busy_sms, busy_sms / splits
     of_a = _load_us(tile.a_rows, M, problem.a_row, problem.a_is_k_major, _ceildiv(M, tile.block_M), waves, sms)
     of_b = _load_us(tile.block_N, N, problem.b_row, problem.b_is_k_major, tile_columns, waves, sms)
-    if tile.shares_a:
-        of_a, of_b = of_b, of_a
     # What overlaps no better for being shared is as in one block.
-    loads, alone = (max(one + other / blocks for one, other in zip(of_a, of_b, strict=True)) for blocks in (tile.cluster, 1))
+    loads, alone = (
+        max(one / beside + other / below for one, other in zip(of_a, of_b, strict=True))
+        for beside, below in ((tile.tiles_beside, tile.tiles_below), (1, 1))
+    )
     # Rows of 128 bytes that go through shared memory: what each MMA reads of both operands, and what is loaded.
     columns = columns_loaded(tile.block_N, problem.b_is_k_major)
     rows = tile.block_M // _ROWS * (_ROWS + tile.block_N) + tile.a_rows + columns
@@ -404,7 +421,9 @@ def predicted_us(tile: Tile, splits: int, problem: Problem) -> float:
     else:
         add = _SUM_US + 8 * splits * M * N / _SUM if splits > 1 else 0.0
     us = _LAUNCH_US + _both(busy, memory, _OVERLAP) + add
-    return (us + _CLUSTER_US) * _DOUBT if tile.cluster > 1 or tile.joins else us
+    if tile.cluster == 1 and not tile.joins:
+        return us
+    return (us + (_SQUARE_US if tile.cluster > BLOCKS else _CLUSTER_US)) * _DOUBT
 
 
 def _ceildiv(value: int, divisor: int) -> int:
@@ -424,6 +443,7 @@ def _load_us(
     part that has the same range of K.
     """
     busy_sms, sharing_sms = sms
+    crowd = sharing_sms**_CROWD  # of SMs that load the same rows
     is_split = row % _SECTOR == TMA_ALIGNMENT  # of other rows there is a copy whose rows are whole sectors
     inside = _SPLIT_ROW_US if is_split else _ROW_US
     cache = busy_sms * _CACHE_ROW_US * (_SPLIT_BYTES if is_split else 1.0)
@@ -431,13 +451,13 @@ def _load_us(
         missing = -extent % rows / waves if extent > rows else rows - extent
         return (rows - missing) * inside + missing * _EMPTY_ROW_US, (rows - missing) * cache
     if rows <= BLOCK_K // 2:  # a narrow panel
-        shared = sharing_sms * _SHARED_NARROW_US if extent < BLOCK_K else 0.0
+        shared = crowd * _SHARED_NARROW_US if extent < BLOCK_K else 0.0
         return BLOCK_K * (_NARROW_ROW_US + shared), rows * cache
     # Panels of 64 rows, each of which is loaded by one row of 128 bytes for each k; the last one may be cut.
     cut = (1.0 if waves == 1 else 1 / tiles) if extent % BLOCK_K else 0.0
     whole = (_ceildiv(rows, BLOCK_K) - cut) * BLOCK_K
     us = whole * inside + cut * BLOCK_K * _CUT_ROW_US
-    return us + (BLOCK_K * sharing_sms * _SHARED_ROW_US if extent < BLOCK_K else 0.0), whole * cache
+    return us + (BLOCK_K * crowd * _SHARED_ROW_US if extent < BLOCK_K else 0.0), whole * cache
 
 
 @functools.lru_cache(maxsize=4096)

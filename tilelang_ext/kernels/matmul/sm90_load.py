@@ -4,7 +4,7 @@ from tilelang_ext import language as T
 from tilelang_ext.kernels.matmul.problem import Operands
 from tilelang_ext.kernels.matmul.sm90_block import WGMMA_M, Block, Traits, Unit, alloc_unit, find_unit, num_units, origin_of
 from tilelang_ext.kernels.matmul.sm90_config import BLOCK_K, columns_loaded
-from tilelang_ext.kernels.sm90.multicast import multicast
+from tilelang_ext.kernels.sm90.multicast import BLOCKS, multicast
 from tilelang_ext.kernels.sm90.roles import WARP
 
 _IN_STEP = 8  # blocks that load the same K block of rows that all have
@@ -55,8 +55,11 @@ def _load_k_block(traits: Traits, operands: Operands, block: Block, row, column,
         load_if(traits.tiles_below == 1 or row < traits.M, rows, to)
 
     def load_a():
-        if traits.config.shares_a:
-            multicast(a, A_s, stage, pipeline.full[stage], (k, row), traits.problem.a_is_k_major, block.rank)
+        if traits.tiles_beside > 1:
+            half, blocks = traits.column_in_cluster(block.rank), 3
+            if traits.tiles_below > 1:
+                blocks = T.shift_left(3, BLOCKS * traits.row_in_cluster(block.rank))
+            multicast(a, A_s, stage, pipeline.full[stage], (k, row), traits.problem.a_is_k_major, half, blocks)
             return
         if traits.problem.a_is_k_major:
             to = A_s[stage * a_rows : (stage + 1) * a_rows, :] if traits.is_thin else A_s[stage, :, :]
@@ -68,7 +71,10 @@ def _load_k_block(traits: Traits, operands: Operands, block: Block, row, column,
 
     def load_b():
         if traits.tiles_below > 1:
-            multicast(b, B_s, stage, pipeline.full[stage], (k, column), traits.problem.b_is_k_major, block.rank)
+            half, blocks = traits.row_in_cluster(block.rank), 3
+            if traits.tiles_beside > 1:
+                blocks = T.shift_left(5, traits.column_in_cluster(block.rank))
+            multicast(b, B_s, stage, pipeline.full[stage], (k, column), traits.problem.b_is_k_major, half, blocks)
             return
         from_b = b[columns, ks] if traits.problem.b_is_k_major else b[ks, columns]
         load_if(traits.tiles_beside == 1 or column < traits.N, from_b, B_s[stage, :, :])

@@ -29,6 +29,9 @@ last units run (PDL). Or, where config.adds, the block that has a tile's last ra
 of which sums a part of the tile (`ClusterSum`). Where config.streams, every block has an equal part of the K blocks of all
 tiles instead (`EqualParts`). Always, the order of additions is the same in every call.
 
+Blocks of a cluster share loads by multicast: two below each other those of B, two beside each other those of A, and four, as
+a square, both: each loads half of its part of A and half of its part of B.
+
 An MMA has 64 rows and any multiple of 8 columns. With `is_swapped`, columns of out are its rows and rows of out its columns, so
 that few rows, or such as fill no multiple of 64, take no more time than they need: the kernel then multiplies b^T by a^T, and
 subtiles are stored transposed.
@@ -341,7 +344,7 @@ def _with_memory(problem: Problem, config: Config, splits: int, device, multiply
     def run(*tensors):
         *inputs, out = tensors
         M, N = out.shape if not config.is_swapped else reversed(out.shape)
-        below, beside = (1, config.cluster) if config.shares_a else (config.cluster, 1)
+        below, beside = config.tiles_below, config.tiles_beside
         tiles = _ceildiv(M, config.block_M * below) * _ceildiv(N, config.block_N * beside) * config.cluster
         partial = device.empty(splits, tiles, elements, dtype="float32")
         multiply(*inputs, partial, device.empty(splits, tiles, config.num_consumers, dtype="int64"), out)

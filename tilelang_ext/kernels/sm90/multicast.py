@@ -1,4 +1,4 @@
-"""TMA loads of a matrix that the two blocks of a cluster share: each loads one half, and both receive both.
+"""TMA loads of a matrix that two blocks of a cluster share: each loads one half, and both receive both.
 
 A row of a matrix that begins between multiples of 128 bytes takes TMA two requests to the L2 cache for 128 bytes, so that loads
 would take longer than the MMAs; shared, they take half the requests.
@@ -44,18 +44,22 @@ def descriptor(matrix, box: tuple, axes: tuple | None = None):
     )
 
 
-def load(descriptor, barrier, to, coordinates: tuple):
-    """Return the load of the box at `coordinates` to the same place `to` of both blocks, by one thread of one of them."""
-    arguments = (descriptor, barrier, to, (1 << BLOCKS) - 1, *coordinates)
+def load(descriptor, barrier, to, coordinates: tuple, blocks=(1 << BLOCKS) - 1):
+    """Return the load of the box at `coordinates` to the same place `to` of both blocks, by one thread of one of them.
+
+    `blocks` has a bit for the rank of each.
+    """
+    arguments = (descriptor, barrier, to, blocks, *coordinates)
     return tirx.call_intrin("handle", tvm.ir.Op.get("tl.tma_load_multicast"), *arguments, _EVICT_NORMAL)
 
 
-def multicast(matrix, shared, stage, barrier, origin: tuple, is_k_major: bool, rank) -> None:
-    """Load this block's half of a tile into a stage of both blocks; every thread of the producer warpgroup calls it.
+def multicast(matrix, shared, stage, barrier, origin: tuple, is_k_major: bool, half, blocks=(1 << BLOCKS) - 1) -> None:
+    """Load this block's half of a tile into a stage of both `blocks`; every thread of the producer warp calls it.
 
     `matrix` is (N, K) or, if it is not K-major, (K, N), of 16-bit elements; `shared` (stages, block_N, 64) or
     (stages, 64, block_N), which may be (stages, block_N / 64, 64, 64), swizzled by 128 bytes; `origin` the first k and the
-    first row n of the tile. The barrier of the stage then expects the bytes of the whole tile.
+    first row n of the tile; `half` is the number of this block's, 0 or 1. The barrier of the stage then expects the bytes of
+    the whole tile.
     """
     _, *panels_of_shape, rows, columns = map(int, shared.shape)
     columns *= math.prod(panels_of_shape)
@@ -67,9 +71,9 @@ def multicast(matrix, shared, stage, barrier, origin: tuple, is_k_major: bool, r
     first_row, first_column = (n, k) if is_k_major else (k, n)
 
     def load_panel(panel: int):
-        offset = stage * size + panel * rows * _ROW + rank * (box * _ROW)
+        offset = stage * size + panel * rows * _ROW + half * (box * _ROW)
         to = shared.access_ptr(2, "handle", 1, offset, box * _ROW)
-        return load(box_descriptor, barrier, to, (first_column + panel * _ROW, first_row + rank * box))
+        return load(box_descriptor, barrier, to, (first_column + panel * _ROW, first_row + half * box), blocks)
 
     @T.macro
     def emit():
