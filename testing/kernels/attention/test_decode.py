@@ -115,27 +115,31 @@ def hopper_text(of):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("of", "lengths", "sizes"),
+    ("of", "lengths", "sizes", "splits"),
     [
         # Codes of 8 bits, of one scale per head, and per page of halves of the columns; blocks that end inside
-        (problem(64, ARCH, cache=E4M3, scales="head"), (300, 70), (2, 2, 1)),
-        (problem(272, ARCH, cache=E4M3, page_size=64, scales="page"), (100, 70), (1, 2, 1)),
+        (problem(64, ARCH, cache=E4M3, scales="head"), (300, 70), (2, 2, 1), 2),
+        (problem(272, ARCH, cache=E4M3, page_size=64, scales="page"), (100, 70), (1, 2, 1), 2),
         # The same, few rows: by the MMA of a warp; pages of half a block, a window; head_dim that ends inside
-        (problem(64, ARCH, cache=E4M3, scales="head", has_few_rows=True), (600, 70), (1, 8, 1)),
-        (problem(144, ARCH, cache=E4M3, page_size=16, window=40, has_few_rows=True), (100, 70), (3, 4, 2)),
+        (problem(64, ARCH, cache=E4M3, scales="head", has_few_rows=True), (600, 70), (1, 8, 1), 2),
+        (problem(144, ARCH, cache=E4M3, page_size=16, window=40, has_few_rows=True), (100, 70), (3, 4, 2), 2),
         # Several pages in a block of keys; an odd number of blocks; a sequence without keys
-        (problem(128, ARCH, page_size=16, has_sinks=True), (200, 0), (3, 8, 2)),
+        (problem(128, ARCH, page_size=16, has_sinks=True), (200, 0), (3, 8, 2), 2),
         # Few rows, whose ranges the kernel adds: more ranges than it loads together; rows of several tokens, sinks
-        (FEW_ROWS, (1300, 0), (2, 6, 2)),
-        (problem(72, ARCH, window=40, has_few_rows=True), (300, 70), (1, 5, 1)),
+        (FEW_ROWS, (1300, 0), (2, 6, 2), 19),
+        (problem(72, ARCH, window=40, has_few_rows=True, has_many=True), (300, 70), (1, 5, 1), 2),
+        # One range each, which its block stores: one consumer, the MMA of a warp, consumers of halves of the columns
+        (problem(72, ARCH, has_sinks=True, has_few_rows=True, has_many=True), (300, 0), (2, 6, 2), 1),
+        (problem(64, ARCH, cache=E4M3, has_sinks=True, scales="head", has_few_rows=True), (200, 0), (1, 5, 1), 1),
+        (problem(296, ARCH, has_few_rows=True), (100, 70), (1, 2, 1), 1),
         # Wider heads: consumers of halves of the columns; no pages; a window; head_dim ends inside a half
-        (problem(296, ARCH, window=40, has_few_rows=True), (100, 70), (1, 2, 1)),
+        (problem(296, ARCH, window=40, has_few_rows=True), (100, 70), (1, 2, 1), 2),
     ],
 )
-def test_on_hopper(of, lengths, sizes):
+def test_on_hopper(of, lengths, sizes, splits):
     """Values by running the CUDA text on the CPU; every other byte of memory is a NaN."""
     file = next(file for file in decode_launch.KERNELS if file.takes(of))
-    case, config, splits = Case(of, lengths, *sizes), file.pick_config(of), 19 if lengths[0] == 1300 else 2
+    case, config = Case(of, lengths, *sizes), file.pick_config(of)
     assert file is (sm90_decode_mma if of.is_fp8 and of.has_few_rows else sm90_decode)
     results = sm90_sum.places(splits, config.ranges) if file.sums_ranges(of) else splits * config.ranges
     names = ("q", "cache_k", "cache_v", "seqlens", "page_table", "k_scale", "v_scale")
@@ -253,7 +257,7 @@ def test_stages(file, cache):
         of = problem(D, ARCH, cache=cache, has_few_rows=True)
         if file.takes(of):
             config = file.pick_config(of)
-            taking_turns = config.ranges if file is sm90_decode else config.warps
+            taking_turns = config.turns if file is sm90_decode else config.warps
             assert config.num_stages % taking_turns == 0
 
 

@@ -94,6 +94,7 @@ def test_decode(cuda):
         (24, 1, 100, 1),
         (8, 1, 65536, 66),
         (16, 50, 65536, 8),
+        (16, 256, 2048, 1),  # two blocks on each SM
     ):
         q, cache = torch.zeros(batch, 1, heads, 64, dtype=BF16), torch.zeros(batch, keys, 2, 64, dtype=BF16)
         seqlens, sinks = torch.full((batch,), keys, dtype=torch.int32), torch.zeros(heads)
@@ -112,4 +113,4 @@ def test_decode(cuda):
         addresses = {parameter & (1 << 64) - 1 for parameter in first.parameters}
         assert {given[i].data_ptr() for i in range(4)} <= addresses
         assert {given[i].data_ptr() for i in (7, -2, -1)} <= {parameter & (1 << 64) - 1 for parameter in total.parameters}
-    assert len(cuda.lines("load")) == 3
+    assert len(cuda.lines("load")) == 4

@@ -17,7 +17,7 @@ from torch import Tensor
 from tilelang_ext.kernels.attention import sm90_decode, sm90_decode_mma, sm90_sum, split_kv
 from tilelang_ext.kernels.attention.arguments import MAX_BATCH, DecodeArguments
 from tilelang_ext.kernels.attention.launch import check_elements
-from tilelang_ext.kernels.attention.problem import DecodeProblem
+from tilelang_ext.kernels.attention.problem import MANY, DecodeProblem
 from tilelang_ext.launch.cache import until_reload
 from tilelang_ext.launch.compile import compiled
 from tilelang_ext.launch.device import Target, current, target_of
@@ -30,6 +30,7 @@ KERNELS = (sm90_decode_mma, sm90_decode, split_kv)  # the first that takes a pro
 MAX_ELEMENTS = 2**31 - 1
 _OPTIONS = ("window", "softmax_scale")
 _NAMES = (*DecodeArguments._fields[:8], *_OPTIONS, "out", "lse")
+_HAS_FEW_ROWS = shape("q", 1) * shape("q", 2) <= sm90_sum.MAX_ROWS * shape("cache_k", 2)
 _KEY = (
     *(fact("value", name) for name in _OPTIONS),
     *(fact("dtype", name) for name in DecodeArguments._fields),
@@ -37,7 +38,8 @@ _KEY = (
     shape("q", 3),
     select(fact("present", "page_table"), shape("cache_k", 1), 0),
     fact("rank", "k_scale"),
-    shape("q", 1) * shape("q", 2) <= sm90_sum.MAX_ROWS * shape("cache_k", 2),
+    _HAS_FEW_ROWS,
+    _HAS_FEW_ROWS * apply("<=", MANY, shape("q", 0) * shape("cache_k", 2)),
 )
 _TYPES = {"window": "int", "softmax_scale": "float"}
 RECIPE = {
@@ -56,6 +58,7 @@ def plan() -> Plan:
 
 def problem_of(given: DecodeArguments, window: int, scale: float, target: Target) -> DecodeProblem:
     """Return what a call, whose arguments have been checked, is compiled for."""
+    has_few_rows = given.q.shape[1] * given.q.shape[2] <= sm90_sum.MAX_ROWS * given.cache_k.shape[2]
     return DecodeProblem(
         target_kind=target.kind,
         arch=target.arch,
@@ -68,7 +71,8 @@ def problem_of(given: DecodeArguments, window: int, scale: float, target: Target
         page_size=0 if given.page_table is None else given.cache_k.shape[1],
         scales="" if given.k_scale is None else ("head", "page")[given.k_scale.dim() - 1],
         has_sinks=given.sinks is not None,
-        has_few_rows=given.q.shape[1] * given.q.shape[2] <= sm90_sum.MAX_ROWS * given.cache_k.shape[2],
+        has_few_rows=has_few_rows,
+        has_many=has_few_rows and given.q.shape[0] * given.cache_k.shape[2] >= MANY,
     )
 
 

@@ -30,6 +30,7 @@ HEAD_DIM_UNIT = 8  # elements of 16 bits: 16 bytes, as TMA demands
 MAX_HEAD_DIM = 512
 LOG2_E = math.log2(math.e)
 FP8 = "float8_e4m3fn"
+MANY = 128  # about the SMs of a GPU
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,21 @@ class DecodeProblem:
     scales: str = ""  # "head" or "page": what has a scale of its own
     has_sinks: bool = False
     has_few_rows: bool = False  # whether tokens times heads of q that share one of k and v are at most 8
+    has_many: bool = False  # whether, of few rows, sequences times heads of k and v are at least MANY
 
     def of_sum(self) -> DecodeProblem:
         """Return all that the sum over ranges depends on."""
-        return replace(self, num_sms=0, cache_dtype=self.dtype, scale=1.0, window=0, page_size=0, scales="", has_few_rows=False)
+        return replace(
+            self,
+            num_sms=0,
+            cache_dtype=self.dtype,
+            scale=1.0,
+            window=0,
+            page_size=0,
+            scales="",
+            has_few_rows=False,
+            has_many=False,
+        )
 
     @property
     def is_fp8(self) -> bool:

@@ -7,12 +7,13 @@ Takes what `split_kv` takes, but for pages that blocks of keys neither divide no
 heads that share a head of k and v, at most 64. Codes of 8 bits are converted by the consumers, each of which has a place for
 the keys and one for the values that its MMAs read: values while S is computed.
 
-Warp roles, of a block of 384 threads, one block per SM:
+Warp roles, of a block of 384 threads, one block per SM, or of 256, two blocks:
 
 | warpgroup | role | registers |
 | --- | --- | --- |
 | 0 | producer: TMA loads of k and v | 24 |
 | 1, 2 | consumers: all rows, of every other block of keys; from a head_dim of 264 on, of one half of the value columns | 240 |
+| 1 | the consumer of a block of 256 threads | 232 |
 
 Pipeline, producer role -> consumer role:
 
@@ -26,7 +27,11 @@ Steady state:
     consumers  wait | S = q k^T | mask, softmax | O = a O + P v | release
     of codes   wait | convert k | issue S = q k^T | convert v, release | S is complete: mask, softmax | O = a O + P v
 
-Consumers of different blocks of keys have different ranges: each writes a result of its own.
+Consumers of different blocks of keys have different ranges. Of at most eight rows the first adds what the second has, up to 192
+channels; otherwise each writes a result of its own. Where a sequence is one range, its block stores the result itself.
+
+From `MANY` sequences and heads of k and v on, two blocks of one consumer share an SM: one begins, or ends, while the keys and
+values of the other come.
 """
 
 import functools
@@ -41,16 +46,15 @@ from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS, PTX_TY
 from tilelang_ext.kernels.attention.sm90_config import WGMMA_K, WGMMA_M
 from tilelang_ext.kernels.attention.sm90_decode_codes import CONVERT_SOURCE, convert
 from tilelang_ext.kernels.attention.sm90_decode_load import MAX_COLUMNS, Range, produce, takes_pages
-from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax, log2
+from tilelang_ext.kernels.attention.sm90_decode_rows import CONSUMERS_MEET, clear_q, load_q, merge, store
+from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, Softmax, alloc_softmax
 from tilelang_ext.kernels.attention.sm90_sum import range_sum
 from tilelang_ext.kernels.attention.tiles import PANEL, decode_and_sum_prim_func, decode_prim_func
 from tilelang_ext.kernels.sm90 import pdl, split_tiles
 from tilelang_ext.kernels.sm90.pipeline import Pipeline, alloc_pipeline
 from tilelang_ext.kernels.sm90.roles import WARP, WARPGROUP, Roles, dispatch, warpgroup_sync
 
-_ROLES = Roles(2, 24, 240)
-_CONSUMERS = 2
-_CONSUMERS_MEET = 8  # number of a named barrier
+_ROLES = {1: Roles(1, 24, 232), 2: Roles(2, 24, 240)}
 _ROW_BYTES, _UNIT = 128, 16  # of a row of shared memory; of a descriptor
 
 
@@ -66,24 +70,36 @@ class Config:
     num_stages: int
     halves: int
     columns: int  # value columns of a thread block, for the number of ranges
+    consumers: int = 2  # of one, two blocks lie on an SM
+    merges: bool = False  # whether the consumers of a block add what they have, at most eight rows
     block_M: int = WGMMA_M
 
     def __post_init__(self):
-        assert self.num_stages % self.ranges == 0
+        assert self.num_stages % self.turns == 0
+
+    @property
+    def turns(self) -> int:
+        """Consumers that take turns at the blocks of keys."""
+        return self.consumers // self.halves
 
     @property
     def ranges(self) -> int:
         """Results of a block."""
-        return _CONSUMERS // self.halves
+        return 1 if self.merges else self.turns
 
     @property
     def parts(self) -> int:
-        """Consumers of a block, which store their results by themselves."""
-        return _CONSUMERS
+        """Consumers of a block that store results by themselves."""
+        return 1 if self.merges else self.consumers
 
     @property
     def blocks_per_sm(self) -> int:
-        return 1
+        return 2 // self.consumers
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks of keys of a range, with fewer of which a thread block's start costs more than it saves: 128 KB."""
+        return 4 // self.halves
 
 
 def pick_config(problem: DecodeProblem) -> Config:
@@ -96,11 +112,14 @@ def pick_config(problem: DecodeProblem) -> Config:
         (384, Config(32, 4, 2, MAX_COLUMNS)),
         (512, Config(32, 2, 2, MAX_COLUMNS)),
     ]
+    many = [(64, Config(128, 3, 1, MAX_COLUMNS, 1)), (128, Config(64, 3, 1, MAX_COLUMNS, 1))] if problem.has_many else []
+    merges = problem.has_few_rows
     table = [
         # (head_dim up to, config)
-        (64, Config(128, 6, 1, MAX_COLUMNS)),
-        (128, Config(64, 6, 1, MAX_COLUMNS)),
-        (192, Config(64, 4, 1, MAX_COLUMNS)),
+        *many,
+        (64, Config(128, 6, 1, MAX_COLUMNS, merges=merges)),
+        (128, Config(64, 6, 1, MAX_COLUMNS, merges=merges)),
+        (192, Config(64, 4, 1, MAX_COLUMNS, merges=merges)),
         (256, Config(32, 6, 1, MAX_COLUMNS)),
         (384, Config(32, 3, 2, MAX_COLUMNS)),
         (512, Config(32, 2, 2, MAX_COLUMNS)),
@@ -117,7 +136,15 @@ class _Traits:
 
     problem: DecodeProblem
     config: Config
-    roles: Roles = _ROLES
+
+    @property
+    def roles(self) -> Roles:
+        return _ROLES[self.config.consumers]
+
+    @property
+    def gives_wholes(self) -> bool:
+        """Whether a block stores the results of a sequence that is one range: it has no other range to add."""
+        return sums_ranges(self.problem) and self.config.ranges == 1
 
     @property
     def panels(self) -> int:
@@ -149,6 +176,7 @@ class _Block:
     v_s: Any  # the same
     k_operand_s: Any  # what MMAs read: k_s, or of codes (consumers, panels, block_N, 64) in 16 bits
     v_operand_s: Any  # the same, of the consumer's columns
+    merged_s: Any  # (values, lanes) float32: what the second consumer gives to the first
     scales: Any  # of codes: k_scale and v_scale
     pipeline: Pipeline
     page_table: Any
@@ -186,7 +214,8 @@ def _split_kv(traits, operands, seqlens, page_table, results):
     row_tiles = T.ceildiv(operands.q.shape[1] * T.truncdiv(operands.q.shape[2], operands.cache_k.shape[2]), WGMMA_M)
     kv_heads = operands.cache_k.shape[2]
     splits = _splits(traits, results)
-    with T.Kernel(splits, kv_heads * row_tiles, operands.q.shape[0], threads=_ROLES.threads) as (split, by, batch):
+    with T.Kernel(splits, kv_heads * row_tiles, operands.q.shape[0], threads=traits.roles.threads) as (split, by, batch):
+        T.annotate_min_blocks_per_sm(traits.config.blocks_per_sm)
         T.import_source(
             SOURCE
             + (CONVERT_SOURCE if traits.problem.is_fp8 else "")
@@ -201,14 +230,21 @@ def _split_kv(traits, operands, seqlens, page_table, results):
         )
         k_operand_s, v_operand_s = _alloc_operands(traits, k_s, v_s)
         T.annotate_layout({buffer: make_swizzled_layout(buffer) for buffer in (q_s, k_operand_s, v_operand_s)})
+        merged_s = T.alloc_shared((traits.half * PANEL // 4 + 2, WARP), "float32") if traits.config.merges else None
         pipeline = alloc_pipeline(traits.config.num_stages, 1, 4 * traits.config.halves)
         thread = T.get_thread_binding()
         group = T.alloc_var("int32", T.truncdiv(operands.q.shape[2], kv_heads))
-        pdl.wait()
-        length = T.alloc_var("int32", seqlens[batch])
         row, kv_head = T.int32(0), by
         if not traits.problem.has_few_rows:
             row, kv_head = T.alloc_var("int32", T.truncdiv(by, kv_heads) * WGMMA_M), T.truncmod(by, kv_heads)
+        clear_q(traits, q_s, thread)
+        T.fence_proxy_async()
+        T.sync_threads()
+        pdl.wait()
+        # Ahead of all loads of keys and values, behind which those of q would wait for several us.
+        if thread >= WARPGROUP:
+            load_q(traits, operands, q_s, batch, kv_head, row, group, thread - WARPGROUP)
+        length = T.alloc_var("int32", seqlens[batch])
         first = T.alloc_var("int32", 0)
         if traits.problem.window:
             position = length - operands.q.shape[1] + T.truncdiv(row, group)
@@ -222,8 +258,8 @@ def _split_kv(traits, operands, seqlens, page_table, results):
             operands,
             results,
             _Block(
-                q_s, k_s, v_s, k_operand_s, v_operand_s, (operands.k_scale, operands.v_scale), pipeline, page_table, keys,
-                batch, kv_head, split, thread,
+                q_s, k_s, v_s, k_operand_s, v_operand_s, merged_s, (operands.k_scale, operands.v_scale), pipeline, page_table,
+                keys, batch, kv_head, split, thread,
             ),
         )  # fmt: skip
 
@@ -240,14 +276,16 @@ def _alloc_operands(traits: _Traits, k_s, v_s) -> tuple:
     if not traits.problem.is_fp8:
         return k_s, v_s
     panels = traits.panels, traits.half
-    return tuple(T.alloc_shared((_CONSUMERS, n, traits.config.block_N, PANEL), traits.problem.dtype) for n in panels)
+    return tuple(
+        T.alloc_shared((traits.config.consumers, n, traits.config.block_N, PANEL), traits.problem.dtype) for n in panels
+    )
 
 
 def _dispatch_roles(traits: _Traits, operands: DecodeOperands, results: DecodeResults, block: _Block) -> None:
     dispatch(
         block.thread,
         (WARPGROUP, functools.partial(produce, traits, operands, block)),
-        (_CONSUMERS * WARPGROUP, functools.partial(_consume_all, traits, operands, results, block)),
+        (traits.roles.consumer_threads, functools.partial(_consume_all, traits, operands, results, block)),
     )
 
 
@@ -259,36 +297,52 @@ def _consume_all(traits, operands, results, block):
     """Compute the ranges of the consumers, and add those of the head where this block is to add."""
     traits.roles.begin_consumer()
     _dispatch_consumers(traits, operands, results, block)
-    if sums_ranges(traits.problem):
-        range_sum(traits, operands, results, block, _CONSUMERS_MEET).add(block.thread - WARPGROUP)
+    if sums_ranges(traits.problem) and (not traits.gives_wholes or results.given.shape[2] > 1):
+        range_sum(traits, operands, results, block, CONSUMERS_MEET).add(block.thread - WARPGROUP)
 
 
 def _dispatch_consumers(traits: _Traits, operands: DecodeOperands, results: DecodeResults, block: _Block) -> None:
-    consumers = (functools.partial(_consume, traits, operands, results, block, number) for number in range(_CONSUMERS))
+    consumers = (
+        functools.partial(_consume, traits, operands, results, block, number) for number in range(traits.config.consumers)
+    )
     dispatch(block.thread - WARPGROUP, *((WARPGROUP, consumer) for consumer in consumers))
 
 
 @T.macro
 def _consume(traits, operands, results, block, number):
     """Compute the consumer's range, or its half of the columns."""
-    consumer = _alloc_consumer(traits, block, number)
-    _load_q(traits, operands, block, consumer)
+    consumer, consumers = _alloc_consumer(traits, block, number), traits.config.consumers
     consumer.softmax.start()
     for i in T.unroll(traits.half * PANEL // 2):
         consumer.O[i] = T.float32(0)
     if traits.config.halves == 1:
-        for i in T.serial(T.truncdiv(block.keys.num_blocks + _CONSUMERS - 1 - number, _CONSUMERS)):
-            _attend(traits, block, consumer, i * _CONSUMERS + number)
+        for i in T.serial(T.truncdiv(block.keys.num_blocks + consumers - 1 - number, consumers)):
+            _attend(traits, block, consumer, i * consumers + number)
     else:
         for i in T.serial(block.keys.num_blocks):
             _attend(traits, block, consumer, i)
     # Not earlier: the blocks of the sum would all go to the few SMs that have none of this kernel's.
     pdl.trigger()
-    _store(traits, operands, results, block, consumer)
+    if traits.config.merges:
+        merge(traits, block, consumer)
+    if traits.config.merges and number > 0:
+        pass
+    elif traits.gives_wholes:
+        if results.given.shape[2] == 1:
+            store(traits, operands, results, block, consumer, True)
+        else:
+            _store_range(traits, operands, results, block, consumer)
+    else:
+        _store_range(traits, operands, results, block, consumer)
+
+
+@T.macro
+def _store_range(traits, operands, results, block, consumer):
+    store(traits, operands, results, block, consumer, False)
     if sums_ranges(traits.problem) and consumer.thread < WARP:  # which has stored all eight rows
         T.sync_warp()
         if consumer.thread == 0:
-            range_sum(traits, operands, results, block, _CONSUMERS_MEET).give(consumer.number)
+            range_sum(traits, operands, results, block, CONSUMERS_MEET).give(consumer.number)
 
 
 def _alloc_consumer(traits: _Traits, block: _Block, number: int) -> _Consumer:
@@ -315,25 +369,6 @@ def _alloc_consumer(traits: _Traits, block: _Block, number: int) -> _Consumer:
     softmax = alloc_softmax(traits.problem, thread // WARP * 16 + lane // 4, lane % 4 * 2, scale)
     S, P, O, *descriptors = alloc()
     return _Consumer(number, S, P, O, softmax, *descriptors, thread)
-
-
-@T.macro
-def _load_q(traits, operands, block, consumer):
-    """Load one half of the rows, 16 bytes at a time; rows and channels past the end are zeros."""
-    rows = operands.q.shape[1] * block.keys.group
-    for turn in T.serial(traits.panels * WGMMA_M * 8 // (_CONSUMERS * WARPGROUP)):
-        piece = (turn * _CONSUMERS + consumer.number) * WARPGROUP + consumer.thread
-        panel, row, channel = piece // (WGMMA_M * 8), piece // 8 % WGMMA_M, piece % 8 * 8
-        if (block.keys.row + row < rows) and (panel * PANEL + channel < traits.problem.head_dim):
-            token = T.alloc_var("int32", T.truncdiv(block.keys.row + row, block.keys.group))
-            head = T.alloc_var("int32", (block.kv_head - token) * block.keys.group + block.keys.row + row)
-            for e in T.vectorized(8):
-                block.q_s[panel, row, channel + e] = operands.q[block.batch, token, head, panel * PANEL + channel + e]
-        else:
-            for e in T.vectorized(8):
-                block.q_s[panel, row, channel + e] = T.cast(0, traits.problem.dtype)
-    T.fence_proxy_async()
-    T.sync_threads(barrier_id=_CONSUMERS_MEET, arrive_count=_CONSUMERS * WARPGROUP)
 
 
 @T.macro
@@ -465,39 +500,6 @@ def _clear_values(traits, block, consumer, stage, rows):
                     )
         T.fence_proxy_async()
         warpgroup_sync(consumer.number)
-
-
-# --- epilogue of a consumer ------------------------------------------------------------------------------------------
-
-
-@T.macro
-def _store(traits, operands, results, block, consumer):
-    """Store O divided by the sums, and their logarithms, where the consumer's results lie."""
-    softmax = consumer.softmax
-    place = block.split * traits.config.ranges + (consumer.number if traits.config.halves == 1 else 0)
-    first = consumer.number * traits.half * PANEL if traits.config.halves > 1 else 0
-    rows = operands.q.shape[1] * block.keys.group
-    for r in T.unroll(2):
-        row = block.keys.row + softmax.row + 8 * r
-        token = T.alloc_var("int32", T.truncdiv(row, block.keys.group))
-        head = T.alloc_var("int32", (block.kv_head - token) * block.keys.group + row)
-        total = T.alloc_var("float32", softmax.total[r])
-        total = total + T.shfl_xor(total, 1)
-        total = total + T.shfl_xor(total, 2)
-        inverse = T.alloc_var("float32", T.if_then_else(total > T.float32(0), T.float32(1) / total, T.float32(0)))
-        if traits.problem.scales == "head":
-            inverse = inverse * operands.v_scale[block.kv_head]
-        if row < rows:
-            if (softmax.column == 0) and (first == 0):
-                results.partial_lse[place, block.batch, head, token] = T.if_then_else(
-                    total > T.float32(0), softmax.maximum[r] * softmax.scale + log2(total), -T.infinity("float32")
-                )
-            for j in T.unroll(traits.half * PANEL // 8):
-                if first + j * 8 < traits.problem.head_dim:
-                    for i in T.vectorized(2):
-                        results.partial[place, block.batch, token, head, first + j * 8 + softmax.column + i] = (
-                            consumer.O[4 * j + 2 * r + i] * inverse
-                        )
 
 
 # --- host ------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from typing import Any
 from tilelang.layout import make_swizzled_layout
 
 from tilelang_ext import language as T
-from tilelang_ext.kernels.attention.problem import DecodeOperands, DecodeProblem, DecodeResults
+from tilelang_ext.kernels.attention.problem import LOG2_E, DecodeOperands, DecodeProblem, DecodeResults
 from tilelang_ext.kernels.attention.sm90_block import ARCH, PASS_CONFIGS
 from tilelang_ext.kernels.attention.sm90_decode_load import MAX_COLUMNS, Range, produce, takes_pages
 from tilelang_ext.kernels.attention.sm90_softmax import SOURCE, exp2, log2
@@ -107,6 +107,7 @@ class Config:
     ranges: int = 1
     parts: int = 1
     blocks_per_sm: int = 1
+    min_blocks: int = 4  # of keys in a range
 
     def __post_init__(self):
         assert self.num_stages % self.warps == 0
@@ -185,6 +186,7 @@ class _Block:
     k_s: Any  # (num_stages, panels, block_N, width) codes
     v_s: Any  # the same
     O_s: Any  # (warps, ROWS, channels) float32
+    q: Any  # registers of a lane: row g of q
     peak_s: Any  # (warps, ROWS) float32: of exponents of 2
     total_s: Any  # the same
     scales: Any  # k_scale and v_scale
@@ -240,6 +242,8 @@ def _split_kv(traits, operands, seqlens, page_table, results):
         thread = T.get_thread_binding()
         group = T.alloc_var("int32", T.truncdiv(operands.q.shape[2], kv_heads))
         pdl.wait()
+        # Ahead of all loads of keys and values, behind which those of q would wait for several us.
+        q = _fetch_q(traits, operands, batch, kv_head, group, thread)
         length = T.alloc_var("int32", seqlens[batch])
         first = T.alloc_var("int32", 0)
         if traits.problem.window:
@@ -254,7 +258,7 @@ def _split_kv(traits, operands, seqlens, page_table, results):
             operands,
             results,
             _Block(
-                k_s, v_s, O_s, peak_s, total_s, (operands.k_scale, operands.v_scale), pipeline, page_table, keys, batch,
+                k_s, v_s, O_s, q, peak_s, total_s, (operands.k_scale, operands.v_scale), pipeline, page_table, keys, batch,
                 kv_head, split, thread,
             ),
         )  # fmt: skip
@@ -276,7 +280,7 @@ def _consume(traits, operands, results, block):
     """Compute the warp's blocks of the range, and what all warps have of it."""
     traits.roles.begin_consumer()
     consumer = _alloc_consumer(traits, block)
-    _load_q(traits, operands, block, consumer)
+    _scale_q(traits, block, consumer)
     for r in T.unroll(2):
         consumer.maximum[r] = _NOTHING
         consumer.total[r] = T.float32(0)
@@ -287,11 +291,12 @@ def _consume(traits, operands, results, block):
         _attend(traits, block, consumer, i * warps + consumer.warp)
     pdl.trigger()
     _store(traits, operands, results, block, consumer)
-    ranges = range_sum(traits, operands, results, block, _CONSUMERS_MEET)
-    T.sync_threads(barrier_id=_CONSUMERS_MEET, arrive_count=ranges.threads)
-    if block.thread == WARPGROUP:
-        ranges.give(0)
-    ranges.add(block.thread - WARPGROUP)
+    if results.given.shape[2] > 1:
+        ranges = range_sum(traits, operands, results, block, _CONSUMERS_MEET)
+        T.sync_threads(barrier_id=_CONSUMERS_MEET, arrive_count=ranges.threads)
+        if block.thread == WARPGROUP:
+            ranges.give(0)
+        ranges.add(block.thread - WARPGROUP)
 
 
 def _alloc_consumer(traits: _Traits, block: _Block) -> _Consumer:
@@ -314,20 +319,19 @@ def _first_channel(traits: _Traits, piece: int, t):
     return t * _PIECE if traits.width == 64 else piece // 2 * traits.width + (2 * t + piece % 2) * _PIECE
 
 
-def _load_q(traits: _Traits, operands: DecodeOperands, block: _Block, consumer: _Consumer) -> None:
-    """Load row g of q, times the power of two that brings its largest element near 1; rows and channels past the end are 0."""
-    D = traits.problem.head_dim
-    Q, g, t, group = consumer.Q, consumer.g, consumer.t, block.keys.group
+def _fetch_q(traits: _Traits, operands: DecodeOperands, batch, kv_head, group, thread):
+    """Begin to load row g of q, and return it; rows and channels past the end are 0."""
+    D, lane = traits.problem.head_dim, thread % WARP
+    g, t = lane // 4, lane % 4
 
     @T.macro
     def load(values, piece, channel, is_row, token, head):
         for e in T.unroll(_PIECE // 8):
+            for i in T.vectorized(8):
+                values[piece * _PIECE + e * 8 + i] = T.cast(0, traits.problem.dtype)
             if is_row and (channel + e * 8 < D):
                 for i in T.vectorized(8):
-                    values[piece * _PIECE + e * 8 + i] = operands.q[block.batch, token, head, channel + e * 8 + i]
-            else:
-                for i in T.unroll(8):
-                    values[piece * _PIECE + e * 8 + i] = T.cast(0, traits.problem.dtype)
+                    values[piece * _PIECE + e * 8 + i] = operands.q[batch, token, head, channel + e * 8 + i]
 
     def load_all(values, *row):
         for piece in range(traits.pieces):
@@ -337,7 +341,18 @@ def _load_q(traits: _Traits, operands: DecodeOperands, block: _Block, consumer: 
     def emit():
         values = T.alloc_local((traits.pieces * _PIECE,), traits.problem.dtype)
         token = T.alloc_var("int32", T.truncdiv(g, group))
-        load_all(values, g < operands.q.shape[1] * group, token, (block.kv_head - token) * group + g)
+        load_all(values, g < operands.q.shape[1] * group, token, (kv_head - token) * group + g)
+        return values
+
+    return emit()
+
+
+def _scale_q(traits: _Traits, block: _Block, consumer: _Consumer) -> None:
+    """Make the right operand of row g of q, times the power of two that brings its largest element near 1."""
+    Q, t, values = consumer.Q, consumer.t, block.q
+
+    @T.macro
+    def emit():
         largest = T.alloc_var("float32", 0.0)
         for i in T.unroll(traits.pieces * _PIECE):
             largest = T.max(largest, T.abs(T.cast(values[i], "float32")))
@@ -506,7 +521,8 @@ def _update(traits, consumer):
 
 @T.macro
 def _store(traits, operands, results, block, consumer):
-    """Store O divided by the sums, and their logarithms, of all warps."""
+    """Store O divided by the sums, and their logarithms, of all warps: of a range, or of all keys where they are one range."""
+    is_whole = results.given.shape[2] == 1
     warps, channels, threads = traits.config.warps, traits.channels, traits.roles.consumer_threads
     group = block.keys.group
     for r in T.unroll(2):
@@ -549,14 +565,25 @@ def _store(traits, operands, results, block, consumer):
             for w in T.unroll(warps):
                 total = total + block.total_s[w, row] * exp2(block.peak_s[w, row] - peak)
                 value = value + block.O_s[w, row, channel]
-            inverse = T.alloc_var("float32", T.if_then_else(total > T.float32(0), T.float32(1) / total, T.float32(0)))
+            part = T.alloc_var("float32", 1.0)
+            if traits.problem.has_sinks and is_whole:
+                sink = T.alloc_var("float32", results.sinks[head] * T.float32(LOG2_E))
+                common = T.alloc_var("float32", T.max(peak, sink))
+                part = exp2(peak - common)
+                total = total * part + exp2(sink - common)
+                peak = common
+            inverse = T.alloc_var("float32", T.if_then_else(total > T.float32(0), part / total, T.float32(0)))
             if traits.problem.scales == "head":
                 inverse = inverse * block.scales[1][block.kv_head]
-            results.partial[block.split, block.batch, token, head, channel] = value * inverse
-            if channel == 0:
-                results.partial_lse[block.split, block.batch, head, token] = T.if_then_else(
-                    total > T.float32(0), peak + log2(total), _NOTHING
-                )
+            logarithm = T.alloc_var("float32", T.if_then_else(total > T.float32(0), peak + log2(total), _NOTHING))
+            if is_whole:
+                results.out[block.batch, token, head, channel] = T.cast(value * inverse, traits.problem.dtype)
+                if channel == 0:
+                    results.lse[block.batch, head, token] = logarithm * T.float32(1 / LOG2_E)
+            else:
+                results.partial[block.split, block.batch, token, head, channel] = value * inverse
+                if channel == 0:
+                    results.partial_lse[block.split, block.batch, head, token] = logarithm
 
 
 # --- host ------------------------------------------------------------------------------------------------------------

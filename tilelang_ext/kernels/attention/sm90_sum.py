@@ -28,6 +28,7 @@ MAX_ROWS = 8
 _MOST = 16  # blocks whose results one block adds
 _GROUP = 8
 _WIDTH = 4  # channels of one load of a lane
+_VALUES = 144  # registers for loads that are on their way together
 _NOTHING = -T.infinity("float32")
 
 
@@ -115,35 +116,47 @@ def _wait(of, level, begin, count, lane):
 
 @T.macro
 def _add_row(of, first, last, is_final, token, head, lane):
-    """Add a row of the results from `first` to `last`, by one warp; the result of a group is stored behind all."""
+    """Add a row of the results from `first` to `last`, by one warp; the result of a group is stored behind all.
+
+    A result takes as many lanes as it has loads of `_WIDTH` channels, so that a warp reads several narrow ones beside each
+    other. All loads of a step are on their way together.
+    """
     results, batch, D = of.results, of.batch, of.problem.head_dim
-    loads = -(-D // (WARP * _WIDTH))  # of a lane, for each range
-    together = 16 // min(loads, 2)  # ranges whose loads are under way together
-    values = T.alloc_local((together * loads * _WIDTH,), "float32")
-    lse = T.alloc_local((together,), "float32")
+    lanes = min(WARP, 1 << (-(-D // _WIDTH) - 1).bit_length())
+    beside, loads = WARP // lanes, -(-D // (lanes * _WIDTH))
+    turns = min(_VALUES // (loads * _WIDTH), WARP // beside)
+    together = turns * beside
+    values = T.alloc_local((turns * loads * _WIDTH,), "float32")
     sums = T.alloc_local((loads * _WIDTH,), "float32")
     total, peak = T.alloc_var("float32", 0.0), T.alloc_var("float32", -1e30)
     for e in T.unroll(loads * _WIDTH):
         sums[e] = T.float32(0)
     for step in T.serial(T.truncdiv(last - first + together, together)):
-        for i in T.unroll(together):
-            place = T.alloc_var("int32", T.min(first + step * together + i, last))
-            lse[i] = results.partial_lse[place, batch, head, token]
-            for load in T.unroll(loads):
-                channel = T.min((load * WARP + lane) * _WIDTH, D - _WIDTH)
-                for e in T.vectorized(_WIDTH):
-                    values[(i * loads + load) * _WIDTH + e] = results.partial[place, batch, token, head, channel + e]
+        place = T.alloc_var("int32", first + step * together)
+        own = T.alloc_var("float32", _NOTHING)  # lse of the lane's result
+        if (lane < together) and (place + lane <= last):
+            own = results.partial_lse[place + lane, batch, head, token]
+        for e in T.unroll(turns * loads * _WIDTH):
+            values[e] = T.float32(0)
+        for i in T.unroll(turns):
+            if place + i * beside + lane // lanes <= last:
+                for load in T.unroll(loads):
+                    channel = T.min((load * lanes + lane % lanes) * _WIDTH, D - _WIDTH)
+                    for e in T.vectorized(_WIDTH):
+                        values[(i * loads + load) * _WIDTH + e] = results.partial[
+                            place + i * beside + lane // lanes, batch, token, head, channel + e
+                        ]
         before = T.alloc_var("float32", peak)
-        for i in T.unroll(together):
-            if first + step * together + i > last:
-                lse[i] = _NOTHING
-            peak = T.max(peak, lse[i])
-        total = total * _rescale(sums, before, peak)
-        for i in T.unroll(together):
-            weight = T.alloc_var("float32", exp2(lse[i] - peak))
-            total = total + weight
+        peak = T.max(peak, _of_warp(T.max, own))
+        weight = T.alloc_var("float32", exp2(own - peak))
+        total = total * _rescale(sums, before, peak) + _of_warp(lambda x, y: x + y, weight)
+        for i in T.unroll(turns):
+            factor = T.alloc_var("float32", _from_lane(weight, i * beside + lane // lanes))
             for e in T.unroll(loads * _WIDTH):
-                sums[e] = sums[e] + weight * values[i * loads * _WIDTH + e]
+                sums[e] = sums[e] + factor * values[i * loads * _WIDTH + e]
+    for distance in [lanes << n for n in range(beside.bit_length() - 1)]:
+        for e in T.unroll(loads * _WIDTH):
+            sums[e] = sums[e] + T.shfl_xor(sums[e], distance)
     if of.problem.has_sinks and is_final:
         sink = T.alloc_var("float32", results.sinks[head] * T.float32(LOG2_E))
         before = T.alloc_var("float32", peak)
@@ -153,8 +166,8 @@ def _add_row(of, first, last, is_final, token, head, lane):
     total_lse = T.alloc_var("float32", T.if_then_else(total > T.float32(0), peak + log2(total), _NOTHING))
     to = T.alloc_var("int32", of.splits * of.ranges + T.truncdiv(of.split, _GROUP))
     for load in T.unroll(loads):
-        channel = (load * WARP + lane) * _WIDTH
-        if channel < D:
+        channel = (load * lanes + lane) * _WIDTH
+        if (lane < lanes) and (channel < D):
             if is_final:
                 for e in T.vectorized(_WIDTH):
                     results.out[batch, token, head, channel + e] = T.cast(sums[load * _WIDTH + e] * inverse, of.problem.dtype)
@@ -166,6 +179,19 @@ def _add_row(of, first, last, is_final, token, head, lane):
             results.lse[batch, head, token] = total_lse * T.float32(1 / LOG2_E)
         else:
             results.partial_lse[to, batch, head, token] = total_lse
+
+
+def _from_lane(value, lane):
+    return T.call_extern("float32", "__shfl_sync", T.uint32(0xFFFFFFFF), value, lane, WARP)
+
+
+@T.macro
+def _of_warp(combine, value):
+    """Return what `combine` makes of the values of all lanes."""
+    result = T.alloc_var("float32", value)
+    for distance in [16, 8, 4, 2, 1]:
+        result = combine(result, T.shfl_xor(result, distance))
+    return result
 
 
 @T.macro

@@ -23,7 +23,6 @@ from tilelang_ext.marks import ROLLED_K
 
 PASS_CONFIGS = {"tl.disable_warp_specialized": True, "tl.disable_tma_lower": True}
 _LANES = 64  # channels come in multiples of these: what lies past head_dim is zero
-_MIN_BLOCKS = 4  # of keys in a range, or a block's start costs more than it saves
 MAX_SPLITS = 64  # twice as many of few rows
 _WAVES = 6
 _MIN_RANGE_BYTES = 1 << 19  # of keys and values, 8 times what is read while a block begins and ends
@@ -56,6 +55,11 @@ class Config:
     def blocks_per_sm(self) -> int:
         return 2
 
+    @property
+    def min_blocks(self) -> int:
+        """Blocks of keys of a range, with fewer of which a thread block's start costs more than it saves."""
+        return 4
+
 
 def pick_config(problem: DecodeProblem) -> Config:
     """Return the configuration for the device, as `tiled` has it: none of them has been timed."""
@@ -75,7 +79,7 @@ def num_splits(problem: DecodeProblem, config: Config, batch, rows, kv_heads, ke
     places = config.blocks_per_sm * (problem.num_sms or _METAL_CORES)
     parts = -(-problem.head_dim // config.columns)
     blocks = apply("max", batch * kv_heads * ((rows + (config.block_M - 1)) // config.block_M) * parts, 1)
-    most = apply("min", keys // (config.block_N * _MIN_BLOCKS), MAX_SPLITS * (2 if problem.has_few_rows else 1))
+    most = apply("min", keys // (config.block_N * config.min_blocks), MAX_SPLITS * (2 if problem.has_few_rows else 1))
     once = apply("max", apply("//", places, blocks), 1)
     waves = apply("//", blocks + (places - 1), places)
     row_bytes = 2 * problem.head_dim * (1 if problem.is_fp8 else 2)
