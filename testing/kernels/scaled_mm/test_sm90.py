@@ -191,7 +191,7 @@ def test_instructions():
     cases = {
         "fast": (4096, 4096, 7168, ROWS, True),
         "rows": (4096, 4096, 7168, ROWS, False),
-        "blocks": (4437, 23296, 15232, BLOCKS, False),
+        "blocks": (3199, 10240, 27520, BLOCKS, False),
         "few_rows": (16, 4096, 7168, ROWS, False),
         "few_blocks": (128, 4096, 7168, BLOCKS, False),
         "swapped": (8, 27648, 7168, BLOCKS, False),
@@ -239,6 +239,9 @@ def test_instructions():
         (48, 10240, 8192, BLOCKS, False, Config(64, 80, 8, 16, 132, num_consumers=1)),  # 128 tiles in one wave
         # 48 tiles of 173 K blocks: 33 blocks for each of their four rows
         (297, 1536, 22144, BLOCKS, False, Config(80, 128, 7, 40, 132, is_swapped=True, divides_k=True)),
+        (374, 3584, 9344, BLOCKS, False, Config(128, 96, 7, 32, 132)),  # 114 tiles in one wave: all stages that fit
+        # Many rows: 207 columns of tiles fill waves better than 166 or 138; operands are not swapped
+        (936, 26496, 29184, BLOCKS, False, Config(128, 128, 4, 32, 132)),
         # 540 tiles, 12 more than fill four waves: the last 144 are divided, all in one line
         (1475, 11520, 10624, BLOCKS, False, Config(256, 128, 4, 32, 132, divides_k=True)),
         (1131, 7808, 23040, BLOCKS, False, Config(128, 192, 4, 32, 132)),  # nine rows of tiles: none is divided

@@ -101,7 +101,7 @@ MODELS = {
     "fast": Model(0.01654, 0.02608, 1.0, 1.025, 1.017, 0.01392, 0.2887, 0.03, 0.0007107, 0.3985, 0.226, 0.0, 1.02, 0.0),
     # Those of blocks as they were fitted before their last fit: rows without fast accumulation were not.
     "rows": Model(0.02268, 0.03737, 1.145, 1.115, 1.019, 0.0, 0.7572, 0.0, 0.001102, 0.0, 0.5381, 0.04133, 1.02, 0.0),
-    "blocks": Model(0.01962, 0.08678, 1.266, 1.15, 1.113, 0.0, 0.5646, 0.0, 0.001639, 0.0, 0.00646, 0.02209, 1.01, 2.2),
+    "blocks": Model(0.01938, 0.09014, 1.255, 1.22, 1.092, 0.0, 0.1393, 0.05885, 0.001625, 0.0, 0.00134, 0.01122, 1.01, 2.2),
 }
 SHARED = Shared(
     launch=2.305,
@@ -253,7 +253,10 @@ def _persistent(problem: Problem, block_M: int, block_N: int, num_consumers: int
         return
     config = Config(block_M, block_N, most, subtile, problem.num_sms, deferred, num_consumers, is_swapped)
     # Where MMAs that are promoted are the limit, 5 or 6 stages, all of an iteration, were slower in 48 of 59 measured pairs.
-    has_all = kind == "fast" or is_bound_by_loads(problem, config) or most == _MAX_STAGES
+    # Of tiles in one wave, all of which load at once, 7 were faster than 4: their iterations have 4 K blocks too.
+    tiles = _tile_rows(config, problem) * _ceildiv(problem.N, block_N)
+    is_one_wave = tiles <= problem.num_sms and steps_of(most) < most
+    has_all = kind == "fast" or is_bound_by_loads(problem, config) or most == _MAX_STAGES or is_one_wave
     whole = config if has_all else replace(config, num_stages=min(most, 4))
     yield whole
     if _can_divide(config, problem):
