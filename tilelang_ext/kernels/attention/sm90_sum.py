@@ -124,7 +124,7 @@ def _add_row(of, first, last, is_final, token, head, lane):
     results, batch, D = of.results, of.batch, of.problem.head_dim
     lanes = min(WARP, 1 << (-(-D // _WIDTH) - 1).bit_length())
     beside, loads = WARP // lanes, -(-D // (lanes * _WIDTH))
-    turns = min(_VALUES // (loads * _WIDTH), WARP // beside)
+    turns = min(_VALUES // (loads * _WIDTH), _MOST // beside)
     together = turns * beside
     values = T.alloc_local((turns * loads * _WIDTH,), "float32")
     sums = T.alloc_local((loads * _WIDTH,), "float32")
