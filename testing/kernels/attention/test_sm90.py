@@ -74,7 +74,7 @@ def run(of, config, sizes, cu_q=None, cu_k=None):
             sm90_parts.sum_parts, of, tensors["partial"].shape[1:], config.block_N, name="sum_parts", pass_configs=SIMPLE
         )
         tiles = -(-S_q // config.block_M) * batch * heads % of.num_sms
-        execute(text, (config.block_M // 16, tiles), tensors, {}, scalars, 1, FUNCTIONS)
+        execute(text, (config.block_M // sm90_parts.rows_of_block(of.head_dim), tiles), tensors, {}, scalars, 1, FUNCTIONS)
     check(tensors["out"], tensors["lse"], *wanted, rounds_to_fp8=of.is_fp8)
 
 
@@ -90,6 +90,8 @@ def run(of, config, sizes, cu_q=None, cu_k=None):
         ),
         # Tiles that do not fill a wave, divided: 2 by 3 blocks, one of which has parts of both, with a sink
         (problem(64, num_sms=3, has_sinks=True), Config(2, 32, 2, 1), (1, 100, 390, 5, 1), ()),
+        # The same with wider heads, whose parts are summed by blocks of fewer rows
+        (problem(136, num_sms=3), Config(2, 32, 2, 1), (1, 70, 390, 4, 1), ()),
         # Three consumers; rows of two heads; a window that hides whole blocks; head_dim ends inside a panel; more keys
         (problem(72, num_sms=2, window=50, pack=2, has_sinks=True), Config(3, 48, 4, 2, False), (2, 192, 230, 2, 1), ()),
         # Codes of 8 bits: keys that end inside a block and inside 16, a window that begins inside 16
