@@ -11,7 +11,14 @@ from kernels.attention.operands import BF16, FP16, FUNCTIONS, check, name, text_
 from kernels.hopper import GIVING, Box, execute
 
 from tilelang_ext import attention_decode, reference, simulate
-from tilelang_ext.kernels.attention import decode_launch, sm90_decode, sm90_decode_mma, sm90_sum, split_kv
+from tilelang_ext.kernels.attention import (
+    decode_launch,
+    sm90_decode,
+    sm90_decode_mma,
+    sm90_decode_mma_block,
+    sm90_sum,
+    split_kv,
+)
 from tilelang_ext.kernels.attention.problem import DecodeProblem
 from tilelang_ext.kernels.attention.sm90_block import ARCH
 from tilelang_ext.launch.expression import apply
@@ -153,7 +160,7 @@ def test_on_hopper(of, lengths, sizes, splits):
         "results": results, "splits": splits, "words": config.parts + 1, "num_seqlens": batch, "num_sinks": heads,
         "table_pages": case.page_table.shape[1], "table_rows": len(case.page_table),
     }  # fmt: skip
-    columns = sm90_decode_mma.panel_width(of) if file is sm90_decode_mma else 64
+    columns = sm90_decode_mma_block.panel_width(of) if file is sm90_decode_mma else 64
     box = Box(min(config.block_N, of.page_size or config.block_N), columns, file is sm90_decode_mma or not of.is_fp8)
     execute(
         hopper_text(of),
