@@ -45,8 +45,25 @@ _MOST_STREAMED = 4  # waves of tiles whose K blocks are divided in equal parts
 _CACHED = 3e7  # bytes of an operand that the L2 cache keeps while others read it
 
 
+class _Cluster:
+    """Where the blocks of a cluster lie: `cluster` of them, beside each other where they share A alone."""
+
+    cluster: int
+    shares_a: bool
+
+    @property
+    def tiles_below(self) -> int:
+        """Blocks of a cluster below each other, which share the loads of B."""
+        return 1 if self.shares_a else min(self.cluster, BLOCKS)
+
+    @property
+    def tiles_beside(self) -> int:
+        """Blocks of a cluster beside each other, which share the loads of A."""
+        return self.cluster // self.tiles_below
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(_Cluster):
     """Tile of a block, its consumer warpgroups, stages of the pipeline, columns and deferred ones of its subtiles, whether K is
     split, blocks of the grid, and rows of tiles that are walked together.
     """
@@ -70,23 +87,13 @@ class Config:
     group_rows: int = 8
 
     @property
-    def tiles_below(self) -> int:
-        """Blocks of a cluster below each other, which share the loads of B."""
-        return 1 if self.shares_a else min(self.cluster, BLOCKS)
-
-    @property
-    def tiles_beside(self) -> int:
-        """Blocks of a cluster beside each other, which share the loads of A."""
-        return self.cluster // self.tiles_below
-
-    @property
     def cluster_blocks(self) -> int:
         """Blocks of a cluster, which share loads or have a range of K each."""
         return self.cluster * self.joined
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(_Cluster):
     """A tile that a kernel can have."""
 
     block_M: int
@@ -104,16 +111,6 @@ class Tile:
     @property
     def a_rows(self) -> int:
         return self.thin or self.block_M
-
-    @property
-    def tiles_below(self) -> int:
-        """Blocks of a cluster below each other."""
-        return 1 if self.shares_a else min(self.cluster, BLOCKS)
-
-    @property
-    def tiles_beside(self) -> int:
-        """Blocks of a cluster beside each other."""
-        return self.cluster // self.tiles_below
 
     def units(self, M: int, N: int) -> int:
         """Return the tiles of a result, in whole clusters."""
